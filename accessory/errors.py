@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message is one line: what was wrong, what was given, what would do."""
+
+
+class AccessoryError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+
+class ConfigError(AccessoryError, ValueError):
+    """A configuration field is missing, contradictory or out of range; the message names the field."""
+
+
+class CheckpointError(AccessoryError, ValueError):
+    """Files that should hold a model do not, or not a whole or consistent one; the message names file or tensor."""
+
+
+class InputError(AccessoryError, ValueError):
+    """A prompt, a sampling parameter or another run-time argument cannot be used."""
+
+
+class MissingExtraError(AccessoryError, ImportError):
+    """A feature needs an optional dependency; the message gives the pip line."""
