@@ -1,0 +1,1 @@
+"""The network: modules on tensors; no files, no processes."""

@@ -1,0 +1,35 @@
+"""Grouped-query attention (arXiv 2305.13245) with rotary embedding.
+
+Legend: B batch, T tokens, D dim, H query heads, G key/value heads, d head_dim, c = d/2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from accessory.config import ModelArgs
+from accessory.nn.cache import ContiguousCache
+from accessory.nn.linear import Linear
+from accessory.ops.attention import attention
+from accessory.ops.rope import apply_rope
+
+
+class Attention(nn.Module):
+    """The head counts follow the weights, so a rank that holds a slice of the heads runs the same code."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, args.head_dim
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
+
+    def forward(
+        self, x_BTD: Tensor, rotation_BT1c: Tensor, mask_BTS: Tensor | None, cache: ContiguousCache | None
+    ) -> Tensor:
+        q_BTHd, k_BTGd, v_BTGd = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q_BTHd, k_BTGd = apply_rope(q_BTHd, rotation_BT1c), apply_rope(k_BTGd, rotation_BT1c)
+        if cache is not None:
+            k_BTGd, v_BTGd = cache.update(self.layer, k_BTGd, v_BTGd)
+        return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))

@@ -1,0 +1,131 @@
+"""The decoder: token ids in, logits and the routers' statistics out.
+
+Legend: B batch, T tokens, S keys, D dim, V vocabulary, c = head_dim/2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.config import Implementation, ModelArgs
+from accessory.nn.attention import Attention
+from accessory.nn.cache import ContiguousCache
+from accessory.nn.linear import Linear, RMSNorm
+from accessory.nn.moe import MoE
+from accessory.ops.rope import rope_frequencies, rotations
+from accessory.ops.routing import RouterStatistics
+
+
+class DecoderOutput(NamedTuple):
+    logits: Tensor  # (B, T, V), or (B, V) where `last_B` picked one position a row; in the network's dtype
+    router: list[RouterStatistics]  # one a layer; empty unless asked for
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Layer(nn.Module):
+    def __init__(self, args: ModelArgs, implementation: Implementation, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args, index)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = MoE(args, implementation)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation_BT1c: Tensor,
+        mask_BTS: Tensor | None,
+        cache: ContiguousCache | None,
+        counted_T: Tensor | None,
+        statistics: bool,
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_BT1c, mask_BTS, cache)
+        y_TD, stats = self.feed_forward(self.ffn_norm(x_BTD).flatten(0, 1), counted_T, statistics)
+        return x_BTD + y_TD.view_as(x_BTD), stats
+
+
+class Decoder(nn.Module):
+    """Mixtral's network in either implementation; the state dict's names and shapes are the same for both.
+
+    Made without values: `checkpoint.load` or `init_weights` fills it.
+    """
+
+    def __init__(self, args: ModelArgs, implementation: Implementation) -> None:
+        super().__init__()
+        self.args, self.implementation = args, implementation
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Layer(args, implementation, i) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Linear(args.dim, args.vocab_size)
+        # A plain attribute and not a buffer: the rotary frequencies follow from args, and casting the network must not round them.
+        with torch.device("cpu"):
+            self._freq_c, self._rope_factor = rope_frequencies(
+                args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len
+            )
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        *,
+        cache: ContiguousCache | None = None,
+        documents_BT: Tensor | None = None,
+        counted_BT: Tensor | None = None,
+        statistics: bool = False,
+        last_B: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run `tokens_BT` (int64).
+
+        positions_BT: each token's place in its sequence (default 0 … T-1). With `cache`, `cache.begin` must have
+        announced the same positions. documents_BT: without a cache, tokens see only earlier tokens of equal document
+        number (packed batches, or padding given a number of its own). counted_BT (bool): tokens that enter the router
+        statistics, which are gathered when `statistics`. last_B: return logits of just this index of each row.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        if self._freq_c.device != tokens_BT.device:
+            self._freq_c = self._freq_c.to(tokens_BT.device)
+        rotation_BT1c = rotations(positions_BT, self._freq_c, self._rope_factor)
+        mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT)
+        counted_T = None if counted_BT is None else counted_BT.flatten()
+
+        x_BTD = self.tok_embeddings(tokens_BT)
+        router = []
+        for layer in self.layers:
+            x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)
+            if stats is not None:
+                router.append(stats)
+        x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return DecoderOutput(self.output(self.norm(x)), router)
+
+
+def _document_mask(documents_BT: Tensor | None) -> Tensor | None:
+    if documents_BT is None:
+        return None
+    T = documents_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
+    return causal_TT & (documents_BT[:, :, None] == documents_BT[:, None, :])
+
+
+@torch.no_grad()
+def init_weights(decoder: Decoder, seed: int = 0, std: float = 0.02) -> None:
+    """Random weights (normal, norms one) drawn on the parameters' own device; for tests and measurements."""
+    device = next(decoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            p.fill_(1.0)
+        else:
+            p.normal_(0.0, std, generator=generator)

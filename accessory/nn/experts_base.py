@@ -1,0 +1,40 @@
+"""The base implementation: whole experts, distributed over ranks. Written to be read.
+
+Legend: T tokens, D dim, F hidden dim, K experts a token, E experts held here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accessory.ops.grouped import swiglu
+
+
+class BaseExperts(nn.Module):
+    """Experts `first … first + E - 1` of a layer, each whole; a token's other experts are other ranks' business.
+
+    `forward` returns the part of the sum that these experts give.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, experts: int, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+        self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for e in self._experts_to_run(expert_TK):
+            token_n, k_n = torch.nonzero(expert_TK == self.first + e, as_tuple=True)
+            y_nD = swiglu(x_TD[token_n], self.w1[e], self.w2[e], self.w3[e])
+            y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK[token_n, k_n, None])
+        return y_TD.to(x_TD.dtype)
+
+    def _experts_to_run(self, expert_TK: Tensor) -> list[int]:
+        """All while gradients are kept, so that an expert without tokens has a zero gradient, not None; else those asked for."""
+        held = range(len(self.w1))
+        if torch.is_grad_enabled():
+            return list(held)
+        return [e - self.first for e in expert_TK.unique().tolist() if e - self.first in held]

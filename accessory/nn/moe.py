@@ -1,0 +1,41 @@
+"""A mixture-of-experts layer: the router, once, and an implementation of the experts behind one protocol.
+
+Legend: T tokens, D dim, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.config import Implementation, ModelArgs
+from accessory.nn.experts_base import BaseExperts
+from accessory.nn.experts_sparse import SparseExperts
+from accessory.nn.linear import Linear
+from accessory.ops.routing import RouterStatistics, route, router_statistics
+
+
+class Experts(Protocol):
+    """What the layer asks of its experts: this rank's part of Σ_k weight_TK · expert_TK(x_TD), (T, D)."""
+
+    def __call__(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor: ...
+
+
+class MoE(nn.Module):
+    def __init__(self, args: ModelArgs, implementation: Implementation) -> None:
+        super().__init__()
+        self.k = args.moe.num_experts_per_tok
+        self.gate = Linear(args.dim, args.moe.num_experts)
+        kind = BaseExperts if implementation == "base" else SparseExperts
+        self.experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
+
+    def forward(
+        self, x_TD: Tensor, counted_T: Tensor | None = None, statistics: bool = False
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        # fp32 whatever the network's dtype: close calls between experts must not depend on rounding.
+        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
+        stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
+        return self.experts(x_TD, weight_TK, expert_TK), stats

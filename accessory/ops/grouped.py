@@ -1,0 +1,92 @@
+"""The experts' feed-forward as grouped products: tokens sorted by expert, each expert's weight over its own run of rows.
+
+Nothing is padded and no token dropped (the dropless formulation of MegaBlocks, arXiv 2211.15841).
+
+Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, D dim, F hidden dim, I/O in/out features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.ops.linear import linear
+
+# Up to this many (token, expert) pairs a CPU reads each pair's weights in place, without sorting.
+FEW_PAIRS_CPU = 4
+
+
+def swiglu(x: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor) -> Tensor:
+    """One feed-forward network: w2 · (silu(w1 · x) ⊙ (w3 · x)), arXiv 2002.05202."""
+    return linear(F.silu(linear(x, w1_FD)) * linear(x, w3_FD), w2_DF)
+
+
+def expert_swiglu(
+    x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor
+) -> Tensor:
+    """Σ_k weight_TK · swiglu of expert_TK, (T, D) in x's dtype; products in x's dtype, the sum over experts in fp32.
+
+    F may be any slice of the hidden dimension: the result is then this slice's part of the sum.
+    """
+    if x_TD.device.type == "cpu" and expert_TK.numel() <= FEW_PAIRS_CPU and not torch.is_grad_enabled():
+        return _few_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK)
+    order_N, count_E = sort_by_expert(expert_TK, w1_EFD.shape[0])
+    x_ND = x_TD[order_N // expert_TK.shape[1]]
+    h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
+    y_ND = grouped_linear(h_NF, w2_EDF, count_E)
+    return combine(y_ND, order_N, weight_TK).to(x_TD.dtype)
+
+
+def sort_by_expert(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(order_N, count_E): the flat (token, k) pairs in order of expert, stable, and how many each expert got."""
+    flat_N = expert_TK.flatten()
+    # bincount would synchronise a GPU with its host; a sum over one-hot rows does not.
+    count_E = (flat_N[:, None] == torch.arange(experts, device=flat_N.device)).sum(0)
+    return torch.argsort(flat_N, stable=True), count_E
+
+
+def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor) -> Tensor:
+    """Undo the sort and sum each token's experts by weight, fp32 (T, D); no atomics, so it repeats bit for bit."""
+    T, K = weight_TK.shape
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    return (y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]).sum(1)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's weight: (N, O)."""
+    if _has_grouped_mm(x_NI, weight_EOI):
+        end_E = count_E.cumsum(0).to(torch.int32)
+        return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=end_E)
+    return grouped_linear_reference(x_NI, weight_EOI, count_E)
+
+
+def grouped_linear_reference(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """The same as a loop over the experts that got tokens; the oracle of the tests, and what CPUs and fp32 use."""
+    runs = x_NI.split(count_E.tolist())
+    # An expert without tokens still takes part with an empty product while gradients are kept: its gradient is then zero
+    # and not None, which collectives over parameters rely on.
+    keep_empty = torch.is_grad_enabled() and weight_EOI.requires_grad
+    products = [linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
+    return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])
+
+
+def _has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
+    """torch's grouped product on GPUs: bf16, compute capability 8.0, strides of whole 16 bytes."""
+    return (
+        x_NI.is_cuda
+        and x_NI.dtype == weight_EOI.dtype == torch.bfloat16
+        and x_NI.shape[1] % 8 == 0
+        and weight_EOI.shape[1] % 8 == 0
+        and torch.cuda.get_device_capability(x_NI.device) >= (8, 0)
+    )
+
+
+def _few_pairs(
+    x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor
+) -> Tensor:
+    rows = []
+    for x_D, experts, weight_K in zip(x_TD.unbind(), expert_TK.tolist(), weight_TK.unbind(), strict=True):
+        y_KD = torch.stack([swiglu(x_D, w1_EFD[e], w2_EDF[e], w3_EFD[e]) for e in experts])
+        rows.append(weight_K @ y_KD.float())
+    return torch.stack(rows).to(x_TD.dtype)

@@ -1,0 +1,78 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) on interleaved pairs, with the scalings in circulation.
+
+Legend: B batch, T tokens, H heads, d head_dim, c = d/2 pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None, max_seq_len: int = 4096
+) -> tuple[Tensor, float]:
+    """The angular frequency of each pair, fp32 (c,), and the factor on cos and sin (1.0 but for YaRN).
+
+    `scaling` is a checked `ModelArgs.rope_scaling`: linear interpolation (Chen et al., arXiv 2306.15595), Llama 3.1's
+    piecewise interpolation, or YaRN (Peng et al., arXiv 2309.00071).
+    """
+    freq_c = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if scaling is None:
+        return freq_c, 1.0
+    kind, factor = scaling["rope_type"], float(scaling["factor"])
+    if kind == "linear":
+        return freq_c / factor, 1.0
+    if kind == "llama3":
+        return _llama3(freq_c, factor, scaling), 1.0
+    return _yarn(freq_c, head_dim, theta, factor, scaling, max_seq_len)
+
+
+def _llama3(freq_c: Tensor, factor: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are interpolated, short ones kept, those between blended linearly."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns_c = scaling["original_max_position_embeddings"] * freq_c / (2 * math.pi)  # over the original context
+    keep_c = ((turns_c - low) / (high - low)).clamp(0, 1)
+    return freq_c / factor * (1 - keep_c) + freq_c * keep_c
+
+
+def _yarn(
+    freq_c: Tensor, head_dim: int, theta: float, factor: float, scaling: Mapping[str, Any], max_seq_len: int
+) -> tuple[Tensor, float]:
+    original = scaling.get("original_max_position_embeddings") or max_seq_len
+
+    def pair_with_turns(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_with_turns(scaling.get("beta_fast") or 32)
+    high = pair_with_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    interpolate_c = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    freq_c = freq_c / factor * interpolate_c + freq_c * (1 - interpolate_c)
+
+    def temperature(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = temperature(mscale) / temperature(all_dim) if mscale and all_dim else temperature(1.0)
+    return freq_c, float(attention_factor)
+
+
+def rotations(positions_BT: Tensor, freq_c: Tensor, factor: float = 1.0) -> Tensor:
+    """Complex64 rotations (B, T, 1, c) for `apply_rope`, computed once a forward pass and shared by all layers."""
+    angle_BTc = positions_BT[..., None].float() * freq_c
+    return torch.polar(torch.full_like(angle_BTc, factor), angle_BTc).unsqueeze(-2)
+
+
+def apply_rope(x_BTHd: Tensor, rotation_BT1c: Tensor) -> Tensor:
+    """Turn each interleaved pair of `x_BTHd` by its position's angle, in fp32; returns x's dtype."""
+    pairs = torch.view_as_complex(x_BTHd.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation_BT1c).flatten(-2).to(x_BTHd.dtype)

@@ -1,0 +1,70 @@
+"""Which experts a token visits, in fp32 everywhere, and what the router did.
+
+Legend: T tokens, D dim, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RouterStatistics(NamedTuple):
+    """One layer's routing over the tokens that count (no padding); sums, so that statistics of batches add up.
+
+    `probability_E` carries the router's gradient; the rest does not.
+    """
+
+    tokens: Tensor  # () how many tokens counted
+    count_E: Tensor  # (E,) tokens sent to each expert; sums to tokens · K
+    probability_E: Tensor  # (E,) sum over tokens of the fp32 softmax over all experts
+    entropy: Tensor  # () sum over tokens of the softmax's entropy, nats
+    z: Tensor  # () sum over tokens of logsumexp(logits)² (the router z-loss of arXiv 2202.08906)
+
+
+def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over all experts, the `k` largest, renormalised to sum to one (Mixtral, arXiv 2401.04088).
+
+    Returns weight_TK (fp32), expert_TK (int64, by falling weight), probability_TE (fp32).
+    """
+    probability_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weight_TK, expert_TK = torch.topk(probability_TE, k, dim=-1)
+    return weight_TK / weight_TK.sum(dim=-1, keepdim=True), expert_TK, probability_TE
+
+
+def router_statistics(
+    logits_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, counted_T: Tensor | None = None
+) -> RouterStatistics:
+    """Statistics over the tokens where `counted_T` (bool) is true, or over all."""
+    experts = probability_TE.shape[-1]
+    if counted_T is None:
+        counted_T = torch.ones(probability_TE.shape[0], dtype=torch.bool, device=probability_TE.device)
+    mask_T1 = counted_T.float()[:, None]
+    chosen_TE = torch.zeros_like(probability_TE).scatter_(1, expert_TK, mask_T1.expand_as(expert_TK).contiguous())
+    p_TE = probability_TE.detach()
+    entropy_T = -(p_TE * p_TE.clamp_min(torch.finfo(torch.float32).tiny).log()).sum(-1)
+    assert experts == logits_TE.shape[-1]
+    return RouterStatistics(
+        tokens=counted_T.sum().float(),
+        count_E=chosen_TE.sum(0),
+        probability_E=(probability_TE * mask_T1).sum(0),
+        entropy=(entropy_T * counted_T).sum(),
+        z=(logits_TE.float().logsumexp(-1).square() * counted_T).sum(),
+    )
+
+
+def balance_loss(layers: Sequence[RouterStatistics]) -> Tensor:
+    """Load balance of each layer, E / (T·K) · Σ_e count_e · mean_t p_te, averaged over layers; 1.0 when perfect.
+
+    With no token counted it is 0, and its gradient too.
+    """
+    per_layer = []
+    for s in layers:
+        assignments = s.count_E.sum().clamp_min(1.0)
+        mean_p_E = s.probability_E / s.tokens.clamp_min(1.0)
+        per_layer.append(s.count_E.numel() / assignments * (s.count_E * mean_p_E).sum())
+    return torch.stack(per_layer).mean()
