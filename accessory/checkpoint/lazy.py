@@ -1,0 +1,428 @@
+"""Lazy, sliceable tensors: what a checkpoint hands out instead of data.
+
+A `Lazy` knows its shape and dtype; its bytes are touched when it is copied, loaded or read block by block. Slicing and
+transposing are pushed down to the file, so that a rank which wants an eighth of a tensor reads an eighth of it.
+Algebra: `narrow`, `select`, `t`, `to`, `concat`, `rotary_to_interleaved`, `rotary_to_half`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.copying import BLOCK_BYTES, copy_dense
+
+
+class Lazy(ABC):
+    """A tensor that is not there yet: `shape`, `dtype`, and ways to cut it before anything is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def narrow(self, dim: int, start: int, length: int) -> Lazy:
+        """`length` entries of dimension `dim` from `start` on; only their bytes will ever be touched."""
+        dim = range(len(self.shape))[dim]
+        if not (0 <= start and 0 <= length and start + length <= self.shape[dim]):
+            raise IndexError(f"narrow({dim}, {start}, {length}) is outside of shape {self.shape}")
+        return self if length == self.shape[dim] else self._narrow(dim, start, length)
+
+    def select(self, dim: int, index: int) -> Lazy:
+        """One entry of dimension `dim`, which disappears (an expert out of a stack of experts)."""
+        dim = range(len(self.shape))[dim]
+        return self.narrow(dim, index, 1)._squeeze(dim)
+
+    def t(self) -> Lazy:
+        """The transpose of a matrix."""
+        if len(self.shape) != 2:
+            raise ValueError(f"t() wants a matrix, this has shape {self.shape}")
+        return self._t()
+
+    def to(self, dtype: torch.dtype) -> Lazy:
+        """The same values in another dtype, converted when they are read."""
+        return self if dtype == self.dtype else Cast(self, dtype)
+
+    def copy_to(self, dst: Tensor) -> None:
+        """Write the values into `dst` (same shape; any strides, dtype and device).
+
+        What lies in a file goes there in blocks: no temporary of the tensor's size is made on the CPU.
+        """
+        if tuple(dst.shape) != self.shape:
+            raise ValueError(f"copy_to: the tensor has shape {self.shape}, the destination {tuple(dst.shape)}")
+        if dst.numel():
+            self._copy_to(dst)
+
+    @abstractmethod
+    def load(self) -> Tensor:
+        """A CPU tensor to read from. Never write to it: it may be a view of a file."""
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        """Contiguous 1-D CPU tensors which, one after the other, are the values in row-major order.
+
+        A block is valid until the next one is asked for.
+        """
+        rows = self.shape[0] if self.shape else 1
+        row_bytes = max(1, self.nbytes // max(1, rows))
+        step = max(1, block_bytes // row_bytes)
+        buffer = torch.empty(min(step, rows) * (row_bytes // self.dtype.itemsize), dtype=self.dtype)
+        for start in range(0, rows, step):
+            part = self.narrow(0, start, min(step, rows - start)) if self.shape else self
+            out = buffer[: math.prod(part.shape)]
+            part.copy_to(out.view(part.shape))
+            yield out
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return _Narrowed(self, dim, start, length)
+
+    def _squeeze(self, dim: int) -> Lazy:
+        return _Squeezed(self, dim)
+
+    def _t(self) -> Lazy:
+        return _Transposed(self)
+
+    def _copy_to(self, dst: Tensor) -> None:
+        copy_dense(dst, self.load())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+
+
+class _Strided(Lazy):
+    """A strided window on a flat run of elements: cutting, transposing and squeezing are arithmetic."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None, offset: int) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.stride = tuple(_row_major(self.shape) if stride is None else stride)
+        self.offset = offset  # elements
+
+    @abstractmethod
+    def _window(self, shape: Sequence[int], stride: Sequence[int], offset: int) -> _Strided: ...
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return self._window(shape, self.stride, self.offset + start * self.stride[dim])
+
+    def _squeeze(self, dim: int) -> Lazy:
+        return self._window(
+            self.shape[:dim] + self.shape[dim + 1 :], self.stride[:dim] + self.stride[dim + 1 :], self.offset
+        )
+
+    def _t(self) -> Lazy:
+        return self._window(self.shape[::-1], self.stride[::-1], self.offset)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        if not self._contiguous():
+            yield from super().blocks(block_bytes)
+            return
+        step = max(1, block_bytes // self.dtype.itemsize)
+        flat = self._window((math.prod(self.shape),), (1,), self.offset)
+        for start in range(0, flat.shape[0], step):
+            yield flat.narrow(0, start, min(step, flat.shape[0] - start)).load()
+
+    def _contiguous(self) -> bool:
+        return all(n == 1 or a == b for n, a, b in zip(self.shape, self.stride, _row_major(self.shape), strict=True))
+
+
+class Bytes(ABC):
+    """Where a stored tensor's bytes come from: a file, or several files read as one."""
+
+    @abstractmethod
+    def flat(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
+        """`count` elements from byte `start` on: a read-only view of the mapped file where that is possible."""
+
+
+class Stored(_Strided):
+    """A tensor inside a file: `start` is the byte where its storage begins; the file is opened when it is first read."""
+
+    def __init__(
+        self,
+        source: Bytes,
+        start: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        stride: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> None:
+        super().__init__(shape, dtype, stride, offset)
+        self.source = source
+        self.start = start
+
+    def load(self) -> Tensor:
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.dtype)
+        count = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        flat = self.source.flat(self.dtype, self.start + self.offset * self.dtype.itemsize, count)
+        return flat.as_strided(self.shape, self.stride)
+
+    def _window(self, shape: Sequence[int], stride: Sequence[int], offset: int) -> Stored:
+        return Stored(self.source, self.start, shape, self.dtype, stride, offset)
+
+
+class Constant(Lazy):
+    """A tensor that is already in memory (its strides and offset are kept)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+
+    def load(self) -> Tensor:
+        return self.tensor.cpu()
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return Constant(self.tensor.narrow(dim, start, length))
+
+    def _squeeze(self, dim: int) -> Lazy:
+        return Constant(self.tensor.squeeze(dim))
+
+    def _t(self) -> Lazy:
+        return Constant(self.tensor.t())
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        if not self.tensor.is_contiguous() or self.tensor.device.type != "cpu":
+            yield from super().blocks(block_bytes)
+            return
+        yield from self.tensor.reshape(-1).split(max(1, block_bytes // self.dtype.itemsize))
+
+
+from_tensor = Constant
+
+
+class Computed(Lazy):
+    """Made by `fn()` when it is asked for (dequantised, noise, a sum): `fn` must give the same values each time."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, fn: Callable[[], Tensor]) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.fn = fn
+
+    def load(self) -> Tensor:
+        tensor = self.fn()
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"a computed tensor came out as {tuple(tensor.shape)} where {self.shape} was promised")
+        return tensor.detach().cpu().to(self.dtype)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        yield from Constant(self.load()).blocks(block_bytes)  # one computation, not one a block
+
+
+class _Wrapper(Lazy):
+    """A view of another lazy tensor that could not be pushed further down."""
+
+    def __init__(self, base: Lazy, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+        self.base = base
+        self.shape = tuple(shape)
+        self.dtype = base.dtype if dtype is None else dtype
+
+
+class _Narrowed(_Wrapper):
+    def __init__(self, base: Lazy, dim: int, start: int, length: int) -> None:
+        super().__init__(base, (*base.shape[:dim], length, *base.shape[dim + 1 :]))
+        self.cut = (dim, start, length)
+
+    def load(self) -> Tensor:
+        return self.base.load().narrow(*self.cut)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        yield from Constant(self.load()).blocks(block_bytes)
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        if dim == self.cut[0]:
+            return _Narrowed(self.base, dim, self.cut[1] + start, length)
+        return _Narrowed(self, dim, start, length)
+
+
+class _Squeezed(_Wrapper):
+    def __init__(self, base: Lazy, dim: int) -> None:
+        super().__init__(base, base.shape[:dim] + base.shape[dim + 1 :])
+        self.dim = dim
+
+    def load(self) -> Tensor:
+        return self.base.load().squeeze(self.dim)
+
+    def _copy_to(self, dst: Tensor) -> None:
+        self.base.copy_to(dst.unsqueeze(self.dim))
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return _Squeezed(self.base.narrow(dim + (dim >= self.dim), start, length), self.dim)
+
+
+class _Transposed(_Wrapper):
+    def __init__(self, base: Lazy) -> None:
+        super().__init__(base, base.shape[::-1])
+
+    def load(self) -> Tensor:
+        return self.base.load().t()
+
+    def _copy_to(self, dst: Tensor) -> None:
+        self.base.copy_to(dst.t())
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return _Transposed(self.base.narrow(1 - dim, start, length))
+
+    def _t(self) -> Lazy:
+        return self.base
+
+
+class Cast(_Wrapper):
+    """Another dtype, converted while copying."""
+
+    def __init__(self, base: Lazy, dtype: torch.dtype) -> None:
+        super().__init__(base, base.shape, dtype)
+
+    def load(self) -> Tensor:
+        return self.base.load().to(self.dtype)
+
+    def _copy_to(self, dst: Tensor) -> None:
+        # A destination of a third dtype must see the values rounded to this one.
+        if dst.dtype == self.dtype:
+            self.base.copy_to(dst)
+        else:
+            super()._copy_to(dst)
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return Cast(self.base.narrow(dim, start, length), self.dtype)
+
+    def _squeeze(self, dim: int) -> Lazy:
+        return Cast(self.base._squeeze(dim), self.dtype)
+
+    def _t(self) -> Lazy:
+        return Cast(self.base.t(), self.dtype)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        for block in self.base.blocks(block_bytes):
+            yield block.to(self.dtype)
+
+
+class Concat(Lazy):
+    """Tensors joined along one dimension; use `concat`."""
+
+    def __init__(self, parts: Sequence[Lazy], dim: int) -> None:
+        first = parts[0]
+        self.parts = tuple(parts)
+        self.dim = dim
+        self.dtype = first.dtype
+        for part in parts:
+            same = len(part.shape) == len(first.shape) and all(
+                a == b for i, (a, b) in enumerate(zip(part.shape, first.shape, strict=True)) if i != dim
+            )
+            if not same or part.dtype != first.dtype:
+                raise ValueError(f"concat({dim=}): {part} does not fit beside {first}")
+        self.shape = (*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for part in self.parts:
+            starts.append(starts[-1] + part.shape[self.dim])
+        return starts
+
+    def load(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.copy_to(out)
+        return out
+
+    def _copy_to(self, dst: Tensor) -> None:
+        for start, part in zip(self._starts, self.parts, strict=False):
+            part.copy_to(dst.narrow(self.dim, start, part.shape[self.dim]))
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        if dim != self.dim:
+            return Concat([p.narrow(dim, start, length) for p in self.parts], self.dim)
+        kept = []
+        for first, part in zip(self._starts, self.parts, strict=False):
+            lo, hi = max(start, first), min(start + length, first + part.shape[dim])
+            if lo < hi or (length == 0 and not kept):
+                kept.append(part.narrow(dim, max(0, min(lo - first, part.shape[dim])), max(0, hi - lo)))
+        return concat(kept, dim)
+
+    def _squeeze(self, dim: int) -> Lazy:
+        if dim == self.dim:
+            return _Squeezed(self, dim)
+        return Concat([p._squeeze(dim) for p in self.parts], self.dim - (dim < self.dim))
+
+    def _t(self) -> Lazy:
+        return Concat([p.t() for p in self.parts], 1 - self.dim)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        if self.dim != 0:
+            yield from super().blocks(block_bytes)
+            return
+        for part in self.parts:
+            yield from part.blocks(block_bytes)
+
+
+class _Rotary(_Wrapper):
+    """The rows of q or k in the other order of rotary pairs, head by head.
+
+    Interleaved: row h·hd + 2i + j; half-split: row h·hd + j·hd/2 + i (pair i, member j).
+    """
+
+    def __init__(self, base: Lazy, head_dim: int, to_interleaved: bool) -> None:
+        super().__init__(base, base.shape)
+        self.head_dim = head_dim
+        self.to_interleaved = to_interleaved
+
+    def _views(self, dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.head_dim // 2
+        members, pairs = (2, half) if self.to_interleaved else (half, 2)
+        return dst.unflatten(0, (-1, pairs, members)), src.unflatten(0, (-1, members, pairs)).transpose(1, 2)
+
+    def load(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.copy_to(out)
+        return out
+
+    def _copy_to(self, dst: Tensor) -> None:
+        out, src = self._views(dst, self.base.load())
+        copy_dense(out, src)
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        if dim != 0:
+            return _Rotary(self.base.narrow(dim, start, length), self.head_dim, self.to_interleaved)
+        first, last = start // self.head_dim * self.head_dim, -(-(start + length) // self.head_dim) * self.head_dim
+        heads = _Rotary(self.base.narrow(0, first, last - first), self.head_dim, self.to_interleaved)
+        return heads if last - first == length else _Narrowed(heads, 0, start - first, length)
+
+
+def concat(parts: Sequence[Lazy], dim: int) -> Lazy:
+    """The parts joined along `dim` (0 or more); one part is returned as it is."""
+    return parts[0] if len(parts) == 1 else Concat(parts, dim)
+
+
+def rotary_to_interleaved(lazy: Lazy, n_heads: int) -> Lazy:
+    """q or k rows (n_heads·head_dim, …) from Hugging Face's half-split order to the interleaved one."""
+    return _rotary(lazy, n_heads, to_interleaved=True)
+
+
+def rotary_to_half(lazy: Lazy, n_heads: int) -> Lazy:
+    """The inverse of `rotary_to_interleaved`."""
+    return _rotary(lazy, n_heads, to_interleaved=False)
+
+
+def _rotary(lazy: Lazy, n_heads: int, to_interleaved: bool) -> Lazy:
+    if lazy.shape[0] % (2 * n_heads):
+        raise ValueError(f"{lazy.shape[0]} rows are not {n_heads} heads of an even size")
+    head_dim = lazy.shape[0] // n_heads
+    if isinstance(lazy, _Rotary) and lazy.head_dim == head_dim and lazy.to_interleaved != to_interleaved:
+        return lazy.base
+    if isinstance(lazy, Concat) and (lazy.dim != 0 or all(p.shape[0] % head_dim == 0 for p in lazy.parts)):
+        heads = [n_heads if lazy.dim else p.shape[0] // head_dim for p in lazy.parts]
+        return Concat([_rotary(p, n, to_interleaved) for p, n in zip(lazy.parts, heads, strict=True)], lazy.dim)
+    return _Rotary(lazy, head_dim, to_interleaved)
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    stride = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        stride[i] = stride[i + 1] * max(1, shape[i + 1])
+    return tuple(stride)
