@@ -1,4 +1,4 @@
-"""Dense copies at memory speed in bounded memory: transposing ones tile by tile, those to a GPU through pinned blocks."""
+"""Dense copies at memory speed in bounded memory: transposing tile by tile, to a GPU through pinned blocks."""
 
 from __future__ import annotations
 

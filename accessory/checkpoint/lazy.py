@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Lazy(ABC):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    piecewise = True  # reading it piece by piece costs no more than reading it at once
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +32,7 @@ class Lazy(ABC):
     def narrow(self, dim: int, start: int, length: int) -> Lazy:
         """`length` entries of dimension `dim` from `start` on; only their bytes will ever be touched."""
         dim = range(len(self.shape))[dim]
-        if not (0 <= start and 0 <= length and start + length <= self.shape[dim]):
+        if min(start, length) < 0 or start + length > self.shape[dim]:
             raise IndexError(f"narrow({dim}, {start}, {length}) is outside of shape {self.shape}")
         return self if length == self.shape[dim] else self._narrow(dim, start, length)
 
@@ -69,6 +70,9 @@ class Lazy(ABC):
 
         A block is valid until the next one is asked for.
         """
+        if not self.piecewise:
+            yield from Constant(self.load()).blocks(block_bytes)
+            return
         rows = self.shape[0] if self.shape else 1
         row_bytes = max(1, self.nbytes // max(1, rows))
         step = max(1, block_bytes // row_bytes)
@@ -141,7 +145,7 @@ class Bytes(ABC):
 
 
 class Stored(_Strided):
-    """A tensor inside a file: `start` is the byte where its storage begins; the file is opened when it is first read."""
+    """A tensor in a file: `start` is the byte where its storage begins; the file is opened when it is first read."""
 
     def __init__(
         self,
@@ -167,31 +171,18 @@ class Stored(_Strided):
         return Stored(self.source, self.start, shape, self.dtype, stride, offset)
 
 
-class Constant(Lazy):
+class Constant(_Strided):
     """A tensor that is already in memory (its strides and offset are kept)."""
 
     def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.shape, tensor.dtype, tensor.stride(), int(tensor.storage_offset()))
         self.tensor = tensor.detach()
-        self.shape = tuple(tensor.shape)
-        self.dtype = tensor.dtype
 
     def load(self) -> Tensor:
-        return self.tensor.cpu()
+        return self.tensor.as_strided(self.shape, self.stride, self.offset).cpu()
 
-    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
-        return Constant(self.tensor.narrow(dim, start, length))
-
-    def _squeeze(self, dim: int) -> Lazy:
-        return Constant(self.tensor.squeeze(dim))
-
-    def _t(self) -> Lazy:
-        return Constant(self.tensor.t())
-
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        if not self.tensor.is_contiguous() or self.tensor.device.type != "cpu":
-            yield from super().blocks(block_bytes)
-            return
-        yield from self.tensor.reshape(-1).split(max(1, block_bytes // self.dtype.itemsize))
+    def _window(self, shape: Sequence[int], stride: Sequence[int], offset: int) -> Constant:
+        return Constant(self.tensor.as_strided(tuple(shape), tuple(stride), offset))
 
 
 from_tensor = Constant
@@ -199,6 +190,8 @@ from_tensor = Constant
 
 class Computed(Lazy):
     """Made by `fn()` when it is asked for (dequantised, noise, a sum): `fn` must give the same values each time."""
+
+    piecewise = False
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, fn: Callable[[], Tensor]) -> None:
         self.shape = tuple(shape)
@@ -211,9 +204,6 @@ class Computed(Lazy):
             raise ValueError(f"a computed tensor came out as {tuple(tensor.shape)} where {self.shape} was promised")
         return tensor.detach().cpu().to(self.dtype)
 
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        yield from Constant(self.load()).blocks(block_bytes)  # one computation, not one a block
-
 
 class _Wrapper(Lazy):
     """A view of another lazy tensor that could not be pushed further down."""
@@ -222,23 +212,17 @@ class _Wrapper(Lazy):
         self.base = base
         self.shape = tuple(shape)
         self.dtype = base.dtype if dtype is None else dtype
+        self.piecewise = base.piecewise
 
 
 class _Narrowed(_Wrapper):
     def __init__(self, base: Lazy, dim: int, start: int, length: int) -> None:
         super().__init__(base, (*base.shape[:dim], length, *base.shape[dim + 1 :]))
         self.cut = (dim, start, length)
+        self.piecewise = False
 
     def load(self) -> Tensor:
         return self.base.load().narrow(*self.cut)
-
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        yield from Constant(self.load()).blocks(block_bytes)
-
-    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
-        if dim == self.cut[0]:
-            return _Narrowed(self.base, dim, self.cut[1] + start, length)
-        return _Narrowed(self, dim, start, length)
 
 
 class _Squeezed(_Wrapper):
@@ -251,9 +235,6 @@ class _Squeezed(_Wrapper):
 
     def _copy_to(self, dst: Tensor) -> None:
         self.base.copy_to(dst.unsqueeze(self.dim))
-
-    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
-        return _Squeezed(self.base.narrow(dim + (dim >= self.dim), start, length), self.dim)
 
 
 class _Transposed(_Wrapper):
@@ -309,6 +290,7 @@ class Concat(Lazy):
     def __init__(self, parts: Sequence[Lazy], dim: int) -> None:
         first = parts[0]
         self.parts = tuple(parts)
+        self.piecewise = all(p.piecewise for p in parts)
         self.dim = dim
         self.dtype = first.dtype
         for part in parts:
@@ -317,14 +299,9 @@ class Concat(Lazy):
             )
             if not same or part.dtype != first.dtype:
                 raise ValueError(f"concat({dim=}): {part} does not fit beside {first}")
-        self.shape = (*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :])
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        starts = [0]
-        for part in self.parts:
-            starts.append(starts[-1] + part.shape[self.dim])
-        return starts
+        ends = list(accumulate(p.shape[dim] for p in parts))
+        self._starts = [0, *ends[:-1]]
+        self.shape = (*first.shape[:dim], ends[-1], *first.shape[dim + 1 :])
 
     def load(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype)
@@ -332,14 +309,14 @@ class Concat(Lazy):
         return out
 
     def _copy_to(self, dst: Tensor) -> None:
-        for start, part in zip(self._starts, self.parts, strict=False):
+        for start, part in zip(self._starts, self.parts, strict=True):
             part.copy_to(dst.narrow(self.dim, start, part.shape[self.dim]))
 
     def _narrow(self, dim: int, start: int, length: int) -> Lazy:
         if dim != self.dim:
             return Concat([p.narrow(dim, start, length) for p in self.parts], self.dim)
-        kept = []
-        for first, part in zip(self._starts, self.parts, strict=False):
+        kept: list[Lazy] = []
+        for first, part in zip(self._starts, self.parts, strict=True):
             lo, hi = max(start, first), min(start + length, first + part.shape[dim])
             if lo < hi or (length == 0 and not kept):
                 kept.append(part.narrow(dim, max(0, min(lo - first, part.shape[dim])), max(0, hi - lo)))
@@ -422,7 +399,4 @@ def _rotary(lazy: Lazy, n_heads: int, to_interleaved: bool) -> Lazy:
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    stride = [1] * len(shape)
-    for i in range(len(shape) - 2, -1, -1):
-        stride[i] = stride[i + 1] * max(1, shape[i + 1])
-    return tuple(stride)
+    return tuple(math.prod(max(1, n) for n in shape[i + 1 :]) for i in range(len(shape)))
