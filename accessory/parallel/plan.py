@@ -1,0 +1,131 @@
+"""The one table of how tensors are cut between ranks or shards, for both implementations.
+
+Dimensions are those of the canonical tensors (experts one by one, w2 as (D, F)). Files, tensor-parallel loading, FSDP
+and merging all read it here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from accessory.config import Implementation, ModelArgs
+from accessory.errors import ConfigError
+
+# (names, dimension cut in base, in sparse); None: every rank holds the whole tensor. Column-parallel linears cut their
+# rows, biases and lora_b; row-parallel ones their columns and lora_a. In base an expert is whole: it lives on one rank.
+_TABLE: tuple[tuple[re.Pattern[str], int | None, int | None], ...] = tuple(
+    (re.compile(pattern), base, sparse)
+    for pattern, base, sparse in (
+        (r"tok_embeddings\.weight", 1, 1),
+        (r"output\.(weight|bias|lora_b\.weight)", 0, 0),
+        (r"output\.lora_a\.weight", None, None),
+        (r"(.*_)?norm\.(weight|bias)", None, None),
+        (r"attention\.w[qkv]\.(weight|bias|lora_b\.weight)", 0, 0),
+        (r"attention\.w[qkv]\.lora_a\.weight", None, None),
+        (r"attention\.wo\.(weight|lora_a\.weight)", 1, 1),
+        (r"attention\.wo\.(bias|lora_b\.weight)", None, None),
+        (r"feed_forward\.gate\..*", None, None),
+        (r"feed_forward\.experts\.\d+\.w[13]\.(weight|bias|lora_b\.weight)", None, 0),
+        (r"feed_forward\.experts\.\d+\.w[13]\.lora_a\.weight", None, None),
+        (r"feed_forward\.experts\.\d+\.w2\.(weight|lora_a\.weight)", None, 1),
+        (r"feed_forward\.experts\.\d+\.w2\.(bias|lora_b\.weight)", None, None),
+    )
+)
+_EXPERT = re.compile(r"feed_forward\.experts\.(\d+)\.")
+_LAYER = re.compile(r"layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one rank holds of a tensor: `length` entries of `dim` from `start` on; `dim` None: all of it."""
+
+    dim: int | None
+    start: int = 0
+    length: int = 0
+
+
+WHOLE = Slice(None)
+
+
+def cut_dim(name: str, implementation: Implementation) -> int | None:
+    """The dimension of canonical tensor `name` that is cut between ranks; None where it is not cut.
+
+    A whole tensor is held by every rank, except base experts: see `expert_of`. KeyError for a name not in the table.
+    """
+    base, sparse = _row(_LAYER.sub("", name, count=1))
+    return base if implementation == "base" else sparse
+
+
+@lru_cache(maxsize=4096)
+def _row(name: str) -> tuple[int | None, int | None]:
+    for pattern, base, sparse in _TABLE:
+        if pattern.fullmatch(name):
+            return base, sparse
+    raise KeyError(name)
+
+
+def expert_of(name: str) -> int | None:
+    """The expert that canonical tensor `name` belongs to, None for what is no expert's."""
+    match = _EXPERT.search(name)
+    return int(match[1]) if match else None
+
+
+def is_replicated(name: str, implementation: Implementation) -> bool:
+    """Whether every rank holds the same whole tensor."""
+    whole = cut_dim(name, implementation) is None
+    return whole and not (implementation == "base" and expert_of(name) is not None)
+
+
+def rank_slice(
+    name: str, shape: Sequence[int], implementation: Implementation, rank: int, world: int, num_experts: int
+) -> Slice | None:
+    """What `rank` of `world` holds of canonical tensor `name` of (whole) `shape`; None: nothing (another's expert).
+
+    Raises ConfigError, naming the tensor and both numbers, where sizes do not divide.
+    """
+    expert = expert_of(name)
+    if implementation == "base" and expert is not None:
+        if num_experts % world:
+            raise ConfigError(_indivisible("moe.num_experts", num_experts, world))
+        return WHOLE if expert // (num_experts // world) == rank else None
+    dim = cut_dim(name, implementation)
+    if dim is None:
+        return WHOLE
+    if shape[dim] % world:
+        raise ConfigError(_indivisible(f"{name}: dimension {dim}", shape[dim], world))
+    length = shape[dim] // world
+    return Slice(dim, rank * length, length)
+
+
+def _sizes(args: ModelArgs, implementation: Implementation) -> dict[str, int]:
+    last = {"moe.num_experts": args.moe.num_experts} if implementation == "base" else {"hidden_dim": args.hidden_dim}
+    return {
+        **last,
+        "n_kv_heads × head_dim": args.n_kv_heads * args.head_dim,
+        "n_heads × head_dim": args.n_heads * args.head_dim,
+        "dim": args.dim,
+        "vocab_size": args.vocab_size,
+    }
+
+
+def check_world(args: ModelArgs, implementation: Implementation, world: int) -> None:
+    """ConfigError naming the field and both numbers if a network of these sizes cannot be cut into `world` parts."""
+    if world < 1:
+        raise ConfigError(f"shards: got {world}, but it must be at least 1")
+    for field, size in _sizes(args, implementation).items():
+        if size % world:
+            raise ConfigError(_indivisible(field, size, world))
+
+
+def largest_world(args: ModelArgs, implementation: Implementation, at_most: int = 8) -> int:
+    """The largest number of equal parts, up to `at_most`, that a network of these sizes can be cut into."""
+    common = math.gcd(*_sizes(args, implementation).values())
+    return next(n for n in range(at_most, 0, -1) if common % n == 0)
+
+
+def _indivisible(what: str, size: int, world: int) -> str:
+    return f"{what}: got {size}, but it must be a multiple of the number of shards or ranks, {world}"
