@@ -31,7 +31,7 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """The mixture: `num_experts` (E) feed-forward networks a layer, of which each token visits `num_experts_per_tok` (K)."""
+    """The mixture: `num_experts` (E) feed-forward networks a layer; a token visits `num_experts_per_tok` (K) of them."""
 
     num_experts_per_tok: int = 2
     num_experts: int = 8
@@ -66,7 +66,7 @@ class ModelArgs:
     vocab_size: int = 32000
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
-    rope_scaling: Mapping[str, Any] | float | None = None
+    rope_scaling: Any = None
     max_batch_size: int = 32
     max_seq_len: int = 32768
     moe: MoEArgs = field(default_factory=MoEArgs)
@@ -82,11 +82,25 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if isinstance(self.moe, Mapping):
             object.__setattr__(self, "moe", MoEArgs(**self.moe))
-        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_batch_size", "max_seq_len"):
+        for name in (
+            "dim",
+            "hidden_dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "max_batch_size",
+            "max_seq_len",
+        ):
             value = getattr(self, name)
             _check(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
         if self.head_dim == 0:
-            _check(self.dim % self.n_heads == 0, "dim", self.dim, f"a multiple of n_heads = {self.n_heads}, or give head_dim")
+            _check(
+                self.dim % self.n_heads == 0,
+                "dim",
+                self.dim,
+                f"a multiple of n_heads = {self.n_heads}, or give head_dim",
+            )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         _check(
             _is_int(self.head_dim) and self.head_dim >= 2 and self.head_dim % 2 == 0,
@@ -94,7 +108,12 @@ class ModelArgs:
             self.head_dim,
             "an even number (rotary embedding turns pairs)",
         )
-        _check(self.n_heads % self.n_kv_heads == 0, "n_heads", self.n_heads, f"a multiple of n_kv_heads = {self.n_kv_heads}")
+        _check(
+            self.n_heads % self.n_kv_heads == 0,
+            "n_heads",
+            self.n_heads,
+            f"a multiple of n_kv_heads = {self.n_kv_heads}",
+        )
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
@@ -118,12 +137,12 @@ class ModelArgs:
         kind = scaling.get("rope_type", scaling.get("type"))
         _check(kind in ROPE_TYPES, "rope_scaling.rope_type", kind, "one of " + ", ".join(ROPE_TYPES))
         factor = scaling.get("factor")
-        _check(
-            isinstance(factor, int | float) and factor >= 1, "rope_scaling.factor", factor, "a number of at least 1"
-        )
+        _check(isinstance(factor, int | float) and factor >= 1, "rope_scaling.factor", factor, "a number of at least 1")
         if kind == "llama3":
             for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                _check(isinstance(scaling.get(name), int | float), f"rope_scaling.{name}", scaling.get(name), "a number")
+                _check(
+                    isinstance(scaling.get(name), int | float), f"rope_scaling.{name}", scaling.get(name), "a number"
+                )
         normal = {k: v for k, v in scaling.items() if k != "type"}
         object.__setattr__(self, "rope_scaling", {**normal, "rope_type": kind})
 
@@ -151,7 +170,7 @@ class ModelArgs:
         return cls.from_dicts(*(read_json(p) for p in paths), origin=", ".join(str(p) for p in paths))
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's `config.json`: every key written out, PEFT and image keys only where they differ from the default."""
+        """The original's `config.json`: all keys, those of PEFT and images only where they differ from the default."""
         out = asdict(self)
         for name in ("lora_rank", "bias_tuning", "norm_tuning", "load_pretrained_visual_encoder", "trainable_mode"):
             if out[name] == type(self).__dataclass_fields__[name].default:
@@ -196,8 +215,7 @@ _MOE_ALIASES = {
 _IGNORED = frozenset(
     "model_type architectures torch_dtype dtype transformers_version sliding_window vocab multiple_of ffn_dim_multiplier "
     "hidden_act initializer_range use_cache bos_token_id eos_token_id pad_token_id attention_dropout "
-    "tie_word_embeddings output_router_logits router_jitter_noise attention_bias max_position_embeddings "
-    "quantization use_biases rope_scaling_factor".split()
+    "tie_word_embeddings output_router_logits router_jitter_noise attention_bias quantization use_biases".split()
 )
 
 
@@ -233,7 +251,11 @@ def _canonical_keys(source: Mapping[str, Any], origin: str) -> tuple[dict[str, A
 
 def _plain_rope_scaling(value: Any) -> Any:
     """Hugging Face writes an unscaled rotary embedding as rope_type "default"."""
-    if isinstance(value, Mapping) and value.get("rope_type", value.get("type")) in ("default", None) and "factor" not in value:
+    if (
+        isinstance(value, Mapping)
+        and value.get("rope_type", value.get("type")) in ("default", None)
+        and "factor" not in value
+    ):
         return None
     return value
 
@@ -260,11 +282,16 @@ class LlamaType:
 
     @classmethod
     def parse(cls, text: str) -> LlamaType:
-        """"mixtral", "mixtral_sparse", with "_peft" and "_ens" or "_ens5" appended in that order or the other."""
+        """ "mixtral", "mixtral_sparse", with "_peft" and "_ens" or "_ens5" appended in that order or the other."""
         words = text.split("_") if isinstance(text, str) else [""]
         rest = words[1:]
         known = {"sparse", "peft", "ens", "ens5"}
-        if words[0] != "mixtral" or not set(rest) <= known or len(set(rest)) != len(rest) or {"ens", "ens5"} <= set(rest):
+        if (
+            words[0] != "mixtral"
+            or not set(rest) <= known
+            or len(set(rest)) != len(rest)
+            or {"ens", "ens5"} <= set(rest)
+        ):
             raise ConfigError(
                 f"llama_type: got {text!r}, but it must be mixtral or mixtral_sparse, "
                 "with _peft and one of _ens, _ens5 appended where wanted"
@@ -277,7 +304,9 @@ class LlamaType:
 
     def __str__(self) -> str:
         views = {0: "", 1: "_ens", 5: "_ens5"}[self.image_views]
-        return "mixtral" + ("_sparse" if self.implementation == "sparse" else "") + ("_peft" if self.peft else "") + views
+        return (
+            "mixtral" + ("_sparse" if self.implementation == "sparse" else "") + ("_peft" if self.peft else "") + views
+        )
 
 
 MIXTRAL_8X7B = ModelArgs()
@@ -289,7 +318,14 @@ PRESETS: dict[str, ModelArgs] = {
     "8x22b": MIXTRAL_8X22B,
     # For tests and a first look: runs anywhere in a blink.
     "tiny": ModelArgs(
-        dim=64, hidden_dim=96, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=256, max_seq_len=256, moe=MoEArgs(num_experts=4)
+        dim=64,
+        hidden_dim=96,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=256,
+        max_seq_len=256,
+        moe=MoEArgs(num_experts=4),
     ),
 }
 

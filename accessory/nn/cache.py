@@ -21,7 +21,13 @@ class ContiguousCache:
     """
 
     def __init__(
-        self, args: ModelArgs, batch: int, slots: int, device: torch.device | str, dtype: torch.dtype, kv_heads: int | None = None
+        self,
+        args: ModelArgs,
+        batch: int,
+        slots: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        kv_heads: int | None = None,
     ) -> None:
         shape = (args.n_layers, batch, slots, kv_heads or args.n_kv_heads, args.head_dim)
         # Zeros, not empty: a masked NaN of uninitialised memory would still poison the sum.

@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(args, implementation, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
-        # A plain attribute and not a buffer: the rotary frequencies follow from args, and casting the network must not round them.
+        # A plain attribute and not a buffer: the frequencies follow from args, and a cast network must not round them.
         with torch.device("cpu"):
             self._freq_c, self._rope_factor = rope_frequencies(
                 args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len

@@ -33,7 +33,7 @@ class BaseExperts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
     def _experts_to_run(self, expert_TK: Tensor) -> list[int]:
-        """All while gradients are kept, so that an expert without tokens has a zero gradient, not None; else those asked for."""
+        """Those asked for; all while gradients are kept, so that an idle expert's gradient is zero and not None."""
         held = range(len(self.w1))
         if torch.is_grad_enabled():
             return list(held)

@@ -1,4 +1,4 @@
-"""The experts' feed-forward as grouped products: tokens sorted by expert, each expert's weight over its own run of rows.
+"""The experts' feed-forward as grouped products: tokens sorted by expert, each weight over its own run of rows.
 
 Nothing is padded and no token dropped (the dropless formulation of MegaBlocks, arXiv 2211.15841).
 
@@ -64,8 +64,8 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
 def grouped_linear_reference(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """The same as a loop over the experts that got tokens; the oracle of the tests, and what CPUs and fp32 use."""
     runs = x_NI.split(count_E.tolist())
-    # An expert without tokens still takes part with an empty product while gradients are kept: its gradient is then zero
-    # and not None, which collectives over parameters rely on.
+    # While gradients are kept an idle expert takes part with an empty product: its gradient is then zero and not None,
+    # which collectives over parameters rely on.
     keep_empty = torch.is_grad_enabled() and weight_EOI.requires_grad
     products = [linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
     return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])

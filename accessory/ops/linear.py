@@ -1,4 +1,4 @@
-"""The one place where a weight meets its input. What the weight is decides the product (decision 9 of the architecture)."""
+"""The one place where a weight meets its input: what the weight is decides the product."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from accessory.config import Implementation, ModelArgs
 from accessory.nn.decoder import Decoder
 
 
-def hf_mixtral(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.05):  # noqa: ANN201
+def hf_mixtral(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.05):
     """transformers' MixtralForCausalLM of these sizes; a large `std` makes routing decisive."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -50,7 +50,7 @@ def half_to_interleaved(rows: Tensor, heads: int) -> Tensor:
     return rows[order]
 
 
-def canonical_from_hf(model) -> dict[str, Tensor]:  # noqa: ANN001
+def canonical_from_hf(model) -> dict[str, Tensor]:
     """The oracle's weights under canonical names (whole tensors, one an expert)."""
     c, out = model.config, {}
     state = {k: v.detach() for k, v in model.state_dict().items()}

@@ -1,0 +1,1 @@
+"""Sampling and generation: token ids and tensors; never text, never files."""

@@ -1,0 +1,108 @@
+"""Token by token: a batch of prompts of any lengths in, one new token a sequence and step out.
+
+Legend: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from accessory.engine.sampling import Sampling, sample
+from accessory.errors import InputError
+from accessory.nn.cache import ContiguousCache
+from accessory.nn.decoder import Decoder
+
+# Keys are read in steps of this many slots: a CPU does not pay for the whole context, and shapes change rarely.
+EXTENT_STEP = 64
+
+Choose = Callable[[Tensor], Tensor]
+
+
+class Generation:
+    """One batch being generated; iterate over it for the steps.
+
+    Each step yields a list with a row's new token, or None where the row had ended: by a token of `stop_ids` (which is
+    yielded as its last), by `max_gen_len`, or by a call of `finish(row)`. Rows do not depend on their neighbours.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_gen_len: int,
+        max_seq_len: int,
+        sampling: Sampling | None = None,
+        stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size)
+        self.decoder, self.prompts = decoder, prompts
+        self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
+        sampling = sampling or Sampling()
+        generator = sampling.generator()
+        self._choose: Choose = lambda logits_BV: sample(logits_BV, sampling, generator, vocab_size)
+        self.running = [True] * len(prompts)
+
+    def finish(self, row: int) -> None:
+        self.running[row] = False
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        # Not a decorator on the generator: between two steps the caller's own mode must hold.
+        with torch.inference_mode():
+            tokens_B, length_B, cache, longest = self._prefill()
+        yield self._take(tokens_B)
+        for step in range(1, self.max_gen_len):
+            if not any(self.running):
+                return
+            with torch.inference_mode():
+                extent = -(-(longest + step) // EXTENT_STEP) * EXTENT_STEP
+                cache.begin(length_B[:, None], extent=extent)
+                logits_BTV = self.decoder(tokens_B[:, None], length_B[:, None], cache=cache).logits
+                tokens_B = self._choose(logits_BTV[:, 0])
+                length_B = length_B + 1
+            yield self._take(tokens_B)
+
+    def _prefill(self) -> tuple[Tensor, Tensor, ContiguousCache, int]:
+        weight = self.decoder.tok_embeddings.weight
+        lengths = [len(p) for p in self.prompts]
+        longest = max(lengths)
+        tokens_BT = torch.zeros(len(lengths), longest, dtype=torch.int64)
+        for row, prompt in enumerate(self.prompts):
+            tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
+        tokens_BT, length_B = tokens_BT.to(weight.device), torch.tensor(lengths, device=weight.device)
+        args = self.decoder.args
+        cache = ContiguousCache(args, len(lengths), longest + self.max_gen_len, weight.device, weight.dtype)
+        positions_BT = torch.arange(longest, device=weight.device).expand_as(tokens_BT)
+        cache.begin(positions_BT, fresh=True)
+        logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1).logits
+        return self._choose(logits_BV), length_B, cache, longest
+
+    def _take(self, tokens_B: Tensor) -> list[int | None]:
+        step: list[int | None] = []
+        for row, token in enumerate(tokens_B.tolist()):
+            step.append(token if self.running[row] else None)
+            if token in self.stop_ids:
+                self.running[row] = False
+        return step
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, vocab_size: int) -> None:
+    """Raise InputError for what no cache and no network could take."""
+    if not isinstance(max_gen_len, int) or max_gen_len < 1:
+        raise InputError(f"max_gen_len: got {max_gen_len!r}, but it must be a whole number of at least 1")
+    if not prompts:
+        raise InputError("prompts: got an empty list, but at least one prompt is needed")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")
+        if len(prompt) + max_gen_len > max_seq_len:
+            raise InputError(
+                f"prompts[{row}]: {len(prompt)} tokens and max_gen_len = {max_gen_len} "
+                f"do not fit max_seq_len = {max_seq_len}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise InputError(f"prompts[{row}]: token ids must lie in 0 … {vocab_size - 1} (vocab_size = {vocab_size})")

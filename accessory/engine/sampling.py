@@ -1,0 +1,61 @@
+"""From logits to the next token.
+
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedily at temperature 0, else by nucleus sampling (arXiv 1904.09751).
+
+    With `seed` a run repeats; without, draws come from torch's global generator, which `torch.manual_seed` sets.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.95
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name}: got {value!r}, but it must be a finite number")
+        if self.temperature < 0:
+            raise InputError(f"temperature: got {self.temperature}, but it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: got {self.top_p}, but it must be greater than 0 and at most 1")
+
+    def generator(self) -> torch.Generator | None:
+        """Draws are made on the CPU whatever the device, so that a seed gives the same text everywhere."""
+        return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
+
+
+def sample(
+    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None = None, vocab_size: int | None = None
+) -> Tensor:
+    """The next token of each row, int64 (B,), on the logits' device.
+
+    Ids of `vocab_size` or more (padding of the embedding that the tokenizer cannot spell) are never drawn. One uniform
+    number is drawn a row whatever the logits, so rows do not disturb each other's randomness.
+    """
+    logits_BV = logits_BV[:, :vocab_size]
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    uniform_B1 = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
+    p_BV, token_BV = (logits_BV.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    mass_BV = p_BV.double().cumsum(-1)
+    # The nucleus: the fewest tokens whose mass reaches top_p; a token is in if the mass before it falls short.
+    size_B1 = (mass_BV - p_BV < sampling.top_p).sum(-1, keepdim=True)
+    nucleus_mass_B1 = mass_BV.gather(1, size_B1 - 1)
+    rank_B1 = torch.searchsorted(mass_BV, uniform_B1 * nucleus_mass_B1, right=True).minimum(size_B1 - 1)
+    return token_BV.gather(1, rank_B1).squeeze(1)

@@ -1,0 +1,1 @@
+"""A whole model: folder in, text out."""

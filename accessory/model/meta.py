@@ -1,0 +1,310 @@
+"""`MetaModel`: a checkpoint folder in, text out.
+
+Legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.load import load_decoder
+from accessory.config import LlamaType, ModelArgs
+from accessory.data.stream import StopScanner, StreamDecoder
+from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from accessory.engine.generate import Generation
+from accessory.engine.sampling import Sampling
+from accessory.errors import InputError
+from accessory.nn.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+PathLike = str | Path
+Prompt = str | Sequence[int]
+
+
+class StreamItem(TypedDict):
+    text: str  # everything generated so far
+    end_of_content: bool  # true for the last item alone
+
+
+class MetaModel(nn.Module):
+    """A decoder (`llma`) and its `tokenizer`; made by `from_pretrained`."""
+
+    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int = 4096) -> None:
+        super().__init__()
+        check_vocabulary(tokenizer, llma.args.vocab_size)
+        self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+
+    @property
+    def args(self) -> ModelArgs:
+        return self.llma.args
+
+    @property
+    def device(self) -> torch.device:
+        return self.llma.tok_embeddings.weight.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_path: PathLike | Sequence[PathLike],
+        llama_type: str | None = None,
+        llama_config: PathLike | Sequence[PathLike] | None = None,
+        tokenizer_path: PathLike | None = None,
+        with_visual: bool = False,
+        max_seq_len: int = 4096,
+        mp_group: Any = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        quant: bool | str = False,
+        *,
+        progress: bool = False,
+    ) -> MetaModel:
+        """Load a checkpoint of any layout into either implementation.
+
+        pretrained_path: a folder or `hf://owner/name[/folder]`; of several, later ones replace tensors of earlier ones.
+        llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says.
+        llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
+        max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
+
+        Raises CheckpointError and ConfigError, each naming the file, tensor or field.
+        """
+        if mp_group is not None:
+            raise NotImplementedError("mp_group: running one model over several ranks is not built yet; leave it out")
+        if quant:
+            raise NotImplementedError("quant: quantised weights are not built yet; leave it False")
+        if with_visual:
+            raise NotImplementedError("with_visual: images are not built yet; leave it False")
+        if not isinstance(max_seq_len, int) or max_seq_len < 2:
+            raise InputError(f"max_seq_len: got {max_seq_len!r}, but it must be a whole number of at least 2")
+        given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
+        if not given:
+            raise InputError("pretrained_path: got an empty list, but at least one folder is needed")
+        configs = (
+            [] if llama_config is None else [llama_config] if isinstance(llama_config, str | Path) else llama_config
+        )
+        checkpoints = []
+        for n, path in enumerate(resolve(p) for p in given):
+            checkpoints.append(open_checkpoint(path, configs, allow_partial=n > 0))
+        kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
+        if kind.peft or kind.image_views:
+            raise NotImplementedError(f"llama_type {kind}: adapters and images are not built yet")
+        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else _tokenizer_of([c.path for c in checkpoints])
+        args = checkpoints[0].args
+        check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        llma = load_decoder(checkpoints, args, kind.implementation, device=device, dtype=dtype, progress=progress)
+        return cls(llma, tokenizer, max_seq_len)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        images: Any = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+        seed: int | None = None,
+    ) -> list[str]:
+        """What the model writes after each prompt, a string or token ids (taken as they are).
+
+        A generation ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after
+        `max_gen_len` tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room
+        for `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning.
+        """
+        texts = [""] * _count(prompts)
+        for row, text, _ in self._stream(
+            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed
+        ):
+            texts[row] += text
+        return texts
+
+    def stream_generate(
+        self,
+        prompt: Prompt,
+        image: Any = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[StreamItem]:
+        """The answer while it is written: each item holds all text so far, the last one has `end_of_content` set.
+
+        Text appears once it is certain: never half a character, never part of a stop symbol.
+        """
+        images = None if image is None else [image]
+        whole = ""
+        for _, text, ended in self._stream(
+            [prompt], images, max_gen_len, temperature, top_p, additional_stop_symbols, seed
+        ):
+            whole += text
+            if text and not ended:
+                yield {"text": whole, "end_of_content": False}
+        yield {"text": whole, "end_of_content": True}
+
+    def _stream(
+        self,
+        prompts: Sequence[Prompt],
+        images: Any,
+        max_gen_len: int,
+        temperature: float,
+        top_p: float,
+        stops: Iterable[str],
+        seed: int | None,
+    ) -> Iterator[tuple[int, str, bool]]:
+        """(row, new text, whether the row has ended), as the text becomes certain."""
+        if images is not None:
+            raise InputError("images: this model is text only")
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        generation = Generation(
+            self.llma,
+            prompt_ids := [self._prompt_ids(p, n, max_gen_len) for n, p in enumerate(prompts)],
+            max_gen_len=max_gen_len,
+            max_seq_len=self.max_seq_len,
+            sampling=Sampling(temperature, top_p, seed),
+            stop_ids=self.tokenizer.stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
+        scanners = [StopScanner(stops) for _ in prompt_ids]
+        for n_step, step in enumerate(generation, start=1):
+            for row, token in enumerate(step):
+                if token is None:
+                    continue
+                ended = token in self.tokenizer.stop_ids or n_step == max_gen_len
+                text = "" if token in self.tokenizer.stop_ids else decoders[row].push(token)
+                text = scanners[row].push(text + decoders[row].flush() if ended else text)
+                if scanners[row].stopped:
+                    ended = True
+                    generation.finish(row)
+                elif ended:
+                    text += scanners[row].flush()
+                yield row, text, ended
+
+    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InputError(f"prompts[{row}]: is empty; give at least one character")
+            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        else:
+            ids = list(prompt)
+        if not isinstance(max_gen_len, int) or not 1 <= max_gen_len < self.max_seq_len:
+            raise InputError(
+                f"max_gen_len: got {max_gen_len!r}, but it must be a whole number from 1 to "
+                f"max_seq_len - 1 = {self.max_seq_len - 1}"
+            )
+        room = self.max_seq_len - max_gen_len
+        if len(ids) > room:
+            log.warning(
+                "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
+                row, len(ids), max_gen_len, self.max_seq_len, len(ids) - room,
+            )  # fmt: skip
+            begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
+            ids = ids[:begins] + ids[len(ids) - room + begins :]
+        return ids
+
+    @torch.inference_mode()
+    def compute_logits(
+        self, examples: Sequence[Prompt], images: Any = None, bos: bool = True, eos: bool = False
+    ) -> list[Tensor]:
+        """The logits after each token of each example: a list of (T, V), fp32, on the model's device.
+
+        Strings get BOS and EOS as asked for; token ids are taken as they are. An example longer than `max_seq_len` is
+        an InputError: here nothing may be cut.
+        """
+        if images is not None:
+            raise InputError("images: this model is text only")
+        _count(examples)
+        rows = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
+        out = []
+        step = self.args.max_batch_size
+        for batch in (rows[i : i + step] for i in range(0, len(rows), step)):
+            tokens_BT = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
+            for n, ids in enumerate(batch):
+                tokens_BT[n, : len(ids)] = torch.tensor(ids)
+            # Padding stands on the right and attention is causal: no token that counts can see it.
+            logits_BTV = self.llma(tokens_BT.to(self.device)).logits
+            out += [logits_BTV[n, : len(ids)].float() for n, ids in enumerate(batch)]
+        return out
+
+    def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool) -> list[int]:
+        ids = self.tokenizer.encode(example, bos=bos, eos=eos) if isinstance(example, str) else list(example)
+        if not ids:
+            raise InputError(f"examples[{row}]: has no tokens")
+        if len(ids) > self.max_seq_len:
+            raise InputError(f"examples[{row}]: {len(ids)} tokens, but max_seq_len is {self.max_seq_len}")
+        if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
+            raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.args.vocab_size - 1}")
+        return ids
+
+    def evaluate_examples(
+        self,
+        examples: Sequence[Prompt],
+        contexts: Sequence[Prompt] | None = None,
+        images: Any = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> dict[str, list]:
+        """How likely the model finds each example, given its context where there is one.
+
+        contexts: each example must begin with its context, and only what follows is judged; without contexts,
+        everything after the first token. Returns lists, one entry an example: `log_likelihood` (sum over the judged
+        tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (greedy decoding would
+        give the example), `non_context_logits` ((judged tokens, V), fp32).
+        """
+        _count(examples)
+        if contexts is not None and len(contexts) != len(examples):
+            raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
+        ids = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
+        starts = [
+            self._context_length(contexts[n], e, ids[n], n, bos) if contexts is not None else 1
+            for n, e in enumerate(examples)
+        ]
+        result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
+        for n, (logits_TV, start) in enumerate(zip(self.compute_logits(ids, images), starts, strict=True)):
+            if start >= len(ids[n]):
+                raise InputError(f"examples[{n}]: nothing follows its context, so there is nothing to judge")
+            judged_TV, label_T = logits_TV[start - 1 : -1], torch.tensor(ids[n][start:], device=logits_TV.device)
+            log_p_T = judged_TV.log_softmax(-1).gather(1, label_T[:, None]).squeeze(1)
+            result["log_likelihood"].append(log_p_T.sum().item())
+            result["ppl"].append(log_p_T.mean().neg().exp().item())
+            result["max_equal"].append(bool((judged_TV.argmax(-1) == label_T).all()))
+            result["non_context_logits"].append(judged_TV)
+        return result
+
+    def _context_length(self, context: Prompt, example: Prompt, ids: list[int], row: int, bos: bool) -> int:
+        """How many of the example's tokens are context; at least one, since the first token follows nothing."""
+        both_text = isinstance(context, str) and isinstance(example, str)
+        begins = example.startswith(context) if both_text else None  # type: ignore[union-attr, arg-type]
+        context_ids = self.tokenizer.encode(context, bos=bos) if isinstance(context, str) else list(context)
+        shared = next((n for n, (a, b) in enumerate(zip(context_ids, ids, strict=False)) if a != b), len(context_ids))
+        # At the seam of a text a token may span context and continuation; it then belongs to what is judged.
+        if begins is False or (begins is None and shared < len(context_ids)):
+            raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
+        return max(1, min(shared, len(ids)))
+
+
+def _count(prompts: Sequence[Prompt]) -> int:
+    if isinstance(prompts, str):
+        raise InputError("prompts: got one string, but a list of prompts is needed; write [prompt]")
+    if len(prompts) == 0:
+        raise InputError("prompts: got an empty list, but at least one is needed")
+    return len(prompts)
+
+
+def _tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
+    """The last folder's that has one: a trainable-only save comes without."""
+    for folder in reversed(folders[1:]):
+        try:
+            return load_tokenizer(folder)
+        except ValueError:
+            continue
+    return load_tokenizer(folders[0])
