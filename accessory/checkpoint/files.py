@@ -210,8 +210,8 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
     if head[:4] == b"PK\x03\x04":
         entries = _load_pickle(path, pieces, on_meta=True)
     elif head[:1] == b"\x80" and pieces is None:
-        log.warning("%s: written in torch's old format; it has to be read into memory", path)
         entries = _load_pickle(path, None, on_meta=False)
+        log.warning("%s: written in torch's old format, so all of it was read into memory", path)
     else:
         raise CheckpointError(f"{path}: not a checkpoint (neither a torch file nor safetensors)")
     tensors: dict[str, Lazy] = {}
@@ -227,6 +227,7 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
 
 def _stored(path: Path, source: File | Pieces, name: str, value: Tensor) -> Stored:
     start = value.untyped_storage()._checkpoint_offset
+    assert start is not None  # what `_offsets_come_with_meta` has made sure of
     end = start + value.untyped_storage().nbytes()
     if end > source.size:
         raise CheckpointError(_truncated(path, name, end, source.size))

@@ -1,0 +1,205 @@
+"""What each layout's tensors are, in canonical terms: a reader per layout, from raw names to whole lazy tensors.
+
+Readers collect what is wrong in `problems` and go on, so that `verify` and `info` can tell all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from accessory.checkpoint.lazy import Lazy, concat
+from accessory.checkpoint.names import IGNORED, from_hf
+from accessory.config import Implementation
+from accessory.parallel.plan import cut_dim, expert_of, is_replicated
+
+Layout = Literal["torrent", "official", "hf", "base", "sparse"]
+
+_TORRENT_EXPERTS = re.compile(r"(layers\.\d+\.)block_sparse_moe\.(w[123])(?:\.weight)?")
+_SPARSE_EXPERTS = re.compile(r"(layers\.\d+\.)feed_forward\.(w[123])(?:\.weight)?")
+_HF_FUSED = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
+_CHECKED_ALWAYS = re.compile(r"norm\.weight|layers\.0\..*")
+
+
+def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
+    """The layout that tensors of these (raw) names are in; `sharded`: their files are called `…RR-of-NN.model…`."""
+    if sharded:
+        return "sparse" if any(_SPARSE_EXPERTS.fullmatch(n.removeprefix("llma.")) for n in names) else "base"
+    if any(n.startswith(("model.", "lm_head.")) for n in names):
+        return "hf"
+    if any(".block_sparse_moe." in n for n in names):
+        return "torrent"
+    return "official" if any(n.startswith(("layers.", "tok_embeddings.")) for n in names) else None
+
+
+def read_single(layout: Layout, files: Mapping[str, Mapping[str, Lazy]], problems: list[str]) -> dict[str, Lazy]:
+    """Canonical tensors of a layout without model-parallel shards; `files` maps file names to their raw tensors.
+
+    Rotary rows of the hf layout are left in its order, because their permutation needs the number of heads.
+    """
+    raw: dict[str, Lazy] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if name in raw:
+                problems.append(f"{file}: tensor {name} is also in another file")
+            raw[name] = tensor
+    raw = {name: tensor for name, tensor in raw.items() if not IGNORED.fullmatch(name)}
+    if layout == "hf":
+        return _read_hf(raw, problems)
+    return _read_torrent(raw, problems) if layout == "torrent" else raw
+
+
+def _read_hf(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
+    out: dict[str, Lazy] = {}
+    for name, tensor in raw.items():
+        fused = _HF_FUSED.fullmatch(name)
+        if fused and len(tensor.shape) == 3:
+            _split_fused(fused[1], fused[2], tensor, out)
+            continue
+        ours = from_hf(name)
+        if ours is None:
+            problems.append(f"unexpected tensor {name} {tensor.shape}")
+        else:
+            out[ours] = tensor
+    return out
+
+
+def _split_fused(layer: str, kind: str, tensor: Lazy, out: dict[str, Lazy]) -> None:
+    """gate_up_proj (E, 2F, D) holds w1 above w3, down_proj (E, D, F) is w2."""
+    for e in range(tensor.shape[0]):
+        expert, prefix = tensor.select(0, e), f"{layer}feed_forward.experts.{e}."
+        if kind == "down_proj":
+            out[prefix + "w2.weight"] = expert
+        else:
+            half = expert.shape[0] // 2
+            out[prefix + "w1.weight"] = expert.narrow(0, 0, half)
+            out[prefix + "w3.weight"] = expert.narrow(0, half, half)
+
+
+def _read_torrent(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
+    out: dict[str, Lazy] = {}
+    for name, tensor in raw.items():
+        match = _TORRENT_EXPERTS.fullmatch(name)
+        if match is None:
+            out[name.replace(".block_sparse_moe.gate.", ".feed_forward.gate.")] = tensor
+            continue
+        gate = raw.get(match[1] + "block_sparse_moe.gate.weight")
+        num_experts = gate.shape[0] if gate is not None else 0
+        if num_experts == 0 or len(tensor.shape) != 2 or tensor.shape[0] % num_experts:
+            problems.append(f"{name}: {tensor.shape} is no stack of {num_experts or 'an unknown number of'} experts")
+            continue
+        rows = tensor.shape[0] // num_experts
+        for e in range(num_experts):
+            block = tensor.narrow(0, e * rows, rows)
+            # Each expert's block of w2 is (F, D): the transpose of its down projection.
+            out[f"{match[1]}feed_forward.experts.{e}.{match[2]}.weight"] = block.t() if match[2] == "w2" else block
+    return out
+
+
+def read_shards(
+    implementation: Implementation, shards: Sequence[tuple[str, Mapping[str, Lazy] | None]], problems: list[str]
+) -> dict[str, Lazy]:
+    """Canonical tensors out of model-parallel shards: (file name, its raw tensors, or None where it is not readable).
+
+    A tensor that some readable shard lacks is reported; one that lacks only because a shard is unreadable is left out.
+    """
+    stripped = [
+        (file, {n.removeprefix("llma."): t for n, t in raw.items() if not IGNORED.fullmatch(n.removeprefix("llma."))})
+        for file, raw in shards
+        if raw is not None
+    ]
+    whole = len(stripped) == len(shards)
+    names = dict.fromkeys(name for _, raw in stripped for name in raw)
+    num_experts = max((t.shape[0] for _, raw in stripped for n, t in raw.items() if _is_gate(n)), default=0)
+    out: dict[str, Lazy] = {}
+    for name in names:
+        held = [(file, raw[name]) for file, raw in stripped if name in raw]
+        stacked = _SPARSE_EXPERTS.fullmatch(name) if implementation == "sparse" else None
+        expert_alone = implementation == "base" and expert_of(name) is not None
+        if expert_alone and len(held) > 1:
+            problems.append(f"{held[1][0]}: tensor {name} is also in {held[0][0]}")
+        if not expert_alone and len(held) < len(stripped):
+            lacking = next(file for file, raw in stripped if name not in raw)
+            problems.append(f"{lacking}: tensor {name} is missing, though {held[0][0]} has it")
+            continue
+        parts = [tensor for _, tensor in held]
+        if stacked:
+            if whole:
+                _unstack(stacked[1], stacked[2], parts, num_experts, out, problems)
+            continue
+        try:
+            dim = cut_dim(name, implementation)
+        except KeyError:
+            problems.append(f"unexpected tensor {name} {parts[0].shape}")
+            continue
+        if dim is None:
+            out[name] = parts[0]
+        elif whole:
+            _join(name, parts, dim, out, problems)
+    return out
+
+
+def _is_gate(name: str) -> bool:
+    return name.endswith("feed_forward.gate.weight")
+
+
+def _join(name: str, parts: Sequence[Lazy], dim: int, out: dict[str, Lazy], problems: list[str]) -> None:
+    shapes = {p.shape for p in parts}
+    if len(shapes) > 1 or len({p.dtype for p in parts}) > 1 or len(parts[0].shape) <= dim:
+        kinds = sorted({f"{p.shape} {str(p.dtype).removeprefix('torch.')}" for p in parts})
+        problems.append(f"{name}: its shards do not belong together: {', '.join(kinds)}")
+    else:
+        out[name] = concat(parts, dim)
+
+
+def _unstack(
+    layer: str, which: str, parts: Sequence[Lazy], num_experts: int, out: dict[str, Lazy], problems: list[str]
+) -> None:
+    """Sparse shards: (E·F/n, D) holds rows r·F/n … of each expert, expert-major; w2 is stored transposed."""
+    rows = parts[0].shape[0] // num_experts if num_experts else 0
+    if num_experts == 0 or parts[0].shape[0] % num_experts:
+        problems.append(f"{layer}feed_forward.{which}: {parts[0].shape} is no stack of {num_experts} experts")
+        return
+    if len({(p.shape, p.dtype) for p in parts}) > 1:
+        problems.append(f"{layer}feed_forward.{which}: its shards differ in shape or dtype")
+        return
+    for e in range(num_experts):
+        expert = concat([p.narrow(0, e * rows, rows) for p in parts], 0)
+        out[f"{layer}feed_forward.experts.{e}.{which}.weight"] = expert.t() if which == "w2" else expert
+
+
+def mixed_shards(
+    implementation: Implementation, shards: Sequence[tuple[str, Mapping[str, Lazy] | None]], *, thorough: bool
+) -> str | None:
+    """Shards of one checkpoint hold the same norms and gates; name the first two files that do not.
+
+    Unless `thorough`, only the final norm's and the first layer's are read, so that opening stays quick.
+    """
+    readable = [(file, raw) for file, raw in shards if raw is not None]
+    if len(readable) < 2:
+        return None
+    first_file, first = readable[0]
+    for raw_name, tensor in first.items():
+        name = raw_name.removeprefix("llma.")
+        try:
+            replicated = is_replicated(name, implementation)
+        except KeyError:
+            continue
+        if not replicated or not (thorough or _CHECKED_ALWAYS.fullmatch(name)):
+            continue
+        for file, raw in readable[1:]:
+            other = raw.get(raw_name)
+            if other is not None and not _same_bytes(tensor, other):
+                return f"{file}: {name} differs from that of {first_file}; these are shards of different checkpoints"
+    return None
+
+
+def _same_bytes(a: Lazy, b: Lazy) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.blocks(), b.blocks(), strict=True)
+    )
