@@ -31,7 +31,7 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """The mixture: `num_experts` (E) feed-forward networks a layer; a token visits `num_experts_per_tok` (K) of them."""
+    """The mixture: `num_experts` (E) feed-forward networks a layer; a token visits `num_experts_per_tok` (K)."""
 
     num_experts_per_tok: int = 2
     num_experts: int = 8
@@ -213,9 +213,10 @@ _MOE_ALIASES = {
 }
 # Keys of params.json and of the original's config.json that say nothing this network needs.
 _IGNORED = frozenset(
-    "model_type architectures torch_dtype dtype transformers_version sliding_window vocab multiple_of ffn_dim_multiplier "
-    "hidden_act initializer_range use_cache bos_token_id eos_token_id pad_token_id attention_dropout "
-    "tie_word_embeddings output_router_logits router_jitter_noise attention_bias quantization use_biases".split()
+    "model_type architectures torch_dtype dtype transformers_version sliding_window vocab multiple_of "
+    "ffn_dim_multiplier hidden_act initializer_range use_cache bos_token_id eos_token_id pad_token_id "
+    "attention_dropout tie_word_embeddings output_router_logits router_jitter_noise attention_bias "
+    "quantization use_biases".split()
 )
 
 

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accessory.ops import grouped
+from accessory.ops.grouped import expert_swiglu, grouped_linear_reference, sort_by_expert, swiglu
+
+
+def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
+    """Token by token, expert by expert, in fp64."""
+    x, w1, w2, w3 = (t.double() for t in (x_TD, w1, w2, w3))
+    rows = []
+    for t in range(len(x)):
+        y = torch.zeros(x.shape[1], dtype=torch.float64)
+        for weight, e in zip(weight_TK[t].tolist(), expert_TK[t].tolist(), strict=True):
+            a = w1[e] @ x[t]
+            y += weight * (w2[e] @ (a * torch.sigmoid(a) * (w3[e] @ x[t])))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def problem(T, E, K, D=12, F=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    w1, w2, w3 = (torch.randn(E, *s, generator=g) * 0.3 for s in ((F, D), (D, F), (F, D)))
+    expert_TK = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
+    return torch.randn(T, D, generator=g), w1, w2, w3, torch.rand(T, K, generator=g), expert_TK
+
+
+@settings(deadline=None, max_examples=25)
+@given(T=st.integers(1, 9), E=st.integers(1, 6), K=st.integers(1, 3), seed=st.integers(0, 99))
+def test_experts_are_the_definition_on_every_path(T, E, K, seed):
+    args = problem(T, E, min(K, E), seed=seed)
+    expected = by_definition(*args).float()
+    torch.testing.assert_close(expert_swiglu(*args), expected, rtol=1e-4, atol=1e-5)  # sorted: gradients are kept
+    with torch.no_grad():  # few pairs are read in place
+        torch.testing.assert_close(expert_swiglu(*args), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_few_pairs_and_sorted_paths_are_both_reached(monkeypatch):
+    args = problem(2, 4, 2)
+    reached = []
+    for name in ("_few_pairs", "grouped_linear"):
+        real = getattr(grouped, name)
+        monkeypatch.setattr(grouped, name, lambda *a, real=real, name=name: reached.append(name) or real(*a))
+    with torch.no_grad():
+        expert_swiglu(*args)
+        assert set(reached) == {"_few_pairs"}
+        expert_swiglu(*problem(8, 4, 2))
+    assert set(reached) == {"_few_pairs", "grouped_linear"}
+
+
+def test_slices_of_the_hidden_dimension_add_up():
+    x, w1, w2, w3, weight, expert = problem(7, 4, 2)
+    parts = [expert_swiglu(x, w1[:, s], w2[:, :, s], w3[:, s], weight, expert) for s in (slice(0, 8), slice(8, 20))]
+    torch.testing.assert_close(sum(parts), expert_swiglu(x, w1, w2, w3, weight, expert))
+
+
+def test_an_idle_expert_has_a_zero_gradient_not_none():
+    x, w1, w2, w3, weight, _ = problem(5, 4, 2)
+    expert = torch.tensor([[0, 2]] * 5)
+    for w in (w1, w2, w3):
+        w.requires_grad_()
+    expert_swiglu(x, w1, w2, w3, weight, expert).sum().backward()
+    for w in (w1, w2, w3):
+        assert w.grad[[1, 3]].abs().sum() == 0
+        assert w.grad[[0, 2]].abs().sum() > 0
+
+
+def test_gradients_are_those_of_the_definition():
+    x, w1, w2, w3, weight, expert = problem(6, 3, 2)
+    leaves = [t.clone().requires_grad_() for t in (x, w1, w2, w3, weight)]
+    probe = torch.randn(6, 12)
+    (expert_swiglu(*leaves, expert) * probe).sum().backward()
+    dense = [t.clone().double().requires_grad_() for t in (x, w1, w2, w3, weight)]
+    y = sum(
+        dense[4][:, k, None]
+        * torch.stack([swiglu(dense[0][t], *(w[expert[t, k]] for w in dense[1:4])) for t in range(6)])
+        for k in range(2)
+    )
+    (y * probe.double()).sum().backward()
+    for ours, theirs in zip(leaves, dense, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows_at_all():
+    assert grouped_linear_reference(
+        torch.empty(0, 4), torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64)
+    ).shape == (0, 5)
+
+
+def test_sorting_is_stable_and_counts_every_pair():
+    order, count = sort_by_expert(torch.tensor([[2, 0], [0, 2], [1, 2]]), 4)
+    assert order.tolist() == [1, 2, 4, 0, 3, 5]
+    assert count.tolist() == [2, 1, 3, 0]
+
+
+def test_torch_grouped_mm_agrees_with_the_reference_where_the_cpu_has_it():
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("torch.nn.functional.grouped_mm is missing from this torch")
+    x, w, count = torch.randn(9, 16), torch.randn(3, 24, 16), torch.tensor([4, 0, 5])
+    y = torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=count.cumsum(0).to(torch.int32))
+    torch.testing.assert_close(y, grouped_linear_reference(x, w, count))
