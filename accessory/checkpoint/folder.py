@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from accessory.checkpoint.lazy import Lazy
-from accessory.config import LlamaType, ModelArgs
+from accessory.checkpoint.discover import WeightFiles, find_resources, find_weights
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
+from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
+from accessory.checkpoint.names import expected_shapes, layer_numbers, shape_problem
+from accessory.checkpoint.sizes import configure, field_problems
+from accessory.config import Implementation, LlamaType, ModelArgs, read_json
+from accessory.errors import AccessoryError, CheckpointError, ConfigError
 
-Layout = Literal["torrent", "official", "hf", "base", "sparse"]
+log = logging.getLogger(__name__)
+
+_LISTED = 3  # problems and names that one message spells out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +52,157 @@ class Checkpoint:
         return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
 
 
+@dataclass
+class Survey:
+    """What a folder turned out to hold, whole or not; `checkpoint` is None when not even that much can be told."""
+
+    path: Path
+    weights: WeightFiles
+    layout: Layout | None = None
+    llama_type: LlamaType | None = None
+    args: ModelArgs | None = None
+    checkpoint: Checkpoint | None = None
+    missing: list[str] = field(default_factory=list)
+    problems: list[AccessoryError] = field(default_factory=list)
+
+    def raise_problems(self) -> None:
+        if not self.problems:
+            return
+        more = len(self.problems) - _LISTED
+        text = "; ".join(str(p) for p in self.problems[:_LISTED]) + (f"; and {more} more problems" if more > 0 else "")
+        raise type(self.problems[0])(f"{self.path}: {text}")
+
+
 def open_checkpoint(
     path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False
 ) -> Checkpoint:
-    """Recognise the layout of a folder and open it; no tensor data is read.
+    """Recognise the layout of a folder (or hf:// address) and open it; no tensor data is read but small norms.
 
-    `config_files` take precedence over the folder's own config.json and params.json, later ones over earlier ones.
+    `config_files` take precedence over the folder's own config.json, that over params.json, later ones over earlier.
+    A folder that lacks tensors (a save of what was trained) opens only with `allow_partial`, and then says `partial`.
     Raises CheckpointError or ConfigError naming the file, field or tensor that is missing, broken or contradictory.
     """
-    raise NotImplementedError
+    survey = survey_folder(path, config_files, allow_partial=allow_partial)
+    survey.raise_problems()
+    assert survey.checkpoint is not None  # or there was a problem
+    return survey.checkpoint
+
+
+def survey_folder(
+    path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False, thorough: bool = False
+) -> Survey:
+    """Read all headers of a folder and collect everything that is wrong instead of raising at the first of it.
+
+    Still raises where there is nothing to survey: no folder, no weight files.
+    """
+    folder = Path(resolve(path))
+    if not folder.is_dir():
+        what = "is a file; give the folder that holds it" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}")
+    survey = Survey(folder, find_weights(folder))
+    raw = survey.weights.read()
+    survey.problems += map(CheckpointError, survey.weights.problems)
+    readable = {file: tensors for file, tensors in raw.items() if tensors is not None}
+    names = [name for tensors in readable.values() for name in tensors]
+    survey.layout = recognise(names, survey.weights.sharded) if names else None
+    if survey.layout is None:
+        if not survey.problems:
+            survey.problems.append(
+                CheckpointError(f"no tensor of a Mixtral in {', '.join(raw)}; it holds {_some(names)}")
+            )
+        return survey
+    found: list[str] = []
+    if survey.weights.sharded:
+        implementation: Implementation = "sparse" if survey.layout == "sparse" else "base"
+        tensors = read_shards(implementation, list(raw.items()), found)
+        mixed = mixed_shards(implementation, list(raw.items()), thorough=thorough)
+        if mixed:
+            found.insert(0, mixed)
+    else:
+        tensors = read_single(survey.layout, readable, found)
+    survey.problems += map(CheckpointError, found)
+    _configure(survey, tensors, config_files, allow_partial)
+    return survey
+
+
+def _configure(
+    survey: Survey, tensors: dict[str, Lazy], config_files: Sequence[str | Path], allow_partial: bool
+) -> None:
+    """Fill in configuration, kind and checkpoint, and hold the tensors against the configuration."""
+    folder, layout = survey.path, survey.layout
+    assert layout is not None
+    try:
+        survey.llama_type = _llama_type(folder, layout)
+        sources = _config_sources(folder, config_files)
+        args = survey.args = configure([content for _, content in sources], tensors, partial=allow_partial)
+    except ConfigError as error:
+        survey.problems.append(error)
+        return
+    origin = ", ".join(name for name, _ in reversed(sources)) or "the tensors' shapes"
+    disagreements = field_problems(args, tensors, origin)
+    tied = layout == "hf" and any(content.get("tie_word_embeddings") for _, content in sources)
+    if tied and "tok_embeddings.weight" in tensors:
+        tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    expected = expected_shapes(args)
+    if disagreements:
+        survey.problems += map(ConfigError, disagreements)
+    else:
+        wrong = [shape_problem(name, tensor, expected) for name, tensor in tensors.items()]
+        survey.problems += [CheckpointError(p) for p in wrong if p]
+    if layout == "hf":
+        _interleave(tensors, args, survey.problems)
+    odd = [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if not t.dtype.is_floating_point]
+    odd += [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if "float8" in str(t.dtype)]
+    if odd:
+        survey.problems.append(CheckpointError(f"quantised tensors cannot be read here: {_some(odd)}"))
+    survey.missing = [name for name in expected if name not in tensors]
+    if survey.missing and not allow_partial and not survey.problems:
+        survey.problems.append(
+            CheckpointError(f"missing tensors: {_some(survey.missing)} ({len(survey.missing)} of {len(expected)})")
+        )
+    ordered = {name: tensors[name] for name in expected if name in tensors}
+    ordered.update({name: tensor for name, tensor in tensors.items() if name not in ordered})
+    survey.checkpoint = Checkpoint(
+        path=folder,
+        layout=layout,
+        args=args,
+        llama_type=survey.llama_type,
+        tensors=ordered,
+        files=survey.weights.present,
+        resources=find_resources(folder),
+        shards=len(survey.weights.paths) if survey.weights.sharded else 1,
+        partial=bool(survey.missing),
+    )
+
+
+def _llama_type(folder: Path, layout: Layout) -> LlamaType:
+    meta = folder / "meta.json"
+    if meta.is_file():
+        declared = read_json(meta).get("llama_type")
+        if declared is not None:
+            try:
+                return LlamaType.parse(declared)
+            except ConfigError as error:
+                raise ConfigError(f"meta.json: {error}") from error
+    return LlamaType("base" if layout == "base" else "sparse")
+
+
+def _config_sources(folder: Path, config_files: Sequence[str | Path]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, contents), the one that takes precedence last."""
+    own = [name for name in ("params.json", "config.json") if (folder / name).is_file()]
+    return [(name, read_json(folder / name)) for name in own] + [(str(p), read_json(p)) for p in config_files]
+
+
+def _interleave(tensors: dict[str, Lazy], args: ModelArgs, problems: list[AccessoryError]) -> None:
+    for i in layer_numbers(tensors):
+        for which, heads in (("wq", args.n_heads), ("wk", args.n_kv_heads)):
+            name = f"layers.{i}.attention.{which}.weight"
+            if name in tensors and tensors[name].shape[0] == heads * args.head_dim:
+                tensors[name] = rotary_to_interleaved(tensors[name], heads)
+            elif name in tensors and not problems:
+                problems.append(CheckpointError(f"{name}: {tensors[name].shape} does not hold {heads} heads"))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

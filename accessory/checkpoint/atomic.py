@@ -1,0 +1,107 @@
+"""Folders that appear whole or not at all: written aside as `<name>.partial`, synced, renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accessory.checkpoint.discover import find_weights
+from accessory.errors import CheckpointError
+
+_MARKER = ".writing"  # says that a folder is ours to throw away; locked while its writer lives
+
+
+def refuse_overlap(src: Path, dst: Path) -> None:
+    """CheckpointError if writing (and, when overwriting, replacing) `dst` would touch `src`."""
+    source, target = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
+    if source == target:
+        raise CheckpointError(f"{dst}: is the source itself; give another folder to write to")
+    if target in source.parents:
+        raise CheckpointError(f"{dst}: holds the source {src}; give another folder to write to")
+
+
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """CheckpointError unless `dst` may be written: it is missing or empty, or a checkpoint that may be replaced."""
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise CheckpointError(f"{dst}: is a file; give a folder to write to")
+    if not any(dst.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{dst}: is not empty; give --overwrite to replace it, or another folder")
+    try:
+        find_weights(dst)
+    except CheckpointError as error:
+        raise CheckpointError(f"{dst}: holds something else than a checkpoint and is not replaced") from error
+
+
+@contextmanager
+def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `dst` when the block ends well and disappears when it does not.
+
+    What a killed run left aside is cleared away first. Raises CheckpointError as `check_destination` does, or when
+    another process is at it.
+    """
+    dst = Path(os.path.abspath(dst))
+    partial, old = dst.with_name(dst.name + ".partial"), dst.with_name(dst.name + ".old")
+    if old.exists() and not dst.exists():
+        old.rename(dst)  # a run was killed between the two renames below
+    check_destination(dst, overwrite)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        _clear(partial)
+        partial.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{partial}: cannot be made ({error.strerror})") from error
+    try:
+        with open(partial / _MARKER, "w") as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield partial
+            sync_folder(partial)
+            if dst.exists() and any(dst.iterdir()):
+                if old.exists():
+                    shutil.rmtree(old)
+                dst.rename(old)
+            partial.rename(dst)
+            sync_folder(dst.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (dst / _MARKER).unlink()
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _clear(partial: Path) -> None:
+    if not partial.exists():
+        return
+    try:
+        with open(partial / _MARKER) as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError as error:
+        if any(partial.iterdir()):
+            raise CheckpointError(f"{partial}: is in the way and not ours; remove it or write elsewhere") from error
+    except BlockingIOError as error:
+        raise CheckpointError(f"{partial}: another process is writing there") from error
+    shutil.rmtree(partial)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """CheckpointError if the file system of `folder` has less than `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(f"{folder}: {needed / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free")

@@ -1,0 +1,77 @@
+"""`accessory info`: what a folder holds, read off its headers; incomplete folders too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accessory.checkpoint.folder import survey_folder
+from accessory.config import LlamaType, ModelArgs
+
+
+@dataclass(frozen=True)
+class Info:
+    """`parameters`: (all, used by one token), None without a configuration; `problems`: why it is not `complete`."""
+
+    path: Path
+    layout: str
+    llama_type: LlamaType | None
+    args: ModelArgs | None
+    parameters: tuple[int, int] | None
+    nbytes: int  # of the files that are there
+    dtype: str
+    shards: int
+    files: list[Path]
+    resources: list[Path]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        out = [f"path            {self.path}", f"layout          {self.layout}"]
+        if self.llama_type is not None:
+            out.append(f"implementation  {self.llama_type.implementation} (llama_type {self.llama_type})")
+        if self.shards > 1:
+            out.append(f"shards          {self.shards}")
+        if self.parameters is not None:
+            total, active = self.parameters
+            out.append(f"parameters      {total / 1e9:.2f} B, of which a token uses {active / 1e9:.2f} B")
+        out.append(f"files           {len(self.files)}, {self.nbytes / 1e9:.2f} GB, {self.dtype}")
+        out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
+        if self.args is not None:
+            out.append(f"config          {_spell(self.args)}")
+        out.append(f"complete        {'yes' if self.complete else 'no'}")
+        return out + [f"  problem: {problem}" for problem in self.problems]
+
+
+def info(path: str | Path) -> Info:
+    """Look at a folder (or hf:// address) without reading tensor data.
+
+    Raises CheckpointError only where there is no checkpoint at all; what is missing or wrong is in the answer.
+    """
+    survey = survey_folder(path)
+    checkpoint = survey.checkpoint
+    return Info(
+        path=survey.path,
+        layout=survey.layout or "unknown",
+        llama_type=survey.llama_type,
+        args=survey.args,
+        parameters=survey.args.parameter_counts() if survey.args else None,
+        nbytes=sum(p.stat().st_size for p in survey.weights.present),
+        dtype=str(checkpoint.dtype).removeprefix("torch.") if checkpoint else "unknown dtype",
+        shards=len(survey.weights.paths) if survey.weights.sharded else 1,
+        files=survey.weights.present,
+        resources=checkpoint.resources if checkpoint else [],
+        problems=[str(p) for p in survey.problems],
+    )
+
+
+def _spell(args: ModelArgs) -> str:
+    parts = []
+    for key, value in args.to_dict().items():
+        if isinstance(value, dict):
+            value = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+        parts.append(f"{key} {value}")
+    return ", ".join(parts)

@@ -1,0 +1,230 @@
+"""A checkpoint folder, written whole or not at all, in bounded memory, and read again to be sure.
+
+Each canonical tensor is read once, hashed, and its parts go to their places in all files: straight from the mapped
+source to the file, in blocks. Files are laid out first, so that threads can write to any place at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.atomic import check_free_space, new_folder
+from accessory.checkpoint.files import SAFETENSORS_DTYPES, read_pickle
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.hashing import Digest, Digester, as_bytes, digest_all, each_tensor, model_hash, names_of
+from accessory.checkpoint.lazy import Constant, Lazy, Stored
+from accessory.checkpoint.names import expected_shapes, shape_problem
+from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError, ConfigError
+
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+_DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a part of a canonical tensor goes: file, first byte, and how the part is cut out."""
+
+    file: int
+    offset: int
+    cut: Cut
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """bf16, fp16, fp32 or torch's names; ConfigError otherwise."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, but it must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def write_checkpoint(
+    dst: str | Path,
+    tensors: Mapping[str, Lazy],
+    args: ModelArgs,
+    *,
+    to: Target,
+    shards: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    safetensors: bool = False,
+    resources: Sequence[Path] = (),
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+    allow_partial: bool = False,
+) -> str:
+    """Write canonical `tensors` as a folder of layout `to`; returns the model's layout-independent hash.
+
+    `shards`: model-parallel shards (base, sparse; by default 8, or as many below that as the sizes divide into), or
+    files (hf; by default of 5 GB each). `dtype` converts every tensor. `resources` are copied along. With `verify` the
+    folder is opened again before it gets its name and every tensor's hash compared.
+
+    Raises ConfigError for sizes that do not divide, CheckpointError for tensors that are missing (unless
+    `allow_partial`), extra or misshapen, a destination that is in the way, and a disk that is full or fails.
+    """
+    target = parse_dtype(dtype)
+    if target is not None:
+        tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
+    _check_tensors(tensors, args, allow_partial)
+    plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors)
+    with new_folder(Path(dst), overwrite=overwrite) as folder:
+        check_free_space(folder, sum(file.nbytes for file in plan.files))
+        try:
+            digests = _write(folder, plan, tensors, progress)
+            for resource in resources:
+                shutil.copyfile(resource, folder / resource.name)
+                _sync(folder / resource.name)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            raise CheckpointError(f"{dst}{place}: cannot be written ({error.strerror})") from error
+        if verify:
+            _check_written(folder, digests, allow_partial, progress)
+    return model_hash(digests)
+
+
+def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: bool) -> None:
+    expected = expected_shapes(args)
+    missing = [name for name in expected if name not in tensors]
+    if missing and not allow_partial:
+        raise CheckpointError(f"missing tensors: {names_of(missing)} ({len(missing)} of {len(expected)})")
+    for name, tensor in tensors.items():
+        problem = shape_problem(name, tensor, expected)
+        if problem:
+            raise CheckpointError(problem)
+
+
+def _write(folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], progress: bool) -> dict[str, Digest]:
+    places: dict[str, list[_Place]] = {name: [] for name in tensors}
+    handles: list[int] = []
+    try:
+        for number, file in enumerate(plan.files):
+            starts = _lay_out(folder / file.name, file)
+            handles.append(os.open(folder / file.name, os.O_WRONLY))
+            for name, slot in file.slots.items():
+                offset = starts[name]
+                for canonical, cut in slot.parts:
+                    places[canonical].append(_Place(number, offset, cut))
+                    offset += cut(tensors[canonical]).nbytes
+
+        def work(name: str, tensor: Lazy) -> Digest:
+            return _write_tensor(tensor, places[name], handles)
+
+        digests = each_tensor(tensors, work, progress=progress, title="writing")
+        for handle in handles:
+            os.fsync(handle)
+            _forget(handle)
+    finally:
+        for handle in handles:
+            os.close(handle)
+    for name, content in plan.documents.items():
+        (folder / name).write_text(json.dumps(content, indent=2, default=dict) + "\n", encoding="utf-8")
+        _sync(folder / name)
+    return digests
+
+
+def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> Digest:
+    """Hash one canonical tensor and write all its parts."""
+    source = tensor if tensor.piecewise else Constant(tensor.load())
+    digester = Digester()
+    # A part that is the whole tensor is written from the blocks that are hashed.
+    whole = next((place for place in places if place.cut(source) is source), None)
+    offset = whole.offset if whole else 0
+    for block in source.blocks():
+        data = digester.update(block)
+        if whole:
+            offset = _write_at(handles[whole.file], data, offset)
+    for place in places:
+        if place is not whole:
+            offset = place.offset
+            for block in place.cut(source).blocks():
+                offset = _write_at(handles[place.file], as_bytes(block), offset)
+    return digester.digest(tensor)
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> int:
+    """Write all of `data`; returns the offset after it."""
+    while data:
+        done = os.pwrite(handle, data, offset)
+        if done == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data, offset = data[done:], offset + done
+    return offset
+
+
+def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
+    """Make a file of its final size, with everything but tensor data; returns where each tensor's data begins."""
+    if path.suffix == ".safetensors":
+        return _lay_out_safetensors(path, file)
+    # torch writes the archive around storages that are never touched: one stretch of reserved address space serves all.
+    largest: dict[torch.dtype, int] = {}
+    for slot in file.slots.values():
+        largest[slot.dtype] = max(largest.get(slot.dtype, 1), math.prod(slot.shape) * slot.dtype.itemsize)
+    spaces = {
+        dtype: mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for dtype, size in largest.items()
+    }
+    stand_ins: dict[str, Tensor] = {
+        name: torch.frombuffer(spaces[slot.dtype], dtype=slot.dtype, count=math.prod(slot.shape)).view(slot.shape)
+        for name, slot in file.slots.items()
+    }
+    content: dict[str, Any] = {"model": stand_ins} if file.nested else dict(stand_ins)
+    with torch.serialization.skip_data():
+        torch.save(content, path)
+    starts = {}
+    for name, stored in read_pickle(path).items():
+        if not isinstance(stored, Stored):
+            raise CheckpointError(f"{path}: this torch does not tell where tensors lie; write with safetensors=True")
+        starts[name] = stored.start + stored.offset * stored.dtype.itemsize
+    return starts
+
+
+def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide dtypes first keeps every tensor aligned to its own element size.
+    for name, slot in sorted(file.slots.items(), key=lambda item: -item[1].dtype.itemsize):
+        end = offset + math.prod(slot.shape) * slot.dtype.itemsize
+        kind = _SAFETENSORS_NAMES[slot.dtype]
+        header[name] = {"dtype": kind, "shape": list(slot.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with open(path, "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        handle.truncate(start + offset)
+    return {name: start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _check_written(folder: Path, digests: Mapping[str, Digest], allow_partial: bool, progress: bool) -> None:
+    written = open_checkpoint(folder, allow_partial=allow_partial)
+    again = digest_all(written.tensors, progress=progress, title="checking")
+    wrong = [name for name, digest in digests.items() if again.get(name) != digest]
+    if wrong or len(again) != len(digests):
+        raise CheckpointError(f"what was written reads back differently: {names_of(wrong)}; the disk may be failing")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _forget(handle: int) -> None:
+    """Drop a synced file from the page cache, so that checking reads what is on the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

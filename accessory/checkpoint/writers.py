@@ -1,0 +1,232 @@
+"""What each layout writes: files, the tensors in them, and which part of which canonical tensor goes where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from accessory.checkpoint.lazy import Lazy, rotary_to_half
+from accessory.checkpoint.names import companion_of, layer_numbers, to_hf
+from accessory.config import Implementation, LlamaType, ModelArgs
+from accessory.errors import CheckpointError, ConfigError
+from accessory.parallel.plan import Slice, check_world, cut_dim, expert_of, largest_world, rank_slice
+
+Target = Literal["base", "sparse", "hf", "torrent"]
+TARGETS: tuple[Target, ...] = ("base", "sparse", "hf", "torrent")
+Cut = Callable[[Lazy], Lazy]
+
+_HF_FILE_BYTES = 5 * 10**9
+
+
+@dataclass
+class Slot:
+    """A tensor of a file: the cuts of canonical tensors that follow one another along dimension 0."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[tuple[str, Cut]]
+
+
+@dataclass
+class FilePlan:
+    """A file to write; its name's ending says in which format."""
+
+    name: str
+    slots: dict[str, Slot] = field(default_factory=dict)
+    nested: bool = False  # {"model": {…}} around the tensors (.pth)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in self.slots.values())
+
+
+@dataclass
+class FolderPlan:
+    """Everything a checkpoint folder of one layout consists of, but resources: tensor files and JSON files."""
+
+    files: list[FilePlan]
+    documents: dict[str, dict[str, Any]]  # file name → contents
+
+
+def plan_folder(
+    to: Target, tensors: Mapping[str, Lazy], args: ModelArgs, *, shards: int | None = None, safetensors: bool = False
+) -> FolderPlan:
+    """ConfigError for a target or a number of shards that cannot be; CheckpointError for tensors it cannot express."""
+    if to not in TARGETS:
+        raise ConfigError(f"to: got {to!r}, but it must be one of {', '.join(TARGETS)}")
+    if shards is not None and shards < 1:
+        raise ConfigError(f"shards: got {shards}, but it must be at least 1")
+    if to == "base" or to == "sparse":
+        return _plan_accessory(to, tensors, args, shards, safetensors)
+    foreign = [name for name in tensors if companion_of(name)]
+    if foreign:
+        raise CheckpointError(
+            f"{foreign[0]}: the {to} layout has no place for biases and LoRA; merge them into the weights first "
+            f"({len(foreign)} such tensors)"
+        )
+    if to == "hf":
+        return _plan_hf(tensors, args, shards)
+    if shards not in (None, 1) or safetensors:
+        raise ConfigError("the torrent layout is one consolidated.00.pth: neither shards nor safetensors apply")
+    return _plan_torrent(tensors, args)
+
+
+def _whole(lazy: Lazy) -> Lazy:
+    return lazy
+
+
+def _narrow(lazy: Lazy, dim: int, start: int, length: int) -> Lazy:
+    return lazy.narrow(dim, start, length)
+
+
+def _transposed_rows(lazy: Lazy, start: int, length: int) -> Lazy:
+    return lazy.t().narrow(0, start, length)
+
+
+def _transpose(lazy: Lazy) -> Lazy:
+    return lazy.t()
+
+
+def _plan_accessory(
+    implementation: Implementation,
+    tensors: Mapping[str, Lazy],
+    args: ModelArgs,
+    shards: int | None,
+    safetensors: bool,
+) -> FolderPlan:
+    world = largest_world(args, implementation) if shards is None else shards
+    check_world(args, implementation, world)
+    ending = "safetensors" if safetensors else "pth"
+    files = []
+    for rank in range(world):
+        file = FilePlan(f"consolidated.{rank:02d}-of-{world:02d}.model.{ending}", nested=not safetensors)
+        for name, tensor in tensors.items():
+            piece = rank_slice(name, tensor.shape, implementation, rank, world, args.moe.num_experts)
+            if piece is None:
+                continue
+            if implementation == "sparse" and _is_expert_weight(name):
+                _stack(file, "llma." + _stacked_name(name, "feed_forward."), name, tensor, piece)
+            else:
+                file.slots["llma." + name] = _slot(name, tensor, piece)
+        files.append(file)
+    peft = any(companion_of(name) for name in tensors)
+    documents = {
+        "config.json": args.to_dict(),
+        "meta.json": {"llama_type": str(LlamaType(implementation, peft=peft))},
+    }
+    return FolderPlan(files, documents)
+
+
+def _is_expert_weight(name: str) -> bool:
+    return expert_of(name) is not None and companion_of(name) is None
+
+
+def _stacked_name(name: str, middle: str) -> str:
+    """`layers.3.feed_forward.experts.5.w2.weight` → `layers.3.<middle>w2`."""
+    layer, rest = name.split("feed_forward.experts.")
+    return layer + middle + rest.split(".")[1]
+
+
+def _slot(name: str, tensor: Lazy, piece: Slice) -> Slot:
+    if piece.dim is None:
+        return Slot(tensor.shape, tensor.dtype, [(name, _whole)])
+    shape = (*tensor.shape[: piece.dim], piece.length, *tensor.shape[piece.dim + 1 :])
+    cut = partial(_narrow, dim=piece.dim, start=piece.start, length=piece.length)
+    return Slot(shape, tensor.dtype, [(name, cut)])
+
+
+def _stack(file: FilePlan, stacked: str, name: str, tensor: Lazy, piece: Slice) -> None:
+    """Append one expert's rows to the stack of all experts; w2 goes in transposed."""
+    is_w2 = cut_dim(name, "sparse") == 1
+    rows, columns = tensor.shape[::-1] if is_w2 else tensor.shape
+    start, length = (0, rows) if piece.dim is None else (piece.start, piece.length)
+    slot = file.slots.setdefault(stacked, Slot((0, columns), tensor.dtype, []))
+    if slot.dtype != tensor.dtype:
+        raise CheckpointError(f"{name}: is {tensor.dtype}, other experts are {slot.dtype}; give one --dtype for all")
+    cut = partial(_transposed_rows, start=start, length=length) if is_w2 else None
+    cut = cut or partial(_narrow, dim=0, start=start, length=length)
+    slot.parts.append((name, cut))
+    slot.shape = (slot.shape[0] + length, columns)
+
+
+def _plan_torrent(tensors: Mapping[str, Lazy], args: ModelArgs) -> FolderPlan:
+    file = FilePlan("consolidated.00.pth")
+    for name, tensor in tensors.items():
+        if _is_expert_weight(name):
+            _stack(file, _stacked_name(name, "block_sparse_moe."), name, tensor, Slice(None))
+        else:
+            theirs = name.replace("feed_forward.gate", "block_sparse_moe.gate")
+            file.slots[theirs] = _slot(name, tensor, Slice(None))
+    params: dict[str, Any] = {
+        key: getattr(args, key)
+        for key in "dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta".split()
+    }
+    params["moe"] = {"num_experts_per_tok": args.moe.num_experts_per_tok, "num_experts": args.moe.num_experts}
+    if args.rope_scaling is not None:
+        params["rope_scaling"] = args.rope_scaling
+    if args.max_seq_len != ModelArgs().max_seq_len:
+        params["max_seq_len"] = args.max_seq_len
+    return FolderPlan([file], {"params.json": params})
+
+
+def _plan_hf(tensors: Mapping[str, Lazy], args: ModelArgs, shards: int | None) -> FolderPlan:
+    total = sum(t.nbytes for t in tensors.values())
+    count = shards or max(1, -(-total // _HF_FILE_BYTES))
+    groups: list[dict[str, Slot]] = [{} for _ in range(count)]
+    done = 0
+    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
+    for name, tensor in tensors.items():
+        which = name.split(".")[-2]
+        cut = partial(rotary_to_half, n_heads=heads[which]) if which in heads else _whole
+        groups[min(count - 1, done * count // max(1, total))][to_hf(name)] = Slot(
+            tensor.shape, tensor.dtype, [(name, cut)]
+        )
+        done += tensor.nbytes
+    groups = [group for group in groups if group]
+    if len(groups) == 1:
+        files = [FilePlan("model.safetensors", groups[0])]
+    else:
+        files = [
+            FilePlan(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)
+        ]
+    documents = {"config.json": _hf_config(tensors, args)}
+    if len(files) > 1:
+        weight_map = {name: file.name for file in files for name in file.slots}
+        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return FolderPlan(files, documents)
+
+
+def _hf_config(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Any]:
+    """config.json that both transformers 4 and 5 read: rope_theta at the top, scaling beside it."""
+    sample = tensors.get("layers.0.attention.wq.weight") or next(iter(tensors.values()))
+    config: dict[str, Any] = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": max(layer_numbers(tensors), default=args.n_layers - 1) + 1,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "max_position_embeddings": args.max_seq_len,
+        "num_local_experts": args.moe.num_experts,
+        "num_experts_per_tok": args.moe.num_experts_per_tok,
+        "router_aux_loss_coef": args.load_balancing_weight,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(sample.dtype).removeprefix("torch."),
+    }
+    if args.rope_scaling is not None:
+        config["rope_scaling"] = json.loads(json.dumps(dict(args.rope_scaling)))
+    return config
