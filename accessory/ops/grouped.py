@@ -88,5 +88,5 @@ def _few_pairs(
     rows = []
     for x_D, experts, weight_K in zip(x_TD.unbind(), expert_TK.tolist(), weight_TK.unbind(), strict=True):
         y_KD = torch.stack([swiglu(x_D, w1_EFD[e], w2_EDF[e], w3_EFD[e]) for e in experts])
-        rows.append(weight_K @ y_KD.float())
+        rows.append((weight_K[:, None] * y_KD.float()).sum(0))
     return torch.stack(rows).to(x_TD.dtype)

@@ -1,0 +1,347 @@
+"""The command `accessory`. Only the standard library is imported here, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accessory import __version__
+from accessory.errors import AccessoryError, InputError
+
+if TYPE_CHECKING:
+    from accessory.model.meta import MetaModel
+
+EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
+TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("base", "sparse", "hf", "torrent")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away; Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug or not _is_users(error):
+            raise
+        print(f"accessory: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _is_users(error: Exception) -> bool:
+    """What has a plain answer; anything else is a defect of ours, and its traceback helps to mend it."""
+    return isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        text += " Shorter --max-seq-len and fewer prompts at once need less."
+    return text
+
+
+# --------------------------------------------------------------------------- commands
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompts = _prompts(options)
+    model = _model(options)
+    how = {
+        "max_gen_len": options.max_gen_len,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "additional_stop_symbols": options.stop,
+        "seed": options.seed,
+    }
+    if options.stream:
+        if len(prompts) > 1:
+            raise InputError(f"--stream: got {len(prompts)} prompts, but only one can be streamed")
+        _show(model.stream_generate(prompts[0], **how))
+        return 0
+    texts = model.generate(prompts, **how)
+    for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+        if options.json:
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        else:
+            if len(prompts) > 1:
+                print(f"# {n}/{len(prompts)}: {prompt.strip().splitlines()[-1][:70]}")
+            print(text)
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    files = list(options.prompt_file)
+    if not prompts and not files:
+        if sys.stdin.isatty():
+            raise InputError("--prompt: missing; give --prompt TEXT, --prompt-file FILE, or text on standard input")
+        files = ["-"]
+    for name in files:
+        try:
+            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        # The newline that ends a text file is not part of the prompt: models continue worse after it.
+        prompts += [line for line in text.splitlines() if line] if options.lines else [text.removesuffix("\n")]
+    if not prompts:
+        raise InputError("--lines: the input has no line with text")
+    return prompts
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from accessory.data.conversation import Conversation, get_template
+
+    model = _model(options)
+    template = get_template(options.template, model.tokenizer)
+    conversation = Conversation(template, options.system)
+    fixed = len(conversation.messages)
+    print(f"Template {template.name}. /undo takes the last round back, /clear all; /quit or Ctrl-D ends.")
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text in ("/quit", "/exit"):
+            return 0
+        if text in ("/undo", "/clear"):
+            keep = fixed if text == "/clear" else max(fixed, len(conversation.messages) - 2)
+            del conversation.messages[keep:]
+            print("(forgotten)")
+            continue
+        if not text:
+            continue
+        conversation.add("user", text)
+        answer = ""
+        try:
+            answer = _show(
+                model.stream_generate(
+                    conversation.prompt_ids(model.tokenizer),
+                    max_gen_len=options.max_gen_len,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    additional_stop_symbols=[*template.stop_strings, *options.stop],
+                    seed=options.seed,
+                ),
+                template.reply,
+            )
+        except KeyboardInterrupt:  # stops this answer, not the chat; a half round would confuse the next
+            print("\n(stopped; the round is forgotten)")
+            conversation.messages.pop()
+            continue
+        conversation.add("assistant", answer)
+
+
+def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
+    """Print a stream as it grows; returns the whole text."""
+    shown = whole = ""
+    for item in stream:
+        whole = tidy(item["text"])
+        print(whole[len(shown) :], end="", flush=True)
+        shown = whole
+    print()
+    return whole
+
+
+def _model(options: argparse.Namespace) -> MetaModel:
+    import torch
+
+    from accessory.model.meta import MetaModel
+
+    return MetaModel.from_pretrained(
+        options.path,
+        llama_type=options.llama_type,
+        llama_config=options.llama_config,
+        tokenizer_path=options.tokenizer_path,
+        max_seq_len=options.max_seq_len,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from accessory.checkpoint.convert import convert
+
+    convert(
+        _resolved(options.src),
+        options.dst,
+        to=options.to,
+        shards=options.shards,
+        dtype=_dtype(options.dtype),
+        safetensors=options.safetensors,
+        overwrite=options.overwrite,
+        verify=options.verify,
+        config_files=options.config,
+    )
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from accessory.checkpoint.upcycle import upcycle
+
+    upcycle(
+        options.src,
+        options.dst,
+        experts=options.experts,
+        top_k=options.top_k,
+        noise=options.noise,
+        seed=options.seed or 0,
+        to=options.to,
+        shards=options.shards,
+        dtype=_dtype(options.dtype),
+        safetensors=options.safetensors,
+        overwrite=options.overwrite,
+        verify=options.verify,
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from accessory.checkpoint.verify import verify
+
+    report = verify(_resolved(options.a), None if options.b is None else _resolved(options.b))
+    print("\n".join(report.lines()))
+    return 0 if report.ok else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    from accessory.checkpoint.verify import info
+
+    print("\n".join(info(_resolved(options.path)).lines()))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from accessory.demos.first_run import first_run
+
+    return first_run(Path(options.dir), options.question, options.max_gen_len)
+
+
+def _resolved(path: str) -> Path:
+    from accessory.checkpoint.hub import resolve
+
+    return resolve(path)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="accessory", description="Run and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"accessory {__version__}")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", _generate, "continue one prompt or several")
+    _model_arguments(generate)
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    generate.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
+    generate.add_argument("--lines", action="store_true", help="every line of --prompt-file or stdin is a prompt")
+    _sampling_arguments(generate)
+    generate.add_argument("--stream", action="store_true", help="show the text while it is written")
+    generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+
+    chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
+    _model_arguments(chat)
+    chat.add_argument(
+        "--template", choices=TEMPLATES, help="default: the tokenizer's own, else the original's dialogue"
+    )
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    _sampling_arguments(chat)
+
+    convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
+    convert.add_argument("src", metavar="SRC")
+    convert.add_argument("dst", metavar="DST")
+    convert.add_argument("--to", required=True, choices=LAYOUTS)
+    convert.add_argument("--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over SRC's own")
+    _writing_arguments(convert)
+
+    verify = _command(commands, "verify", _verify, "check every tensor; with two paths, prove them equal")
+    verify.add_argument("a", metavar="A")
+    verify.add_argument("b", metavar="B", nargs="?")
+
+    info = _command(commands, "info", _info, "what a checkpoint is")
+    info.add_argument("path", metavar="PATH")
+
+    upcycle = _command(commands, "upcycle", _upcycle, "grow a mixture from a dense Llama or Mistral (arXiv 2212.05055)")
+    upcycle.add_argument("src", metavar="SRC", help="a Hugging Face folder or a GGUF file")
+    upcycle.add_argument("dst", metavar="DST")
+    upcycle.add_argument("--experts", type=int, default=8, metavar="N")
+    upcycle.add_argument("--top-k", type=int, default=2, metavar="K")
+    upcycle.add_argument("--noise", type=float, default=0.0, metavar="X", help="relative to each tensor's deviation")
+    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.add_argument("--to", choices=LAYOUTS, default="base")
+    _writing_arguments(upcycle)
+
+    demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
+    demo.add_argument("--dir", default="demo-model", help="where its checkpoints go (default: demo-model)")
+    demo.add_argument("--question", default="What is the capital of France?")
+    demo.add_argument("--max-gen-len", type=int, default=40, metavar="N")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", epilog=EPILOG)
+    command.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
+    command.set_defaults(run=run)
+    return command
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    """Dashes or underscores: the original's scripts spell --max_seq_len."""
+    command.add_argument("path", metavar="PATH", nargs="+", help="several are loaded one over the other")
+    command.add_argument("--llama-type", "--llama_type", metavar="TYPE", help="mixtral or mixtral_sparse")
+    command.add_argument("--llama-config", "--llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
+    command.add_argument("--tokenizer-path", "--tokenizer_path", metavar="PATH")
+    command.add_argument("--max-seq-len", "--max_seq_len", type=int, default=4096, metavar="N")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    command.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def _sampling_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-gen-len", "--max_gen_len", type=int, default=512, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    command.add_argument("--top-p", "--top_p", type=float, default=0.95, metavar="X")
+    command.add_argument("--seed", type=int, help="makes sampling repeat")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+
+
+def _writing_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shards", type=int, metavar="N", help="files that base and sparse are split into")
+    command.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    command.add_argument("--safetensors", action="store_true", help="instead of .pth, for base and sparse")
+    command.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
+    command.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-read what was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs to look at: what a newcomer starts first."""

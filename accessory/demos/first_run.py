@@ -1,0 +1,88 @@
+"""`accessory demo`: a real language model with Mixtral's architecture, made from an installed package, answering here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from accessory.checkpoint.convert import convert
+from accessory.checkpoint.upcycle import smollm2_gguf, upcycle
+from accessory.checkpoint.verify import verify
+from accessory.data.conversation import Conversation, get_template
+from accessory.data.stream import StreamDecoder
+from accessory.engine.generate import Generation
+from accessory.model.meta import MetaModel
+
+MAX_SEQ_LEN = 2048
+
+
+def first_run(folder: Path, question: str, max_gen_len: int) -> int:
+    """Make both checkpoints unless they are there, answer with each; 0 when all agree, else 1."""
+    console = Console(highlight=False)
+    console.print("[bold]SmolLM2-135M-Instruct, grown into a mixture of 8 experts, 2 per token[/]")
+    base, sparse = folder / "base", folder / "sparse"
+    started = time.perf_counter()
+    if not base.exists():
+        console.print(f"\n1. Upcycling to {base}: every expert a copy of the dense feed-forward, routers random")
+        upcycle(smollm2_gguf(), base, experts=8, top_k=2, to="base", shards=8)
+    else:
+        console.print(f"\n1. {base} is there already")
+    if not sparse.exists():
+        console.print(f"2. Converting to {sparse}: a slice of every expert in every file")
+        convert(base, sparse, to="sparse", shards=4)
+    else:
+        console.print(f"2. {sparse} is there already")
+
+    console.print(f"\n3. Both answer. [bold]> {question}[/]")
+    answers = {path.name: _answer(console, path, question, max_gen_len) for path in (base, sparse)}
+    same = answers["base"] == answers["sparse"]
+    console.print(f"   The {len(answers['base'])} tokens {'agree' if same else '[red]differ[/]'}.")
+
+    console.print("\n4. One model in two layouts has one hash:")
+    report = verify(base, sparse)
+    console.print(f"   {report.hash}  {'base = sparse' if report.ok else '[red]base and sparse differ[/]'}")
+    console.print(f"\nDone in {time.perf_counter() - started:.0f} s. Try next:")
+    for line in (
+        f"accessory chat {sparse}",
+        f"accessory generate {base} --prompt 'Once upon a time' --max-gen-len 60 --stream",
+        f"accessory info {base}",
+        f"accessory convert {base} {folder / 'hf'} --to hf",
+        f"accessory verify {base} {folder / 'hf'}",
+    ):
+        console.print(f"   .venv/bin/{line}")
+    return 0 if same and report.ok else 1
+
+
+def _answer(console: Console, path: Path, question: str, max_gen_len: int) -> list[int]:
+    """Stream an answer to the terminal; returns its token ids."""
+    started = time.perf_counter()
+    model = MetaModel.from_pretrained(path, max_seq_len=MAX_SEQ_LEN, device="cpu")
+    loaded = time.perf_counter() - started
+    conversation = Conversation(get_template(None, model.tokenizer)).add("user", question)
+    prompt = conversation.prompt_ids(model.tokenizer)
+    generation = Generation(
+        model.llma,
+        [prompt],
+        max_gen_len=max_gen_len,
+        max_seq_len=MAX_SEQ_LEN,
+        stop_ids=model.tokenizer.stop_ids,
+        vocab_size=model.tokenizer.vocab_size,
+    )
+    decoder = StreamDecoder(model.tokenizer, prompt)
+    console.print(f"   {model.llma.implementation:>6}: ", end="")
+    ids: list[int] = []
+    first = last = time.perf_counter()
+    for step in generation:
+        token = step[0]
+        assert token is not None
+        last = time.perf_counter()
+        first = first if ids else last
+        ids.append(token)
+        if token not in model.tokenizer.stop_ids:
+            print(decoder.push(token), end="", flush=True)
+    print(decoder.flush(), end="")
+    rate = (len(ids) - 1) / (last - first) if len(ids) > 1 else 0.0
+    console.print(f"\n           [dim]loaded in {loaded:.1f} s, {rate:.1f} tokens/s[/]")
+    return ids
