@@ -1,0 +1,81 @@
+"""Token ids to text while they arrive, and stop strings found in it: `StreamDecoder`, `StopScanner`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from accessory.data.tokenizer import Tokenizer
+from accessory.errors import InputError
+
+
+class StreamDecoder:
+    """Incremental detokenisation: each `push` returns the text that is certain now, never half a character.
+
+    The pushed and flushed texts joined are `tokenizer.decode(ids, after=prompt_ids)`; without `prompt_ids`, that is
+    `tokenizer.decode(ids)`. Handing in the prompt's ids keeps the space before the first generated word. A token costs
+    the same whatever came before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._begun, self._reader = tokenizer.reader(prompt_ids)
+
+    def push(self, token: int) -> str:
+        token = int(token)
+        piece = self._tokenizer.token_bytes(token, self._begun)
+        self._begun = self._begun or bool(self._tokenizer.token_bytes(token))
+        return self._reader.decode(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD when the ids broke off within a character, else nothing."""
+        return self._reader.decode(b"", final=True)
+
+
+class StopScanner:
+    """Finds the first stop string in text that arrives in pieces, and lets through only what is before it.
+
+    The first is the one completed first, and of several completed by the same character the longest: what a reader
+    would see who checks after every character, so the result does not depend on how the text was cut into pieces.
+    `found` is the stop string, None before there is one. Raises InputError for an empty stop string.
+    """
+
+    def __init__(self, stops: Iterable[str] = ()) -> None:
+        if isinstance(stops, str):
+            stops = (stops,)
+        self._stops = tuple(dict.fromkeys(stops))
+        for stop in self._stops:
+            if not isinstance(stop, str) or not stop:
+                raise InputError(f"stop: got {stop!r}, but a stop string must be text of at least one character")
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
+
+    def push(self, text: str) -> str:
+        """The part of the text so far, not yet returned, that no stop string can reach into; nothing after a stop."""
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if hits:
+            _, at, self.found = min(hits)
+            self._held = ""
+            return text[:at]
+        keep = self._possible_beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """At the end of the text: what was held back, since no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self, text: str) -> int:
+        """The length of the longest end of `text` with which a stop string begins."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
