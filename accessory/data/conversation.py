@@ -358,11 +358,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
     def add(self, role: str, content: str) -> Conversation:
-        """Append a message; an answer as generated is cleaned by `template.reply`."""
-        (message,) = read_messages([{"role": role, "content": content}])
-        if message["role"] == "assistant":
-            message["content"] = self.template.reply(message["content"])
-        self.messages.append(message)
+        """Append a message; give a generated answer as `template.reply(answer)`."""
+        self.messages += read_messages([{"role": role, "content": content}])
         return self
 
     def text(self, *, prompt: bool = False) -> str:

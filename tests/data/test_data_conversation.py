@@ -1,4 +1,6 @@
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.small_tokenizers import CHATML, MIXTRAL_CHAT, byte_level_folder, mixtral_json_folder, write_json
@@ -37,6 +39,17 @@ def learnt(ids, mask, tokenizer):
     ]
 
 
+# ---- the documentation
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_page_shows_what_is_rendered(name):
+    page = (Path(__file__).parents[2] / "docs" / "templates.md").read_text(encoding="utf-8")
+    shown = page.split(f"## {name}\n", 1)[1].split("```text\n", 1)[1].split("\n```", 1)[0]
+    whole = get_template(name).text(dialogue("What is 1 + 1?", "It is 2.", "And 2 + 2?", "It is 4."))
+    assert shown == whole.removesuffix("\n")
+
+
 # ---- mistral: golden vectors
 
 HI = [733, 16289, 28793, 12014, 733, 28748, 16289, 28793]
@@ -64,7 +77,12 @@ def mistral_common_ids(version, messages):
 
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
     request = ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
-    return getattr(MistralTokenizer, version)().encode_chat_completion(request).tokens
+    if version not in _MISTRAL:
+        _MISTRAL[version] = getattr(MistralTokenizer, version)()
+    return _MISTRAL[version].encode_chat_completion(request).tokens
+
+
+_MISTRAL: dict = {}
 
 
 DIALOGUES = [
@@ -87,8 +105,6 @@ def test_mistral_ids_are_mistral_commons(mixtral, messages):
 @pytest.mark.parametrize("messages", DIALOGUES)
 def test_mistral_ids_with_control_tokens_are_mistral_commons_v3(messages):
     mistral_common = pytest.importorskip("mistral_common", reason="mistral-common ships the v3 tokenizer")
-    from pathlib import Path
-
     data = Path(mistral_common.__file__).parent / "data"
     tokenizer = load_tokenizer(data / "mistral_instruct_tokenizer_240323.model.v3")
     assert get_template("mistral").prompt_ids(messages, tokenizer) == mistral_common_ids("v3", messages)
@@ -238,8 +254,8 @@ def test_a_streamed_reply_goes_back_into_the_dialogue_as_the_same_ids(mixtral, n
     decoder = StreamDecoder(mixtral, prompt)
     reply = "".join(decoder.push(t) for t in generated)
     assert reply == " Hello there"
-    talk.add("assistant", reply).add("user", "More")
-    assert talk.messages[1]["content"] == "Hello there"
+    assert talk.template.reply(reply) == "Hello there"
+    talk.add("assistant", talk.template.reply(reply)).add("user", "More")
     assert talk.prompt_ids(mixtral)[: len(prompt) + 2] == prompt + generated
 
 
@@ -295,8 +311,6 @@ def test_own_mixtral_template_equals_transformers_and_mistral_common(tmp_path, m
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_own_mixtral_template_beside_a_sentencepiece_model(tmp_path, legacy):
-    import shutil
-
     shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "tokenizer.model")
     config = {"chat_template": MIXTRAL_CHAT, "bos_token": "<s>", "eos_token": "</s>"}
     write_json(tmp_path / "tokenizer_config.json", config if legacy is None else config | {"legacy": legacy})

@@ -3,6 +3,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.small_tokenizers import MIXTRAL_CHAT, byte_level_folder, mixtral_json_folder, write_json
@@ -20,6 +21,11 @@ PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[Heal
 @pytest.fixture(scope="module")
 def sentencepiece() -> SentencePieceProcessor:
     return SentencePieceProcessor(model_file=str(MIXTRAL_TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def byte_level_original(byte_level) -> HfTokenizer:
+    return HfTokenizer.from_file(str(byte_level.path))
 
 
 @pytest.fixture
@@ -44,8 +50,6 @@ def test_shipped_tokenizer_is_mixtrals(mixtral):
 
 def test_shipped_tokenizer_is_mistral_commons_file():
     mistral_common = pytest.importorskip("mistral_common", reason="mistral-common ships the original file")
-    from pathlib import Path
-
     original = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     assert MIXTRAL_TOKENIZER.read_bytes() == original.read_bytes()
 
@@ -68,8 +72,8 @@ def test_decodes_random_ids_as_sentencepiece_where_those_are_text(mixtral, sente
 
 @PROPERTY
 @given(text=st.text(max_size=40), ids=st.lists(st.integers(0, 299), max_size=20))
-def test_byte_level_encodes_and_decodes_as_tokenizers(byte_level, text, ids):
-    theirs = HfTokenizer.from_file(str(byte_level.path))
+def test_byte_level_encodes_and_decodes_as_tokenizers(byte_level, byte_level_original, text, ids):
+    theirs = byte_level_original
     assert byte_level.encode(text, bos=False) == theirs.encode(text).ids
     assert byte_level.decode(ids) == theirs.decode(ids)
 
