@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ def dense_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelling: Callable[[str], str]) -> None:
     """CheckpointError unless `found` has exactly the tensors of these sizes; `spelling` gives the file's own names."""
+    if args.n_layers > len(found):  # before a damaged number makes us list millions of names
+        raise CheckpointError(
+            f"{origin}: the configuration says {args.n_layers} layers, which {len(found)} tensors are not"
+        )
     wanted = dense_shapes(args)
     if missing := [spelling(name) for name in wanted if name not in found]:
         raise CheckpointError(f"{origin}: tensors are missing: {some(missing)}")
@@ -80,17 +85,19 @@ class TensorCache:
     def __init__(self, limit: int = 256 * 2**20) -> None:
         self.limit = limit
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()  # two threads that want one tensor shall not both make it
 
     def get(self, key: Hashable, nbytes: int, make: Callable[[], Tensor]) -> Tensor | None:
         """The tensor kept under `key`, made first if need be; None for one that is too large to be kept."""
         if nbytes > self.limit:
             return None
-        if key not in self._kept:
-            while self._kept and nbytes + sum(t.nbytes for t in self._kept.values()) > self.limit:
-                self._kept.popitem(last=False)
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        with self._lock:
+            if key not in self._kept:
+                while self._kept and nbytes + sum(t.nbytes for t in self._kept.values()) > self.limit:
+                    self._kept.popitem(last=False)
+                self._kept[key] = make()
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -11,16 +11,16 @@ import importlib.util
 import math
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from accessory.checkpoint import hub
-from accessory.checkpoint.dense import Dense, TensorCache, open_hf_dense
+from accessory.checkpoint.dense import Dense, open_hf_dense
 from accessory.checkpoint.gguf import open_gguf
 from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.save import write_checkpoint
+from accessory.checkpoint.save import parse_dtype, write_checkpoint
+from accessory.checkpoint.writers import Target
 from accessory.config import MoEArgs, read_json
 from accessory.errors import CheckpointError, ConfigError, MissingExtraError
 
@@ -36,20 +36,21 @@ def upcycle(
     top_k: int = 2,
     noise: float = 0.0,
     seed: int = 0,
-    to: Literal["base", "sparse", "hf", "torrent"] = "base",
+    to: Target = "base",
     shards: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     safetensors: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = True,
-) -> None:
+) -> str:
     """Write the mixture of `experts` experts, `top_k` of them a token, that the dense checkpoint `src` grows into.
 
     `src`: a .gguf file, a folder with one, a Hugging Face folder of a Llama or Mistral, or an hf:// address of either.
     Routers are drawn from a normal distribution (0, 0.02). `noise` adds to every expert's matrices normal noise of
     `noise` times that matrix's standard deviation; what it is depends on `seed`, name and expert, on nothing else.
-    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`.
+    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`, which also
+    gives the hash that is returned.
 
     Raises ConfigError for an argument out of range, CheckpointError for a source that is no dense network.
     """
@@ -58,16 +59,18 @@ def upcycle(
     target = Path(dst).resolve()
     if source.resolve().is_relative_to(target):
         raise CheckpointError(f"{dst}: holds the source itself; give another folder")
-    dense = open_dense(source, dtype)
+    wanted = parse_dtype(dtype)
+    dense = open_dense(source, wanted)
+    wanted = wanted or dense.dtype
     moe = MoEArgs(num_experts=experts, num_experts_per_tok=top_k)
     with tempfile.TemporaryDirectory(prefix="accessory-") as scratch:
-        write_checkpoint(
+        return write_checkpoint(
             dst,
-            mixture_of(dense, moe, noise=noise, seed=seed, dtype=dtype or dense.dtype),
+            mixture_of(dense, moe, noise=noise, seed=seed, dtype=wanted),
             dense.args.replace(moe=moe),
             to=to,
             shards=shards,
-            dtype=dtype or dense.dtype,
+            dtype=wanted,
             safetensors=safetensors,
             resources=dense.resources(Path(scratch)),
             overwrite=overwrite,
@@ -154,28 +157,20 @@ def _router(name: str, shape: tuple[int, int], seed: int) -> Lazy:
 
 
 class _Noise:
-    """Experts' matrices with noise, made when asked for; standard deviations and the last results are kept."""
+    """Experts' matrices with noise, made when asked for."""
 
     def __init__(self, noise: float, seed: int, dtype: torch.dtype) -> None:
         self.noise, self.seed, self.dtype = noise, seed, dtype
-        self.cache = TensorCache()
         self.stds: dict[str, float] = {}
 
     def of(self, lazy: Lazy, name: str, expert: int) -> Lazy:
-        def kept() -> Tensor:
-            made = self.cache.get((name, expert), math.prod(lazy.shape) * self.dtype.itemsize, make)
-            return make() if made is None else made
-
-        def make() -> Tensor:
-            return self._add(lazy, name, _generator(self.seed, name, expert))
-
-        return Computed(lazy.shape, self.dtype, kept)
+        return Computed(lazy.shape, self.dtype, lambda: self._add(lazy, name, _generator(self.seed, name, expert)))
 
     def _add(self, lazy: Lazy, name: str, generator: torch.Generator) -> Tensor:
         if name not in self.stds:
             self.stds[name] = _standard_deviation(lazy)
-        out = torch.empty(lazy.shape, dtype=self.dtype)
         scale = self.noise * self.stds[name]
+        out = torch.empty(lazy.shape, dtype=self.dtype)
         source, flat = lazy.load().reshape(-1), out.view(-1)
         for start in range(0, flat.numel(), _CHUNK):
             part = source[start : start + _CHUNK].float()
