@@ -73,6 +73,10 @@ def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelli
     wanted = dense_shapes(args)
     if missing := [spelling(name) for name in wanted if name not in found]:
         raise CheckpointError(f"{origin}: tensors are missing: {some(missing)}")
+    if extra := [spelling(name) for name in found if name not in wanted]:
+        raise CheckpointError(
+            f"{origin}: tensors beyond the {args.n_layers} layers of the configuration: {some(extra)}"
+        )
     for name, shape in wanted.items():
         if found[name].shape != shape:
             given = found[name].shape
