@@ -1,4 +1,4 @@
-"""`accessory demo`: a real language model with Mixtral's architecture, made from an installed package, answering here."""
+"""`accessory demo`: a real language model of Mixtral's architecture, made from an installed package, answers here."""
 
 from __future__ import annotations
 

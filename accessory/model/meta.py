@@ -193,7 +193,9 @@ class MetaModel(nn.Module):
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(f"prompts[{row}]: is empty; give at least one character")
-            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+            # The caller writes the whole prompt and vouches for it: control strings in it become control tokens, as in
+            # transformers. What users type into a chat goes through `data.conversation`, where they do not.
+            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
             ids = list(prompt)
         if not isinstance(max_gen_len, int) or not 1 <= max_gen_len < self.max_seq_len:
@@ -235,8 +237,11 @@ class MetaModel(nn.Module):
             out += [logits_BTV[n, : len(ids)].float() for n, ids in enumerate(batch)]
         return out
 
+    def _encode(self, text: Prompt, bos: bool, eos: bool) -> list[int]:
+        return self.tokenizer.encode(text, bos=bos, eos=eos, special=True) if isinstance(text, str) else list(text)
+
     def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool) -> list[int]:
-        ids = self.tokenizer.encode(example, bos=bos, eos=eos) if isinstance(example, str) else list(example)
+        ids = self._encode(example, bos, eos)
         if not ids:
             raise InputError(f"examples[{row}]: has no tokens")
         if len(ids) > self.max_seq_len:
@@ -284,7 +289,7 @@ class MetaModel(nn.Module):
         """How many of the example's tokens are context; at least one, since the first token follows nothing."""
         both_text = isinstance(context, str) and isinstance(example, str)
         begins = example.startswith(context) if both_text else None  # type: ignore[union-attr, arg-type]
-        context_ids = self.tokenizer.encode(context, bos=bos) if isinstance(context, str) else list(context)
+        context_ids = self._encode(context, bos, eos=False)
         shared = next((n for n, (a, b) in enumerate(zip(context_ids, ids, strict=False)) if a != b), len(context_ids))
         # At the seam of a text a token may span context and continuation; it then belongs to what is judged.
         if begins is False or (begins is None and shared < len(context_ids)):
@@ -303,8 +308,6 @@ def _count(prompts: Sequence[Prompt]) -> int:
 def _tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
     """The last folder's that has one: a trainable-only save comes without."""
     for folder in reversed(folders[1:]):
-        try:
+        if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():
             return load_tokenizer(folder)
-        except ValueError:
-            continue
     return load_tokenizer(folders[0])

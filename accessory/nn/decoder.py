@@ -101,7 +101,9 @@ class Decoder(nn.Module):
         mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT)
         counted_T = None if counted_BT is None else counted_BT.flatten()
 
-        x_BTD = self.tok_embeddings(tokens_BT)
+        # The residual stream is kept in fp32: some networks carry activations of tens of thousands in it, beside which
+        # 16 bits would round away what the layers add.
+        x_BTD = self.tok_embeddings(tokens_BT).float()
         router = []
         for layer in self.layers:
             x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)
