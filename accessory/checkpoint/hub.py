@@ -161,18 +161,28 @@ class _Hub:
             return None
 
     def read_index(self, name: str) -> Mapping[str, Any]:
-        with self.explained():
-            return read_json(self.module.hf_hub_download(filename=self.address.path(name), **self.common))
+        return read_json(self.fetch([self.address.path(name)]) / name)
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Download these files; the folder they lie in."""
         with self.explained():
             # Patterns, so a name with brackets or stars in it has to be escaped.
-            root = Path(self.module.snapshot_download(allow_patterns=[glob.escape(n) for n in names], **self.common))
+            root = self._snapshot([glob.escape(name) for name in names])
         for name in names:
             if not (root / name).is_file():
                 raise CheckpointError(f"{self.address.url}: {name} did not arrive; try again")
         return (root / names[0]).parent
+
+    def _snapshot(self, patterns: list[str]) -> Path:
+        """snapshot_download, called again where a connection broke off: what has arrived by then is kept."""
+        errors = self.module.errors
+        for last in (False, False, True):
+            try:
+                return Path(self.module.snapshot_download(allow_patterns=patterns, **self.common))
+            except errors.HTTPError as error:
+                if last or isinstance(error, errors.HfHubHTTPError):
+                    raise
+        raise AssertionError("unreachable")
 
     def from_cache(self) -> Path:
         """The folder as earlier downloads left it, if it is whole."""
