@@ -1,0 +1,209 @@
+"""The house rules, read off the sources: who imports whom, what is imported when, and how long files are."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "accessory"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports point down only, and folders on one floor never meet. docs/architecture.md shows the same table.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("__init__", "config", "errors"),
+    ("ops",),
+    ("nn",),
+    ("parallel", "adapt"),
+    ("checkpoint", "data"),
+    ("engine", "train"),
+    ("model",),
+    ("demos", "server", "tools", "exps", "configs", "main_finetune"),
+)
+# The doors: they may start anything, and nothing but the other door may import them.
+DOORS = ("cli", "__main__")
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# Kernels need their language's decorators while the module is read; these modules are themselves imported in functions.
+KERNELS = "ops/triton/"
+# Modules that `accessory --help` reads: no third-party package, so that it answers at once.
+LIGHT = ("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py")
+DISTRIBUTION_TO_IMPORT = {"pyyaml": "yaml"}
+LINES = 400
+EXCUSE = "longer than 400 lines because"
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    at_module_level: bool  # run when the module is imported
+    for_types: bool  # under `if TYPE_CHECKING:`
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
+    """Every import in the text of a module that lies in `package`."""
+
+    def visit(node: ast.AST, at_module_level: bool, for_types: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_module_level, for_types)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - (node.level - 1)] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:  # `from accessory import nn` imports accessory.nn
+                whole = f"{module}.{alias.name}" if module == "accessory" else module
+                yield Import(whole, node.lineno, at_module_level, for_types)
+        inside = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        types = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside, types)
+
+    yield from visit(ast.parse(source), True, False)
+
+
+def own_imports(path: Path) -> list[Import]:
+    package = ".".join(path.relative_to(ROOT).parts[:-1])
+    return list(imports_of(path.read_text(encoding="utf-8"), package))
+
+
+def part_of(module: str) -> str:
+    """The folder or module directly in the package that `accessory.…` belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (parts[1] in FLOOR or parts[1] in DOORS) else "__init__"
+
+
+def top_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def core_packages() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower() for line in project["dependencies"]}
+    return {DISTRIBUTION_TO_IMPORT.get(name, name.replace("-", "_")) for name in names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    here = top_of(path)
+    if here in DOORS:
+        return
+    wrong = []
+    for found in own_imports(path):
+        if found.module.split(".")[0] != "accessory":
+            continue
+        there = part_of(found.module)
+        # The modules of floor 0 know each other; anywhere else a neighbour is out of bounds.
+        if there in DOORS or FLOOR[there] > FLOOR[here] or (there != here and FLOOR[there] == FLOOR[here] > 0):
+            wrong.append(f"{name_of(path)}:{found.line} imports {found.module}")
+    assert not wrong, f"floor {FLOOR[here]} may import lower floors and its own folder only: {wrong}"
+
+
+def test_every_folder_and_module_has_its_floor():
+    lying = {top_of(path) for path in MODULES}
+    assert lying <= set(FLOOR) | set(DOORS), "give it a floor here and in docs/architecture.md"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_help_reads_imports_only_the_standard_library(name):
+    heavy = [
+        f"{name}:{found.line} {found.module}"
+        for found in own_imports(PACKAGE / name)
+        if found.at_module_level
+        and not found.for_types
+        and not (found.module.split(".")[0] in sys.stdlib_module_names or found.module.split(".")[0] == "__future__")
+        and not (found.module.startswith("accessory") and part_of(found.module) in (*FLOORS[0], *DOORS))
+    ]
+    assert not heavy
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    if name_of(path).startswith(KERNELS):
+        return
+    core = core_packages()
+    early = [
+        f"{name_of(path)}:{found.line} {found.module}"
+        for found in own_imports(path)
+        if found.at_module_level
+        and not found.for_types
+        and (top := found.module.split(".")[0]) not in sys.stdlib_module_names
+        and top not in core | {"accessory", "__future__"}
+    ]
+    assert not early, f"import it in a function; at module level only {sorted(core)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_short_and_say_what_they_are(path):
+    source = path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring, "a module begins with what it is for"
+    assert len(source.splitlines()) <= LINES or EXCUSE in docstring, f"split it, or say in its docstring: {EXCUSE} …"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_pickle_runs_code(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) in ("torch.load", "torch.serialization.load"):
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+            assert safe, f"{name_of(path)}:{call.lineno}: torch.load without weights_only=True"
+    unsafe = [found for found in own_imports(path) if found.module.split(".")[0] in ("pickle", "dill", "joblib")]
+    assert not unsafe
+
+
+def test_the_reader_of_imports_sees_what_it_should():
+    source = """
+import os, torch.nn as nn
+from . import loader
+from ..nn.moe import MoE
+from accessory import nn, __version__
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from accessory.model.meta import MetaModel
+try:
+    import triton
+except ImportError:
+    pass
+class A:
+    import yaml
+    def f(self):
+        import gguf
+"""
+    found = {i.module: (i.at_module_level, i.for_types) for i in imports_of(source, "accessory.checkpoint")}
+    assert found == {
+        "os": (True, False),
+        "torch.nn": (True, False),
+        "accessory.checkpoint": (True, False),
+        "accessory.nn.moe": (True, False),
+        "accessory.nn": (True, False),
+        "accessory.__version__": (True, False),
+        "typing": (True, False),
+        "accessory.model.meta": (True, True),
+        "triton": (True, False),
+        "yaml": (True, False),
+        "gguf": (False, False),
+    }
+    assert [part_of(m) for m in ("accessory.nn.moe", "accessory.__version__", "accessory")] == ["nn"] + 2 * ["__init__"]
+
+
+def test_core_packages_are_read_from_the_project_file():
+    assert {"torch", "numpy", "yaml"} <= core_packages()
+    assert not {"triton", "gguf", "transformers", "jinja2", "huggingface_hub", "gradio"} & core_packages()
+
+
+@pytest.mark.parametrize("name", ["8x7b", "8x22b"])
+def test_shipped_configurations_are_the_presets(name):
+    from accessory.config import PRESETS, ModelArgs
+
+    assert ModelArgs.from_files(PACKAGE / "configs" / f"{name}.json") == PRESETS[name]
