@@ -38,7 +38,7 @@ def load_decoder(
         tensors.update(checkpoint.tensors)
     where = ", ".join(str(c.path) for c in checkpoints)
     with torch.device("meta"):
-        decoder = Decoder(args, implementation).to(dtype)
+        decoder = Decoder(args, implementation).cast(dtype)
     check_tensors(decoder, tensors, where)
     decoder.to_empty(device=device)
     decoder.requires_grad_(False)

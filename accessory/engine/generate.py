@@ -55,12 +55,15 @@ class Generation:
         with torch.inference_mode():
             tokens_B, length_B, cache, longest = self._prefill()
         yield self._take(tokens_B)
+        aligned = all(len(p) == longest for p in self.prompts)
         for step in range(1, self.max_gen_len):
             if not any(self.running):
                 return
             with torch.inference_mode():
-                extent = -(-(longest + step) // EXTENT_STEP) * EXTENT_STEP
-                cache.begin(length_B[:, None], extent=extent)
+                if aligned:
+                    cache.begin(length_B[:, None], extent=longest + step, aligned=True)
+                else:
+                    cache.begin(length_B[:, None], extent=-(-(longest + step) // EXTENT_STEP) * EXTENT_STEP)
                 logits_BTV = self.decoder(tokens_B[:, None], length_B[:, None], cache=cache).logits
                 tokens_B = self._choose(logits_BTV[:, 0])
                 length_B = length_B + 1

@@ -28,8 +28,9 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotation_BT1c: Tensor, mask_BTS: Tensor | None, cache: ContiguousCache | None
     ) -> Tensor:
+        x_BTD = x_BTD.to(self.wq.weight.dtype)
         q_BTHd, k_BTGd, v_BTGd = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q_BTHd, k_BTGd = apply_rope(q_BTHd, rotation_BT1c), apply_rope(k_BTGd, rotation_BT1c)
+        q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
         if cache is not None:
             k_BTGd, v_BTGd = cache.update(self.layer, k_BTGd, v_BTGd)
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))

@@ -36,16 +36,19 @@ class ContiguousCache:
         self._first_row_B1 = (torch.arange(batch, device=device) * slots)[:, None]
         self._slot_S = torch.arange(slots, device=device)
 
-    def begin(self, positions_BT: Tensor, *, fresh: bool = False, extent: int | None = None) -> None:
+    def begin(
+        self, positions_BT: Tensor, *, fresh: bool = False, extent: int | None = None, aligned: bool = False
+    ) -> None:
         """Announce a forward pass over `positions_BT`.
 
-        `fresh`: rows start at position 0 and nothing earlier exists, so attention is causal among the new tokens alone.
-        `extent`: an upper bound of position + 1, when the caller knows one; fewer slots are then read.
+        fresh: rows start at position 0 and nothing earlier exists, so attention is causal among the new tokens alone.
+        extent: an upper bound of position + 1, when the caller knows one; fewer slots are then read.
+        aligned: each row brings one token, at position extent - 1, so every slot read may be seen and no mask is made.
         """
         self._row_N = (positions_BT + self._first_row_B1).flatten()
         self._fresh = fresh
         self._extent = self.slots if extent is None else min(extent, self.slots)
-        self.mask_BTS = None if fresh else self._slot_S[: self._extent] <= positions_BT[..., None]
+        self.mask_BTS = None if fresh or aligned else self._slot_S[: self._extent] <= positions_BT[..., None]
 
     def update(self, layer: int, k_BTGd: Tensor, v_BTGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write this layer's new keys and values; return those to attend to, (B, S', G, d)."""

@@ -75,6 +75,14 @@ class Decoder(nn.Module):
                 args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len
             )
 
+    def cast(self, dtype: torch.dtype) -> Decoder:
+        """The products in `dtype`; norms and routers stay, or become, fp32, which costs nothing and rounds nothing."""
+        self.to(dtype)
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm) or name.endswith(".gate"):
+                module.float()
+        return self
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -110,7 +118,7 @@ class Decoder(nn.Module):
             if stats is not None:
                 router.append(stats)
         x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return DecoderOutput(self.output(self.norm(x)), router)
+        return DecoderOutput(self.output(self.norm(x).to(self.output.weight.dtype)), router)
 
 
 def _document_mask(documents_BT: Tensor | None) -> Tensor | None:

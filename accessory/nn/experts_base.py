@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from accessory.ops.grouped import swiglu
+from accessory.ops.grouped import few_pairs, swiglu, swiglu_pairs
 
 
 class BaseExperts(nn.Module):
     """Experts `first … first + E - 1` of a layer, each whole; a token's other experts are other ranks' business.
 
-    `forward` returns the part of the sum that these experts give.
+    `forward` returns the part of the sum that these experts give, fp32.
     """
 
     def __init__(self, dim: int, hidden_dim: int, experts: int, first: int = 0) -> None:
@@ -25,12 +25,14 @@ class BaseExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        if few_pairs(expert_TK):
+            return swiglu_pairs(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK, self.first)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e in self._experts_to_run(expert_TK):
             token_n, k_n = torch.nonzero(expert_TK == self.first + e, as_tuple=True)
             y_nD = swiglu(x_TD[token_n], self.w1[e], self.w2[e], self.w3[e])
             y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK[token_n, k_n, None])
-        return y_TD.to(x_TD.dtype)
+        return y_TD
 
     def _experts_to_run(self, expert_TK: Tensor) -> list[int]:
         """Those asked for; all while gradients are kept, so that an idle expert's gradient is zero and not None."""

@@ -12,7 +12,7 @@ from accessory.ops.grouped import expert_swiglu
 
 
 class SparseExperts(nn.Module):
-    """All experts of a layer, of each the same slice of F; `forward` returns that slice's part of the sum."""
+    """All experts of a layer, of each the same slice of F; `forward` returns that slice's part of the sum, fp32."""
 
     def __init__(self, dim: int, hidden_dim: int, experts: int) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · w (arXiv 1910.07467) in fp32: takes the fp32 residual stream, returns the weight's dtype."""
+    """x / rms(x) · w (arXiv 1910.07467), fp32 in and out."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -29,5 +29,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return y.to(self.weight.dtype)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)

@@ -18,7 +18,9 @@ from accessory.ops.routing import RouterStatistics, route, router_statistics
 
 
 class Experts(Protocol):
-    """What the layer asks of its experts: this rank's part of Σ_k weight_TK · expert_TK(x_TD), (T, D)."""
+    """What the layer asks of its experts: this rank's part of Σ_k weight_TK · expert_TK(x_TD), (T, D) fp32."""
+
+    w1: nn.Parameter
 
     def __call__(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor: ...
 
@@ -29,13 +31,13 @@ class MoE(nn.Module):
         self.k = args.moe.num_experts_per_tok
         self.gate = Linear(args.dim, args.moe.num_experts)
         kind = BaseExperts if implementation == "base" else SparseExperts
-        self.experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
+        self.experts: Experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
 
     def forward(
         self, x_TD: Tensor, counted_T: Tensor | None = None, statistics: bool = False
     ) -> tuple[Tensor, RouterStatistics | None]:
-        # fp32 whatever the network's dtype: close calls between experts must not depend on rounding.
-        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        # x_TD is fp32 whatever the network's dtype: close calls between experts must not depend on rounding.
+        logits_TE = F.linear(x_TD, self.gate.weight.float())
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
-        return self.experts(x_TD, weight_TK, expert_TK), stats
+        return self.experts(x_TD.to(self.experts.w1.dtype), weight_TK, expert_TK), stats

@@ -13,17 +13,20 @@ from torch import Tensor
 def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | None) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d) in q's dtype.
 
-    `mask_BTS` (bool) is true where a query may look. None means causal over T = S positions in order, which takes the
-    fused kernels' own causal path.
+    `mask_BTS` (bool) is true where a query may look. None means that the queries are the last T of S positions: a single
+    one sees every key, T = S is causal attention. Either takes a fused kernel's fastest path.
     """
     q_BHTd, k_BGSd, v_BGSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
-    if mask_BTS is None:
-        return _causal(q_BHTd, k_BGSd, v_BGSd).transpose(1, 2)
     B, H, T, d = q_BHTd.shape
+    if mask_BTS is None and T > 1:
+        assert k_BGSd.shape[2] == T, "without a mask, several queries need as many keys"
+        return _causal(q_BHTd, k_BGSd, v_BGSd).transpose(1, 2)
     R = H // k_BGSd.shape[1]
     # The R query heads of a group become rows of one attention, so keys and values are never repeated.
     q_BGQd = q_BHTd.reshape(B, H // R, R * T, d)
-    mask_B1QS = mask_BTS[:, None, None].expand(B, 1, R, T, mask_BTS.shape[-1]).reshape(B, 1, R * T, -1)
+    mask_B1QS = None
+    if mask_BTS is not None:
+        mask_B1QS = mask_BTS[:, None, None].expand(B, 1, R, T, mask_BTS.shape[-1]).reshape(B, 1, R * T, -1)
     y_BGQd = F.scaled_dot_product_attention(q_BGQd, k_BGSd, v_BGSd, attn_mask=mask_B1QS)
     return y_BGQd.reshape(B, H, T, d).transpose(1, 2)
 

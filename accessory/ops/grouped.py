@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accessory.ops.linear import linear
 
-# Up to this many (token, expert) pairs a CPU reads each pair's weights in place, without sorting.
+# Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
 
 
@@ -25,17 +25,17 @@ def swiglu(x: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor) -> Tensor:
 def expert_swiglu(
     x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor
 ) -> Tensor:
-    """Σ_k weight_TK · swiglu of expert_TK, (T, D) in x's dtype; products in x's dtype, the sum over experts in fp32.
+    """Σ_k weight_TK · swiglu of expert_TK, (T, D) fp32; the products are in x's dtype.
 
     F may be any slice of the hidden dimension: the result is then this slice's part of the sum.
     """
-    if x_TD.device.type == "cpu" and expert_TK.numel() <= FEW_PAIRS_CPU and not torch.is_grad_enabled():
-        return _few_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK)
+    if few_pairs(expert_TK):
+        return swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK)
     order_N, count_E = sort_by_expert(expert_TK, w1_EFD.shape[0])
     x_ND = x_TD[order_N // expert_TK.shape[1]]
     h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
     y_ND = grouped_linear(h_NF, w2_EDF, count_E)
-    return combine(y_ND, order_N, weight_TK).to(x_TD.dtype)
+    return combine(y_ND, order_N, weight_TK)
 
 
 def sort_by_expert(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -82,11 +82,27 @@ def _has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
     )
 
 
-def _few_pairs(
-    x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor
+def few_pairs(expert_TK: Tensor) -> bool:
+    """Whether `swiglu_pairs` is the way: decoding on a CPU, no gradients kept."""
+    return expert_TK.device.type == "cpu" and expert_TK.numel() <= FEW_PAIRS_CPU and not torch.is_grad_enabled()
+
+
+def swiglu_pairs(
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
 ) -> Tensor:
-    rows = []
-    for x_D, experts, weight_K in zip(x_TD.unbind(), expert_TK.tolist(), weight_TK.unbind(), strict=True):
-        y_KD = torch.stack([swiglu(x_D, w1_EFD[e], w2_EDF[e], w3_EFD[e]) for e in experts])
-        rows.append((weight_K[:, None] * y_KD.float()).sum(0))
-    return torch.stack(rows).to(x_TD.dtype)
+    """`expert_swiglu` pair by pair, weights read in place; experts are numbered from `first`, others are left out."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    held = range(first, first + w1_EFD.shape[0])
+    for t, (experts, weights) in enumerate(zip(expert_TK.tolist(), weight_TK.tolist(), strict=True)):
+        x_1D = x_TD.narrow(0, t, 1)
+        for e, weight in zip(experts, weights, strict=True):
+            if e in held:
+                w1_FD, w2_DF, w3_FD = (w.select(0, e - first) for w in (w1_EFD, w2_EDF, w3_EFD))
+                y_TD.narrow(0, t, 1).add_(swiglu(x_1D, w1_FD, w2_DF, w3_FD).float(), alpha=weight)
+    return y_TD

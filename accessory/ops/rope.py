@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) on interleaved pairs, with the scalings in circulation.
 
-Legend: B batch, T tokens, H heads, d head_dim, c = d/2 pairs.
+Legend: B batch, T tokens, H query heads, G key/value heads, d head_dim, c = d/2 pairs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def rotations(positions_BT: Tensor, freq_c: Tensor, factor: float = 1.0) -> Tens
     return torch.polar(torch.full_like(angle_BTc, factor), angle_BTc).unsqueeze(-2)
 
 
-def apply_rope(x_BTHd: Tensor, rotation_BT1c: Tensor) -> Tensor:
-    """Turn each interleaved pair of `x_BTHd` by its position's angle, in fp32; returns x's dtype."""
-    pairs = torch.view_as_complex(x_BTHd.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation_BT1c).flatten(-2).to(x_BTHd.dtype)
+def apply_rope(q_BTHd: Tensor, k_BTGd: Tensor, rotation_BT1c: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each interleaved pair of queries and keys by its position's angle, in fp32; returns their dtype."""
+    heads = torch.cat((q_BTHd, k_BTGd), dim=2)  # one pass for both
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * rotation_BT1c).flatten(-2).to(heads.dtype)
+    return turned.split((q_BTHd.shape[2], k_BTGd.shape[2]), dim=2)

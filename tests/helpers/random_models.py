@@ -79,7 +79,7 @@ def decoder_from_canonical(
     args: ModelArgs, implementation: Implementation, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Decoder:
     """A decoder filled without the project's loader, so that tests of the network do not lean on it."""
-    decoder = Decoder(args, implementation).to(dtype).eval()
+    decoder = Decoder(args, implementation).cast(dtype).eval()
     with torch.no_grad():
         for name, p in decoder.named_parameters():
             if ".experts." in name:

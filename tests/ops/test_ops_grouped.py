@@ -40,14 +40,14 @@ def test_experts_are_the_definition_on_every_path(T, E, K, seed):
 def test_few_pairs_and_sorted_paths_are_both_reached(monkeypatch):
     args = problem(2, 4, 2)
     reached = []
-    for name in ("_few_pairs", "grouped_linear"):
+    for name in ("swiglu_pairs", "grouped_linear"):
         real = getattr(grouped, name)
         monkeypatch.setattr(grouped, name, lambda *a, real=real, name=name: reached.append(name) or real(*a))
     with torch.no_grad():
         expert_swiglu(*args)
-        assert set(reached) == {"_few_pairs"}
+        assert set(reached) == {"swiglu_pairs"}
         expert_swiglu(*problem(8, 4, 2))
-    assert set(reached) == {"_few_pairs", "grouped_linear"}
+    assert set(reached) == {"swiglu_pairs", "grouped_linear"}
 
 
 def test_slices_of_the_hidden_dimension_add_up():

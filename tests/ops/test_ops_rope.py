@@ -48,7 +48,7 @@ def test_a_pair_turns_by_position_times_frequency():
     freq_c, _ = rope_frequencies(4, 100.0)
     torch.testing.assert_close(freq_c, torch.tensor([1.0, 0.1]))
     x = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 1, 1, 4)
-    y = apply_rope(x, rotations(torch.tensor([[3]]), freq_c)).flatten()
+    y = apply_rope(x, x[:, :, :0], rotations(torch.tensor([[3]]), freq_c))[0].flatten()
     c, s = torch.cos, torch.sin
     angle = torch.tensor(3.0)
     expected = torch.stack([c(angle), s(angle), -2 * s(angle / 10), 2 * c(angle / 10)])
@@ -60,7 +60,7 @@ def test_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8)
 
     def score(i, j):
-        turned = [apply_rope(x, rotations(torch.tensor([[p]]), freq_c)) for x, p in ((q, i), (k, j))]
+        turned = [apply_rope(x, x, rotations(torch.tensor([[p]]), freq_c))[1] for x, p in ((q, i), (k, j))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(40, 7), score(133, 100), rtol=1e-4, atol=1e-5)
@@ -70,6 +70,7 @@ def test_half_precision_is_turned_in_fp32():
     freq_c, _ = rope_frequencies(8, 1e4)
     x = torch.randn(2, 5, 3, 8)
     r = rotations(torch.arange(5).expand(2, 5) + 3000, freq_c)
-    y = apply_rope(x.bfloat16(), r)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), apply_rope(x.bfloat16().float(), r).bfloat16().float(), rtol=0, atol=0)
+    q, k = x.bfloat16().split((2, 1), dim=2)
+    for half, whole in zip(apply_rope(q, k, r), apply_rope(q.float(), k.float(), r), strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, whole.bfloat16())
