@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from accessory.checkpoint import gguf_tokenizer
 from accessory.checkpoint.gguf import open_gguf
 from accessory.checkpoint.gguf_header import read_header
 from accessory.checkpoint.upcycle import open_dense
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, MissingExtraError
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType
@@ -316,6 +317,13 @@ def test_a_damaged_header_never_gives_anything_but_a_clear_error(tmp_path_factor
         open_gguf(folder / "m.gguf")
     except ValueError as error:  # CheckpointError and ConfigError both are
         assert type(error).__name__ in ("CheckpointError", "ConfigError")  # noqa: PT017
+
+
+def test_without_the_gguf_package_the_pip_line_is_given(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mixtral-accessory\[gguf\]'"):
+        open_gguf(tmp_path / "m.gguf")
 
 
 def test_which_file_of_a_folder(tmp_path):
