@@ -28,8 +28,8 @@ def convert(
     verify: bool = True,
     progress: bool = True,
     config_files: Sequence[str | Path] = (),
-) -> str:
-    """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`; returns the model's hash.
+) -> None:
+    """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`.
 
     Options are those of `write_checkpoint`. `dst` appears whole or not at all; `src` is never touched. Raises
     CheckpointError and ConfigError as reading and writing do, and for a `dst` that is or holds `src`.
@@ -40,7 +40,7 @@ def convert(
     source = open_checkpoint(src, config_files)
     refuse_overlap(source.path, Path(dst))
     log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, to)
-    return write_checkpoint(
+    write_checkpoint(
         dst,
         source.tensors,
         source.args,

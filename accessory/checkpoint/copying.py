@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 16 * 2**20  # what a reader hands out at once, and what a copy keeps in anonymous memory at most
+BLOCK_BYTES = 8 * 2**20  # what a reader hands out at once, and what a copy keeps in anonymous memory at most
 _TILE = 512  # rows and columns a transposing copy works on at once: 0.5 MB of 16-bit numbers stay in the cache
 
 

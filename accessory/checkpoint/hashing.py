@@ -31,24 +31,6 @@ class Digest:
     finite: bool
 
 
-class Digester:
-    """Takes a tensor block by block."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self._finite = True
-
-    def update(self, block: Tensor) -> memoryview:
-        """Digest a contiguous block; returns its bytes."""
-        data = as_bytes(block)
-        self._sha.update(data)
-        self._finite = self._finite and is_finite(block)
-        return data
-
-    def digest(self, tensor: Lazy) -> Digest:
-        return Digest(tensor.shape, tensor.dtype, self._sha.hexdigest(), self._finite)
-
-
 def as_bytes(block: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return block.reshape(-1).view(torch.uint8).numpy().data
@@ -66,10 +48,11 @@ def is_finite(block: Tensor) -> bool:
 
 
 def digest(tensor: Lazy) -> Digest:
-    digester = Digester()
+    sha, finite = hashlib.sha256(), True
     for block in tensor.blocks():
-        digester.update(block)
-    return digester.digest(tensor)
+        sha.update(as_bytes(block))
+        finite = finite and is_finite(block)
+    return Digest(tensor.shape, tensor.dtype, sha.hexdigest(), finite)
 
 
 def digest_all(tensors: Mapping[str, Lazy], *, progress: bool = True, title: str = "checking") -> dict[str, Digest]:
