@@ -43,14 +43,13 @@ def upcycle(
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = True,
-) -> str:
+) -> None:
     """Write the mixture of `experts` experts, `top_k` of them a token, that the dense checkpoint `src` grows into.
 
     `src`: a .gguf file, a folder with one, a Hugging Face folder of a Llama or Mistral, or an hf:// address of either.
     Routers are drawn from a normal distribution (0, 0.02). `noise` adds to every expert's matrices normal noise of
     `noise` times that matrix's standard deviation; what it is depends on `seed`, name and expert, on nothing else.
-    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`, which also
-    gives the hash that is returned.
+    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`.
 
     Raises ConfigError for an argument out of range, CheckpointError for a source that is no dense network.
     """
@@ -64,7 +63,7 @@ def upcycle(
     wanted = wanted or dense.dtype
     moe = MoEArgs(num_experts=experts, num_experts_per_tok=top_k)
     with tempfile.TemporaryDirectory(prefix="accessory-") as scratch:
-        return write_checkpoint(
+        write_checkpoint(
             dst,
             mixture_of(dense, moe, noise=noise, seed=seed, dtype=wanted),
             dense.args.replace(moe=moe),

@@ -61,6 +61,11 @@ def edit_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def equal(one: Path, other: Path) -> bool:
+    a, b = open_checkpoint(one).tensors, open_checkpoint(other).tensors
+    return a.keys() == b.keys() and all(torch.equal(a[name].load(), b[name].load()) for name in a)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -128,9 +133,9 @@ def test_canonical_tensors_by_hand(tmp_path):
 def test_every_layout_holds_the_same_mixture(tmp_path, to, shards):
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 104}
     make_dense(tmp_path / "d", dtype=torch.bfloat16, **sizes)
-    digest = upcycle(tmp_path / "d", tmp_path / "out", experts=4, to=to, shards=shards, noise=0.1, **QUIET)
-    again = upcycle(tmp_path / "d", tmp_path / "ref", experts=4, to="base", shards=1, noise=0.1, **QUIET)
-    assert digest == again
+    upcycle(tmp_path / "d", tmp_path / "out", experts=4, to=to, shards=shards, noise=0.1, **QUIET)
+    upcycle(tmp_path / "d", tmp_path / "ref", experts=4, to="base", shards=1, noise=0.1, **QUIET)
+    assert equal(tmp_path / "out", tmp_path / "ref")
     opened = open_checkpoint(tmp_path / "out")
     assert opened.args.moe == MoEArgs(num_experts=4, num_experts_per_tok=2)
     assert opened.dtype == torch.bfloat16
@@ -303,8 +308,9 @@ def test_a_source_on_the_hub(tmp_path, monkeypatch):
     files = {f"small/{path.name}": path.read_bytes() for path in (tmp_path / "d").iterdir()}
     with serve({"who/dense": Repo(files)}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        remote = upcycle("hf://who/dense/small", tmp_path / "remote", experts=2, shards=1, **QUIET)
-    assert remote == upcycle(tmp_path / "d", tmp_path / "local", experts=2, shards=1, **QUIET)
+        upcycle("hf://who/dense/small", tmp_path / "remote", experts=2, shards=1, **QUIET)
+    upcycle(tmp_path / "d", tmp_path / "local", experts=2, shards=1, **QUIET)
+    assert equal(tmp_path / "remote", tmp_path / "local")
 
 
 def test_where_the_demos_weights_are(monkeypatch, tmp_path):
