@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
-DTYPES = ("float32", "bfloat16", "float16")
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
@@ -84,7 +85,8 @@ def _generate(options: argparse.Namespace) -> int:
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
         else:
             if len(prompts) > 1:
-                print(f"# {n}/{len(prompts)}: {prompt.strip().splitlines()[-1][:70]}")
+                last = (prompt.splitlines() or [""])[-1]
+                print(f"# {n}/{len(prompts)}: {last[:70]}")
             print(text)
     return 0
 
@@ -164,8 +166,6 @@ def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
 
 
 def _model(options: argparse.Namespace) -> MetaModel:
-    import torch
-
     from accessory.model.meta import MetaModel
 
     return MetaModel.from_pretrained(
@@ -174,8 +174,8 @@ def _model(options: argparse.Namespace) -> MetaModel:
         llama_config=options.llama_config,
         tokenizer_path=options.tokenizer_path,
         max_seq_len=options.max_seq_len,
-        dtype=getattr(torch, options.dtype),
-        device=options.device,
+        dtype=_dtype(options.dtype),
+        device=_device(options.device),
         progress=sys.stderr.isatty(),
     )
 
@@ -194,7 +194,12 @@ def _convert(options: argparse.Namespace) -> int:
         verify=options.verify,
         config_files=options.config,
     )
+    _wrote(options)
     return 0
+
+
+def _wrote(options: argparse.Namespace) -> None:
+    print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
 
 
 def _upcycle(options: argparse.Namespace) -> int:
@@ -214,6 +219,7 @@ def _upcycle(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         verify=options.verify,
     )
+    _wrote(options)
     return 0
 
 
@@ -226,7 +232,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from accessory.checkpoint.verify import info
+    from accessory.checkpoint.info import info
 
     print("\n".join(info(_resolved(options.path)).lines()))
     return 0
@@ -244,10 +250,27 @@ def _resolved(path: str) -> Path:
     return resolve(path)
 
 
+def _device(name: str | None) -> str | None:
+    """Checked here, because torch answers a device that is not there with a traceback in its own words."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices here")
+    return name
+
+
 def _dtype(name: str | None) -> Any:
     import torch
 
-    return None if name is None else getattr(torch, name)
+    return None if name is None else getattr(torch, SHORT_DTYPES.get(name, name))
 
 
 # --------------------------------------------------------------------------- arguments
@@ -323,7 +346,9 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--llama-config", "--llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
     command.add_argument("--tokenizer-path", "--tokenizer_path", metavar="PATH")
     command.add_argument("--max-seq-len", "--max_seq_len", type=int, default=4096, metavar="N")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
+    )
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
@@ -337,7 +362,7 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
 
 def _writing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shards", type=int, metavar="N", help="files that base and sparse are split into")
-    command.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    command.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help="bf16, fp16, fp32; default: the source's")
     command.add_argument("--safetensors", action="store_true", help="instead of .pth, for base and sparse")
     command.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
     command.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-read what was written")
