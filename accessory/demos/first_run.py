@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ MAX_SEQ_LEN = 2048
 
 def first_run(folder: Path, question: str, max_gen_len: int) -> int:
     """Make both checkpoints unless they are there, answer with each; 0 when all agree, else 1."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     console.print("[bold]SmolLM2-135M-Instruct, grown into a mixture of 8 experts, 2 per token[/]")
     base, sparse = folder / "base", folder / "sparse"
     started = time.perf_counter()
@@ -44,14 +45,16 @@ def first_run(folder: Path, question: str, max_gen_len: int) -> int:
     report = verify(base, sparse)
     console.print(f"   {report.hash}  {'base = sparse' if report.ok else '[red]base and sparse differ[/]'}")
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s. Try next:")
+    # The way this program was called is the way to call it again, whatever PATH holds.
+    program = sys.argv[0] if Path(sys.argv[0]).name == "accessory" else "accessory"
     for line in (
-        f"accessory chat {sparse}",
-        f"accessory generate {base} --prompt 'Once upon a time' --max-gen-len 60 --stream",
-        f"accessory info {base}",
-        f"accessory convert {base} {folder / 'hf'} --to hf",
-        f"accessory verify {base} {folder / 'hf'}",
+        f"chat {sparse}",
+        f"generate {base} --prompt 'Once upon a time' --max-gen-len 60 --stream",
+        f"info {base}",
+        f"convert {base} {folder / 'hf'} --to hf",
+        f"verify {base} {folder / 'hf'}",
     ):
-        console.print(f"   .venv/bin/{line}")
+        console.print(f"   {program} {line}")
     return 0 if same and report.ok else 1
 
 
