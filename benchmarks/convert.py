@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,9 +109,10 @@ def main() -> None:
         print("| what | s | GB/s | speed ÷ copy | peak anonymous MB |\n|---|---|---|---|---|")
         reference = timed("cp, synced", copy)
         for to in options.to:
-            timed(f"convert --to {to} --no-verify", lambda: convert(source, target, to=to, verify=False), reference)
-            timed(f"convert --to {to}", lambda: convert(source, target, to=to), reference)
-        timed("verify", lambda: verify(source), reference)
+            for check in (False, True):
+                run = partial(convert, source, target, to=to, verify=check, progress=False)
+                timed(f"convert --to {to}{'' if check else ' --no-verify'}", run, reference)
+        timed("verify", lambda: verify(source, progress=False), reference)
         timed("cp, synced, again", copy, reference)
 
 

@@ -1,0 +1,1 @@
+"""Scripts to copy elsewhere or run by themselves."""

@@ -1,0 +1,38 @@
+"""What `split.py` and `split_sparse.py` share: the torrent release beside the script becomes eight shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Literal
+
+from accessory.checkpoint.convert import convert
+from accessory.errors import AccessoryError
+
+SHARDS = 8
+
+
+def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
+    """Convert the checkpoint next to `script` (or else in the current folder) into `folder_name` beside it.
+
+    Returns the exit status: 0, or 1 after one line that says what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name, description=f"Convert consolidated.00.pth beside this script into {folder_name}/."
+    )
+    parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {folder_name}/")
+    parser.add_argument("--no-verify", action="store_true", help="do not read again what was written")
+    options = parser.parse_args()
+    beside = Path(script).resolve().parent
+    source = beside if any(beside.glob("consolidated.*")) else Path.cwd()
+    target = source / folder_name
+    try:
+        convert(source, target, to=to, shards=SHARDS, overwrite=options.overwrite, verify=not options.no_verify)
+    except AccessoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{target}: {SHARDS} shards, {', '.join(sorted(p.name for p in target.iterdir() if p.suffix != '.pth'))}")
+    if not (target / "tokenizer.model").exists():
+        print(f"note: there is no tokenizer.model in {source}; put one into {folder_name}/ before you use it")
+    return 0
