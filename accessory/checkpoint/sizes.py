@@ -23,6 +23,11 @@ def configure(sources: Sequence[Mapping[str, Any]], tensors: Mapping[str, Lazy],
     ConfigError names what no source tells and shapes cannot: the split of q and k rows into heads.
     """
     shapes = {field: value for field, (value, _) in sizes_from_shapes(tensors).items()}
+    if partial and not sources and not {"dim", "hidden_dim", "vocab_size", "q_rows"} <= shapes.keys():
+        raise ConfigError(
+            "config.json: missing, and a save of the trained tensors alone does not tell the network's sizes; "
+            "put it beside them or give the configuration of the model they belong to"
+        )
     known: dict[str, Any] = {f: shapes[f] for f in ("dim", "hidden_dim", "vocab_size") if f in shapes}
     if not partial and "n_layers" in shapes:
         known["n_layers"] = shapes["n_layers"]
