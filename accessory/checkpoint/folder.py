@@ -134,13 +134,14 @@ def _configure(
     try:
         survey.llama_type = _llama_type(folder, layout)
         sources = _config_sources(folder, config_files)
-        args = survey.args = configure([content for _, content in sources], tensors, partial=allow_partial)
+        origin = ", ".join(name for name, _ in reversed(sources)) or "the tensors' shapes"
+        contents = [content for _, content in sources]
+        args = survey.args = configure(contents, tensors, origin=origin, partial=allow_partial)
     except ConfigError as error:
         survey.problems.append(error)
         return
-    origin = ", ".join(name for name, _ in reversed(sources)) or "the tensors' shapes"
     disagreements = field_problems(args, tensors, origin)
-    tied = layout == "hf" and any(content.get("tie_word_embeddings") for _, content in sources)
+    tied = layout == "hf" and any(content.get("tie_word_embeddings") for content in contents)
     if tied and "tok_embeddings.weight" in tensors:
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     expected = expected_shapes(args)

@@ -17,7 +17,9 @@ _USUAL_HEAD_DIM = 128
 _HEAD_KEYS = {"n_heads": ("n_heads", "num_attention_heads"), "head_dim": ("head_dim",)}
 
 
-def configure(sources: Sequence[Mapping[str, Any]], tensors: Mapping[str, Lazy], *, partial: bool = False) -> ModelArgs:
+def configure(
+    sources: Sequence[Mapping[str, Any]], tensors: Mapping[str, Lazy], *, origin: str = "config", partial: bool = False
+) -> ModelArgs:
     """The network's sizes from config `sources` (the last takes precedence), the rest from the tensors' shapes.
 
     ConfigError names what no source tells and shapes cannot: the split of q and k rows into heads.
@@ -40,7 +42,7 @@ def configure(sources: Sequence[Mapping[str, Any]], tensors: Mapping[str, Lazy],
             "no config.json or params.json: sizes are read off the tensors; experts per token, rope_theta and norm_eps "
             "are taken to be Mixtral's"
         )
-    return ModelArgs.from_dicts(known, *sources)
+    return ModelArgs.from_dicts(known, *sources, origin=origin)
 
 
 def _given(sources: Sequence[Mapping[str, Any]], field: str) -> int | None:

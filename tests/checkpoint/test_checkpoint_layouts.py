@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from helpers import checkpoints as make
+from helpers.checkpoints import ARGS, companions, random_tensors
 
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.config import LlamaType, MoEArgs
 from accessory.errors import CheckpointError, ConfigError
-from helpers import checkpoints as make
-from helpers.checkpoints import ARGS, companions, random_tensors
 
 
 def same(checkpoint, tensors) -> None:
@@ -69,7 +69,7 @@ def test_pieces_read_like_the_whole_file(pieces, tmp_path):
 
 @pytest.mark.parametrize(("dim", "hidden", "experts"), [(64, 16, 4), (16, 16, 4), (24, 16, 3)])
 def test_torrent_w2_is_transposed_block_by_block(dim, hidden, experts, tmp_path):
-    """(E·F, D) of (F, D) blocks and (E·D, F) have the same number of elements; where D = E·F or D = F, shapes mislead."""
+    """(E·F, D) of (F, D) blocks has as many elements as (E·D, F); where D = E·F or D = F, shapes mislead."""
     args = ARGS.replace(dim=dim, hidden_dim=hidden, moe=MoEArgs(num_experts=experts))
     tensors = random_tensors(args)
     for folder in (

@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+from helpers.checkpoints import half_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from accessory.checkpoint.lazy import (
     rotary_to_half,
     rotary_to_interleaved,
 )
-from helpers.checkpoints import half_split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
