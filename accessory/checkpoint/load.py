@@ -42,6 +42,7 @@ def load_decoder(
     check_tensors(decoder, tensors, where)
     decoder.to_empty(device=device)
     decoder.requires_grad_(False)
+    decoder.join()  # while the parameters are still empty, and this costs nothing
     fill(decoder, tensors, progress=progress)
     return decoder.eval()
 

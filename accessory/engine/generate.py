@@ -40,7 +40,7 @@ class Generation:
         vocab_size: int | None = None,
     ) -> None:
         check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size)
-        self.decoder, self.prompts = decoder, prompts
+        self.decoder, self.prompts = decoder.join(), prompts
         self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
         sampling = sampling or Sampling()
         generator = sampling.generator()

@@ -5,12 +5,16 @@ Legend: B batch, T tokens, D dim, H query heads, G key/value heads, d head_dim, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
 from accessory.nn.cache import ContiguousCache
+from accessory.nn.joined import Joined
 from accessory.nn.linear import Linear
 from accessory.ops.attention import attention
+from accessory.ops.linear import linear
 from accessory.ops.rope import apply_rope
 
 
@@ -24,13 +28,23 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
+        self.joined = Joined(dim=0)
+
+    def join(self) -> None:
+        self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(
         self, x_BTD: Tensor, rotation_BT1c: Tensor, mask_BTS: Tensor | None, cache: ContiguousCache | None
     ) -> Tensor:
         x_BTD = x_BTD.to(self.wq.weight.dtype)
-        q_BTHd, k_BTGd, v_BTGd = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
         if cache is not None:
             k_BTGd, v_BTGd = cache.update(self.layer, k_BTGd, v_BTGd)
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))
+
+    def _project(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        if self.joined.tensor is not None and x_BTD.shape[1] == 1:
+            heads_BTHd = linear(x_BTD, self.joined.tensor).unflatten(-1, (-1, self.head_dim))
+            return heads_BTHd.split([w.weight.shape[0] // self.head_dim for w in (self.wq, self.wk, self.wv)], dim=2)
+        return [w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]

@@ -33,6 +33,8 @@ class ContiguousCache:
         # Zeros, not empty: a masked NaN of uninitialised memory would still poison the sum.
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.slots = slots
+        # Views made once: a decoding step would otherwise make them anew in every layer.
+        self._layers = [(k, v, k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.k, self.v, strict=True)]
         self._first_row_B1 = (torch.arange(batch, device=device) * slots)[:, None]
         self._slot_S = torch.arange(slots, device=device)
 
@@ -52,9 +54,9 @@ class ContiguousCache:
 
     def update(self, layer: int, k_BTGd: Tensor, v_BTGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write this layer's new keys and values; return those to attend to, (B, S', G, d)."""
-        k_BSGd, v_BSGd = self.k[layer], self.v[layer]
-        k_BSGd.flatten(0, 1).index_copy_(0, self._row_N, k_BTGd.flatten(0, 1))
-        v_BSGd.flatten(0, 1).index_copy_(0, self._row_N, v_BTGd.flatten(0, 1))
+        k_BSGd, v_BSGd, k_NGd, v_NGd = self._layers[layer]
+        k_NGd.index_copy_(0, self._row_N, k_BTGd.flatten(0, 1))
+        v_NGd.index_copy_(0, self._row_N, v_BTGd.flatten(0, 1))
         if self._fresh:
             return k_BTGd, v_BTGd
         return k_BSGd[:, : self._extent], v_BSGd[:, : self._extent]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
 from accessory.nn.cache import ContiguousCache
+from accessory.nn.experts_base import BaseExperts
+from accessory.nn.experts_sparse import SparseExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.ops.rope import rope_frequencies, rotations
@@ -81,6 +83,13 @@ class Decoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm) or name.endswith(".gate"):
                 module.float()
+        return self
+
+    def join(self) -> Decoder:
+        """Lay weights that decoding on a CPU reads together side by side; needed again after any was replaced."""
+        for module in self.modules():
+            if isinstance(module, Attention | BaseExperts | SparseExperts):
+                module.join()
         return self
 
     def forward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from accessory.nn.joined import Joined
 from accessory.ops.grouped import few_pairs, swiglu, swiglu_pairs
 
 
@@ -23,10 +24,14 @@ class BaseExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        self.joined = Joined(dim=1)
+
+    def join(self) -> None:
+        self.joined.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        if few_pairs(expert_TK):
-            return swiglu_pairs(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK, self.first)
+        if self.joined.tensor is not None and few_pairs(expert_TK):
+            return swiglu_pairs(x_TD, self.joined.tensor, self.w2, weight_TK, expert_TK, self.first)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e in self._experts_to_run(expert_TK):
             token_n, k_n = torch.nonzero(expert_TK == self.first + e, as_tuple=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from accessory.ops.grouped import expert_swiglu
+from accessory.nn.joined import Joined
+from accessory.ops.grouped import expert_swiglu, few_pairs, swiglu_pairs
 
 
 class SparseExperts(nn.Module):
@@ -19,6 +20,12 @@ class SparseExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        self.joined = Joined(dim=1)
+
+    def join(self) -> None:
+        self.joined.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        if self.joined.tensor is not None and few_pairs(expert_TK):
+            return swiglu_pairs(x_TD, self.joined.tensor, self.w2, weight_TK, expert_TK)
         return expert_swiglu(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK)

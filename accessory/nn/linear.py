@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.ops.linear import linear
+from accessory.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -29,4 +30,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
+        return rms_norm(x, self.weight.float(), self.eps)

@@ -13,17 +13,19 @@ from torch import Tensor
 def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | None) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d) in q's dtype.
 
-    `mask_BTS` (bool) is true where a query may look. None means that the queries are the last T of S positions: a single
-    one sees every key, T = S is causal attention. Either takes a fused kernel's fastest path.
+    `mask_BTS` (bool) is true where a query may look. None means that the queries are the last T of S positions: one
+    sees every key, T = S is causal attention. Either takes a fused kernel's fastest path.
     """
-    q_BHTd, k_BGSd, v_BGSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
-    B, H, T, d = q_BHTd.shape
+    (B, T, H, d), G = q_BTHd.shape, k_BSGd.shape[2]
+    k_BGSd, v_BGSd = k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
     if mask_BTS is None and T > 1:
-        assert k_BGSd.shape[2] == T, "without a mask, several queries need as many keys"
-        return _causal(q_BHTd, k_BGSd, v_BGSd).transpose(1, 2)
-    R = H // k_BGSd.shape[1]
+        assert k_BSGd.shape[1] == T, "without a mask, several queries need as many keys"
+        return _causal(q_BTHd.transpose(1, 2), k_BGSd, v_BGSd).transpose(1, 2)
     # The R query heads of a group become rows of one attention, so keys and values are never repeated.
-    q_BGQd = q_BHTd.reshape(B, H // R, R * T, d)
+    R = H // G
+    if T == 1 and mask_BTS is None:
+        return F.scaled_dot_product_attention(q_BTHd.view(B, G, R, d), k_BGSd, v_BGSd).view(B, 1, H, d)
+    q_BGQd = q_BTHd.transpose(1, 2).reshape(B, G, R * T, d)
     mask_B1QS = None
     if mask_BTS is not None:
         mask_B1QS = mask_BTS[:, None, None].expand(B, 1, R, T, mask_BTS.shape[-1]).reshape(B, 1, R * T, -1)

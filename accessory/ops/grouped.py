@@ -29,8 +29,6 @@ def expert_swiglu(
 
     F may be any slice of the hidden dimension: the result is then this slice's part of the sum.
     """
-    if few_pairs(expert_TK):
-        return swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK)
     order_N, count_E = sort_by_expert(expert_TK, w1_EFD.shape[0])
     x_ND = x_TD[order_N // expert_TK.shape[1]]
     h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
@@ -88,21 +86,20 @@ def few_pairs(expert_TK: Tensor) -> bool:
 
 
 def swiglu_pairs(
-    x_TD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    weight_TK: Tensor,
-    expert_TK: Tensor,
-    first: int = 0,
+    x_TD: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
 ) -> Tensor:
-    """`expert_swiglu` pair by pair, weights read in place; experts are numbered from `first`, others are left out."""
-    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    held = range(first, first + w1_EFD.shape[0])
+    """`expert_swiglu` pair by pair, weights read in place; w1 and w3 lie one above the other, G = 2F.
+
+    Experts are numbered from `first`; pairs with others are left out.
+    """
+    rows = []
     for t, (experts, weights) in enumerate(zip(expert_TK.tolist(), weight_TK.tolist(), strict=True)):
-        x_1D = x_TD.narrow(0, t, 1)
+        x_1D, y_1D = x_TD[t : t + 1], None
         for e, weight in zip(experts, weights, strict=True):
-            if e in held:
-                w1_FD, w2_DF, w3_FD = (w.select(0, e - first) for w in (w1_EFD, w2_EDF, w3_EFD))
-                y_TD.narrow(0, t, 1).add_(swiglu(x_1D, w1_FD, w2_DF, w3_FD).float(), alpha=weight)
-    return y_TD
+            if not 0 <= e - first < w2_EDF.shape[0]:
+                continue
+            a_1F, b_1F = linear(x_1D, w13_EGD[e - first]).chunk(2, -1)
+            part_1D = linear(F.silu(a_1F).mul_(b_1F), w2_EDF[e - first])
+            y_1D = part_1D.float().mul_(weight) if y_1D is None else y_1D.add_(part_1D, alpha=weight)
+        rows.append(torch.zeros(1, x_TD.shape[1]) if y_1D is None else y_1D)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
