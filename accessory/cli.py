@@ -302,33 +302,39 @@ def _parser() -> argparse.ArgumentParser:
     _sampling_arguments(chat)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
-    convert.add_argument("src", metavar="SRC")
-    convert.add_argument("dst", metavar="DST")
-    convert.add_argument("--to", required=True, choices=LAYOUTS)
+    convert.add_argument("src", metavar="SRC", help="the checkpoint to read")
+    convert.add_argument("dst", metavar="DST", help="the folder to make")
+    convert.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
     convert.add_argument("--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over SRC's own")
     _writing_arguments(convert)
 
     verify = _command(commands, "verify", _verify, "check every tensor; with two paths, prove them equal")
-    verify.add_argument("a", metavar="A")
-    verify.add_argument("b", metavar="B", nargs="?")
+    verify.add_argument("a", metavar="A", help="a checkpoint")
+    verify.add_argument("b", metavar="B", nargs="?", help="another, in any layout")
 
     info = _command(commands, "info", _info, "what a checkpoint is")
-    info.add_argument("path", metavar="PATH")
+    info.add_argument("path", metavar="PATH", help="a checkpoint, complete or not")
 
     upcycle = _command(commands, "upcycle", _upcycle, "grow a mixture from a dense Llama or Mistral (arXiv 2212.05055)")
     upcycle.add_argument("src", metavar="SRC", help="a Hugging Face folder or a GGUF file")
-    upcycle.add_argument("dst", metavar="DST")
-    upcycle.add_argument("--experts", type=int, default=8, metavar="N")
-    upcycle.add_argument("--top-k", type=int, default=2, metavar="K")
-    upcycle.add_argument("--noise", type=float, default=0.0, metavar="X", help="relative to each tensor's deviation")
-    upcycle.add_argument("--seed", type=int, default=0)
-    upcycle.add_argument("--to", choices=LAYOUTS, default="base")
+    upcycle.add_argument("dst", metavar="DST", help="the folder to make")
+    upcycle.add_argument("--experts", type=int, default=8, metavar="N", help="experts a layer (default: 8)")
+    upcycle.add_argument("--top-k", type=int, default=2, metavar="K", help="experts a token visits (default: 2)")
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, metavar="X", help="of each matrix's own deviation (default: 0)"
+    )
+    upcycle.add_argument("--seed", type=int, default=0, metavar="N", help="of routers and noise (default: 0)")
+    upcycle.add_argument("--to", choices=LAYOUTS, default="base", help="the layout to write (default: base)")
     _writing_arguments(upcycle)
 
     demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
-    demo.add_argument("--dir", default="demo-model", help="where its checkpoints go (default: demo-model)")
-    demo.add_argument("--question", default="What is the capital of France?")
-    demo.add_argument("--max-gen-len", type=int, default=40, metavar="N")
+    demo.add_argument(
+        "--dir", default="demo-model", metavar="DIR", help="where its checkpoints go (default: demo-model)"
+    )
+    demo.add_argument("--question", default="What is the capital of France?", metavar="TEXT", help="what it is asked")
+    demo.add_argument(
+        "--max-gen-len", type=int, default=40, metavar="N", help="tokens an answer may have (default: 40)"
+    )
     return parser
 
 
@@ -344,8 +350,15 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", metavar="PATH", nargs="+", help="several are loaded one over the other")
     command.add_argument("--llama-type", "--llama_type", metavar="TYPE", help="mixtral or mixtral_sparse")
     command.add_argument("--llama-config", "--llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
-    command.add_argument("--tokenizer-path", "--tokenizer_path", metavar="PATH")
-    command.add_argument("--max-seq-len", "--max_seq_len", type=int, default=4096, metavar="N")
+    command.add_argument("--tokenizer-path", "--tokenizer_path", metavar="PATH", help="default: that of PATH")
+    command.add_argument(
+        "--max-seq-len",
+        "--max_seq_len",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens of prompt and answer (default: 4096)",
+    )
     command.add_argument(
         "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
     )
@@ -353,15 +366,24 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _sampling_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-gen-len", "--max_gen_len", type=int, default=512, metavar="N")
+    command.add_argument(
+        "--max-gen-len",
+        "--max_gen_len",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens an answer may have (default: 512)",
+    )
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    command.add_argument("--top-p", "--top_p", type=float, default=0.95, metavar="X")
-    command.add_argument("--seed", type=int, help="makes sampling repeat")
+    command.add_argument(
+        "--top-p", "--top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)"
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
 
 def _writing_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--shards", type=int, metavar="N", help="files that base and sparse are split into")
+    command.add_argument("--shards", type=int, metavar="N", help="files to split it into; not for torrent")
     command.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help="bf16, fp16, fp32; default: the source's")
     command.add_argument("--safetensors", action="store_true", help="instead of .pth, for base and sparse")
     command.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
