@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accessory.checkpoint.discover import find_weights
+from accessory.checkpoint.discover import MARKER, find_weights
 from accessory.errors import CheckpointError
-
-_MARKER = ".writing"  # says that a folder is ours to throw away; locked while its writer lives
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:
@@ -59,9 +57,10 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot be made ({error.strerror})") from error
     try:
-        with open(partial / _MARKER, "w") as marker:
+        with open(partial / MARKER, "w") as marker:  # says that the folder is ours; locked while its writer lives
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
+            (partial / MARKER).unlink()
             sync_folder(partial)
             if dst.exists() and any(dst.iterdir()):
                 if old.exists():
@@ -72,7 +71,6 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    (dst / _MARKER).unlink()
     if old.exists():
         shutil.rmtree(old)
 
@@ -81,7 +79,7 @@ def _clear(partial: Path) -> None:
     if not partial.exists():
         return
     try:
-        with open(partial / _MARKER) as marker:
+        with open(partial / MARKER) as marker:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError as error:
         if any(partial.iterdir()):

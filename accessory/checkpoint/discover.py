@@ -14,6 +14,7 @@ from accessory.checkpoint.lazy import Lazy
 from accessory.config import read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
 
+MARKER = ".writing"  # in a folder that is being written, and in what a killed writer left
 CONFIGS = ("config.json", "params.json", "meta.json")
 
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.(pth|safetensors)")

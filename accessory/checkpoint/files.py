@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -208,6 +209,8 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
     head = bytes(source.read(0, min(64, source.size)))
     _refuse_stand_ins(path, head)
     if head[:4] == b"PK\x03\x04":
+        if not zipfile.is_zipfile(path if pieces is None else _PiecesReader(pieces)):
+            raise CheckpointError(f"{path}: truncated or incomplete: the directory at its end is missing")
         entries = _load_pickle(path, pieces, on_meta=True)
     elif head[:1] == b"\x80" and pieces is None:
         entries = _load_pickle(path, None, on_meta=False)
@@ -268,8 +271,6 @@ def _offsets_come_with_meta() -> bool:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     code = re.search(r"[Uu]nsupported (?:global|class|operand|instruction)[^.]*|GLOBAL ([\w.]+)", text)
-    if "central directory" in text:
-        return "truncated or incomplete: the directory at the end of the file is missing"
     if code:
         named = re.search(r"GLOBAL ([\w.]+)", text)
         what = f"the pickle asks for {named[1]}" if named else "the pickle holds more than tensors"
@@ -280,7 +281,7 @@ def _reason(error: Exception) -> str:
 def _refuse_stand_ins(path: Path, head: bytes) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path}: a web page, not a checkpoint; the download failed")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint.discover import WeightFiles, find_resources, find_weights
+from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, find_weights
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
@@ -22,6 +22,7 @@ from accessory.errors import AccessoryError, CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = "unfinished: whatever was writing this folder has not ended, or not well; run it again"
 _LISTED = 3  # problems and names that one message spells out
 
 
@@ -65,6 +66,10 @@ class Survey:
     missing: list[str] = field(default_factory=list)
     problems: list[AccessoryError] = field(default_factory=list)
 
+    @property
+    def unfinished(self) -> bool:
+        return (self.path / MARKER).exists()
+
     def raise_problems(self) -> None:
         if not self.problems:
             return
@@ -74,15 +79,22 @@ class Survey:
 
 
 def open_checkpoint(
-    path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False
+    path: str | Path,
+    config_files: Sequence[str | Path] = (),
+    *,
+    allow_partial: bool = False,
+    allow_unfinished: bool = False,
 ) -> Checkpoint:
     """Recognise the layout of a folder (or hf:// address) and open it; no tensor data is read but small norms.
 
     `config_files` take precedence over the folder's own config.json, that over params.json, later ones over earlier.
-    A folder that lacks tensors (a save of what was trained) opens only with `allow_partial`, and then says `partial`.
+    A folder that lacks tensors (a save of what was trained) opens only with `allow_partial`, and then says `partial`;
+    one that is being written, or that a killed writer left, only with `allow_unfinished`.
     Raises CheckpointError or ConfigError naming the file, field or tensor that is missing, broken or contradictory.
     """
     survey = survey_folder(path, config_files, allow_partial=allow_partial)
+    if survey.unfinished and not allow_unfinished:
+        raise CheckpointError(f"{survey.path}: {UNFINISHED}")
     survey.raise_problems()
     assert survey.checkpoint is not None  # or there was a problem
     return survey.checkpoint

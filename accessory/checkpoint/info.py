@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accessory.checkpoint.folder import survey_folder
+from accessory.checkpoint.folder import UNFINISHED, survey_folder
 from accessory.config import LlamaType, ModelArgs
 
 
@@ -37,8 +37,8 @@ class Info:
             out.append(f"shards          {self.shards}")
         if self.parameters is not None:
             total, active = self.parameters
-            out.append(f"parameters      {total / 1e9:.2f} B, of which a token uses {active / 1e9:.2f} B")
-        out.append(f"files           {len(self.files)}, {self.nbytes / 1e9:.2f} GB, {self.dtype}")
+            out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
+        out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")
         out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
         if self.args is not None:
             out.append(f"config          {_spell(self.args)}")
@@ -64,8 +64,16 @@ def info(path: str | Path) -> Info:
         shards=len(survey.weights.paths) if survey.weights.sharded else 1,
         files=survey.weights.present,
         resources=checkpoint.resources if checkpoint else [],
-        problems=[str(p) for p in survey.problems],
+        problems=[UNFINISHED] * survey.unfinished + [str(p) for p in survey.problems],
     )
+
+
+def _count(number: int, unit: str = "") -> str:
+    """Three digits and a prefix: 46.7 G, 93.4 GB."""
+    for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}{unit}"
+    return f"{number} {unit}".strip()
 
 
 def _spell(args: ModelArgs) -> str:

@@ -189,8 +189,11 @@ def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
         for name, slot in file.slots.items()
     }
     content: dict[str, Any] = {"model": stand_ins} if file.nested else dict(stand_ins)
-    with torch.serialization.skip_data():
-        torch.save(content, path)
+    try:
+        with torch.serialization.skip_data():
+            torch.save(content, path)
+    except RuntimeError as error:  # torch's file writer does not raise OSError
+        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     starts = {}
     for name, stored in read_pickle(path).items():
         if not isinstance(stored, Stored):
@@ -224,7 +227,7 @@ def _check_written(folder: Path, sums: Mapping[str, int], allow_partial: bool, p
             crc = zlib.crc32(as_bytes(block), crc)
         return crc
 
-    written = open_checkpoint(folder, allow_partial=allow_partial)
+    written = open_checkpoint(folder, allow_partial=allow_partial, allow_unfinished=True)
     again = each_tensor(written.tensors, read, progress=progress, title="checking")
     if again != sums:
         wrong = [name for name in {**sums, **again} if again.get(name) != sums.get(name)]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accessory.checkpoint.folder import Survey, survey_folder
+from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash, names_of
 
 
@@ -76,6 +76,8 @@ def _look_at(path: str | Path, progress: bool) -> Side:
     checkpoint = survey.checkpoint
     tensors = checkpoint.tensors if checkpoint else {}
     problems = [str(p) for p in survey.problems]
+    if survey.unfinished:
+        problems.insert(0, UNFINISHED)
     digests = digest_all(tensors, progress=progress, title=f"reading {survey.path.name}")
     infinite = [name for name, digest in digests.items() if not digest.finite]
     if infinite:
@@ -93,7 +95,7 @@ def _look_at(path: str | Path, progress: bool) -> Side:
 
 
 def _is_model(survey: Survey) -> bool:
-    return survey.checkpoint is not None and not survey.problems
+    return survey.checkpoint is not None and not survey.problems and not survey.unfinished
 
 
 def _compare(a: Side, b: Side) -> list[str]:
