@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling, sample
 from accessory.errors import InputError
 from accessory.nn.cache import ContiguousCache
@@ -38,10 +39,12 @@ class Generation:
         sampling: Sampling | None = None,
         stop_ids: Collection[int] = (),
         vocab_size: int | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size)
         self.decoder, self.prompts = decoder.join(), prompts
         self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
+        self.graphs = graphs if graphs is not None and graphs.fits(len(prompts)) else None
         sampling = sampling or Sampling()
         generator = sampling.generator()
         self._choose: Choose = lambda logits_BV: sample(logits_BV, sampling, generator, vocab_size)
@@ -60,12 +63,13 @@ class Generation:
             if not any(self.running):
                 return
             with torch.inference_mode():
-                if aligned:
-                    cache.begin(length_B[:, None], extent=longest + step, aligned=True)
+                if self.graphs is not None:
+                    logits_BV = self.graphs.step(tokens_B, length_B, longest + step)
                 else:
-                    cache.begin(length_B[:, None], extent=-(-(longest + step) // EXTENT_STEP) * EXTENT_STEP)
-                logits_BTV = self.decoder(tokens_B[:, None], length_B[:, None], cache=cache).logits
-                tokens_B = self._choose(logits_BTV[:, 0])
+                    extent = longest + step if aligned else -(-(longest + step) // EXTENT_STEP) * EXTENT_STEP
+                    cache.begin(length_B[:, None], extent=extent, aligned=aligned)
+                    logits_BV = self.decoder(tokens_B[:, None], length_B[:, None], cache=cache).logits[:, 0]
+                tokens_B = self._choose(logits_BV)
                 length_B = length_B + 1
             yield self._take(tokens_B)
 
@@ -78,7 +82,11 @@ class Generation:
             tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
         tokens_BT, length_B = tokens_BT.to(weight.device), torch.tensor(lengths, device=weight.device)
         args = self.decoder.args
-        cache = ContiguousCache(args, len(lengths), longest + self.max_gen_len, weight.device, weight.dtype)
+        slots = longest + self.max_gen_len
+        if self.graphs is not None:
+            cache = self.graphs.cache(len(lengths), slots)
+        else:
+            cache = ContiguousCache(args, len(lengths), slots, weight.device, weight.dtype)
         positions_BT = torch.arange(longest, device=weight.device).expand_as(tokens_BT)
         cache.begin(positions_BT, fresh=True)
         logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1).logits

@@ -20,6 +20,7 @@ from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.engine.generate import Generation
+from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
 from accessory.errors import InputError
 from accessory.nn.decoder import Decoder
@@ -42,6 +43,7 @@ class MetaModel(nn.Module):
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+        self._graphs = DecodeGraphs(llma)
 
     @property
     def args(self) -> ModelArgs:
@@ -172,6 +174,7 @@ class MetaModel(nn.Module):
             sampling=Sampling(temperature, top_p, seed),
             stop_ids=self.tokenizer.stop_ids,
             vocab_size=self.tokenizer.vocab_size,
+            graphs=self._graphs,
         )
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]

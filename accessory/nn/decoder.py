@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
 from accessory.nn.cache import ContiguousCache
-from accessory.nn.experts_base import BaseExperts
-from accessory.nn.experts_sparse import SparseExperts
+from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.ops.rope import rope_frequencies, rotations
@@ -88,7 +87,7 @@ class Decoder(nn.Module):
     def join(self) -> Decoder:
         """Lay weights that decoding on a CPU reads together side by side; needed again after any was replaced."""
         for module in self.modules():
-            if isinstance(module, Attention | BaseExperts | SparseExperts):
+            if isinstance(module, Attention | StackedExperts):
                 module.join()
         return self
 

@@ -5,24 +5,15 @@ Legend: T tokens, D dim, E experts, K experts a token.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.config import Implementation, ModelArgs
+from accessory.nn.experts import StackedExperts
 from accessory.nn.experts_base import BaseExperts
 from accessory.nn.experts_sparse import SparseExperts
 from accessory.nn.linear import Linear
 from accessory.ops.routing import RouterStatistics, route, router_statistics
-
-
-class Experts(Protocol):
-    """What the layer asks of its experts: this rank's part of Σ_k weight_TK · expert_TK(x_TD), (T, D) fp32."""
-
-    w1: nn.Parameter
-
-    def __call__(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor: ...
 
 
 class MoE(nn.Module):
@@ -30,8 +21,8 @@ class MoE(nn.Module):
         super().__init__()
         self.k = args.moe.num_experts_per_tok
         self.gate = Linear(args.dim, args.moe.num_experts)
-        kind = BaseExperts if implementation == "base" else SparseExperts
-        self.experts: Experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
+        kind: type[StackedExperts] = BaseExperts if implementation == "base" else SparseExperts
+        self.experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
 
     def forward(
         self, x_TD: Tensor, counted_T: Tensor | None = None, statistics: bool = False

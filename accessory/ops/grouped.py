@@ -7,6 +7,9 @@ Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, 
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,8 @@ from accessory.ops.linear import linear
 
 # Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
+# A GPU reads weights in place while that is no more reading than the grouped product's, which visits each expert once.
+FEW_PAIRS_GPU = 8
 
 
 def swiglu(x: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor) -> Tensor:
@@ -80,18 +85,35 @@ def _has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
     )
 
 
-def few_pairs(expert_TK: Tensor) -> bool:
-    """Whether `swiglu_pairs` is the way: decoding on a CPU, no gradients kept."""
-    return expert_TK.device.type == "cpu" and expert_TK.numel() <= FEW_PAIRS_CPU and not torch.is_grad_enabled()
+def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None) -> bool:
+    """Whether `swiglu_pairs` is the way: decoding few tokens, no gradients kept, and what the device needs is there."""
+    if torch.is_grad_enabled():
+        return False
+    if x_TD.is_cuda:
+        return expert_TK.numel() <= FEW_PAIRS_GPU and x_TD.dtype != torch.float32 and has_triton()
+    return expert_TK.numel() <= FEW_PAIRS_CPU and w13_EGD is not None
 
 
 def swiglu_pairs(
-    x_TD: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    first: int = 0,
+    w13_EGD: Tensor | None = None,
 ) -> Tensor:
-    """`expert_swiglu` pair by pair, weights read in place; w1 and w3 lie one above the other, G = 2F.
+    """`expert_swiglu` pair by pair, weights read in place; experts are numbered from `first`, others left out.
 
-    Experts are numbered from `first`; pairs with others are left out.
+    A GPU runs the kernels of `ops.triton.pairs`. A CPU reads `w13_EGD`, w1 and w3 one above the other (G = 2F).
     """
+    if x_TD.is_cuda:
+        from accessory.ops.triton import pairs
+
+        return pairs.swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
+    assert w13_EGD is not None, "see pairs_in_place"
     rows = []
     for t, (experts, weights) in enumerate(zip(expert_TK.tolist(), weight_TK.tolist(), strict=True)):
         x_1D, y_1D = x_TD[t : t + 1], None
@@ -103,3 +125,8 @@ def swiglu_pairs(
             y_1D = part_1D.float().mul_(weight) if y_1D is None else y_1D.add_(part_1D, alpha=weight)
         rows.append(torch.zeros(1, x_TD.shape[1]) if y_1D is None else y_1D)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

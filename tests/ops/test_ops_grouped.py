@@ -34,8 +34,11 @@ def test_experts_are_the_definition_on_every_path(T, E, K, seed):
     torch.testing.assert_close(expert_swiglu(*args), expected, rtol=1e-4, atol=1e-5)  # sorted: gradients are kept
     x, w1, w2, w3, weight, expert = args
     w13 = torch.cat([w1, w3], 1)
-    torch.testing.assert_close(swiglu_pairs(x, w13, w2, weight, expert), expected, rtol=1e-4, atol=1e-5)
-    halves = [swiglu_pairs(x, w13[a:b], w2[a:b], weight, expert, a) for a, b in ((0, E // 2), (E // 2, E))]
+    torch.testing.assert_close(swiglu_pairs(x, w1, w2, w3, weight, expert, w13_EGD=w13), expected, rtol=1e-4, atol=1e-5)
+    halves = [
+        swiglu_pairs(x, w1[a:b], w2[a:b], w3[a:b], weight, expert, first=a, w13_EGD=w13[a:b])
+        for a, b in ((0, E // 2), (E // 2, E))
+    ]
     torch.testing.assert_close(sum(halves), expected, rtol=1e-4, atol=1e-5)
 
 

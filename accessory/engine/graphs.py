@@ -1,0 +1,83 @@
+"""Decoding steps replayed as CUDA graphs: one launch a token instead of hundreds, and no compiler.
+
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.nn.cache import ContiguousCache
+from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.ops.grouped import pairs_in_place
+
+# A graph has fixed shapes: keys are read up to a power of two of at least this, one graph each, captured when needed.
+SMALLEST_EXTENT = 256
+
+
+class DecodeGraphs:
+    """The graphs of one decoder, and the cache they write to, kept from one generation to the next.
+
+    Only for steps whose host need not know what the routers chose: few enough sequences on a GPU (`fits`).
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._cache: ContiguousCache | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def fits(self, batch: int) -> bool:
+        if not self.decoder.tok_embeddings.weight.is_cuda:
+            return False
+        experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
+        expert_TK = torch.empty(batch, self.decoder.args.moe.num_experts_per_tok, device="meta")
+        with torch.no_grad():
+            return pairs_in_place(experts.w1, expert_TK, None)
+
+    def cache(self, batch: int, slots: int) -> ContiguousCache:
+        """A cache with room for `slots` tokens a sequence; the last one where it is large enough."""
+        slots = _power_of_two(slots)
+        if self._cache is None or len(self._cache.k[0]) != batch or self._cache.slots < slots:
+            self._graphs.clear()
+            self._cache = None  # give its memory back before asking for more
+            weight = self.decoder.output.weight
+            self._cache = ContiguousCache(self.decoder.args, batch, slots, weight.device, weight.dtype)
+            self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=weight.device)
+            self._position_B1 = torch.zeros_like(self._token_B1)
+        return self._cache
+
+    def step(self, token_B: Tensor, position_B: Tensor, extent: int) -> Tensor:
+        """Logits (B, V) of one step, valid until the next; `extent` bounds position + 1."""
+        assert self._cache is not None, "ask for the cache first"
+        self._token_B1.copy_(token_B[:, None])
+        self._position_B1.copy_(position_B[:, None])
+        bucket = min(_power_of_two(extent), self._cache.slots)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        graph, logits_BV = self._graphs[bucket]
+        graph.replay()
+        return logits_BV
+
+    def _capture(self, extent: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running the step twice
+        # is harmless: it writes the same keys to the same slots.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run(extent)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits_BV = self._run(extent)
+        return graph, logits_BV
+
+    def _run(self, extent: int) -> Tensor:
+        assert self._cache is not None
+        self._cache.begin(self._position_B1, extent=extent)
+        return self.decoder(self._token_B1, self._position_B1, cache=self._cache).logits[:, 0]
+
+
+def _power_of_two(n: int) -> int:
+    return max(SMALLEST_EXTENT, 1 << (n - 1).bit_length())

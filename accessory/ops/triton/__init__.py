@@ -1,0 +1,1 @@
+"""Kernels for GPUs; imported where they are used, because Triton is an extra."""

@@ -1,0 +1,61 @@
+"""Kernels against the definition: on a GPU where there is one, else in Triton's interpreter, in fp32."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
+
+CASES = [  # T, E, K, D, F, first, held
+    (1, 8, 2, 64, 96, 0, 8),
+    (1, 8, 2, 100, 70, 0, 8),
+    (3, 5, 2, 48, 40, 0, 5),
+    (4, 4, 1, 32, 64, 0, 4),
+    (2, 8, 3, 64, 96, 4, 4),
+]
+
+
+def check(T, E, K, D, F, first, held, device, dtype):
+    from accessory.ops.triton.pairs import swiglu_pairs
+
+    g = torch.Generator().manual_seed(T * 100 + E)
+    w1, w2, w3 = (torch.randn(E, *s, generator=g) * 0.2 for s in ((F, D), (D, F), (F, D)))
+    x, weight = torch.randn(T, D, generator=g), torch.rand(T, K, generator=g)
+    expert = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
+    x, w1, w2, w3 = (t.to(dtype) for t in (x, w1, w2, w3))
+    expected = torch.zeros(T, D, dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            e = expert[t, k].item()
+            if first <= e < first + held:
+                a = w1[e].double() @ x[t].double()
+                h = (a * a.sigmoid() * (w3[e].double() @ x[t].double())).to(dtype).double()
+                expected[t] += weight[t, k].double() * (w2[e].double() @ h)
+    part = [w[first : first + held].contiguous().to(device) for w in (w1, w2, w3)]
+    y = swiglu_pairs(x.to(device), *part, weight.to(device), expert.to(device), first).cpu().double()
+    error = ((y - expected).norm() / expected.norm().clamp_min(1e-9)).item()
+    assert error <= (2e-6 if dtype == torch.float32 else 2e-3), error
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pairs_on_the_gpu(case, dtype):
+    check(*case, device="cuda", dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
+def test_pairs_in_the_interpreter():
+    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, test_ops_triton as t\n"
+        "for case in t.CASES: t.check(*case, device='cpu', dtype=torch.float32)\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", code, here], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
