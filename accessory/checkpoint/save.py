@@ -35,6 +35,7 @@ from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 
+_NEARLY_FULL = 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
@@ -193,7 +194,9 @@ def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
         with torch.serialization.skip_data():
             torch.save(content, path)
     except RuntimeError as error:  # torch's file writer does not raise OSError
-        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+        full = shutil.disk_usage(path.parent).free < _NEARLY_FULL
+        reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
     starts = {}
     for name, stored in read_pickle(path).items():
         if not isinstance(stored, Stored):
