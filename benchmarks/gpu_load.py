@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_load.py --dir DIR [--layers 8]
 
-Writes a Hugging Face folder of random bf16 weights into DIR (8 of 32 layers: 24 GB), then, with the page cache dropped
-(root) and with it warm: reads the files with several threads into a buffer, and loads the folder onto the card in
-either implementation. Some tensors are compared with what was written. Prints Markdown; the folder is deleted at the end.
+Writes a Hugging Face folder of random bf16 weights into DIR (8 of 32 layers: 24 GB), then, with a page cache dropped
+(root) and with a warm one: reads the files with several threads into a buffer, and loads the folder onto the card in
+either implementation. Some tensors are compared with what was written. Prints Markdown; deletes the folder.
 """
 
 from __future__ import annotations
