@@ -24,7 +24,7 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor |
     # The R query heads of a group become rows of one attention, so keys and values are never repeated.
     R = H // G
     if T == 1 and mask_BTS is None:
-        return F.scaled_dot_product_attention(q_BTHd.view(B, G, R, d), k_BGSd, v_BGSd).view(B, 1, H, d)
+        return F.scaled_dot_product_attention(q_BTHd.reshape(B, G, R, d), k_BGSd, v_BGSd).reshape(B, 1, H, d)
     q_BGQd = q_BTHd.transpose(1, 2).reshape(B, G, R * T, d)
     mask_B1QS = None
     if mask_BTS is not None:
