@@ -79,21 +79,17 @@ class Survey:
 
 
 def open_checkpoint(
-    path: str | Path,
-    config_files: Sequence[str | Path] = (),
-    *,
-    allow_partial: bool = False,
-    allow_unfinished: bool = False,
+    path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False
 ) -> Checkpoint:
     """Recognise the layout of a folder (or hf:// address) and open it; no tensor data is read but small norms.
 
     `config_files` take precedence over the folder's own config.json, that over params.json, later ones over earlier.
     A folder that lacks tensors (a save of what was trained) opens only with `allow_partial`, and then says `partial`;
-    one that is being written, or that a killed writer left, only with `allow_unfinished`.
+    one that is being written, or that a killed writer left, does not open.
     Raises CheckpointError or ConfigError naming the file, field or tensor that is missing, broken or contradictory.
     """
     survey = survey_folder(path, config_files, allow_partial=allow_partial)
-    if survey.unfinished and not allow_unfinished:
+    if survey.unfinished:
         raise CheckpointError(f"{survey.path}: {UNFINISHED}")
     survey.raise_problems()
     assert survey.checkpoint is not None  # or there was a problem

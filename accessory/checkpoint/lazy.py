@@ -233,9 +233,6 @@ class _Squeezed(_Wrapper):
     def load(self) -> Tensor:
         return self.base.load().squeeze(self.dim)
 
-    def _copy_to(self, dst: Tensor) -> None:
-        self.base.copy_to(dst.unsqueeze(self.dim))
-
 
 class _Transposed(_Wrapper):
     def __init__(self, base: Lazy) -> None:

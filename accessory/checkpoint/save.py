@@ -27,7 +27,7 @@ from torch import Tensor
 
 from accessory.checkpoint.atomic import check_free_space, new_folder
 from accessory.checkpoint.files import SAFETENSORS_DTYPES, read_pickle
-from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.folder import survey_folder
 from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, shape_problem
@@ -39,6 +39,9 @@ _NEARLY_FULL = 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
+
+
+_Sum = tuple[int, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def write_checkpoint(
         tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
     _check_tensors(tensors, args, allow_partial)
     plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors)
+    places: dict[str, list[_Place]] = {name: [] for name in tensors}
     with new_folder(Path(dst), overwrite=overwrite) as folder:
         check_free_space(folder, sum(file.nbytes for file in plan.files))
         try:
-            sums = _write(folder, plan, tensors, progress)
+            sums = _write(folder, plan, tensors, places, progress)
             for resource in resources:
                 shutil.copyfile(resource, folder / resource.name)
                 _sync(folder / resource.name)
@@ -99,7 +103,7 @@ def write_checkpoint(
             place = f": {error.filename}" if error.filename else ""
             raise CheckpointError(f"{dst}{place}: cannot be written ({error.strerror})") from error
         if verify:
-            _check_written(folder, sums, allow_partial, progress)
+            _check_written(folder, sums, places, progress)
 
 
 def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: bool) -> None:
@@ -113,9 +117,10 @@ def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: 
             raise CheckpointError(problem)
 
 
-def _write(folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], progress: bool) -> dict[str, int]:
-    """The CRC-32 of every tensor, written where the plan says."""
-    places: dict[str, list[_Place]] = {name: [] for name in tensors}
+def _write(
+    folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], places: Mapping[str, list[_Place]], progress: bool
+) -> dict[str, _Sum]:
+    """Write everything where the plan says, noting `places`; returns a checksum of each canonical tensor."""
     handles: list[int] = []
     try:
         for number, file in enumerate(plan.files):
@@ -127,7 +132,7 @@ def _write(folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], progress
                     places[canonical].append(_Place(number, offset, cut))
                     offset += cut(tensors[canonical]).nbytes
 
-        def work(name: str, tensor: Lazy) -> int:
+        def work(name: str, tensor: Lazy) -> _Sum:
             return _write_tensor(tensor, places[name], handles)
 
         with _flushing(handles):
@@ -144,24 +149,17 @@ def _write(folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], progress
     return sums
 
 
-def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> int:
-    """Write all parts of one canonical tensor; returns its CRC-32."""
+def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> _Sum:
+    """Write all parts of one canonical tensor; returns the CRC-32 over them in the order of `places`, and the dtype."""
     source = tensor if tensor.piecewise else Constant(tensor.load())
     crc = 0
-    # A part that is the whole tensor is written from the blocks that are summed up.
-    whole = next((place for place in places if place.cut(source) is source), None)
-    offset = whole.offset if whole else 0
-    for block in source.blocks():
-        data = as_bytes(block)
-        crc = zlib.crc32(data, crc)
-        if whole:
-            offset = _write_at(handles[whole.file], data, offset)
     for place in places:
-        if place is not whole:
-            offset = place.offset
-            for block in place.cut(source).blocks():
-                offset = _write_at(handles[place.file], as_bytes(block), offset)
-    return crc
+        offset = place.offset
+        for block in place.cut(source).blocks():
+            data = as_bytes(block)
+            crc = zlib.crc32(data, crc)
+            offset = _write_at(handles[place.file], data, offset)
+    return crc, tensor.dtype
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> int:
@@ -174,7 +172,7 @@ def _write_at(handle: int, data: memoryview, offset: int) -> int:
     return offset
 
 
-def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
+def _lay_out(path: Path, file: FilePlan) -> dict[str, _Sum]:
     """Make a file of its final size, with everything but tensor data; returns where each tensor's data begins."""
     if path.suffix == ".safetensors":
         return _lay_out_safetensors(path, file)
@@ -205,7 +203,7 @@ def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
     return starts
 
 
-def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
+def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, _Sum]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wide dtypes first keeps every tensor aligned to its own element size.
@@ -223,15 +221,22 @@ def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
     return {name: start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _check_written(folder: Path, sums: Mapping[str, int], allow_partial: bool, progress: bool) -> None:
-    def read(_: str, tensor: Lazy) -> int:
-        crc = 0
-        for block in tensor.blocks():
-            crc = zlib.crc32(as_bytes(block), crc)
-        return crc
+def _check_written(
+    folder: Path, sums: Mapping[str, _Sum], places: Mapping[str, Sequence[_Place]], progress: bool
+) -> None:
+    """Open the folder as anybody would, cut its tensors as they were cut, and compare the checksums."""
 
-    written = open_checkpoint(folder, allow_partial=allow_partial, allow_unfinished=True)
-    again = each_tensor(written.tensors, read, progress=progress, title="checking")
+    def read(name: str, tensor: Lazy) -> _Sum:
+        crc = 0
+        for place in places.get(name, ()):
+            for block in place.cut(tensor).blocks():
+                crc = zlib.crc32(as_bytes(block), crc)
+        return crc, tensor.dtype
+
+    survey = survey_folder(folder, allow_partial=True, thorough=True)
+    survey.raise_problems()
+    tensors = survey.checkpoint.tensors if survey.checkpoint else {}
+    again = each_tensor(tensors, read, progress=progress, title="checking")
     if again != sums:
         wrong = [name for name in {**sums, **again} if again.get(name) != sums.get(name)]
         raise CheckpointError(f"what was written reads back differently: {names_of(wrong)}; the disk may be failing")
