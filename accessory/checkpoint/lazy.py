@@ -194,9 +194,7 @@ class Computed(Lazy):
     piecewise = False
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, fn: Callable[[], Tensor]) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.fn = fn
+        self.shape, self.dtype, self.fn = tuple(shape), dtype, fn
 
     def load(self) -> Tensor:
         tensor = self.fn()
