@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -426,16 +428,18 @@ def test_a_reader_that_goes_away_is_no_traceback(folder):
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_comes_within_half_a_second(command):
-    seconds = []
+    """The median of three. On a machine that is busy with other things the processor's time has to stand for it."""
+    elapsed, computed = [], []
     for _ in range(3):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = program(*command, "--help")
-        seconds.append(time.perf_counter() - started)
+        elapsed.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        computed.append(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
         assert done.returncode == 0
         assert done.stdout.startswith("usage: accessory")
-        if statistics.median(seconds) < 0.4:
-            return  # no need for a median
-    assert statistics.median(seconds) < 0.5
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert statistics.median(computed if busy else elapsed) < 0.5
 
 
 def test_help_imports_nothing_heavy():
