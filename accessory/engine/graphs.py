@@ -11,16 +11,17 @@ from torch import Tensor
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
-from accessory.ops.grouped import pairs_in_place
 
 # A graph has fixed shapes: keys are read up to a power of two of at least this, one graph each, captured when needed.
 SMALLEST_EXTENT = 256
+# Beyond this many sequences the launches that a graph saves no longer matter.
+LARGEST_BATCH = 64
 
 
 class DecodeGraphs:
     """The graphs of one decoder, and the cache they write to, kept from one generation to the next.
 
-    Only for steps whose host need not know what the routers chose: few enough sequences on a GPU (`fits`).
+    Only for steps whose host need not know what the routers chose (`fits`).
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -29,12 +30,14 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:
-        if not self.decoder.tok_embeddings.weight.is_cuda:
-            return False
         experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
-        expert_TK = torch.empty(batch, self.decoder.args.moe.num_experts_per_tok, device="meta")
+        if not experts.w1.is_cuda or batch > LARGEST_BATCH:
+            return False
+        args = self.decoder.args
         with torch.no_grad():
-            return pairs_in_place(experts.w1, expert_TK, None)
+            x_TD = torch.empty(batch, args.dim, device=experts.w1.device, dtype=experts.w1.dtype)
+            expert_TK = torch.empty(batch, args.moe.num_experts_per_tok, device="meta")
+            return experts.host_free(x_TD, expert_TK)
 
     def cache(self, batch: int, slots: int) -> ContiguousCache:
         """A cache with room for `slots` tokens a sequence; the last one where it is large enough."""

@@ -35,6 +35,10 @@ class StackedExperts(nn.Module):
             return swiglu_pairs(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
         return self.many(x_TD, weight_TK, expert_TK)
 
+    def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
+        """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
+        return x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None)
+
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The implementation's own way, for prompts, batches and training."""
         raise NotImplementedError

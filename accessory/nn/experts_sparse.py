@@ -8,11 +8,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from accessory.nn.experts import StackedExperts
-from accessory.ops.grouped import expert_swiglu
+from accessory.ops.grouped import expert_swiglu, has_grouped_mm
 
 
 class SparseExperts(StackedExperts):
     """All experts of a layer, of each the same slice of F; the sum over ranks is the layer."""
+
+    def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
+        return super().host_free(x_TD, expert_TK) or (x_TD.is_cuda and has_grouped_mm(x_TD, self.w1))
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         return expert_swiglu(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK)

@@ -58,7 +58,7 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor) -> Tensor:
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their expert's weight: (N, O)."""
-    if _has_grouped_mm(x_NI, weight_EOI):
+    if has_grouped_mm(x_NI, weight_EOI):
         end_E = count_E.cumsum(0).to(torch.int32)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=end_E)
     return grouped_linear_reference(x_NI, weight_EOI, count_E)
@@ -74,14 +74,14 @@ def grouped_linear_reference(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) 
     return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])
 
 
-def _has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
+def has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
     """torch's grouped product on GPUs: bf16, compute capability 8.0, strides of whole 16 bytes."""
     return (
-        x_NI.is_cuda
+        weight_EOI.is_cuda
         and x_NI.dtype == weight_EOI.dtype == torch.bfloat16
         and x_NI.shape[1] % 8 == 0
         and weight_EOI.shape[1] % 8 == 0
-        and torch.cuda.get_device_capability(x_NI.device) >= (8, 0)
+        and torch.cuda.get_device_capability(weight_EOI.device) >= (8, 0)
     )
 
 
