@@ -172,7 +172,7 @@ def _write_at(handle: int, data: memoryview, offset: int) -> int:
     return offset
 
 
-def _lay_out(path: Path, file: FilePlan) -> dict[str, _Sum]:
+def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
     """Make a file of its final size, with everything but tensor data; returns where each tensor's data begins."""
     if path.suffix == ".safetensors":
         return _lay_out_safetensors(path, file)
@@ -203,7 +203,7 @@ def _lay_out(path: Path, file: FilePlan) -> dict[str, _Sum]:
     return starts
 
 
-def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, _Sum]:
+def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wide dtypes first keeps every tensor aligned to its own element size.
