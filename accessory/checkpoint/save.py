@@ -32,9 +32,10 @@ from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, shape_problem
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
-from accessory.config import ModelArgs
+from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, ConfigError
 
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEARLY_FULL = 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
@@ -91,6 +92,8 @@ def write_checkpoint(
         tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
     _check_tensors(tensors, args, allow_partial)
     plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors)
+    if to == "hf":
+        plan.documents["config.json"] |= _special_ids(resources)
     places: dict[str, list[_Place]] = {name: [] for name in tensors}
     with new_folder(Path(dst), overwrite=overwrite) as folder:
         check_free_space(folder, sum(file.nbytes for file in plan.files))
@@ -115,6 +118,14 @@ def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: 
         problem = shape_problem(name, tensor, expected)
         if problem:
             raise CheckpointError(problem)
+
+
+def _special_ids(resources: Sequence[Path]) -> dict[str, Any]:
+    """What generation_config.json, where it comes along, says about the tokenizer; config.json has to agree."""
+    for path in resources:
+        if path.name == "generation_config.json":
+            return {key: value for key, value in read_json(path).items() if key in _SPECIAL_IDS}
+    return {}
 
 
 def _write(
@@ -252,7 +263,7 @@ def _flushing(handles: Sequence[int]) -> Iterator[None]:
         while not errors and not end.wait(0.2):
             for handle in handles:
                 try:
-                    os.fdatasync(handle)
+                    getattr(os, "fdatasync", os.fsync)(handle)  # not every system has the former
                 except OSError as error:  # reported once by the system, so it must not get lost here
                     errors.append(error)
 

@@ -57,6 +57,19 @@ def test_every_layout_reads_as_the_same_canonical_tensors(which, tmp_path):
     same(checkpoint, TENSORS)
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_older_hugging_face_folders_of_pickles(files, tmp_path):
+    raw = make.hf_tensors(TENSORS)
+    stems = ["pytorch_model"] if files == 1 else [f"pytorch_model-{i:05d}-of-00002" for i in (1, 2)]
+    for i, stem in enumerate(stems):
+        part = {n: t.clone() for k, (n, t) in enumerate(raw.items()) if k % files == i}
+        torch.save(part, tmp_path / f"{stem}.bin")
+    make.write_json(tmp_path / "config.json", make.hf_config())
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layout == "hf"
+    same(checkpoint, TENSORS)
+
+
 @pytest.mark.parametrize("pieces", [2, 10])
 def test_pieces_read_like_the_whole_file(pieces, tmp_path):
     folder = make.write_torrent(tmp_path / "c", TENSORS)

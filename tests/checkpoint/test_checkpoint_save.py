@@ -104,6 +104,21 @@ def test_transformers_loads_what_is_written(scaling, tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_special_ids_of_a_hugging_face_folder(tmp_path):
+    for name, content, ids in (
+        ("plain", None, (1, 2)),
+        ("other", {"bos_token_id": 5, "eos_token_id": [6, 7], "temperature": 0.6}, (5, [6, 7])),
+    ):
+        folder = make.write_torrent(tmp_path / name, TENSORS)
+        if content:
+            make.write_json(folder / "generation_config.json", content)
+        convert(folder, tmp_path / f"{name} hf", to="hf", progress=False)
+        config = json.loads((tmp_path / f"{name} hf" / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == ids
+        assert "temperature" not in config
+        assert (config["torch_dtype"], config["model_type"]) == ("bfloat16", "mixtral")
+
+
 def test_round_trip_through_every_layout_changes_no_bit(tmp_path):
     chain = [("base", None), ("hf", 3), ("sparse", 4), ("torrent", None)]
     folder = make.write_torrent(tmp_path / "torrent0", TENSORS)
