@@ -70,8 +70,10 @@ def test_older_hugging_face_folders_of_pickles(files, tmp_path):
     same(checkpoint, TENSORS)
 
 
+@pytest.mark.parametrize("unaligned", [True, False])
 @pytest.mark.parametrize("pieces", [2, 10])
-def test_pieces_read_like_the_whole_file(pieces, tmp_path):
+def test_pieces_read_like_the_whole_file(pieces, unaligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("accessory.checkpoint.files._UNALIGNED_IS_FINE", unaligned)
     folder = make.write_torrent(tmp_path / "c", TENSORS)
     make.split_into_pieces(folder / "consolidated.00.pth", pieces)
     checkpoint = open_checkpoint(folder)
