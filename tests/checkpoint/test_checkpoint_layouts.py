@@ -194,3 +194,12 @@ def test_meta_json_decides_the_declared_type(tmp_path):
     folder = make.write_accessory(tmp_path / "c", TENSORS, "sparse", world=2)
     (folder / "meta.json").write_text(json.dumps({"llama_type": "mixtral_sparse_ens5"}))
     assert open_checkpoint(folder).llama_type == LlamaType("sparse", image_views=5)
+
+
+def test_a_torch_that_does_not_tell_places_in_a_file_still_reads(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("accessory.checkpoint.files._offsets_come_with_meta", lambda: False)
+    folder = make.write_torrent(tmp_path / "c", TENSORS)
+    same(open_checkpoint(folder), TENSORS)
+    assert "does not tell" in caplog.text
+    make.split_into_pieces(folder / "consolidated.00.pth", 3)
+    same(open_checkpoint(folder), TENSORS)
