@@ -30,7 +30,8 @@ from transformers import AutoTokenizer, MixtralForCausalLM
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = MixtralForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 ids = torch.tensor([[504, 3575, 282, 4649, 314]])
-tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)[0])
+how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+tokenizer.decode(model.generate(ids, **how)[0])
 """
 
 

@@ -15,6 +15,9 @@ from accessory.checkpoint.lazy import Lazy
 from accessory.config import Implementation, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.nn.decoder import Decoder
+from accessory.parallel.apply import parallelize
+from accessory.parallel.mesh import Ranks
+from accessory.parallel.plan import rank_part
 
 NAMES_SHOWN = 5
 
@@ -26,10 +29,13 @@ def load_decoder(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    ranks: Ranks | None = None,
     progress: bool = False,
 ) -> Decoder:
     """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
 
+    With `ranks` it holds this rank's slices only, whatever number of files the checkpoint is cut into, and reads no
+    more of them.
     Values go from the file to their place in blocks, converted on the way: beside the parameters themselves, no tensor
     is held. Raises CheckpointError listing tensors that are missing, extra or of another shape than `args` says.
     """
@@ -40,6 +46,9 @@ def load_decoder(
     with torch.device("meta"):
         decoder = Decoder(args, implementation).cast(dtype)
     check_tensors(decoder, tensors, where)
+    if ranks is not None and ranks.size > 1:
+        parallelize(decoder, ranks)
+        tensors = {name: _part(name, tensors[name], args, implementation, ranks) for name, _ in destinations(decoder)}
     decoder.to_empty(device=device)
     decoder.requires_grad_(False)
     decoder.join()  # while the parameters are still empty, and this costs nothing
@@ -52,10 +61,17 @@ def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in decoder.named_parameters():
         stack, _, kind = name.rpartition(".")
         if stack.endswith(".experts"):
-            for e, part in enumerate(parameter.detach().unbind()):
+            first = decoder.get_submodule(stack).first
+            for e, part in enumerate(parameter.detach().unbind(), start=int(first)):  # type: ignore[arg-type]
                 yield f"{stack}.{e}.{kind}.weight", part
         else:
             yield name, parameter.detach()
+
+
+def _part(name: str, tensor: Lazy, args: ModelArgs, implementation: Implementation, ranks: Ranks) -> Lazy:
+    part = rank_part(name, tensor.shape, args, implementation, ranks.rank, ranks.size)
+    assert part is not None, f"{name} is another rank's"
+    return tensor if part.dim is None else tensor.narrow(part.dim, part.start, part.length)
 
 
 def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> None:

@@ -15,6 +15,8 @@ from accessory.engine.sampling import Sampling, sample
 from accessory.errors import InputError
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
+from accessory.parallel.collectives import decide
+from accessory.parallel.mesh import Ranks
 
 # Keys are read in steps of this many slots: a CPU does not pay for the whole context, and shapes change rarely.
 EXTENT_STEP = 64
@@ -27,6 +29,9 @@ class Generation:
 
     Each step yields a list with a row's new token, or None where the row had ended: by a token of `stop_ids` (which is
     yielded as its last), by `max_gen_len`, or by a call of `finish(row)`. Rows do not depend on their neighbours.
+
+    With `ranks`, all of them run the same generation; the first one samples and asks `cancelled` once a step, the
+    others do as it says. When it is true, all rows end.
     """
 
     def __init__(
@@ -40,14 +45,19 @@ class Generation:
         stop_ids: Collection[int] = (),
         vocab_size: int | None = None,
         graphs: DecodeGraphs | None = None,
+        ranks: Ranks | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> None:
         check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size)
         self.decoder, self.prompts = decoder.join(), prompts
         self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
-        self.graphs = graphs if graphs is not None and graphs.fits(len(prompts)) else None
+        # Collectives stay out of graphs: one rank's end must not leave the others waiting inside a replay.
+        self.ranks = ranks if ranks is not None and ranks.size > 1 else None
+        self.graphs = graphs if graphs is not None and self.ranks is None and graphs.fits(len(prompts)) else None
+        self.cancelled = cancelled or (lambda: False)
         sampling = sampling or Sampling()
         generator = sampling.generator()
-        self._choose: Choose = lambda logits_BV: sample(logits_BV, sampling, generator, vocab_size)
+        self._sample: Choose = lambda logits_BV: sample(logits_BV, sampling, generator, vocab_size)
         self.running = [True] * len(prompts)
 
     def finish(self, row: int) -> None:
@@ -86,11 +96,26 @@ class Generation:
         if self.graphs is not None:
             cache = self.graphs.cache(len(lengths), slots)
         else:
-            cache = ContiguousCache(args, len(lengths), slots, weight.device, weight.dtype)
+            kv_heads = self.decoder.kv_heads
+            cache = ContiguousCache(args, len(lengths), slots, weight.device, weight.dtype, kv_heads)
         positions_BT = torch.arange(longest, device=weight.device).expand_as(tokens_BT)
         cache.begin(positions_BT, fresh=True)
         logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1).logits
         return self._choose(logits_BV), length_B, cache, longest
+
+    def _choose(self, logits_BV: Tensor) -> Tensor:
+        """The next tokens, the same on every rank; all rows are finished when the first rank says so."""
+        if self.ranks is None:
+            stop, tokens_B = self.cancelled(), self._sample(logits_BV)
+        else:
+            said_C = torch.zeros(len(logits_BV) + 1, dtype=torch.int64, device=logits_BV.device)
+            if self.ranks.rank == 0:
+                said_C[:-1], said_C[-1] = self._sample(logits_BV), self.cancelled()
+            decide(said_C, self.ranks)
+            stop, tokens_B = bool(said_C[-1]), said_C[:-1]
+        if stop:
+            self.running = [False] * len(self.running)
+        return tokens_B
 
     def _take(self, tokens_B: Tensor) -> list[int | None]:
         step: list[int | None] = []

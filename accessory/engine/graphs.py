@@ -46,7 +46,9 @@ class DecodeGraphs:
             self._graphs.clear()
             self._cache = None  # give its memory back before asking for more
             weight = self.decoder.output.weight
-            self._cache = ContiguousCache(self.decoder.args, batch, slots, weight.device, weight.dtype)
+            self._cache = ContiguousCache(
+                self.decoder.args, batch, slots, weight.device, weight.dtype, self.decoder.kv_heads
+            )
             self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=weight.device)
             self._position_B1 = torch.zeros_like(self._token_B1)
         return self._cache

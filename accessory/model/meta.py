@@ -6,7 +6,7 @@ Legend: T tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,6 +24,7 @@ from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
 from accessory.errors import InputError
 from accessory.nn.decoder import Decoder
+from accessory.parallel.mesh import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,14 @@ class StreamItem(TypedDict):
 class MetaModel(nn.Module):
     """A decoder (`llma`) and its `tokenizer`; made by `from_pretrained`."""
 
-    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int = 4096) -> None:
+    def __init__(
+        self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int = 4096, ranks: Ranks | None = None
+    ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self._graphs = DecodeGraphs(llma)
+        self._ranks = ranks
 
     @property
     def args(self) -> ModelArgs:
@@ -75,11 +79,11 @@ class MetaModel(nn.Module):
         llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says.
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
         max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
+        mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
+        with the same arguments and gets the same result.
 
         Raises CheckpointError and ConfigError, each naming the file, tensor or field.
         """
-        if mp_group is not None:
-            raise NotImplementedError("mp_group: running one model over several ranks is not built yet; leave it out")
         if quant:
             raise NotImplementedError("quant: quantised weights are not built yet; leave it False")
         if with_visual:
@@ -92,18 +96,25 @@ class MetaModel(nn.Module):
         configs = (
             [] if llama_config is None else [llama_config] if isinstance(llama_config, str | Path) else llama_config
         )
-        checkpoints = []
-        for n, path in enumerate(resolve(p) for p in given):
-            checkpoints.append(open_checkpoint(path, configs, allow_partial=n > 0))
+        folders = [Path(resolve(p)) for p in given]
+        checkpoints = [open_checkpoint(folders[0], configs)]
+        for folder in folders[1:]:
+            # A save of what was trained may come without a configuration; it then belongs to the first folder's.
+            own = _configs_in(folder) or _configs_in(folders[0])
+            checkpoints.append(open_checkpoint(folder, [*own, *configs], allow_partial=True))
         kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
         if kind.peft or kind.image_views:
             raise NotImplementedError(f"llama_type {kind}: adapters and images are not built yet")
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else _tokenizer_of([c.path for c in checkpoints])
         args = checkpoints[0].args
         check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
+        ranks = None if mp_group is None else Ranks.of(mp_group)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        llma = load_decoder(checkpoints, args, kind.implementation, device=device, dtype=dtype, progress=progress)
-        return cls(llma, tokenizer, max_seq_len)
+        progress = progress and (ranks is None or ranks.rank == 0)
+        llma = load_decoder(
+            checkpoints, args, kind.implementation, device=device, dtype=dtype, ranks=ranks, progress=progress
+        )
+        return cls(llma, tokenizer, max_seq_len, ranks)
 
     def generate(
         self,
@@ -114,16 +125,18 @@ class MetaModel(nn.Module):
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> list[str]:
         """What the model writes after each prompt, a string or token ids (taken as they are).
 
         A generation ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after
         `max_gen_len` tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room
-        for `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning.
+        for `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning. `cancelled` is asked
+        once a step (on the first of several ranks); when it says true, the texts end there.
         """
         texts = [""] * _count(prompts)
         for row, text, _ in self._stream(
-            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed
+            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled
         ):
             texts[row] += text
         return texts
@@ -137,6 +150,7 @@ class MetaModel(nn.Module):
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[StreamItem]:
         """The answer while it is written: each item holds all text so far, the last one has `end_of_content` set.
 
@@ -145,7 +159,7 @@ class MetaModel(nn.Module):
         images = None if image is None else [image]
         whole = ""
         for _, text, ended in self._stream(
-            [prompt], images, max_gen_len, temperature, top_p, additional_stop_symbols, seed
+            [prompt], images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled
         ):
             whole += text
             if text and not ended:
@@ -161,6 +175,7 @@ class MetaModel(nn.Module):
         top_p: float,
         stops: Iterable[str],
         seed: int | None,
+        cancelled: Callable[[], bool] | None,
     ) -> Iterator[tuple[int, str, bool]]:
         """(row, new text, whether the row has ended), as the text becomes certain."""
         if images is not None:
@@ -175,6 +190,8 @@ class MetaModel(nn.Module):
             stop_ids=self.tokenizer.stop_ids,
             vocab_size=self.tokenizer.vocab_size,
             graphs=self._graphs,
+            ranks=self._ranks,
+            cancelled=cancelled,
         )
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]
@@ -298,6 +315,10 @@ class MetaModel(nn.Module):
         if begins is False or (begins is None and shared < len(context_ids)):
             raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
         return max(1, min(shared, len(ids)))
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
 
 
 def _count(prompts: Sequence[Prompt]) -> int:

@@ -76,6 +76,12 @@ class Decoder(nn.Module):
                 args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len
             )
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads held here; fewer than `args.n_kv_heads` on a rank that holds a slice."""
+        first = next(m for m in self.modules() if isinstance(m, Attention))
+        return first.wk.weight.shape[0] // self.args.head_dim
+
     def cast(self, dtype: torch.dtype) -> Decoder:
         """The products in `dtype`; norms and routers stay, or become, fp32, which costs nothing and rounds nothing."""
         self.to(dtype)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from accessory.config import Implementation, ModelArgs
 from accessory.errors import ConfigError
@@ -99,6 +100,40 @@ def rank_slice(
         raise ConfigError(_indivisible(f"{name}: dimension {dim}", shape[dim], world))
     length = shape[dim] // world
     return Slice(dim, rank * length, length)
+
+
+AttentionMode = Literal["cut", "kv replicated", "whole"]
+_ATTENTION = re.compile(r"(?:layers\.\d+\.)?attention\.w([qkvo])\.weight")
+
+
+def attention_mode(args: ModelArgs, world: int) -> AttentionMode:
+    """How attention runs on `world` ranks: heads cut; query heads cut and key/value heads shared by neighbouring ranks
+    (ranks a multiple of them); or whole everywhere, where heads cannot be cut."""
+    if args.n_heads % world:
+        return "whole"
+    if args.n_kv_heads % world == 0:
+        return "cut"
+    return "kv replicated" if world % args.n_kv_heads == 0 else "whole"
+
+
+def rank_part(
+    name: str, shape: Sequence[int], args: ModelArgs, implementation: Implementation, rank: int, world: int
+) -> Slice | None:
+    """What a running rank holds of canonical tensor `name`: `rank_slice`, but heads are never cut through."""
+    match = _ATTENTION.fullmatch(name)
+    mode = attention_mode(args, world)
+    if match and mode == "whole":
+        return WHOLE
+    if match and match[1] in "kv" and mode == "kv replicated":
+        return Slice(0, rank * args.n_kv_heads // world * args.head_dim, args.head_dim)
+    return rank_slice(name, shape, implementation, rank, world, args.moe.num_experts)
+
+
+def check_ranks(args: ModelArgs, implementation: Implementation, world: int) -> None:
+    """ConfigError naming the field and both numbers if a network of these sizes cannot run on `world` ranks."""
+    for field, size in _sizes(args, implementation).items():
+        if size % world and "head_dim" not in field:
+            raise ConfigError(_indivisible(field, size, world))
 
 
 def _sizes(args: ModelArgs, implementation: Implementation) -> dict[str, int]:

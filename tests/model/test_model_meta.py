@@ -232,7 +232,12 @@ def test_a_vocabulary_far_larger_than_the_tokenizers_is_refused(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("option", [{"mp_group": object()}, {"quant": True}, {"llama_type": "mixtral_peft"}])
+def test_a_group_without_torch_distributed_is_refused(folders):
+    with pytest.raises(ConfigError, match=r"mp_group: call torch\.distributed"):
+        load(folders / "hf", mp_group=object())
+
+
+@pytest.mark.parametrize("option", [{"quant": True}, {"llama_type": "mixtral_peft"}])
 def test_what_is_not_built_says_so(folders, option):
     with pytest.raises(NotImplementedError, match=next(iter(option))):
         load(folders / "hf", **option)

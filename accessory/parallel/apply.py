@@ -1,0 +1,96 @@
+"""Cut a network for this rank and put the collectives at its boundaries; the layers compute on what is there.
+
+Collectives sit at three places only: around embedding and head (gathered), at attention's output and at the experts'
+output (summed): two all-reduces a layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.parallel import plan
+from accessory.parallel.collectives import gather, reduce, spread
+from accessory.parallel.mesh import Ranks
+
+log = logging.getLogger(__name__)
+
+
+def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
+    """Shrink a decoder's (empty) parameters to this rank's slices, in place, and hook the collectives.
+
+    Raises ConfigError naming the field and both numbers where sizes cannot be cut. Attention whose heads cannot be cut
+    is computed whole on every rank, with a warning.
+    """
+    args, implementation = decoder.args, decoder.implementation
+    plan.check_ranks(args, implementation, ranks.size)
+    mode = plan.attention_mode(args, ranks.size)
+    if mode == "whole" and ranks.rank == 0:
+        log.warning(
+            "attention is computed whole on each of %d ranks: n_heads = %d and n_kv_heads = %d cannot be cut so",
+            ranks.size, args.n_heads, args.n_kv_heads,
+        )  # fmt: skip
+    for name, module in decoder.named_modules():
+        for kind, parameter in list(module.named_parameters(recurse=False)):
+            shape = local_shape(f"{name}.{kind}", parameter, decoder, ranks)
+            if shape != tuple(parameter.shape):
+                empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+                module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        if isinstance(module, StackedExperts) and implementation == "base":
+            module.first = ranks.rank * args.moe.num_experts // ranks.size
+    _hook(decoder, ranks, attention_is_cut=mode != "whole")
+    return decoder
+
+
+def local_shape(name: str, whole: Tensor, decoder: Decoder, ranks: Ranks) -> tuple[int, ...]:
+    """The shape of this rank's slice of network parameter `name` (experts stacked in the first dimension)."""
+    args, implementation = decoder.args, decoder.implementation
+    stack, _, kind = name.rpartition(".")
+    if not stack.endswith(".experts"):
+        part = plan.rank_part(name, whole.shape, args, implementation, ranks.rank, ranks.size)
+        return _shape(part, tuple(whole.shape))
+    held = []
+    for e in range(whole.shape[0]):
+        canonical = f"{stack}.{e}.{kind}.weight"
+        part = plan.rank_part(canonical, whole.shape[1:], args, implementation, ranks.rank, ranks.size)
+        if part is not None:
+            held.append(_shape(part, tuple(whole.shape[1:])))
+    return (len(held), *held[0])
+
+
+def _shape(part: plan.Slice | None, whole: tuple[int, ...]) -> tuple[int, ...]:
+    assert part is not None, "only experts can live on other ranks alone"
+    return whole if part.dim is None else (*whole[: part.dim], part.length, *whole[part.dim + 1 :])
+
+
+def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
+    def gathered(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return gather(output, ranks)
+
+    def reduced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return reduce(output, ranks)
+
+    def spread_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (spread(inputs[0], ranks), *inputs[1:])
+
+    def spread_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The routing weights too: each rank sees only its experts' part of their gradient.
+        x_TD, weight_TK, expert_TK = inputs
+        return spread(x_TD, ranks), spread(weight_TK, ranks), expert_TK
+
+    decoder.tok_embeddings.register_forward_hook(gathered)
+    decoder.output.register_forward_pre_hook(spread_first)
+    decoder.output.register_forward_hook(gathered)
+    for module in decoder.modules():
+        if isinstance(module, StackedExperts):
+            module.register_forward_pre_hook(spread_experts)
+            module.register_forward_hook(reduced)
+    if attention_is_cut:
+        for layer in decoder.layers:
+            layer.attention.register_forward_pre_hook(spread_first)  # type: ignore[union-attr]
+            layer.attention.register_forward_hook(reduced)  # type: ignore[union-attr]

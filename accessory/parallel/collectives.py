@@ -1,0 +1,85 @@
+"""What ranks tell each other, with the gradients that belong to it.
+
+Where a tensor is the same on all ranks and each goes on with a part of the network, gradients add up (`spread`); where
+parts of a sum meet, values add up (`reduce`); where slices meet, they are joined (`gather`). Megatron-LM's f and g,
+arXiv 1909.08053.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.parallel.mesh import Ranks
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad, group=ctx.ranks.group)
+        return grad, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        y = x.float().contiguous() if x.dtype != torch.float32 else x.contiguous().clone()
+        ctx.dtype = x.dtype
+        dist.all_reduce(y, group=ranks.group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.width = ranks, x.shape[-1]
+        parts = [torch.empty_like(x) for _ in range(ranks.size)]
+        dist.all_gather(parts, x.contiguous(), group=ranks.group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].narrow(-1, ctx.ranks.rank * ctx.width, ctx.width).contiguous(), None
+
+
+def spread(x: Tensor, ranks: Ranks) -> Tensor:
+    """x as it is; its gradient is summed over ranks."""
+    return _Spread.apply(x, ranks)
+
+
+def reduce(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over ranks, fp32 whatever came in, so that the number of ranks does not change how sums are rounded."""
+    return _Reduce.apply(x, ranks)
+
+
+def gather(x: Tensor, ranks: Ranks) -> Tensor:
+    """The ranks' tensors side by side along the last dimension."""
+    return _Gather.apply(x, ranks)
+
+
+def decide(value: Tensor, ranks: Ranks) -> Tensor:
+    """The first rank's `value`, on every rank (in place)."""
+    dist.broadcast(value, src=ranks.first, group=ranks.group)
+    return value
+
+
+def share(value: Any, ranks: Ranks | None) -> Any:
+    """The first rank's Python object on every rank; what the others pass is ignored."""
+    if ranks is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=ranks.first, group=ranks.group)
+    return box[0]

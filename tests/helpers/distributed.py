@@ -1,0 +1,67 @@
+"""Real processes that form a gloo group, run one function, and are judged by what they returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(rank, world, *args)` on every rank of a gloo group; the results in order of rank.
+
+    Fails with the ranks' tracebacks. How a process ends after it has returned its result is not looked at: gloo now and
+    then aborts at interpreter exit.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        ranks = [context.Process(target=_main, args=(function, r, world, store, queue, args)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        try:
+            results: dict[int, Any] = {}
+            failures = []
+            for _ in range(world):
+                rank, result, failure = queue.get(timeout=timeout)
+                results[rank] = result
+                if failure:
+                    failures.append(f"rank {rank}:\n{failure}")
+                    break  # the others may wait for this one for ever
+            assert not failures, "\n".join(failures)
+            return [results[r] for r in range(world)]
+        finally:
+            for process in ranks:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _main(function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        timeout = timedelta(seconds=60)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout
+        )
+        result = function(rank, world, *args)
+        dist.barrier()
+        queue.put((rank, result, None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        queue.close()
+        queue.join_thread()
+        if dist.is_initialized():
+            dist.destroy_process_group()
