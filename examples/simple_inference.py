@@ -1,44 +1,70 @@
-"""Load a checkpoint, write an answer at once, then write it again token by token.
+"""One model on 1, 2, 4 or 8 GPUs, or as many processes of a CPU: an answer at once, then token by token.
 
-python examples/simple_inference.py path/to/converted
+    python examples/simple_inference.py path/to/converted --ranks 2
 
-One process holds the whole model. The folder may be base, sparse or any other layout, or hf://owner/name[/folder].
+The folder may be base, sparse or any other layout, or hf://owner/name[/folder].
 """
 
-from __future__ import annotations
-
 import argparse
+import random
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from accessory.model.meta import MetaModel
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Load a checkpoint, generate, stream.")
-    parser.add_argument("pretrained_path", help="a checkpoint folder, or hf://owner/name[/folder]")
-    parser.add_argument("--prompt", default="The best programming language in the world is")
-    parser.add_argument("--max_gen_len", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    options = parser.parse_args()
+def main(rank: int, world_size: int, options: argparse.Namespace) -> None:
+    # Not needed for the ranks to agree, since one of them draws for all: it makes a second run draw the same.
+    random.seed(0)
+    torch.random.manual_seed(0)
+    np.random.seed(0)
 
-    # To CUDA where there is one. llama_type="mixtral" or "mixtral_sparse" would choose the implementation;
-    # without it the folder's meta.json does.
+    cuda = torch.cuda.is_available()
+    dist.init_process_group(
+        backend="nccl" if cuda else "gloo",
+        rank=rank,
+        world_size=world_size,
+        init_method=f"tcp://127.0.0.1:{options.port}",
+    )
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+
+    # mp_group: the ranks that hold the model together.
     model = MetaModel.from_pretrained(
-        options.pretrained_path, max_seq_len=2048, dtype=getattr(torch, options.dtype), progress=True
+        options.pretrained_path,
+        max_seq_len=2048,
+        mp_group=dist.new_group(ranks=list(range(dist.get_world_size()))),
+        dtype=getattr(torch, options.dtype),
     )
 
-    response = model.generate([options.prompt], images=None, max_gen_len=options.max_gen_len)[0]
-    print(options.prompt + response)
-
-    print("\nAgain, token by token:\n" + options.prompt, end="")
-    shown = ""
-    for response_in_progress in model.stream_generate(options.prompt, image=None, max_gen_len=options.max_gen_len):
-        text = response_in_progress["text"]  # all so far
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    print()
+    prompt = options.prompt
+    response = model.generate([prompt], images=None, max_gen_len=options.max_gen_len)[0]
+    if rank == 0:  # every rank has the answer; one of them prints it
+        print(response)
+    # Or token by token:
+    for response_in_progress in model.stream_generate(prompt, image=None, max_gen_len=options.max_gen_len):
+        response = response_in_progress["text"]
+        if rank == 0:
+            print(response)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Load a checkpoint on several ranks, generate, stream.")
+    parser.add_argument("pretrained_path", help="a checkpoint folder, or hf://owner/name[/folder]")
+    parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()), help="1, 2, 4 or 8")
+    parser.add_argument("--port", type=int, default=23560, help="a free port for the ranks to meet on")
+    parser.add_argument("--prompt", default="The best programming language in the world is")
+    parser.add_argument("--max_gen_len", type=int, default=512)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    given = parser.parse_args()
+    if given.ranks == 1:
+        main(0, 1, given)
+    else:
+        # torchrun or Slurm would do as well, as long as torch.distributed is initialised before the model is made.
+        mp.spawn(main, args=(given.ranks, given), nprocs=given.ranks)

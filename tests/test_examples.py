@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import runpy
+import itertools
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,30 +24,49 @@ ARGS = ModelArgs(
     dim=32,
     hidden_dim=32,
     n_layers=1,
-    n_heads=4,
-    n_kv_heads=2,
+    n_heads=8,
+    n_kv_heads=4,
     vocab_size=32000,
     max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
+    moe=MoEArgs(),
 )
 
 
+PROMPT = "The capital of France is"
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("examples")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(path / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, path / "hf" / "tokenizer.model")
-    convert(path / "hf", path / "converted", to="base", shards=2, progress=False)
-    return path / "converted"
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("examples")
+    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
+    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    for kind in ("base", "sparse"):
+        convert(root / "hf", root / kind, to=kind, shards=2, progress=False)
+    return root
 
 
-def test_simple_inference(folder, monkeypatch, capsys):
-    prompt = "The capital of France is"
-    words = ["simple_inference.py", str(folder), "--prompt", prompt, "--max_gen_len", "6", "--dtype", "float32"]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(EXAMPLES / "simple_inference.py"), run_name="__main__")
-    answer = MetaModel.from_pretrained(folder, dtype=torch.float32, max_seq_len=64).generate([prompt], max_gen_len=6)[0]
-    assert capsys.readouterr().out == f"{prompt}{answer}\n\nAgain, token by token:\n{prompt}{answer}\n"
+@pytest.fixture(scope="module")
+def expected(folders):
+    model = MetaModel.from_pretrained(folders / "hf", dtype=torch.float32, max_seq_len=64, device="cpu")
+    return model.generate([PROMPT], max_gen_len=6)[0]
+
+
+@pytest.mark.parametrize("kind", ["base", "sparse"])
+@pytest.mark.parametrize(
+    "ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_simple_inference_on_any_number_of_ranks(folders, expected, kind, ranks):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "simple_inference.py"), str(folders / kind), "--prompt", PROMPT]
+    command += ["--max_gen_len", "6", "--dtype", "float32", "--ranks", str(ranks), "--port", str(port)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, *growing = done.stdout.rstrip("\n").split("\n")
+    assert whole == growing[-1] == expected
+    assert all(b.startswith(a) for a, b in itertools.pairwise(growing))
 
 
 def test_every_example_is_listed_in_its_readme():

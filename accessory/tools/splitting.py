@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
 
 from accessory.checkpoint.convert import convert
+from accessory.config import ModelArgs
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.errors import AccessoryError
 
 SHARDS = 8
@@ -32,7 +35,17 @@ def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
     except AccessoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{target}: {SHARDS} shards, {', '.join(sorted(p.name for p in target.iterdir() if p.suffix != '.pth'))}")
     if not (target / "tokenizer.model").exists():
-        print(f"note: there is no tokenizer.model in {source}; put one into {folder_name}/ before you use it")
+        _add_tokenizer(source, target)
+    print(f"{target}: {SHARDS} shards, {', '.join(sorted(p.name for p in target.iterdir() if p.suffix != '.pth'))}")
     return 0
+
+
+def _add_tokenizer(source: Path, target: Path) -> None:
+    """Mixtral-8x7B's own comes with this package; for another vocabulary only the user can know."""
+    vocab_size = ModelArgs.from_files(target / "config.json").vocab_size
+    if vocab_size == load_tokenizer(MIXTRAL_TOKENIZER).vocab_size:
+        shutil.copyfile(MIXTRAL_TOKENIZER, target / "tokenizer.model")
+        print(f"note: there is no tokenizer.model in {source}; Mixtral-8x7B's is put into {target.name}/")
+    else:
+        print(f"note: there is no tokenizer.model in {source}; put one of {vocab_size} pieces into {target.name}/")
