@@ -47,6 +47,7 @@ SAFETENSORS_DTYPES = {
 }
 # These processors load elements from any address; elsewhere such a tensor is copied out of the file.
 _UNALIGNED_IS_FINE = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
+_READ_AHEAD = 2**20
 _HEADER_LIMIT = 100 * 2**20
 
 
@@ -62,13 +63,18 @@ class File(Bytes):
         self._map: mmap.mmap | None = None
         self._lock = Lock()
 
-    def flat(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
+    def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
         nbytes = count * dtype.itemsize
         if start % dtype.itemsize and not _UNALIGNED_IS_FINE:  # old safetensors, pieces cut anywhere
             return _owned(self.read(start, nbytes), dtype)
+        mapped = self._mapped()
+        if soon and nbytes >= _READ_AHEAD:
+            # A page fault alone makes the kernel read 128 kB; one request for the whole keeps the disk busy.
+            page = start - start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._mapped(), dtype=dtype, count=count, offset=start)
+            return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
 
     def read(self, start: int, nbytes: int) -> bytearray:
         """A copy of `nbytes` bytes, for what cannot be a view."""
@@ -103,11 +109,11 @@ class Pieces(Bytes):
             self.starts.append(self.starts[-1] + file.size)
         self.size = self.starts[-1]
 
-    def flat(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
+    def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
         nbytes = count * dtype.itemsize
         for first, file in zip(self.starts, self.files, strict=False):
             if first <= start and start + nbytes <= first + file.size:
-                return file.flat(dtype, start - first, count)
+                return file.flat(dtype, start - first, count, soon)
         return _owned(self.read(start, nbytes), dtype)
 
     def read(self, start: int, nbytes: int) -> bytearray:

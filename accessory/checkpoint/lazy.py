@@ -140,8 +140,8 @@ class Bytes(ABC):
     """Where a stored tensor's bytes come from: a file, or several files read as one."""
 
     @abstractmethod
-    def flat(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        """`count` elements from byte `start` on: a read-only view of the mapped file where that is possible."""
+    def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
+        """`count` elements from byte `start`, a view of the mapped file if possible; `soon`: all will be read now."""
 
 
 class Stored(_Strided):
@@ -164,7 +164,8 @@ class Stored(_Strided):
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
         count = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        flat = self.source.flat(self.dtype, self.start + self.offset * self.dtype.itemsize, count)
+        first, dense = self.start + self.offset * self.dtype.itemsize, count == math.prod(self.shape)
+        flat = self.source.flat(self.dtype, first, count, dense)
         return flat.as_strided(self.shape, self.stride)
 
     def _window(self, shape: Sequence[int], stride: Sequence[int], offset: int) -> Stored:
