@@ -1,0 +1,287 @@
+"""The web page of both demos: one builder, one wiring of events, from a description of what is asked and shown.
+
+The page knows a model by two things only: `tokenizer`, and `stream_generate` as `MetaModel` has it. It is built with
+Gradio, fetches nothing from the network, and reports nothing to anybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accessory.errors import AccessoryError, MissingExtraError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+SHOW_EVERY = 0.05  # seconds; a page drawn for every token would slow a fast model down
+SYSTEM_FONT = ("system-ui", "sans-serif")
+MONO_FONT = ("ui-monospace", "monospace")
+CSS = """
+footer { display: none !important; }
+.about p, .status p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.status { min-height: 1.5em; }
+"""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What goes to the model, and how its text becomes the answer shown."""
+
+    prompt: str | list[int]
+    stops: Sequence[str] = ()
+    tidy: Callable[[str], str] = str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What tells one page from another.
+
+    chat: rounds are kept, shown as a dialogue and can be taken back; otherwise each question stands alone.
+    beside, settings: make the fields below the question and among the settings, given the tokenizer.
+    ask: from the tokenizer, the messages (the last one is the question) and the values of those fields, in that order.
+    """
+
+    title: str
+    about: str
+    chat: bool
+    settings: Callable[[Any], list[Any]]
+    ask: Callable[..., Ask]
+    beside: Callable[[Any], list[Any]] = lambda tokenizer: []
+
+
+def import_gradio() -> Any:
+    """Gradio with its reports home switched off; MissingExtraError without it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingExtraError("the demos need Gradio: pip install 'mixtral-accessory[demo]'") from error
+    return gradio
+
+
+class Page:
+    """The built page (`blocks`) and the answers under way in it.
+
+    Answers are written one at a time; whoever asks meanwhile waits in a queue. An answer ends early when its visitor
+    presses Stop or goes away.
+    """
+
+    def __init__(self, demo: Demo, model: Any, about_model: str, max_seq_len: int) -> None:
+        self.gr = import_gradio()
+        self.demo, self.model, self.max_seq_len = demo, model, max_seq_len
+        self._stops: dict[str, threading.Event] = {}  # of each visitor who waits for an answer
+        self.blocks = self._build(about_model)
+
+    def launch(self, host: str, port: int, share: bool) -> tuple[str, str | None]:
+        """Serve in threads; returns the address, and the public one if there is. OSError when the port is taken."""
+        theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT)
+        _, url, public = self.blocks.launch(
+            server_name=host, server_port=port, share=share, theme=theme, css=CSS, show_error=True, quiet=True,
+            prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], pwa=False,
+        )  # fmt: skip
+        return url, public
+
+    def close(self) -> None:
+        for stop in list(self._stops.values()):
+            stop.set()
+        self.blocks.close(verbose=False)
+
+    # ------------------------------------------------------------------ what is on the page
+
+    def _build(self, about_model: str) -> gr.Blocks:
+        gr, demo = self.gr, self.demo
+        with gr.Blocks(title=demo.title, analytics_enabled=False, fill_height=demo.chat, fill_width=True) as blocks:
+            self.history = gr.State([])
+            gr.Markdown(f"# {demo.title}\n{demo.about}")
+            gr.Markdown(about_model, elem_id="model", elem_classes="about")
+            with gr.Row():
+                with gr.Column(scale=3, min_width=320):
+                    if demo.chat:
+                        self.output = gr.Chatbot(
+                            label="Dialogue", elem_id="output", height="60vh", allow_tags=False, feedback_options=None,
+                            buttons=["copy", "copy_all"],
+                        )  # fmt: skip
+                    self.question = gr.Textbox(
+                        label="Message" if demo.chat else "Question", elem_id="question", lines=1, max_lines=10,
+                        placeholder="Enter sends, Shift+Enter begins a new line", autofocus=True,
+                    )  # fmt: skip
+                    own = demo.beside(self.model.tokenizer)
+                    with gr.Row():
+                        self.send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
+                        self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
+                        self.undo = gr.Button("Undo", visible=demo.chat, elem_id="undo", min_width=80)
+                        self.clear = gr.Button("Clear", elem_id="clear", min_width=80)
+                    if not demo.chat:
+                        self.output = gr.Textbox(
+                            label="Answer", elem_id="output", lines=10, max_lines=30, interactive=False,
+                            buttons=["copy"],
+                        )  # fmt: skip
+                    self.status = gr.Markdown("", elem_id="status", elem_classes="status")
+                with gr.Column(scale=1, min_width=260):
+                    own += demo.settings(self.model.tokenizer)
+                    sampling = self._sampling()
+                    if demo.chat:
+                        markdown = gr.Checkbox(True, label="Show answers as Markdown", elem_id="markdown")
+                        self._on(markdown.change, self._show_markdown, [markdown], [self.output])
+            self._wire([*sampling, *own])
+            blocks.unload(self._leave)
+        return blocks
+
+    def _sampling(self) -> list[Any]:
+        gr = self.gr
+        length = gr.Number(
+            min(512, self.max_seq_len // 2), label="Max length", precision=0, elem_id="max_gen_len",
+            info=f"Tokens an answer may have; with its prompt at most {self.max_seq_len}",
+        )  # fmt: skip
+        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 is greedy", elem_id="temperature")
+        top_p = gr.Slider(0.01, 1, 0.95, step=0.01, label="Top-p", info="Nucleus of sampling", elem_id="top_p")
+        return [length, temperature, top_p]
+
+    def _wire(self, fields: list[Any]) -> None:
+        gr = self.gr
+        asked = [self.send.click, self.question.submit]
+        view = [self.history, self.output, self.question, self.status, self.send, self.stop, self.undo, self.clear]
+        begun = gr.on(
+            asked, self._begin, [self.history, self.question], view,
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        begun.success(
+            self._answer, [self.history, *fields], view,
+            concurrency_limit=1, concurrency_id="model", show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        self._on(self.stop.click, self._stop, None, [self.status])
+        self._on(self.undo.click, self._undo, [self.history], view)
+        self._on(self.clear.click, self._clear, None, view)
+
+    def _on(self, event: Any, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+        event(function, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+
+    def _view(
+        self, history: list[Message], status: str, *, busy: bool = False, question: str | None = None
+    ) -> dict[Any, Any]:
+        """All that changes on the page; `question`: what stands in its box, None leaves it alone."""
+        gr = self.gr
+        shown: Any = history
+        if not self.demo.chat:
+            shown = next((m["content"] for m in history if m["role"] == "assistant"), "")
+        view = {self.history: history, self.output: shown, self.status: status}
+        view |= {button: gr.Button(interactive=not busy) for button in (self.send, self.undo, self.clear)}
+        view[self.stop] = gr.Button(interactive=busy)
+        if question is not None:
+            view[self.question] = question
+        return view
+
+    # ------------------------------------------------------------------ what happens on it
+
+    def _begin(self, history: list[Message], question: str, request: gr.Request) -> dict[Any, Any]:
+        """At once, before the queue: show the question, and make Stop work from now on."""
+        visitor = str(request.session_hash)
+        if visitor in self._stops:
+            raise self.gr.Error("Wait for the answer, or press Stop.", title="Still answering", print_exception=False)
+        if not question.strip():
+            raise self.gr.Error("Write something first.", title="Nothing was asked", print_exception=False)
+        self._stops[visitor] = threading.Event()
+        rounds = [*history] if self.demo.chat else []
+        asked = [*rounds, {"role": "user", "content": question}]
+        # A lone question stays in its box, to be changed and asked again.
+        return self._view(asked, "Waiting for the model …", busy=True, question="" if self.demo.chat else None)
+
+    def _answer(self, history: list[Message], *fields: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        visitor = str(request.session_hash)
+        stop = self._stops.get(visitor, threading.Event())
+        before, question = history[:-1], history[-1]["content"]
+        started = time.monotonic()
+        try:
+            text = ""
+            for text, ended in self._stream(history, fields, stop):
+                status = "" if ended else "Writing …"
+                yield self._view([*history, _reply(text)], status, busy=not ended)
+            took = f"{time.monotonic() - started:.1f} s"
+            self._stops.pop(visitor, None)
+            if stop.is_set() and not text:  # nothing came of this round
+                yield self._view(before, f"Stopped after {took}", question=question)
+                return
+            status = f"Stopped after {took}" if stop.is_set() else took if text else f"An empty answer, after {took}"
+            yield self._view([*history, _reply(text)], status)
+        except Exception as error:
+            expected = isinstance(error, AccessoryError | NotImplementedError)
+            if not expected:
+                log.exception("an answer failed")
+            self._stops.pop(visitor, None)
+            yield self._view(before, "Not answered", question=question)
+            words = str(error) if expected else f"{type(error).__name__}: {error}"
+            raise self.gr.Error(_plain(words), title="Not answered", duration=None, print_exception=False) from error
+        finally:
+            self._stops.pop(visitor, None)
+
+    def _stream(
+        self, history: list[Message], fields: Sequence[Any], stop: threading.Event
+    ) -> Iterator[tuple[str, bool]]:
+        """(the answer so far, whether it is whole); the last one is given however soon it follows."""
+        max_gen_len, temperature, top_p, *own = fields
+        ask = self.demo.ask(self.model.tokenizer, history, *own)
+        self._warn_of_cut(ask, max_gen_len)
+        stream = self.model.stream_generate(
+            ask.prompt, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p,
+            additional_stop_symbols=list(ask.stops), cancelled=stop.is_set,
+        )  # fmt: skip
+        try:
+            text, shown = "", 0.0
+            for item in stream:
+                text = ask.tidy(item["text"])
+                if (now := time.monotonic()) - shown >= SHOW_EVERY:
+                    shown = now
+                    yield text, False
+            yield text, True
+        finally:
+            stream.close()  # also when the visitor has gone: the model goes on to the next one
+
+    def _warn_of_cut(self, ask: Ask, max_gen_len: Any) -> None:
+        tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0)
+        ids = ask.prompt
+        if isinstance(ids, str):
+            ids = tokenizer.encode(ids, bos=tokenizer.add_bos, special=True)
+        if 0 < room < len(ids):
+            self.gr.Warning(
+                f"The prompt has {len(ids)} tokens, but beside an answer of {max_gen_len} only {room} fit into "
+                f"{self.max_seq_len}: its beginning is left out.",
+                title="Too long",
+            )
+
+    def _stop(self, request: gr.Request) -> str:
+        if (stop := self._stops.get(str(request.session_hash))) is not None:
+            stop.set()
+        return "Stopping …"
+
+    def _leave(self, request: gr.Request) -> None:
+        if (stop := self._stops.pop(str(request.session_hash), None)) is not None:
+            stop.set()
+
+    def _undo(self, history: list[Message]) -> dict[Any, Any]:
+        if not history:
+            return self._view([], "Nothing to take back")
+        return self._view(history[:-2], "", question=history[-2]["content"])
+
+    def _clear(self) -> dict[Any, Any]:
+        return self._view([], "", question="")
+
+    def _show_markdown(self, on: bool) -> Any:
+        return self.gr.Chatbot(render_markdown=on)
+
+
+def _reply(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _plain(text: str) -> str:
+    """For Gradio's messages, which are HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

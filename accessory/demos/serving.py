@@ -1,0 +1,317 @@
+"""What both demos share besides their page: arguments, starting a model on one rank or several, serving, ending."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from accessory.demos.page import Demo, Page, import_gradio
+from accessory.errors import AccessoryError, InputError
+from accessory.model.meta import MetaModel, StreamItem
+from accessory.parallel.collectives import share
+from accessory.parallel.mesh import Ranks, from_environment
+
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
+GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended
+
+Serve = Callable[[Any, str], int]  # (model, a line about it) -> exit status
+Start = Callable[[argparse.Namespace, Serve], int]
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+def parser(program: str, about: str) -> argparse.ArgumentParser:
+    """Every option of both demos; dashes and underscores are one."""
+    p = argparse.ArgumentParser(prog=program, description=about)
+
+    def add(name: str, **how: Any) -> None:
+        dashed = "--" + name.replace("_", "-")
+        p.add_argument(*dict.fromkeys([dashed, f"--{name}"]), **how)
+
+    add(
+        "pretrained_path", nargs="+", required=True, metavar="PATH", help="folders, loaded one over the other, or hf://"
+    )
+    add("llama_type", metavar="TYPE", help="mixtral or mixtral_sparse; default: what the folder says")
+    add("llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
+    add("tokenizer_path", metavar="PATH", help="default: that of PATH")
+    add("max_seq_len", type=int, default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)")
+    add("dtype", choices=(*SHORT_DTYPES, *SHORT_DTYPES.values()), default="bf16", metavar="TYPE",
+        help="bf16 (the default), fp16, fp32")  # fmt: skip
+    add("quant", action="store_true", help="quantise the weights while they are loaded")
+    add("gpu_ids", type=int, nargs="+", metavar="ID", help="the GPUs to use (default: the first ones)")
+    add("master_addr", metavar="HOST", help="where the ranks meet, unless the launcher says it")
+    add("master_port", type=_port, metavar="PORT", help="the port they meet on, unless the launcher says it")
+    add("host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1, this machine alone)")
+    add("port", type=_port, default=7860, help="the port to serve on, 0 for any free one (default: 7860)")
+    add("share", action="store_true", help="also give the page a public address, through Gradio's servers")
+    add("debug", action="store_true", help="show tracebacks and what is going on")
+    return p
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … 65535")
+    return int(text)
+
+
+# --------------------------------------------------------------------------- a demo's life
+
+
+def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
+    """Start the model, serve the page until Ctrl-C; returns the exit status. A user's mistake is one line."""
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        if rank == 0:
+            signal.signal(signal.SIGTERM, _interrupt)
+            import_gradio()
+            options.port = _free_port(options.host, options.port)  # before minutes of loading
+        return start(options, lambda model, line: _serve(demo, model, line, options))
+    except KeyboardInterrupt:
+        print("\nstopped", flush=True)
+        return 0
+    except Exception as error:
+        if rank:
+            time.sleep(2)  # where all ranks fail alike, the first one speaks for them and the launcher ends the others
+        if options.debug or not isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> int:
+    page = Page(demo, model, line, options.max_seq_len)
+    try:
+        url, public = page.launch(options.host, options.port, options.share)
+    except OSError as error:  # the port was taken while the model was loaded; Gradio's words are about a range of them
+        raise _port_in_use(options.host, options.port) from error
+    print(f"{demo.title}: {line}\nOpen {url} (Ctrl-C ends it)", flush=True)
+    if options.share:
+        print(f"Open to everybody: {public}" if public else "error: no public address was to be had", flush=True)
+    broken: threading.Event = getattr(model, "broken", threading.Event())
+    try:
+        broken.wait()
+        print("error: the ranks are out of step after a failure; start the demo again", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        # Whatever hangs from here on (a rank that is gone, a browser that holds its connection) must not hold us.
+        threading.Thread(target=_end_late, daemon=True).start()
+        page.close()
+
+
+def _end_late() -> None:
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port` if it can be had, any free one for 0; InputError otherwise."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(f"--host: {host!r} is not an address of this machine ({error.strerror})") from error
+    with socket.socket(family, kind) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(address)
+        except PermissionError as error:
+            raise InputError(f"--port: {port} needs more rights; take one from 1024 on") from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise InputError(f"--host: cannot serve on {host} ({error.strerror})") from error
+            raise _port_in_use(host, port) from error
+        return s.getsockname()[1]
+
+
+def _port_in_use(host: str, port: int) -> InputError:
+    return InputError(f"--port: {port} on {host} is in use; give another one, or 0 for any that is free")
+
+
+# --------------------------------------------------------------------------- starting a model
+
+
+def start_launched(options: argparse.Namespace, serve: Serve) -> int:
+    """On the ranks that torchrun or srun started, or on one: the first serves, the others follow it."""
+    _choose_gpus(options.gpu_ids)
+    _meeting_point(options)
+    ranks = from_environment()
+    if ranks is None:
+        return _start_alone(options, serve)
+    if ranks.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all ranks; the first one ends the others
+    # Apart from the model's group, whose operations have to answer within minutes.
+    commands = Ranks.of(dist.new_group(backend="gloo", timeout=IDLE))
+    model = MetaModel.from_pretrained(**_loading(options), mp_group=ranks.group)
+    if ranks.rank:
+        follow(model, commands)
+        return 0
+    leader = Leader(model, commands)
+    try:
+        return serve(leader, _line(options, model, ranks.size))
+    finally:
+        leader.close()
+
+
+def start_own(options: argparse.Namespace, serve: Serve) -> int:
+    """On `--n_gpus` ranks, which this process starts."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("this demo starts its ranks itself: run it with python and --n_gpus N, not with torchrun")
+    n = options.n_gpus if options.n_gpus is not None else len(options.gpu_ids or [0])
+    if n < 1:
+        raise InputError(f"--n_gpus: got {n}, but it must be at least 1")
+    if options.gpu_ids is not None and len(options.gpu_ids) != n:
+        raise InputError(f"--gpu_ids: got {len(options.gpu_ids)} for --n_gpus {n}; give one each")
+    if n == 1:
+        _choose_gpus(options.gpu_ids)
+        return _start_alone(options, serve)
+    from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
+
+    where = {"gpu_ids": options.gpu_ids} if options.gpu_ids is not None else {"gpus": n}
+    wrapper = MultiGpuWrapper(**where, **_loading(options))
+    try:
+        return serve(wrapper, _line(options, wrapper, n))
+    finally:
+        wrapper.close()
+
+
+def _start_alone(options: argparse.Namespace, serve: Serve) -> int:
+    model = MetaModel.from_pretrained(**_loading(options))
+    return serve(model, _line(options, model, 1))
+
+
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", "quant")
+    dtype = getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype))
+    return {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
+
+
+def _choose_gpus(ids: list[int] | None) -> None:
+    """Before CUDA starts, so that rank r's GPU is the r-th of them and every thread's default is the right one."""
+    if ids is None:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    if min(ids) < 0 or len(set(ids)) < len(ids) or (names and max(ids) >= len(names)):
+        has = f"; CUDA_VISIBLE_DEVICES shows {len(names)}" if names else ""
+        raise InputError(f"--gpu_ids: got {' '.join(map(str, ids))}, but they must be different numbers of GPUs{has}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in ids)
+
+
+def _meeting_point(options: argparse.Namespace) -> None:
+    for name in ("master_addr", "master_port"):
+        if getattr(options, name) is not None:
+            os.environ.setdefault(name.upper(), str(getattr(options, name)))
+
+
+def _line(options: argparse.Namespace, model: Any, ranks: int) -> str:
+    """The model in one line: name · implementation · dtype · where it runs."""
+    name = Path(options.pretrained_path[-1]).name or str(options.pretrained_path[-1])
+    device = f"{torch.cuda.get_device_name()} (CUDA)" if torch.cuda.is_available() else "CPU"
+    dtype = SHORT_DTYPES.get(options.dtype, options.dtype)
+    parts = [name, _implementation(options, model), dtype, device + (f", {ranks} ranks" if ranks > 1 else "")]
+    return " · ".join(parts)
+
+
+def _implementation(options: argparse.Namespace, model: Any) -> str:
+    if (llma := getattr(model, "llma", None)) is not None:
+        return llma.implementation
+    from accessory.checkpoint.folder import open_checkpoint
+    from accessory.checkpoint.hub import resolve
+    from accessory.config import LlamaType
+
+    if options.llama_type:
+        return LlamaType.parse(options.llama_type).implementation
+    return open_checkpoint(
+        resolve(options.pretrained_path[-1]), options.llama_config or (), allow_partial=True
+    ).llama_type.implementation
+
+
+# --------------------------------------------------------------------------- several ranks, one page
+
+
+class Leader:
+    """The first rank's model: what it is asked, the other ranks, which `follow`, do as well. One answer at a time."""
+
+    def __init__(self, model: MetaModel, commands: Ranks) -> None:
+        self.tokenizer, self.llma = model.tokenizer, model.llma
+        self.broken = threading.Event()  # set after a failure that the other ranks may not share
+        self._model, self._commands = model, commands
+        self._turn = threading.Lock()
+        self._closing = False
+
+    def stream_generate(
+        self, prompt: Any, *, cancelled: Callable[[], bool] | None = None, **how: Any
+    ) -> Iterator[StreamItem]:
+        """As `MetaModel.stream_generate`; closing it ends the answer on all ranks after their present step."""
+        left = False
+
+        def ended() -> bool:
+            return left or self._closing or (cancelled is not None and cancelled())
+
+        with self._turn:
+            if self._closing or self.broken.is_set():
+                raise InputError("the demo is ending")
+            stream: Iterator[StreamItem] = iter(())
+            try:
+                share((prompt, how), self._commands)
+                stream = self._model.stream_generate(prompt, **how, cancelled=ended)
+                for item in stream:  # noqa: UP028 (`yield from` would close the stream together with its reader)
+                    yield item
+            except (AccessoryError, NotImplementedError):  # the same on every rank, before its first step
+                raise
+            except Exception:
+                self.broken.set()
+                raise
+            finally:
+                left = True
+                for _ in stream:  # the others take this step with us
+                    pass
+
+    def close(self) -> None:
+        """Let the other ranks go; gives up on ranks that do not finish their answer."""
+        self._closing = True
+        if self._turn.acquire(timeout=GRACE / 2) and not self.broken.is_set():
+            share(None, self._commands)
+
+
+def follow(model: MetaModel, commands: Ranks) -> None:
+    """On every rank but the first: do what it does until it says that it ends."""
+    while True:
+        command: tuple[Any, Mapping[str, Any]] | None = share(None, commands)
+        if command is None:
+            return
+        prompt, how = command
+        try:
+            for _ in model.stream_generate(prompt, **how):
+                pass
+        except (AccessoryError, NotImplementedError):
+            pass  # the first rank meets it too, and shows it
