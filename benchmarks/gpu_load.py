@@ -92,7 +92,7 @@ def measure(folder: Path, files: list[Path], size: int, args: ModelArgs, device:
                 flush=True,
             )
             check(decoder, tensors)
-            del decoder
+            del decoder, checkpoint  # with it the file mappings, whose pages could not be dropped
             if device == "cuda":
                 torch.cuda.empty_cache()
 
