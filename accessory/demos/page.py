@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from accessory.errors import AccessoryError, MissingExtraError
 
 if TYPE_CHECKING:
-    import gradio as gr
+    import gradio as gr  # else see import_gradio
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,16 @@ Message = dict[str, str]
 SHOW_EVERY = 0.05  # seconds; a page drawn for every token would slow a fast model down
 SYSTEM_FONT = ("system-ui", "sans-serif")
 MONO_FONT = ("ui-monospace", "monospace")
+# Gradio's own greys are too faint on white.
+READABLE = {
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*body_text_color_subdued",
+    "block_label_text_color": "*neutral_600",
+    "block_title_text_color": "*neutral_700",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+}
 CSS = """
 footer { display: none !important; }
 .about p, .status p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
@@ -65,6 +75,7 @@ def import_gradio() -> Any:
         import gradio
     except ImportError as error:
         raise MissingExtraError("the demos need Gradio: pip install 'mixtral-accessory[demo]'") from error
+    globals()["gr"] = gradio  # Gradio reads the annotations of what it calls, to know who wants the request
     return gradio
 
 
@@ -83,7 +94,7 @@ class Page:
 
     def launch(self, host: str, port: int, share: bool) -> tuple[str, str | None]:
         """Serve in threads; returns the address, and the public one if there is. OSError when the port is taken."""
-        theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT)
+        theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT).set(**READABLE)
         _, url, public = self.blocks.launch(
             server_name=host, server_port=port, share=share, theme=theme, css=CSS, show_error=True, quiet=True,
             prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], pwa=False,
@@ -107,7 +118,7 @@ class Page:
                 with gr.Column(scale=3, min_width=320):
                     if demo.chat:
                         self.output = gr.Chatbot(
-                            label="Dialogue", elem_id="output", height="60vh", allow_tags=False, feedback_options=None,
+                            label="Dialogue", elem_id="output", height="55vh", allow_tags=False, feedback_options=None,
                             buttons=["copy", "copy_all"],
                         )  # fmt: skip
                     self.question = gr.Textbox(
@@ -116,10 +127,10 @@ class Page:
                     )  # fmt: skip
                     own = demo.beside(self.model.tokenizer)
                     with gr.Row():
-                        self.send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
-                        self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
-                        self.undo = gr.Button("Undo", visible=demo.chat, elem_id="undo", min_width=80)
-                        self.clear = gr.Button("Clear", elem_id="clear", min_width=80)
+                        self.send = gr.Button("Send", variant="primary", elem_id="send", min_width=60)
+                        self.stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=60)
+                        self.undo = gr.Button("Undo", visible=demo.chat, elem_id="undo", min_width=60)
+                        self.clear = gr.Button("Clear", elem_id="clear", min_width=60)
                     if not demo.chat:
                         self.output = gr.Textbox(
                             label="Answer", elem_id="output", lines=10, max_lines=30, interactive=False,
@@ -154,13 +165,15 @@ class Page:
             asked, self._begin, [self.history, self.question], view,
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        begun.success(
+        begun.then(
             self._answer, [self.history, *fields], view,
             concurrency_limit=1, concurrency_id="model", show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         self._on(self.stop.click, self._stop, None, [self.status])
         self._on(self.undo.click, self._undo, [self.history], view)
         self._on(self.clear.click, self._clear, None, view)
+        if self.demo.chat:  # the dialogue has a clear button of its own
+            self._on(self.output.clear, self._clear, None, view)
 
     def _on(self, event: Any, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
         event(function, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
@@ -175,7 +188,7 @@ class Page:
             shown = next((m["content"] for m in history if m["role"] == "assistant"), "")
         view = {self.history: history, self.output: shown, self.status: status}
         view |= {button: gr.Button(interactive=not busy) for button in (self.send, self.undo, self.clear)}
-        view[self.stop] = gr.Button(interactive=busy)
+        view[self.stop] = gr.Button(interactive=busy, variant="stop" if busy else "secondary")
         if question is not None:
             view[self.question] = question
         return view
@@ -186,16 +199,18 @@ class Page:
         """At once, before the queue: show the question, and make Stop work from now on."""
         visitor = str(request.session_hash)
         if visitor in self._stops:
-            raise self.gr.Error("Wait for the answer, or press Stop.", title="Still answering", print_exception=False)
+            return {self.status: "Still answering; press Stop to ask something else"}
         if not question.strip():
-            raise self.gr.Error("Write something first.", title="Nothing was asked", print_exception=False)
+            return {self.status: "Nothing was asked"}
         self._stops[visitor] = threading.Event()
         rounds = [*history] if self.demo.chat else []
         asked = [*rounds, {"role": "user", "content": question}]
         # A lone question stays in its box, to be changed and asked again.
         return self._view(asked, "Waiting for the model …", busy=True, question="" if self.demo.chat else None)
 
-    def _answer(self, history: list[Message], *fields: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def _answer(self, history: list[Message], request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
+        if not history or history[-1]["role"] != "user":  # nothing was asked
+            return
         visitor = str(request.session_hash)
         stop = self._stops.get(visitor, threading.Event())
         before, question = history[:-1], history[-1]["content"]
@@ -210,7 +225,13 @@ class Page:
             if stop.is_set() and not text:  # nothing came of this round
                 yield self._view(before, f"Stopped after {took}", question=question)
                 return
-            status = f"Stopped after {took}" if stop.is_set() else took if text else f"An empty answer, after {took}"
+            status = (
+                f"Stopped after {took}"
+                if stop.is_set()
+                else f"Answered in {took}"
+                if text
+                else f"An empty answer, after {took}"
+            )
             yield self._view([*history, _reply(text)], status)
         except Exception as error:
             expected = isinstance(error, AccessoryError | NotImplementedError)
@@ -219,7 +240,8 @@ class Page:
             self._stops.pop(visitor, None)
             yield self._view(before, "Not answered", question=question)
             words = str(error) if expected else f"{type(error).__name__}: {error}"
-            raise self.gr.Error(_plain(words), title="Not answered", duration=None, print_exception=False) from error
+            # Not raised as Gradio's error, which would hide the dialogue behind the word "Error".
+            self.gr.Warning(_plain(words), duration=None)
         finally:
             self._stops.pop(visitor, None)
 
@@ -253,8 +275,7 @@ class Page:
         if 0 < room < len(ids):
             self.gr.Warning(
                 f"The prompt has {len(ids)} tokens, but beside an answer of {max_gen_len} only {room} fit into "
-                f"{self.max_seq_len}: its beginning is left out.",
-                title="Too long",
+                f"{self.max_seq_len}: its beginning is left out."
             )
 
     def _stop(self, request: gr.Request) -> str:
@@ -271,7 +292,9 @@ class Page:
             return self._view([], "Nothing to take back")
         return self._view(history[:-2], "", question=history[-2]["content"])
 
-    def _clear(self) -> dict[Any, Any]:
+    def _clear(self, request: gr.Request) -> dict[Any, Any]:
+        if str(request.session_hash) in self._stops:
+            return {self.status: self._stop(request)}
         return self._view([], "", question="")
 
     def _show_markdown(self, on: bool) -> Any:

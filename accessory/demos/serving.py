@@ -237,7 +237,12 @@ def _line(options: argparse.Namespace, model: Any, ranks: int) -> str:
     name = Path(options.pretrained_path[-1]).name or str(options.pretrained_path[-1])
     device = f"{torch.cuda.get_device_name()} (CUDA)" if torch.cuda.is_available() else "CPU"
     dtype = SHORT_DTYPES.get(options.dtype, options.dtype)
-    parts = [name, _implementation(options, model), dtype, device + (f", {ranks} ranks" if ranks > 1 else "")]
+    parts = [
+        name,
+        f"{_implementation(options, model)} implementation",
+        dtype,
+        device + (f", {ranks} ranks" if ranks > 1 else ""),
+    ]
     return " · ".join(parts)
 
 
