@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers import checkpoints as make
+from helpers.random_models import canonical_from_hf, hf_mixtral
 
 from accessory.checkpoint.convert import convert
 from accessory.config import ModelArgs, MoEArgs
@@ -37,6 +38,22 @@ LAYOUTS = {
 }
 
 
+# Written by hand from the published facts, not by this project's writers.
+FOREIGN = {
+    "torrent in pieces": lambda path, tensors: make.split_into_pieces(
+        make.write_torrent(path, tensors, ARGS) / "consolidated.00.pth", 10
+    ),
+    "official, one .pth": lambda path, tensors: make.write_official(path, tensors, ARGS),
+    "official, eight .pt": lambda path, tensors: make.write_official(path, tensors, ARGS, form="pt"),
+    "official, safetensors": lambda path, tensors: make.write_official(path, tensors, ARGS, form="safetensors"),
+    "hf, sharded and fused": lambda path, tensors: make.write_hf(path, tensors, ARGS, files=3, fused=True),
+    "base of 2, bare": lambda path, tensors: make.write_accessory(path, tensors, "base", ARGS, world=2, nested=False),
+    "sparse of 1, no meta": lambda path, tensors: make.write_accessory(
+        path, tensors, "sparse", ARGS, world=1, meta=False
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def oracle():
     return hf_mixtral(ARGS, std=0.2)
@@ -50,6 +67,10 @@ def folders(oracle, tmp_path_factory):
     for name, how in LAYOUTS.items():
         if how:
             convert(root / "hf", root / name, progress=False, **how)
+    tensors = canonical_from_hf(oracle)
+    for name, write in FOREIGN.items():
+        write(root / name, tensors)
+        shutil.copy(MIXTRAL_TOKENIZER, root / name / "tokenizer.model")
     return root
 
 
@@ -68,7 +89,7 @@ def oracle_ids(oracle, ids, n):
     ].tolist()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FOREIGN])
 @pytest.mark.parametrize("llama_type", [None, "mixtral", "mixtral_sparse"])
 def test_every_layout_gives_transformers_logits_and_text(folders, oracle, layout, llama_type):
     model = load(folders / layout, llama_type=llama_type)
