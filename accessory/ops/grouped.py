@@ -121,8 +121,9 @@ def swiglu_pairs(
             if not 0 <= e - first < w2_EDF.shape[0]:
                 continue
             a_1F, b_1F = linear(x_1D, w13_EGD[e - first]).chunk(2, -1)
-            part_1D = linear(F.silu(a_1F).mul_(b_1F), w2_EDF[e - first])
-            y_1D = part_1D.float().mul_(weight) if y_1D is None else y_1D.add_(part_1D, alpha=weight)
+            # Weighted first and summed then, each rounded: two experts give the same bits on one rank and on two.
+            part_1D = linear(F.silu(a_1F).mul_(b_1F), w2_EDF[e - first]).float().mul_(weight)
+            y_1D = part_1D if y_1D is None else y_1D.add_(part_1D)
         rows.append(torch.zeros(1, x_TD.shape[1]) if y_1D is None else y_1D)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
