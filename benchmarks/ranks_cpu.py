@@ -1,0 +1,97 @@
+"""One model over ranks of one CPU (gloo): time, processor time and communication per token.
+
+    python benchmarks/ranks_cpu.py demo-model
+
+`demo-model` is what `make demo` leaves. The cores are divided over the ranks. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PROMPT = [504, 3575, 282, 4649, 314]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    print("| implementation | ranks | ms/token | processor ms/token, all ranks | all-reduces a layer | same text |")
+    print("|---|---|---|---|---|---|")
+    for kind in ("base", "sparse"):
+        texts: list[list[int]] = []
+        for size in options.ranks:
+            context = mp.get_context("spawn")
+            queue = context.Queue()
+            with tempfile.TemporaryDirectory() as scratch:
+                store = os.path.join(scratch, "store")
+                args = (size, store, str(options.folder / kind), options.dtype, options.tokens, queue)
+                workers = mp.spawn(measure, args=args, nprocs=size, join=False)
+                found = [queue.get() for _ in range(size)]
+                workers.join()
+            texts.append(found[0]["ids"])
+            wall = statistics.median(found[0]["steps"]) * 1e3
+            processor = sum(f["processor"] for f in found) * 1e3
+            reduces = found[0]["all_reduces"]
+            print(
+                f"| {kind} | {size} | {wall:.1f} | {processor:.1f} | {reduces:g} | {texts[0] == texts[-1]} |",
+                flush=True,
+            )
+
+
+def measure(rank: int, size: int, store: str, folder: str, dtype: str, tokens: int, queue: Any) -> None:
+    from accessory.engine.generate import Generation
+    from accessory.model.meta import MetaModel
+    from accessory.parallel.mesh import Ranks
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    group = dist.new_group(list(range(size)))
+    model = MetaModel.from_pretrained(folder, mp_group=group, dtype=getattr(torch, dtype), device="cpu")
+    calls = 0
+    all_reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    for warm in (True, False):
+        ids, stamps, begin = [], [], (0.0, 0)
+        for step in Generation(model.llma, [PROMPT], max_gen_len=tokens, max_seq_len=512, ranks=Ranks.of(group)):
+            stamps.append(time.perf_counter())
+            ids.append(step[0])
+            if len(ids) == 1:
+                begin = (time.process_time(), calls)
+        if warm:
+            dist.barrier()
+    n = tokens - 1
+    queue.put(
+        {
+            "ids": ids,
+            "steps": [b - a for a, b in itertools.pairwise(stamps)],
+            "processor": (time.process_time() - begin[0]) / n,
+            "all_reduces": (calls - begin[1]) / n / model.args.n_layers,
+        }
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
