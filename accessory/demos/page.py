@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, str]
 SHOW_EVERY = 0.05  # seconds; a page drawn for every token would slow a fast model down
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+CPP = re.compile(r"^([ >]*```)(?:cpp|c\+\+)(?=\s)", re.MULTILINE | re.IGNORECASE)
 SYSTEM_FONT = ("system-ui", "sans-serif")
 MONO_FONT = ("ui-monospace", "monospace")
 # Gradio's own greys are too faint on white.
@@ -117,10 +120,10 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
                     if demo.chat:
+                        # No copy buttons: they would copy the text as `_markdown` writes it.
                         self.output = gr.Chatbot(
-                            label="Dialogue", elem_id="output", height="55vh", allow_tags=False, feedback_options=None,
-                            buttons=["copy", "copy_all"],
-                        )  # fmt: skip
+                            label="Dialogue", elem_id="output", height="55vh", feedback_options=None, buttons=[]
+                        )
                     self.question = gr.Textbox(
                         label="Message" if demo.chat else "Question", elem_id="question", lines=1, max_lines=10,
                         placeholder="Enter sends, Shift+Enter begins a new line", autofocus=True,
@@ -140,9 +143,6 @@ class Page:
                 with gr.Column(scale=1, min_width=260):
                     own += demo.settings(self.model.tokenizer)
                     sampling = self._sampling()
-                    if demo.chat:
-                        markdown = gr.Checkbox(True, label="Show answers as Markdown", elem_id="markdown")
-                        self._on(markdown.change, self._show_markdown, [markdown], [self.output])
             self._wire([*sampling, *own])
             blocks.unload(self._leave)
         return blocks
@@ -183,7 +183,7 @@ class Page:
     ) -> dict[Any, Any]:
         """All that changes on the page; `question`: what stands in its box, None leaves it alone."""
         gr = self.gr
-        shown: Any = history
+        shown: Any = [{**message, "content": _markdown(message["content"])} for message in history]
         if not self.demo.chat:
             shown = next((m["content"] for m in history if m["role"] == "assistant"), "")
         view = {self.history: history, self.output: shown, self.status: status}
@@ -203,8 +203,7 @@ class Page:
         if not question.strip():
             return {self.status: "Nothing was asked"}
         self._stops[visitor] = threading.Event()
-        rounds = [*history] if self.demo.chat else []
-        asked = [*rounds, {"role": "user", "content": question}]
+        asked = [*(_rounds(history) if self.demo.chat else []), {"role": "user", "content": question}]
         # A lone question stays in its box, to be changed and asked again.
         return self._view(asked, "Waiting for the model …", busy=True, question="" if self.demo.chat else None)
 
@@ -217,22 +216,15 @@ class Page:
         started = time.monotonic()
         try:
             text = ""
-            for text, ended in self._stream(history, fields, stop):
-                status = "" if ended else "Writing …"
-                yield self._view([*history, _reply(text)], status, busy=not ended)
-            took = f"{time.monotonic() - started:.1f} s"
+            for text in self._stream(history, fields, stop):
+                yield self._view([*history, _reply(text)], "Writing …", busy=True)
+            how = "Stopped after" if stop.is_set() else "Answered in" if text else "An empty answer in"
+            status = f"{how} {time.monotonic() - started:.1f} s"
             self._stops.pop(visitor, None)
             if stop.is_set() and not text:  # nothing came of this round
-                yield self._view(before, f"Stopped after {took}", question=question)
-                return
-            status = (
-                f"Stopped after {took}"
-                if stop.is_set()
-                else f"Answered in {took}"
-                if text
-                else f"An empty answer, after {took}"
-            )
-            yield self._view([*history, _reply(text)], status)
+                yield self._view(before, status, question=question)
+            else:
+                yield self._view([*history, _reply(text)], status)
         except Exception as error:
             expected = isinstance(error, AccessoryError | NotImplementedError)
             if not expected:
@@ -245,10 +237,8 @@ class Page:
         finally:
             self._stops.pop(visitor, None)
 
-    def _stream(
-        self, history: list[Message], fields: Sequence[Any], stop: threading.Event
-    ) -> Iterator[tuple[str, bool]]:
-        """(the answer so far, whether it is whole); the last one is given however soon it follows."""
+    def _stream(self, history: list[Message], fields: Sequence[Any], stop: threading.Event) -> Iterator[str]:
+        """The answer so far, again and again; the last one is given however soon it follows."""
         max_gen_len, temperature, top_p, *own = fields
         ask = self.demo.ask(self.model.tokenizer, history, *own)
         self._warn_of_cut(ask, max_gen_len)
@@ -262,8 +252,8 @@ class Page:
                 text = ask.tidy(item["text"])
                 if (now := time.monotonic()) - shown >= SHOW_EVERY:
                     shown = now
-                    yield text, False
-            yield text, True
+                    yield text
+            yield text
         finally:
             stream.close()  # also when the visitor has gone: the model goes on to the next one
 
@@ -288,23 +278,36 @@ class Page:
             stop.set()
 
     def _undo(self, history: list[Message]) -> dict[Any, Any]:
-        if not history:
+        rounds = _rounds(history)
+        if not rounds:
             return self._view([], "Nothing to take back")
-        return self._view(history[:-2], "", question=history[-2]["content"])
+        return self._view(rounds[:-2], "", question=rounds[-2]["content"])
 
     def _clear(self, request: gr.Request) -> dict[Any, Any]:
         if str(request.session_hash) in self._stops:
             return {self.status: self._stop(request)}
         return self._view([], "", question="")
 
-    def _show_markdown(self, on: bool) -> Any:
-        return self.gr.Chatbot(render_markdown=on)
+
+def _rounds(history: list[Message]) -> list[Message]:
+    """Without a question that was never answered, because its visitor was away."""
+    return history[: len(history) // 2 * 2]
 
 
 def _reply(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+def _markdown(text: str) -> str:
+    """As the dialogue shows it: Markdown without HTML, so that `a<b` and `<tag>` stay what they are.
+
+    C++ is coloured as C: Gradio 6.31 shows nothing at all of a message with C++ in it.
+    """
+    parts = CODE.split(text)
+    parts[::2] = [_plain(part) for part in parts[::2]]
+    return CPP.sub(r"\1c", "".join(parts))
+
+
 def _plain(text: str) -> str:
-    """For Gradio's messages, which are HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Text for where Gradio takes HTML. (`>` stays: it begins quotations, and alone it is no tag.)"""
+    return text.replace("&", "&amp;").replace("<", "&lt;")

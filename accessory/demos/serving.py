@@ -27,6 +27,7 @@ from accessory.parallel.mesh import Ranks, from_environment
 
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
+ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended
 
 Serve = Callable[[Any, str], int]  # (model, a line about it) -> exit status
@@ -79,7 +80,8 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if rank == 0:
-            signal.signal(signal.SIGTERM, _interrupt)
+            for number in ENDING:
+                signal.signal(number, _interrupt)
             import_gradio()
             options.port = _free_port(options.host, options.port)  # before minutes of loading
         return start(options, lambda model, line: _serve(demo, model, line, options))
@@ -113,18 +115,26 @@ def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> in
         print("error: the ranks are out of step after a failure; start the demo again", file=sys.stderr, flush=True)
         return 1
     finally:
-        # Whatever hangs from here on (a rank that is gone, a browser that holds its connection) must not hold us.
-        threading.Thread(target=_end_late, daemon=True).start()
+        _end_soon()
         page.close()
 
 
-def _end_late() -> None:
-    time.sleep(GRACE)
-    os._exit(1)
-
-
 def _interrupt(*_: Any) -> None:
+    """Once: under torchrun the terminal and the launcher both send the signal."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    _end_soon()
     raise KeyboardInterrupt
+
+
+def _end_soon() -> None:
+    """Whatever hangs from here on (a rank that is gone, a connection held open) does not hold this process."""
+
+    def end() -> None:
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,379 @@
+"""Both demo pages, started as processes and used in headless Chromium; what is shown is what `MetaModel` writes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from helpers import browser as web
+from helpers.random_models import hf_mixtral
+
+from accessory.checkpoint.convert import convert
+from accessory.config import ModelArgs, MoEArgs
+from accessory.data.conversation import Conversation
+from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.demos import multi_turn, serving, single_turn
+from accessory.model.meta import MetaModel
+
+PACKAGE = Path(__file__).parents[2] / "accessory"
+MAX_SEQ_LEN = 1024
+ARGS = ModelArgs(
+    dim=32,
+    hidden_dim=32,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=32000,
+    max_seq_len=MAX_SEQ_LEN,
+    moe=MoEArgs(),
+)
+LONG = 900  # tokens: an answer that takes long enough to be stopped
+
+needs_browser = pytest.mark.skipif(web.missing() is not None, reason=str(web.missing()))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
+    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    for kind in ("base", "sparse"):
+        convert(root / "hf", root / kind, to=kind, shards=2, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    return MetaModel.from_pretrained(folders / "hf", dtype=torch.float32, max_seq_len=MAX_SEQ_LEN, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def served(folders):
+    """All demos at once, since most of their start is waiting for a core."""
+    common = ["--max_seq_len", MAX_SEQ_LEN, "--dtype", "fp32"]
+    commands = {
+        "multi": web.demo_command("multi_turn.py", "--pretrained_path", folders / "base", *common, "--port", 0),
+        "single": web.demo_command("single_turn.py", "--pretrained-path", folders / "sparse", *common, "--port", 0),
+        "ranks": web.demo_command(
+            "single_turn.py", "--pretrained_path", folders / "base", *common, "--port", free_port(),
+            ranks=2, port=free_port(),
+        ),
+    }  # fmt: skip
+    demos = {name: web.Served(command, PACKAGE, folders / f"{name}.log") for name, command in commands.items()}
+    yield demos
+    for demo in demos.values():
+        demo.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with web.chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visit(served, browser):
+    visitors = []
+
+    def come(name: str) -> web.Visitor:
+        visitors.append(web.Visitor(browser, served[name].url))
+        return visitors[-1]
+
+    yield come
+    for visitor in visitors:
+        visitor.leave()
+
+
+@pytest.fixture
+def dialogue(visit):
+    visitor = visit("multi")
+    visitor.set("max_gen_len", 12)
+    return visitor
+
+
+def said(model, messages, template="default", system=None, n=12):
+    conversation = Conversation(template, system)
+    for message in messages:
+        conversation.add(*message)
+    how = conversation.template
+    ids = conversation.prompt_ids(model.tokenizer)
+    return how.reply(model.generate([ids], max_gen_len=n, additional_stop_symbols=how.stop_strings)[0])
+
+
+def letters(text):
+    """What is left of it whatever Markdown makes of the rest, which a random model writes a lot of."""
+    return re.sub(r"[\W_]+", "", text)
+
+
+def shown(*messages):
+    return [({"user": "user", "assistant": "bot"}[who], letters(text)) for who, text in messages]
+
+
+def rounds(visitor):
+    return [(who, letters(text)) for who, text in visitor.rounds()]
+
+
+# --------------------------------------------------------------------------- the dialogue
+
+
+@needs_browser
+def test_two_rounds_undo_and_clear(dialogue, model):
+    first = ("user", "What is a mixture of experts?")
+    dialogue.ask(first[1])
+    one = [first, ("assistant", said(model, [first]))]
+    assert rounds(dialogue) == shown(*one)
+    assert dialogue.question() == ""
+    two = [*one, ("user", "And a <router>?")]
+    dialogue.ask(two[-1][1])
+    two.append(("assistant", said(model, two)))
+    assert rounds(dialogue) == shown(*two)
+    dialogue.press("undo")
+    dialogue.expect(dialogue.page.locator("#output [data-testid=bot]")).to_have_count(1)
+    assert rounds(dialogue) == shown(*one)
+    assert dialogue.question() == "And a <router>?"
+    dialogue.press("clear")
+    dialogue.expect(dialogue.page.locator("#output [data-testid=bot]")).to_have_count(0)
+    dialogue.press("undo")
+    dialogue.status("Nothing to take back")
+    dialogue.ask("  ", wait="Nothing was asked")
+
+
+@needs_browser
+def test_templates_and_system_message(dialogue, model):
+    assert dialogue.options("template") == ["default", "alpaca", "mistral", "chatml", "none"]  # the tokenizer has none
+    question = ("user", "Why is the sky blue?")
+    for template, system in (("mistral", ""), ("alpaca", "Answer in one word."), ("none", "")):
+        dialogue.choose("template", template)
+        dialogue.set("system", system)
+        dialogue.ask(question[1])
+        answer = said(model, [question], template, system or None)
+        assert rounds(dialogue) == shown(question, ("assistant", answer)), template
+        dialogue.press("clear")
+        dialogue.expect(dialogue.page.locator("#output [data-testid=bot]")).to_have_count(0)
+
+
+@needs_browser
+def test_text_grows_until_stop_and_the_round_stays(dialogue, model):
+    dialogue.set("max_gen_len", LONG)
+    dialogue.ask("Tell me all", wait=None)
+    seen = []
+    deadline = time.monotonic() + web.WAIT
+    while len({len(text) for text in seen}) < 4 and time.monotonic() < deadline:
+        seen += [text for who, text in rounds(dialogue)[1:] if text]
+        time.sleep(0.03)
+    dialogue.press("stop")
+    dialogue.status("Stopped after")
+    (_, last) = rounds(dialogue)[1]
+    assert all(b.startswith(a) for a, b in itertools.pairwise([*seen, last]))
+    whole = letters(said(model, [("user", "Tell me all")], n=LONG))
+    assert whole.startswith(last)
+    assert last != whole
+    dialogue.set("max_gen_len", 12)
+    dialogue.ask("Go on")  # the next round is open
+    messages = [("user", "Tell me all"), ("assistant", last), ("user", "Go on")]
+    assert rounds(dialogue)[:3] == shown(*messages)
+
+
+@needs_browser
+def test_html_and_code_stay_what_they_are(dialogue):
+    text = "a<b && c>d <b>bold</b> &lt; `x<int>`\n```cpp\nstd::vector<T> &x;\n```\n**done**"
+    dialogue.ask(text)
+    seen = dialogue.page.locator("#output [data-testid=user]").inner_text()
+    for part in ("a<b && c>d <b>bold</b> &lt; x<int>", "std::vector<T> &x;"):
+        assert part in seen
+    assert dialogue.page.locator("#output [data-testid=user] strong").inner_text() == "done"
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["multi", "single", "ranks"])
+def test_a_mistake_is_explained_and_the_next_question_answered(visit, name):
+    visitor = visit(name)
+    visitor.set("max_gen_len", 5000)
+    visitor.ask("How long may it be?", wait="Not answered")
+    assert f"max_gen_len: got 5000, but it must be a whole number from 1 to max_seq_len - 1 = {MAX_SEQ_LEN - 1}" in (
+        visitor.complaint()
+    )
+    assert visitor.question() == "How long may it be?"
+    visitor.set("max_gen_len", 4)
+    visitor.press("send")
+    visitor.status("Answered in")
+
+
+@needs_browser
+def test_a_prompt_that_is_cut_is_said_to_be(visit):
+    visitor = visit("single")
+    visitor.set("max_gen_len", MAX_SEQ_LEN - 20)
+    visitor.ask("Too much " * 10, wait=None)
+    assert "only 20 fit into" in visitor.complaint()
+    visitor.press("stop")
+    visitor.status("Stopped after")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["multi", "single"])
+def test_it_shows_its_model_and_fetches_nothing_from_elsewhere(visit, served, name):
+    visitor = visit(name)
+    kind = {"multi": "base", "single": "sparse"}[name]
+    line = visitor.page.inner_text("#model")
+    assert line.strip() == f"{kind} · {kind} implementation · float32 · CPU"
+    visitor.set("max_gen_len", 4)
+    visitor.ask("Who are you?")
+    assert {url for url in visitor.fetched if not url.startswith((served[name].url, "data:", "blob:"))} == set()
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["multi", "single"])
+def test_only_this_machine_is_served(served, name):
+    port = int(served[name].url.rsplit(":", 1)[1].strip("/"))
+    process = psutil.Process(served[name].process.pid)
+    listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [(a.ip, a.port) for a in listening] == [("127.0.0.1", port)]
+
+
+# --------------------------------------------------------------------------- single questions
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["single", "ranks"])
+def test_single_questions_with_and_without_a_system_prompt(visit, model, name):
+    visitor = visit(name)
+    assert visitor.options("system_prompt") == list(SYSTEM_PROMPTS)
+    visitor.set("max_gen_len", 12)
+    question = "What is the capital of France?"
+    for system_prompt, given in (("alpaca", ""), ("alpaca", "Paris is a town."), ("None", "Paris is a town.")):
+        visitor.choose("system_prompt", system_prompt)
+        visitor.set("input", given)
+        visitor.ask(question)
+        expected = model.generate([format_prompt(question, given, system_prompt)], max_gen_len=12)[0]
+        assert visitor.answer() == expected, (system_prompt, given)
+        assert visitor.question() == question
+        visitor.press("clear")
+        visitor.expect(visitor.page.locator("#output textarea")).to_have_value("")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["single", "ranks"])
+def test_whoever_stops_or_leaves_frees_the_model(visit, name):
+    visitor = visit(name)
+    visitor.set("max_gen_len", LONG)
+    visitor.ask("Tell me all", wait="Writing")
+    visitor.page.wait_for_function("document.querySelector('#output textarea').value.length > 20")
+    visitor.press("stop")
+    visitor.status("Stopped after")
+    visitor.ask("Tell me all again", wait="Writing")
+    visitor.leave()
+    started = time.monotonic()
+    other = visit(name)
+    other.set("max_gen_len", 4)
+    other.ask("And now?")
+    assert time.monotonic() - started < 6
+
+
+@needs_browser
+def test_a_second_visitor_waits_for_the_first(visit):
+    first, second = visit("single"), visit("single")
+    first.set("max_gen_len", LONG)
+    first.ask("Tell me all", wait="Writing")
+    second.set("max_gen_len", 4)
+    second.ask("And me?", wait="Waiting for the model")
+    second.press("stop")  # works while one waits as well
+    first.press("stop")
+    first.status("Stopped after")
+    second.status("Stopped after")
+    assert second.answer() == ""
+    second.ask("And me?")
+
+
+# --------------------------------------------------------------------------- beginning and ending
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["multi", "single", "ranks"])
+def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
+    visitor = visit(name)
+    visitor.set("max_gen_len", LONG)
+    visitor.ask("Tell me all", wait="Writing")
+    assert served[name].interrupt() < 10
+    said_last = served[name].log.read_text()
+    assert "stopped" in said_last
+    if name != "ranks":  # torchrun itself shows a traceback when it is interrupted
+        assert served[name].process.returncode == 0
+        assert "Traceback" not in said_last
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in serving.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("demo", [single_turn, multi_turn])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "TAKEN"], "--port: TAKEN on 127.0.0.1 is in use; give another one, or 0 for any that is free"),
+        (["--host", "203.0.113.1", "--port", "0"], "--host: cannot serve on 203.0.113.1"),
+        (["--port", "0"], "nowhere"),
+        (["--port", "0", "--quant"], "quant"),
+        (["--port", "0", "--gpu-ids", "1", "1"], "--gpu_ids: got "),
+    ],
+)
+def test_a_users_mistake_is_one_line(demo, options, message, signals, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = [port if option == "TAKEN" else option for option in options]
+        assert demo.main(["--pretrained_path", str(tmp_path / "nowhere"), *given]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message.replace("TAKEN", port) in error
+
+
+def test_without_gradio_the_pip_line_is_the_answer(signals, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    assert single_turn.main(["--pretrained_path", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: the demos need Gradio: pip install 'mixtral-accessory[demo]'\n"
+
+
+def test_multi_turn_is_not_for_torchrun(signals, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert multi_turn.main(["--pretrained_path", str(tmp_path), "--port", "0"]) == 1
+    assert "run it with python and --n_gpus N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_the_pages_flags_in_both_spellings(dash):
+    line = (
+        "--pretrained_path a b --llama_type mixtral --llama_config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 "
+        "--quant --gpu_ids 0 1 --master_port 23560 --master_addr h --host 0.0.0.0 --port 0 --share"
+    )
+    words = [word.replace("_", dash) if word.startswith("--") else word for word in line.split()]
+    options = vars(serving.parser("demo", "").parse_args(words))
+    assert options == {
+        "pretrained_path": ["a", "b"], "llama_type": "mixtral", "llama_config": ["c", "d"], "tokenizer_path": "t",
+        "max_seq_len": 9, "dtype": "fp16", "quant": True, "gpu_ids": [0, 1], "master_port": 23560, "master_addr": "h",
+        "host": "0.0.0.0", "port": 0, "share": True, "debug": False,
+    }  # fmt: skip
+    defaults = serving.parser("demo", "").parse_args(["--pretrained_path", "a"])
+    assert (defaults.host, defaults.port, defaults.share) == ("127.0.0.1", 7860, False)

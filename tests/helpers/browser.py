@@ -1,0 +1,159 @@
+"""A demo as a process of its own, and headless Chromium to use it with. Nothing here waits without an end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+WAIT = 20.0  # seconds that a page may take to show anything
+
+
+def missing() -> str | None:
+    """Why no page can be driven here, None if one can."""
+    for name in ("gradio", "playwright"):
+        if importlib.util.find_spec(name) is None:
+            return f"needs {name}: pip install {name}"
+    return None if CHROMIUM.exists() else f"needs {CHROMIUM}: apt-get install chromium"
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS, timeout=WAIT * 1000)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Served:
+    """A demo started as `command` in `folder`, once it has printed where it is to be found."""
+
+    def __init__(self, command: Sequence[str], folder: Path, log: Path) -> None:
+        self.log = log
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        deadline = time.monotonic() + 60
+        while self._url is None:
+            if found := re.search(r"Open (http://\S+/)", self.log.read_text()):
+                self._url = found[1]
+                break
+            assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"it did not come up: {self.log.read_text()}"
+            time.sleep(0.05)
+        return self._url
+
+    def family(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def interrupt(self) -> float:
+        """What Ctrl-C in a terminal does: the signal goes to every process; returns the seconds it took to end."""
+        family, started = self.family(), time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait(WAIT)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        return time.monotonic() - started
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(WAIT)
+
+
+class Visitor:
+    """A browser window on a demo."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        from playwright.sync_api import expect
+
+        self.context = browser.new_context(viewport={"width": 1200, "height": 850})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT * 1000)
+        self.expect = expect
+        self.fetched: list[str] = []
+        self.page.on("request", lambda request: self.fetched.append(request.url))
+        self.page.goto(url)
+        self.page.wait_for_selector("#question textarea")
+
+    def set(self, field: str, value: object) -> None:
+        self.page.fill(f"#{field} input, #{field} textarea", str(value))
+
+    def choose(self, field: str, option: str) -> None:
+        self.page.click(f"#{field} input")
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def options(self, field: str) -> list[str]:
+        self.page.click(f"#{field} input")
+        names = [text.strip(" ✓\n") for text in self.page.get_by_role("option").all_inner_texts()]
+        self.page.keyboard.press("Escape")
+        return names
+
+    def ask(self, text: str, *, wait: str | None = "Answered in") -> None:
+        self.set("question", text)
+        self.press("send")
+        if wait:
+            self.status(wait)
+
+    def press(self, button: str) -> None:
+        self.page.click(f"button#{button}, #{button} button")
+
+    def status(self, begins: str) -> None:
+        pattern = re.compile(rf"^\s*{begins}")
+        self.expect(self.page.locator("#status")).to_have_text(pattern, timeout=WAIT * 1000)
+
+    def question(self) -> str:
+        return self.page.input_value("#question textarea")
+
+    def answer(self) -> str:
+        """A page of single turns."""
+        return self.page.input_value("#output textarea")
+
+    def rounds(self) -> list[tuple[str, str]]:
+        """(who, what) of a dialogue; Markdown has been made of what."""
+        shown = self.page.locator("#output [data-testid=user], #output [data-testid=bot]").all()
+        return [(m.get_attribute("data-testid"), (m.text_content() or "").strip()) for m in shown]
+
+    def complaint(self) -> str:
+        """The text of the note that popped up; closes it."""
+        note = self.page.locator(".toast-body").first
+        text = note.inner_text()
+        note.locator("button").last.click()
+        return text
+
+    def leave(self) -> None:
+        self.context.close()
+
+
+def demo_command(script: str, *options: object, ranks: int | None = None, port: int = 0) -> list[str]:
+    """Start `demos/<script>` as the tutorial does; `ranks`: with torchrun, which meets on `port`."""
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    return [*launcher, f"demos/{script}", *map(str, options)]
