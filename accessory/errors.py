@@ -17,5 +17,9 @@ class InputError(AccessoryError, ValueError):
     """A prompt, a sampling parameter or another run-time argument cannot be used."""
 
 
+class RankError(AccessoryError, RuntimeError):
+    """A process that holds a part of the model died, hangs or failed; the message names the rank and how."""
+
+
 class MissingExtraError(AccessoryError, ImportError):
     """A feature needs an optional dependency; the message gives the pip line."""

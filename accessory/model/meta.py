@@ -105,7 +105,7 @@ class MetaModel(nn.Module):
         kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
         if kind.peft or kind.image_views:
             raise NotImplementedError(f"llama_type {kind}: adapters and images are not built yet")
-        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else _tokenizer_of([c.path for c in checkpoints])
+        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
         args = checkpoints[0].args
         check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
         ranks = None if mp_group is None else Ranks.of(mp_group)
@@ -329,7 +329,7 @@ def _count(prompts: Sequence[Prompt]) -> int:
     return len(prompts)
 
 
-def _tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
+def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
     """The last folder's that has one: a trainable-only save comes without."""
     for folder in reversed(folders[1:]):
         if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():

@@ -51,7 +51,8 @@ def test_a_draw_lies_in_the_nucleus(logits, top_p, temperature, seed):
     row = torch.tensor([logits])
     token = sample(row, Sampling(temperature, top_p), torch.Generator().manual_seed(seed)).item()
     p = (row[0].double() / temperature).softmax(0)
-    assert p[p > p[token]].sum() < top_p + 1e-6  # the mass of strictly likelier tokens fell short
+    likelier = p > p[token] * (1 + 1e-5)  # beyond what fp32 can tell apart
+    assert p[likelier].sum() < top_p + 1e-5  # their mass fell short
 
 
 def test_the_global_seed_and_an_own_seed_both_repeat():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
             failures = []
             for _ in range(world):
                 rank, result, failure = queue.get(timeout=timeout)
-                results[rank] = result
+                results[rank] = None if failure else pickle.loads(result)
                 if failure:
                     failures.append(f"rank {rank}:\n{failure}")
                     break  # the others may wait for this one for ever
@@ -57,7 +58,8 @@ def _main(function: Callable[..., Any], rank: int, world: int, store: str, queue
         )
         result = function(rank, world, *args)
         dist.barrier()
-        queue.put((rank, result, None))
+        # By value: a queue would hand tensors over through this process, which may be gone when they are fetched.
+        queue.put((rank, pickle.dumps(result), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
     finally:

@@ -1,0 +1,118 @@
+"""One rank of a `MultiGpuWrapper`, as a process of its own: `python -m accessory.model.rank_process`.
+
+It reads where to meet from standard input, loads the model together with the other ranks, and then does what it is
+called for until its connection or its standard input ends, which the death of the driving process does too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+
+def main() -> None:
+    where = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    connection = Client(where["address"], authkey=bytes.fromhex(where["authkey"]))
+    connection.send(where["rank"])
+    try:
+        serve(connection, where)
+    except (EOFError, ConnectionError):
+        pass  # the driver is gone or wants us gone
+    finally:
+        # Not an ordinary exit: process groups whose other ranks are dead wait or abort when they are taken down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _end_with_the_driver() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
+
+
+def serve(connection: Connection, where: dict[str, Any]) -> None:
+    options = connection.recv()
+    model: Any = None
+
+    def load() -> None:
+        nonlocal model
+        model = _load(where, options)
+
+    if not _answer(connection, load):
+        return
+    while True:
+        method, arguments = connection.recv()
+        if method == "cancel":
+            continue  # of a call that had already ended
+        if where["rank"] == 0:
+            # Whatever the driver says during a call, it means that the call should end.
+            arguments["cancelled"] = connection.poll
+        if method not in ("generate", "stream_generate"):
+            arguments.pop("cancelled", None)
+        _answer(connection, partial(_do, connection, model, method, arguments, where["rank"]))
+
+
+def _load(where: dict[str, Any], options: dict[str, Any]) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from accessory.model.meta import MetaModel
+
+    rank, size = where["rank"], where["size"]
+    cuda = torch.cuda.is_available() and options.get("device") in (None, "cuda")
+    if not cuda:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    store = dist.TCPStore(where["host"], where["port"], is_master=False)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    group = dist.new_group(list(range(size)))
+    return MetaModel.from_pretrained(**options, mp_group=group)
+
+
+def _do(connection: Connection, model: Any, method: str, arguments: dict[str, Any], rank: int) -> Any:
+    """Every rank computes; the first one tells."""
+    result = getattr(model, method)(**arguments)
+    if method != "stream_generate":
+        return to_plain(result) if rank == 0 else None
+    for item in result:
+        if rank == 0:
+            connection.send(("item", item))
+    return None
+
+
+def _answer(connection: Connection, work: Callable[[], Any]) -> bool:
+    """Do the work and say how it went: ("done", result), ("refused", a user's error) or ("failed", text, trace)."""
+    from accessory.errors import AccessoryError
+
+    try:
+        connection.send(("done", work()))
+        return True
+    except (AccessoryError, NotImplementedError) as error:
+        connection.send(("refused", error))
+    except (EOFError, ConnectionError):
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        connection.send(("failed", f"{type(error).__name__}: {text}", traceback.format_exc()))
+    return False
+
+
+def to_plain(value: Any) -> Any:
+    """Tensors as arrays, which need nothing shared between processes to be sent."""
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [to_plain(v) for v in value]
+    return value.cpu().numpy() if hasattr(value, "cpu") else value
+
+
+if __name__ == "__main__":
+    main()

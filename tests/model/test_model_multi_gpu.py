@@ -1,0 +1,252 @@
+"""One process driving two ranks, and everything that can go wrong between them."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from helpers.random_models import hf_mixtral
+
+from accessory.checkpoint.convert import convert
+from accessory.config import ModelArgs, MoEArgs
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.errors import CheckpointError, InputError, RankError
+from accessory.model.meta import MetaModel
+from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
+
+ARGS = ModelArgs(
+    dim=64,
+    hidden_dim=96,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=32000,
+    max_seq_len=8192,
+    moe=MoEArgs(num_experts=4),
+)
+PROMPT = "The best programming language in the world is"
+HOW = {"max_seq_len": 8192, "dtype": torch.float32, "device": "cpu"}
+LONG = {"max_gen_len": 8000, "temperature": 1.0, "seed": 1}
+SOON = 10.0  # seconds in which every failure has to be told and cleaned up
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wrapper")
+    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
+    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    convert(root / "hf", root / "base", to="base", shards=2, progress=False)
+    return root / "base"
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return MetaModel.from_pretrained(folder, **HOW)
+
+
+@pytest.fixture(scope="module")
+def wrapper(folder):
+    with MultiGpuWrapper(folder, gpus=2, **HOW) as wrapper:
+        yield wrapper
+
+
+def rank_processes():
+    return [p for p in psutil.Process().children(recursive=True) if "rank_process" in " ".join(p.cmdline())]
+
+
+def gone(processes, patience=SOON):
+    return not psutil.wait_procs(processes, timeout=patience)[1]
+
+
+def test_every_method_is_metamodels(wrapper, expected):
+    assert wrapper.generate([PROMPT, "A"], max_gen_len=8) == expected.generate([PROMPT, "A"], max_gen_len=8)
+    stream = list(wrapper.stream_generate(PROMPT, max_gen_len=8))
+    assert stream[-1] == list(expected.stream_generate(PROMPT, max_gen_len=8))[-1]
+    ours, theirs = wrapper.compute_logits([PROMPT])[0], expected.compute_logits([PROMPT])[0]
+    assert ((ours - theirs).norm() / theirs.norm()).item() <= 1e-5
+    ours, theirs = (m.evaluate_examples([PROMPT], contexts=["The best"]) for m in (wrapper, expected))
+    assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=1e-4)
+    assert wrapper.tokenizer.encode("x", bos=True) == expected.tokenizer.encode("x", bos=True)
+
+
+def test_sampling_repeats_under_a_seed_and_under_torchs(wrapper, expected):
+    how = {"max_gen_len": 12, "temperature": 1.0}
+    assert wrapper.generate([PROMPT], seed=3, **how) == expected.generate([PROMPT], seed=3, **how)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(wrapper.generate([PROMPT], **how))
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_bad_input_is_metamodels_error_and_the_ranks_live_on(wrapper):
+    before = {p.pid for p in rank_processes()}
+    for call, names in (
+        (lambda: wrapper.generate([PROMPT], max_gen_len=0), "max_gen_len"),
+        (lambda: next(wrapper.stream_generate("", max_gen_len=4)), r"prompts\[0\]"),
+    ):
+        with pytest.raises(InputError, match=names):
+            call()
+    assert len(wrapper.generate([PROMPT], max_gen_len=2)) == 1
+    assert {p.pid for p in rank_processes()} == before
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "cancelled"])
+def test_a_client_that_walks_away_ends_the_stream_not_the_ranks(wrapper, leave):
+    before = {p.pid for p in rank_processes()}
+    asked = []
+    stream = wrapper.stream_generate(PROMPT, cancelled=lambda: leave == "cancelled" and len(asked) > 2, **LONG)
+    started = time.monotonic()
+    for item in stream:
+        asked.append(item)
+        if leave != "cancelled" and len(asked) == 3:
+            break
+    if leave == "close":
+        stream.close()
+    del stream
+    assert len(wrapper.generate([PROMPT], max_gen_len=2)) == 1
+    assert time.monotonic() - started < SOON
+    assert {p.pid for p in rank_processes()} == before
+
+
+def test_calls_from_threads_wait_for_one_another(wrapper, expected):
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: wrapper.generate([PROMPT], max_gen_len=n)}))
+        for n in (3, 5, 7)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {n: expected.generate([PROMPT], max_gen_len=n) for n in (3, 5, 7)}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_one_error_and_the_next_call_works(wrapper, expected, victim):
+    stream = wrapper.stream_generate(PROMPT, **LONG)
+    next(stream)
+    before = rank_processes()
+    os.kill(wrapper._ranks[victim]._process.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank {victim} was ended by signal 9") as error:
+        for _ in stream:
+            pass
+    assert time.monotonic() - started < SOON
+    assert "\n" not in str(error.value)
+    assert gone(before)
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+
+
+def test_a_rank_killed_between_calls_is_noticed_by_the_next(wrapper, expected):
+    os.kill(wrapper._ranks[1]._process.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    with pytest.raises(RankError, match="rank 1 was ended"):
+        wrapper.generate([PROMPT], max_gen_len=4)
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+
+
+def test_ranks_that_cannot_load_say_why(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    shard = broken / "consolidated.01-of-02.model.pth"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    before = {p.pid for p in rank_processes()}
+    with pytest.raises(CheckpointError, match="consolidated"):
+        MultiGpuWrapper(broken, gpus=2, **HOW)
+    assert {p.pid for p in rank_processes()} == before
+
+
+def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
+    """One rank finds no file where the others do: the others would wait for it."""
+    from accessory.model import multi_gpu_wrapper
+
+    real = multi_gpu_wrapper._Rank.__init__
+
+    def in_another_folder(self, number, gpu, where):
+        here = os.getcwd()
+        os.chdir("/" if number else folder.parent)
+        try:
+            real(self, number, gpu, where)
+        finally:
+            os.chdir(here)
+
+    monkeypatch.setattr(multi_gpu_wrapper._Rank, "__init__", in_another_folder)
+    before = {p.pid for p in rank_processes()}
+    monkeypatch.chdir(folder.parent)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1, while loading: base: no such"):
+        MultiGpuWrapper("base", gpus=2, **HOW)
+    assert time.monotonic() - started < 2 * SOON  # processes start and import first
+    assert {p.pid for p in rank_processes()} == before
+
+
+def test_a_port_in_use_is_named(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"master_port: {port} .*in use"):
+            MultiGpuWrapper(folder, gpus=2, master_port=port, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"gpus": 0}, "gpus: got 0"),
+        ({}, "gpus: got None"),
+        ({"gpu_ids": [1, 1]}, "gpu_ids"),
+        ({"gpus": 3, "gpu_ids": [0, 1]}, "gpus: got 3"),
+    ],
+)
+def test_how_many_ranks_must_make_sense(folder, options, names):
+    with pytest.raises(InputError, match=names):
+        MultiGpuWrapper(folder, **options, **HOW)
+
+
+# A script without `if __name__ == "__main__"`, as people write them.
+SCRIPT = """
+import sys, torch
+from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
+model = MultiGpuWrapper(sys.argv[1], gpus=2, max_seq_len=8192, dtype=torch.float32, device="cpu")
+try:
+    for n, item in enumerate(model.stream_generate("A", max_gen_len=8000, temperature=1.0, seed=1)):
+        if n == 2:
+            print("streaming", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", len(model.generate(["A"], max_gen_len=2)), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_signals_to_the_driver_leave_no_process_behind(folder, number):
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert script.stdout.readline() == "streaming\n"
+    ranks = psutil.Process(script.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    script.send_signal(number)
+    started = time.monotonic()
+    out, err = script.communicate(timeout=2 * SOON)
+    assert gone(ranks, SOON)
+    assert time.monotonic() - started < SOON
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert out == "interrupted 1\n"
+        assert script.returncode == 0
+
+
+def test_closing_ends_the_ranks_and_a_later_call_starts_them(folder, expected):
+    wrapper = MultiGpuWrapper(folder, gpus=2, **HOW)
+    first = [r._process.pid for r in wrapper._ranks]
+    wrapper.close()
+    assert gone([psutil.Process(pid) for pid in first if psutil.pid_exists(pid)])
+    with wrapper:
+        assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
