@@ -107,6 +107,9 @@ class Page:
     def close(self) -> None:
         for stop in list(self._stops.values()):
             stop.set()
+        if (server := getattr(self.blocks, "server", None)) is not None:
+            server.force_exit = True  # without waiting for browsers to let their connections go …
+            logging.getLogger("uvicorn.error").disabled = True  # … and without a traceback about that
         self.blocks.close(verbose=False)
 
     # ------------------------------------------------------------------ what is on the page
@@ -169,7 +172,7 @@ class Page:
             self._answer, [self.history, *fields], view,
             concurrency_limit=1, concurrency_id="model", show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        self._on(self.stop.click, self._stop, None, [self.status])
+        self._on(self.stop.click, self._stop, None, None)
         self._on(self.undo.click, self._undo, [self.history], view)
         self._on(self.clear.click, self._clear, None, view)
         if self.demo.chat:  # the dialogue has a clear button of its own
@@ -209,6 +212,7 @@ class Page:
 
     def _answer(self, history: list[Message], request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
         if not history or history[-1]["role"] != "user":  # nothing was asked
+            yield {self.status: self.gr.skip()}
             return
         visitor = str(request.session_hash)
         stop = self._stops.get(visitor, threading.Event())
@@ -268,10 +272,9 @@ class Page:
                 f"{self.max_seq_len}: its beginning is left out."
             )
 
-    def _stop(self, request: gr.Request) -> str:
+    def _stop(self, request: gr.Request) -> None:
         if (stop := self._stops.get(str(request.session_hash))) is not None:
-            stop.set()
-        return "Stopping …"
+            stop.set()  # the answer itself then says on the page that it was stopped
 
     def _leave(self, request: gr.Request) -> None:
         if (stop := self._stops.pop(str(request.session_hash), None)) is not None:
@@ -285,7 +288,8 @@ class Page:
 
     def _clear(self, request: gr.Request) -> dict[Any, Any]:
         if str(request.session_hash) in self._stops:
-            return {self.status: self._stop(request)}
+            self._stop(request)
+            return {self.status: self.gr.skip()}
         return self._view([], "", question="")
 
 

@@ -195,6 +195,7 @@ def start_own(options: argparse.Namespace, serve: Serve) -> int:
     """On `--n_gpus` ranks, which this process starts."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("this demo starts its ranks itself: run it with python and --n_gpus N, not with torchrun")
+    _check_gpus(options.gpu_ids)
     n = options.n_gpus if options.n_gpus is not None else len(options.gpu_ids or [0])
     if n < 1:
         raise InputError(f"--n_gpus: got {n}, but it must be at least 1")
@@ -205,12 +206,10 @@ def start_own(options: argparse.Namespace, serve: Serve) -> int:
         return _start_alone(options, serve)
     from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 
-    where = {"gpu_ids": options.gpu_ids} if options.gpu_ids is not None else {"gpus": n}
-    wrapper = MultiGpuWrapper(**where, **_loading(options))
-    try:
+    where: dict[str, Any] = {"gpu_ids": options.gpu_ids} if options.gpu_ids is not None else {"gpus": n}
+    meeting = {"master_addr": options.master_addr, "master_port": options.master_port}
+    with MultiGpuWrapper(**where, **meeting, **_loading(options)) as wrapper:
         return serve(wrapper, _line(options, wrapper, n))
-    finally:
-        wrapper.close()
 
 
 def _start_alone(options: argparse.Namespace, serve: Serve) -> int:
@@ -224,16 +223,21 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
 
 
-def _choose_gpus(ids: list[int] | None) -> None:
-    """Before CUDA starts, so that rank r's GPU is the r-th of them and every thread's default is the right one."""
-    if ids is None:
-        return
+def _check_gpus(ids: list[int] | None) -> list[str] | None:
+    """The names that CUDA_VISIBLE_DEVICES gives, if it does; InputError unless `ids` can be numbers of GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else None
-    if min(ids) < 0 or len(set(ids)) < len(ids) or (names and max(ids) >= len(names)):
+    if ids and (min(ids) < 0 or len(set(ids)) < len(ids) or (names and max(ids) >= len(names))):
         has = f"; CUDA_VISIBLE_DEVICES shows {len(names)}" if names else ""
         raise InputError(f"--gpu_ids: got {' '.join(map(str, ids))}, but they must be different numbers of GPUs{has}")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in ids)
+    return names
+
+
+def _choose_gpus(ids: list[int] | None) -> None:
+    """Before CUDA starts, so that rank r's GPU is the r-th of them and every thread's default is the right one."""
+    names = _check_gpus(ids)
+    if ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in ids)
 
 
 def _meeting_point(options: argparse.Namespace) -> None:

@@ -69,6 +69,9 @@ def served(folders):
     commands = {
         "multi": web.demo_command("multi_turn.py", "--pretrained_path", folders / "base", *common, "--port", 0),
         "single": web.demo_command("single_turn.py", "--pretrained-path", folders / "sparse", *common, "--port", 0),
+        "wrapped": web.demo_command(
+            "multi_turn.py", "--n_gpus", 2, "--pretrained_path", folders / "sparse", *common, "--port", 0
+        ),
         "ranks": web.demo_command(
             "single_turn.py", "--pretrained_path", folders / "base", *common, "--port", free_port(),
             ranks=2, port=free_port(),
@@ -86,23 +89,39 @@ def browser():
         yield opened
 
 
-@pytest.fixture
-def visit(served, browser):
+@pytest.fixture(scope="module")
+def come(served, browser):
+    """Opens a window on a demo."""
     visitors = []
 
-    def come(name: str) -> web.Visitor:
+    def open_window(name: str) -> web.Visitor:
         visitors.append(web.Visitor(browser, served[name].url))
         return visitors[-1]
 
-    yield come
+    yield open_window
     for visitor in visitors:
         visitor.leave()
+
+
+@pytest.fixture(scope="module")
+def visit(come):
+    """The window that is open on a demo, cleared; opening one takes long."""
+    windows: dict[str, web.Visitor] = {}
+
+    def window(name: str) -> web.Visitor:
+        if name in windows:
+            windows[name].afresh()
+        return windows.setdefault(name, windows.get(name) or come(name))
+
+    return window
 
 
 @pytest.fixture
 def dialogue(visit):
     visitor = visit("multi")
     visitor.set("max_gen_len", 12)
+    visitor.choose("template", "default")
+    visitor.set("system", "")
     return visitor
 
 
@@ -163,8 +182,21 @@ def test_templates_and_system_message(dialogue, model):
         dialogue.ask(question[1])
         answer = said(model, [question], template, system or None)
         assert rounds(dialogue) == shown(question, ("assistant", answer)), template
-        dialogue.press("clear")
-        dialogue.expect(dialogue.page.locator("#output [data-testid=bot]")).to_have_count(0)
+        dialogue.afresh()
+
+
+@needs_browser
+def test_a_dialogue_with_two_ranks(visit, model):
+    visitor = visit("wrapped")
+    assert visitor.page.inner_text("#model").strip() == "sparse · sparse implementation · float32 · CPU, 2 ranks"
+    question = ("user", "What is a mixture of experts?")
+    visitor.set("max_gen_len", 12)
+    visitor.ask(question[1])
+    assert rounds(visitor) == shown(question, ("assistant", said(model, [question])))
+    visitor.set("max_gen_len", LONG)
+    visitor.ask("Tell me all", wait="Writing")
+    visitor.press("stop")
+    visitor.status("Stopped after")
 
 
 @needs_browser
@@ -233,6 +265,7 @@ def test_it_shows_its_model_and_fetches_nothing_from_elsewhere(visit, served, na
     assert line.strip() == f"{kind} · {kind} implementation · float32 · CPU"
     visitor.set("max_gen_len", 4)
     visitor.ask("Who are you?")
+    assert visitor.fetched
     assert {url for url in visitor.fetched if not url.startswith((served[name].url, "data:", "blob:"))} == set()
 
 
@@ -262,14 +295,13 @@ def test_single_questions_with_and_without_a_system_prompt(visit, model, name):
         expected = model.generate([format_prompt(question, given, system_prompt)], max_gen_len=12)[0]
         assert visitor.answer() == expected, (system_prompt, given)
         assert visitor.question() == question
-        visitor.press("clear")
-        visitor.expect(visitor.page.locator("#output textarea")).to_have_value("")
+        visitor.afresh()
 
 
 @needs_browser
 @pytest.mark.parametrize("name", ["single", "ranks"])
-def test_whoever_stops_or_leaves_frees_the_model(visit, name):
-    visitor = visit(name)
+def test_whoever_stops_or_leaves_frees_the_model(visit, come, name):
+    visitor, other = come(name), visit(name)
     visitor.set("max_gen_len", LONG)
     visitor.ask("Tell me all", wait="Writing")
     visitor.page.wait_for_function("document.querySelector('#output textarea').value.length > 20")
@@ -277,16 +309,15 @@ def test_whoever_stops_or_leaves_frees_the_model(visit, name):
     visitor.status("Stopped after")
     visitor.ask("Tell me all again", wait="Writing")
     visitor.leave()
-    started = time.monotonic()
-    other = visit(name)
     other.set("max_gen_len", 4)
+    started = time.monotonic()
     other.ask("And now?")
     assert time.monotonic() - started < 6
 
 
 @needs_browser
-def test_a_second_visitor_waits_for_the_first(visit):
-    first, second = visit("single"), visit("single")
+def test_a_second_visitor_waits_for_the_first(visit, come):
+    first, second = come("single"), visit("single")
     first.set("max_gen_len", LONG)
     first.ask("Tell me all", wait="Writing")
     second.set("max_gen_len", 4)
@@ -303,7 +334,7 @@ def test_a_second_visitor_waits_for_the_first(visit):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["multi", "single", "ranks"])
+@pytest.mark.parametrize("name", ["multi", "single", "wrapped", "ranks"])
 def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
     visitor = visit(name)
     visitor.set("max_gen_len", LONG)

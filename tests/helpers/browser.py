@@ -106,8 +106,9 @@ class Visitor:
         self.page.fill(f"#{field} input, #{field} textarea", str(value))
 
     def choose(self, field: str, option: str) -> None:
-        self.page.click(f"#{field} input")
-        self.page.get_by_role("option", name=option, exact=True).click()
+        self.page.fill(f"#{field} input", option)
+        self.page.press(f"#{field} input", "Enter")
+        self.expect(self.page.locator(f"#{field} input")).to_have_value(option)
 
     def options(self, field: str) -> list[str]:
         self.page.click(f"#{field} input")
@@ -126,7 +127,7 @@ class Visitor:
 
     def status(self, begins: str) -> None:
         pattern = re.compile(rf"^\s*{begins}")
-        self.expect(self.page.locator("#status")).to_have_text(pattern, timeout=WAIT * 1000)
+        self.expect(self.page.locator("#status span.md")).to_have_text(pattern, timeout=WAIT * 1000)
 
     def question(self) -> str:
         return self.page.input_value("#question textarea")
@@ -146,6 +147,16 @@ class Visitor:
         text = note.inner_text()
         note.locator("button").last.click()
         return text
+
+    def afresh(self) -> None:
+        """As it was when it was opened."""
+        self.press("clear")
+        self.expect(self.page.locator("#question textarea")).to_have_value("")
+        self.page.wait_for_function(
+            "!document.querySelector('#output [data-testid=user]')"
+            " && !document.querySelector('#output textarea')?.value"
+        )
+        self.fetched.clear()
 
     def leave(self) -> None:
         self.context.close()
