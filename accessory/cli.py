@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accessory import __version__
-from accessory.errors import AccessoryError, InputError
-
-if TYPE_CHECKING:
-    from accessory.model.meta import MetaModel
+from accessory.config import SHORT_DTYPES
+from accessory.errors import AccessoryError
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
@@ -29,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet = _rank() > 0
+    if quiet:  # of several ranks, the first one speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
@@ -41,8 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug or not _is_users(error):
             raise
-        print(f"accessory: error: {_one_line(error)}", file=sys.stderr)
+        if quiet:
+            time.sleep(2)  # where all ranks fail alike, the launcher must not end the first before it has spoken
+        else:
+            print(f"accessory: error: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _rank() -> int:
+    """Which of the ranks this is that torchrun or srun started; 0 for a process started alone."""
+    e = os.environ
+    text = e.get("RANK") if "WORLD_SIZE" in e else e.get("SLURM_PROCID") if "SLURM_STEP_ID" in e else None
+    return int(text) if text is not None and text.isdigit() else 0
 
 
 def _is_users(error: Exception) -> bool:
@@ -65,119 +75,15 @@ def _one_line(error: Exception) -> str:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    prompts = _prompts(options)
-    model = _model(options)
-    how = {
-        "max_gen_len": options.max_gen_len,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "additional_stop_symbols": options.stop,
-        "seed": options.seed,
-    }
-    if options.stream:
-        if len(prompts) > 1:
-            raise InputError(f"--stream: got {len(prompts)} prompts, but only one can be streamed")
-        _show(model.stream_generate(prompts[0], **how))
-        return 0
-    texts = model.generate(prompts, **how)
-    for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
-        if options.json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-        else:
-            if len(prompts) > 1:
-                last = (prompt.splitlines() or [""])[-1]
-                print(f"# {n}/{len(prompts)}: {last[:70]}")
-            print(text)
-    return 0
+    from accessory.commands.text import generate
 
-
-def _prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    files = list(options.prompt_file)
-    if not prompts and not files:
-        if sys.stdin.isatty():
-            raise InputError("--prompt: missing; give --prompt TEXT, --prompt-file FILE, or text on standard input")
-        files = ["-"]
-    for name in files:
-        try:
-            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        # The newline that ends a text file is not part of the prompt: models continue worse after it.
-        prompts += [line for line in text.splitlines() if line] if options.lines else [text.removesuffix("\n")]
-    if not prompts:
-        raise InputError("--lines: the input has no line with text")
-    return prompts
+    return generate(options)
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from accessory.data.conversation import Conversation, get_template
+    from accessory.commands.text import chat
 
-    model = _model(options)
-    template = get_template(options.template, model.tokenizer)
-    conversation = Conversation(template, options.system)
-    fixed = len(conversation.messages)
-    print(f"Template {template.name}. /undo takes the last round back, /clear all; /quit or Ctrl-D ends.")
-    while True:
-        try:
-            text = input("\n> ").strip()
-        except EOFError:
-            print()
-            return 0
-        if text in ("/quit", "/exit"):
-            return 0
-        if text in ("/undo", "/clear"):
-            keep = fixed if text == "/clear" else max(fixed, len(conversation.messages) - 2)
-            del conversation.messages[keep:]
-            print("(forgotten)")
-            continue
-        if not text:
-            continue
-        conversation.add("user", text)
-        answer = ""
-        try:
-            answer = _show(
-                model.stream_generate(
-                    conversation.prompt_ids(model.tokenizer),
-                    max_gen_len=options.max_gen_len,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    additional_stop_symbols=[*template.stop_strings, *options.stop],
-                    seed=options.seed,
-                ),
-                template.reply,
-            )
-        except KeyboardInterrupt:  # stops this answer, not the chat; a half round would confuse the next
-            print("\n(stopped; the round is forgotten)")
-            conversation.messages.pop()
-            continue
-        conversation.add("assistant", answer)
-
-
-def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
-    """Print a stream as it grows; returns the whole text."""
-    shown = whole = ""
-    for item in stream:
-        whole = tidy(item["text"])
-        print(whole[len(shown) :], end="", flush=True)
-        shown = whole
-    print()
-    return whole
-
-
-def _model(options: argparse.Namespace) -> MetaModel:
-    from accessory.model.meta import MetaModel
-
-    return MetaModel.from_pretrained(
-        options.path,
-        llama_type=options.llama_type,
-        llama_config=options.llama_config,
-        tokenizer_path=options.tokenizer_path,
-        max_seq_len=options.max_seq_len,
-        dtype=_dtype(options.dtype),
-        device=_device(options.device),
-        progress=sys.stderr.isatty(),
-    )
+    return chat(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -248,23 +154,6 @@ def _resolved(path: str) -> Path:
     from accessory.checkpoint.hub import resolve
 
     return resolve(path)
-
-
-def _device(name: str | None) -> str | None:
-    """Checked here, because torch answers a device that is not there with a traceback in its own words."""
-    import torch
-
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices here")
-    return name
 
 
 def _dtype(name: str | None) -> Any:
@@ -363,6 +252,12 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
     )
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
+    command.add_argument(
+        "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks that hold the model together; on a CPU, processes"
+    )
+    command.add_argument("--gpu-ids", "--gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
+    command.add_argument("--master-addr", "--master_addr", metavar="HOST", help="where the ranks of --n-gpus meet")
+    command.add_argument("--master-port", "--master_port", type=int, metavar="PORT", help="default: a free one")
 
 
 def _sampling_arguments(command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,9 @@ from accessory.errors import ConfigError
 
 Implementation = Literal["base", "sparse"]
 
+# How people spell torch's dtypes on command lines.
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
 

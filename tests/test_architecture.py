@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "data"),
     ("engine", "train"),
     ("model",),
-    ("demos", "server", "tools", "exps", "configs", "main_finetune"),
+    ("commands", "demos", "server", "tools", "exps", "configs", "main_finetune"),
 )
 # The doors: they may start anything, and nothing but the other door may import them.
 DOORS = ("cli", "__main__")

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from accessory.config import SHORT_DTYPES
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel, StreamItem
 from accessory.parallel.collectives import share
 from accessory.parallel.mesh import Ranks, from_environment
 
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended

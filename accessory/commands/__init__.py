@@ -1,0 +1,1 @@
+"""What the commands that need a model do; `accessory.cli` has their arguments."""
