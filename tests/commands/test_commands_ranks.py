@@ -1,0 +1,118 @@
+"""`accessory generate` on two ranks, however they are started: the text of one process, printed once."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.random_models import hf_mixtral
+
+from accessory.config import ModelArgs, MoEArgs
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.model.meta import MetaModel
+
+ARGS = ModelArgs(
+    dim=32,
+    hidden_dim=32,
+    n_layers=1,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=32000,
+    max_seq_len=256,
+    moe=MoEArgs(num_experts=4),
+)
+PROMPT = "The capital of France is"
+HOW = ["--max-gen-len", "6", "--dtype", "fp32", "--device", "cpu", "--max-seq-len", "64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks") / "hf"
+    hf_mixtral(ARGS, std=0.2).save_pretrained(path)
+    shutil.copy(MIXTRAL_TOKENIZER, path / "tokenizer.model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    model = MetaModel.from_pretrained(folder, dtype=torch.float32, max_seq_len=64, device="cpu")
+    return model.generate([PROMPT], max_gen_len=6)[0] + "\n"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(command, env=None, input=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=env, input=input, timeout=120, check=False)
+
+
+def torchrun(*words):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    return [*launcher, "-m", "accessory", *words]
+
+
+def test_n_gpus_starts_ranks_itself(folder, expected):
+    done = run([sys.executable, "-m", "accessory", "generate", folder, "--prompt", PROMPT, *HOW, "--n-gpus", "2"])
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_torchrun_prints_once_and_shares_standard_input(folder, expected):
+    done = run(torchrun("generate", folder, "--prompt", PROMPT, "--stream", *HOW))
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_srun_ranks_meet_by_slurms_variables(folder, expected):
+    command = [sys.executable, "-m", "accessory", "generate", folder, "--prompt", PROMPT, *HOW]
+    ranks = []
+    port = free_port()
+    for rank in range(2):
+        slurm = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_JOB_ID": "7",
+            "MASTER_PORT": str(port),
+        }
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **slurm}
+        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    (first, _), (second, _) = (rank.communicate(timeout=120) for rank in ranks)
+    assert (first, second) == (expected, "")
+    assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+def test_a_mistake_is_told_once(folder):
+    done = run(torchrun("generate", folder, "--prompt", PROMPT, *HOW[2:], "--max-gen-len", "0"))
+    told = [line for line in done.stderr.splitlines() if line.startswith("accessory: error:")]
+    assert len(told) == 1
+    assert "max_gen_len: got 0" in told[0]
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [(["chat"], "chat: started as one of several ranks"), (["generate", "--n-gpus", "2"], "--n-gpus")],
+)
+def test_what_makes_no_sense_under_a_launcher_says_so(folder, words, names, monkeypatch, capsys):
+    from accessory.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    prompt = ["--prompt", PROMPT] if words[0] == "generate" else []
+    assert main([words[0], str(folder), *words[1:], *prompt, *HOW]) == 1
+    assert names in capsys.readouterr().err
+
+
+def test_ranks_that_make_no_sense_say_so(folder, capsys):
+    from accessory.cli import main
+
+    assert main(["generate", str(folder), "--prompt", PROMPT, *HOW, "--n-gpus", "0"]) == 1
+    assert "gpus: got 0" in capsys.readouterr().err
