@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -24,7 +25,7 @@ from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel, StreamItem
 from accessory.parallel.collectives import share
-from accessory.parallel.mesh import Ranks, from_environment
+from accessory.parallel.mesh import Ranks, from_environment, launch_of
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -76,9 +77,11 @@ def _port(text: str) -> int:
 
 def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
     """Start the model, serve the page until Ctrl-C; returns the exit status. A user's mistake is one line."""
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    rank = 0
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        launch = launch_of(dict(os.environ))
+        rank = launch.rank if launch is not None else 0
         if rank == 0:
             for number in ENDING:
                 signal.signal(number, _interrupt)
@@ -193,7 +196,7 @@ def start_launched(options: argparse.Namespace, serve: Serve) -> int:
 
 def start_own(options: argparse.Namespace, serve: Serve) -> int:
     """On `--n_gpus` ranks, which this process starts."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch_of(dict(os.environ)) is not None:
         raise InputError("this demo starts its ranks itself: run it with python and --n_gpus N, not with torchrun")
     _check_gpus(options.gpu_ids)
     n = options.n_gpus if options.n_gpus is not None else len(options.gpu_ids or [0])
@@ -319,7 +322,8 @@ class Leader:
         """Let the other ranks go; gives up on ranks that do not finish their answer."""
         self._closing = True
         if self._turn.acquire(timeout=GRACE / 2) and not self.broken.is_set():
-            share(None, self._commands)
+            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
+                share(None, self._commands)
 
 
 def follow(model: MetaModel, commands: Ranks) -> None:

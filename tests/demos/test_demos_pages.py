@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-import signal
 import socket
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from accessory.config import ModelArgs, MoEArgs
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
-from accessory.demos import multi_turn, serving, single_turn
 from accessory.model.meta import MetaModel
 
 PACKAGE = Path(__file__).parents[2] / "accessory"
@@ -347,64 +345,24 @@ def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
         assert "Traceback" not in said_last
 
 
-@pytest.fixture
-def signals():
-    before = {number: signal.getsignal(number) for number in serving.ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("demo", [single_turn, multi_turn])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--port", "TAKEN"], "--port: TAKEN on 127.0.0.1 is in use; give another one, or 0 for any that is free"),
-        (["--host", "203.0.113.1", "--port", "0"], "--host: cannot serve on 203.0.113.1"),
-        (["--port", "0"], "nowhere"),
-        (["--port", "0", "--quant"], "quant"),
-        (["--port", "0", "--gpu-ids", "1", "1"], "--gpu_ids: got "),
-    ],
-)
-def test_a_users_mistake_is_one_line(demo, options, message, signals, tmp_path, capsys):
-    pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        given = [port if option == "TAKEN" else option for option in options]
-        assert demo.main(["--pretrained_path", str(tmp_path / "nowhere"), *given]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message.replace("TAKEN", port) in error
-
-
-def test_without_gradio_the_pip_line_is_the_answer(signals, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    assert single_turn.main(["--pretrained_path", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "error: the demos need Gradio: pip install 'mixtral-accessory[demo]'\n"
-
-
-def test_multi_turn_is_not_for_torchrun(signals, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert multi_turn.main(["--pretrained_path", str(tmp_path), "--port", "0"]) == 1
-    assert "run it with python and --n_gpus N" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dash", ["-", "_"])
-def test_the_pages_flags_in_both_spellings(dash):
-    line = (
-        "--pretrained_path a b --llama_type mixtral --llama_config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 "
-        "--quant --gpu_ids 0 1 --master_port 23560 --master_addr h --host 0.0.0.0 --port 0 --share"
-    )
-    words = [word.replace("_", dash) if word.startswith("--") else word for word in line.split()]
-    options = vars(serving.parser("demo", "").parse_args(words))
-    assert options == {
-        "pretrained_path": ["a", "b"], "llama_type": "mixtral", "llama_config": ["c", "d"], "tokenizer_path": "t",
-        "max_seq_len": 9, "dtype": "fp16", "quant": True, "gpu_ids": [0, 1], "master_port": 23560, "master_addr": "h",
-        "host": "0.0.0.0", "port": 0, "share": True, "debug": False,
-    }  # fmt: skip
-    defaults = serving.parser("demo", "").parse_args(["--pretrained_path", "a"])
-    assert (defaults.host, defaults.port, defaults.share) == ("127.0.0.1", 7860, False)
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_them_all(folders, browser, rank):
+    command = web.demo_command(
+        "single_turn.py", "--pretrained_path", folders / "base", "--max_seq_len", MAX_SEQ_LEN, "--port", free_port(),
+        ranks=2, port=free_port(),
+    )  # fmt: skip
+    demo = web.Served(command, PACKAGE, folders / "killed.log")
+    try:
+        visitor = web.Visitor(browser, demo.url)
+        visitor.set("max_gen_len", LONG)
+        visitor.ask("Tell me all", wait="Writing")
+        family = demo.family()
+        family[1 + rank].kill()
+        assert demo.process.wait(10) != 0
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        visitor.leave()
+    finally:
+        demo.kill()
