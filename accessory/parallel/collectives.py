@@ -15,6 +15,8 @@ from torch import Tensor
 
 from accessory.parallel.mesh import Ranks
 
+GATHERED_AT_MOST = 2**16  # numbers
+
 
 class _Spread(torch.autograd.Function):
     @staticmethod
@@ -32,10 +34,8 @@ class _Spread(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        y = x.float().contiguous() if x.dtype != torch.float32 else x.contiguous().clone()
         ctx.dtype = x.dtype
-        dist.all_reduce(y, group=ranks.group)
-        return y
+        return _total(x.float(), ranks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -53,6 +53,20 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].narrow(-1, ctx.ranks.rank * ctx.width, ctx.width).contiguous(), None
+
+
+def _total(x: Tensor, ranks: Ranks) -> Tensor:
+    """One all-reduce. Gloo's takes several times as long as gathering what is small, so a CPU adds up itself."""
+    if x.is_cuda or x.numel() > GATHERED_AT_MOST:
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=ranks.group)
+        return total
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.size)]
+    dist.all_gather(parts, x.contiguous(), group=ranks.group)
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def spread(x: Tensor, ranks: Ranks) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -22,6 +23,15 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 WAIT = 20.0  # seconds that a page may take to show anything
+# Every status that the page has shown since the last question: a short one would be missed by looking now and then, and
+# the last answer's must not be taken for this one's.
+RECORD = """
+window.said = [];
+new MutationObserver(() => {
+    const text = document.querySelector("#status span.md")?.textContent.trim() ?? "";
+    if (text !== window.said.at(-1)) window.said.push(text);
+}).observe(document.body, {subtree: true, childList: true, characterData: true});
+"""
 
 
 def missing() -> str | None:
@@ -101,6 +111,7 @@ class Visitor:
         self.page.on("request", lambda request: self.fetched.append(request.url))
         self.page.goto(url)
         self.page.wait_for_selector("#question textarea")
+        self.page.evaluate(RECORD)
 
     def set(self, field: str, value: object) -> None:
         self.page.fill(f"#{field} input, #{field} textarea", str(value))
@@ -118,6 +129,7 @@ class Visitor:
 
     def ask(self, text: str, *, wait: str | None = "Answered in") -> None:
         self.set("question", text)
+        self.page.evaluate("window.said = []")
         self.press("send")
         if wait:
             self.status(wait)
@@ -126,8 +138,13 @@ class Visitor:
         self.page.click(f"button#{button}, #{button} button")
 
     def status(self, begins: str) -> None:
-        pattern = re.compile(rf"^\s*{begins}")
-        self.expect(self.page.locator("#status span.md")).to_have_text(pattern, timeout=WAIT * 1000)
+        """Wait until the page has said this since the last question."""
+        said = f"window.said.some(text => text.startsWith({json.dumps(begins)}))"
+        try:
+            self.page.wait_for_function(said)
+        except Exception as error:
+            shown = self.page.evaluate("window.said")
+            raise AssertionError(f"{begins!r} was not said in {WAIT:.0f} s, only {shown}") from error
 
     def question(self) -> str:
         return self.page.input_value("#question textarea")

@@ -71,7 +71,7 @@ def every_layout(rank, world, root):
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_any_layout_on_any_number_of_ranks_gives_the_same(folders, alone, world):
     for found in run_ranks(every_layout, world, folders, timeout=200):
         for what, (got, parameters) in found.items():
@@ -96,8 +96,12 @@ def two_layouts(rank, world, root):
     return [answers(load(root / layout, mp_group=group)) for layout in ("base of 1", "sparse of 2")]
 
 
-def counted(rank, world, root, layout, llama_type):
-    """Bytes of file that the copies of this rank touch, and all-reduces of a decoding step."""
+def counted(rank, world, root, layouts):
+    return [count(root / layout, "mixtral" if layout.startswith("base") else "mixtral_sparse") for layout in layouts]
+
+
+def count(path, llama_type):
+    """Bytes of file that the copies of this rank touch, and what ranks say in a decoding step."""
     from accessory.checkpoint import lazy
 
     touched = 0
@@ -108,30 +112,29 @@ def counted(rank, world, root, layout, llama_type):
         touched += self.nbytes
         return real(self)
 
-    group = dist.new_group(ranks=list(range(world)))
+    group = dist.new_group()
     lazy.Stored.load = load_and_count
-    model = load(root / layout, llama_type=llama_type, mp_group=group)
+    model = load(path, llama_type=llama_type, mp_group=group)
     lazy.Stored.load = real
     held = sum(p.numel() * p.element_size() for p in model.parameters())
 
     calls = []
-    for name in ("all_reduce", "all_gather", "broadcast"):
-        function = getattr(dist, name)
-        setattr(dist, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
-    cache_free = model.llma(torch.tensor([[5]]))
-    assert cache_free.logits.shape[-1] == ARGS.vocab_size
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast"):
+            function = getattr(dist, name)
+            patch.setattr(dist, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
+        assert model.llma(torch.tensor([[5]])).logits.shape[-1] == ARGS.vocab_size
     return touched, held, calls
 
 
-@pytest.mark.parametrize("layout", ["hf", "torrent", "base of 8", "sparse of 2"])
-def test_a_rank_reads_its_share_and_sums_twice_a_layer(folders, layout):
-    kind = "mixtral" if layout.startswith("base") else "mixtral_sparse"
-    for touched, held, calls in run_ranks(counted, 4, folders, layout, kind):
+def test_a_rank_reads_its_share_and_sums_twice_a_layer(folders):
+    found = run_ranks(counted, 4, folders, ["hf", "torrent", "base of 8", "sparse of 2"])
+    for touched, held, calls in (one for rank in found for one in rank):
         # Opening compares small norms and gates between shards; everything else is read once.
         small = 10 * 4 * ARGS.dim * (ARGS.moe.num_experts + 3)
         assert touched <= 1.1 * held + small
-        assert calls.count("all_reduce") == 2 * ARGS.n_layers
-        assert calls.count("all_gather") == 2  # embedding and head
+        # Two sums a layer (of few numbers, so gathered), embedding and head; nothing else is said.
+        assert calls == ["all_gather"] * (2 * ARGS.n_layers + 2)
 
 
 def idle(rank, world, implementation):
