@@ -27,9 +27,10 @@ WAIT = 20.0  # seconds that a page may take to show anything
 # the last answer's must not be taken for this one's.
 RECORD = """
 window.said = [];
+let last = "";
 new MutationObserver(() => {
     const text = document.querySelector("#status span.md")?.textContent.trim() ?? "";
-    if (text !== window.said.at(-1)) window.said.push(text);
+    if (text !== last) window.said.push(last = text);
 }).observe(document.body, {subtree: true, childList: true, characterData: true});
 """
 
