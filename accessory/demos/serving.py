@@ -114,7 +114,12 @@ def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> in
         print(f"Open to everybody: {public}" if public else "error: no public address was to be had", flush=True)
     broken: threading.Event = getattr(model, "broken", threading.Event())
     try:
-        broken.wait()
+        launcher = os.getppid()
+        while not broken.wait(1):
+            # Torchrun that was killed cannot end its ranks: they are in sessions of their own.
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+                print("error: torchrun is gone", file=sys.stderr, flush=True)
+                return 1
         print("error: the ranks are out of step after a failure; start the demo again", file=sys.stderr, flush=True)
         return 1
     finally:

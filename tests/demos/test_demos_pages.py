@@ -347,8 +347,8 @@ def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_them_all(folders, browser, rank):
+@pytest.mark.parametrize("killed", [0, 1, 2], ids=["torchrun", "rank 0", "rank 1"])
+def test_a_process_that_is_killed_ends_them_all(folders, browser, killed):
     command = web.demo_command(
         "single_turn.py", "--pretrained_path", folders / "base", "--max_seq_len", MAX_SEQ_LEN, "--port", free_port(),
         ranks=2, port=free_port(),
@@ -359,7 +359,7 @@ def test_a_rank_that_is_killed_ends_them_all(folders, browser, rank):
         visitor.set("max_gen_len", LONG)
         visitor.ask("Tell me all", wait="Writing")
         family = demo.family()
-        family[1 + rank].kill()
+        family[killed].kill()
         assert demo.process.wait(10) != 0
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive

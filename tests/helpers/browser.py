@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -84,7 +85,7 @@ class Served:
         return [parent, *parent.children(recursive=True)]
 
     def interrupt(self) -> float:
-        """What Ctrl-C in a terminal does: the signal goes to every process; returns the seconds it took to end."""
+        """What Ctrl-C in a terminal does (torchrun passes it on to its ranks); returns the seconds it took to end."""
         family, started = self.family(), time.monotonic()
         os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(WAIT)
@@ -94,8 +95,12 @@ class Served:
 
     def kill(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            family = self.family()  # torchrun's ranks are in sessions of their own
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait(WAIT)
+            psutil.wait_procs(family, timeout=5)
 
 
 class Visitor:
