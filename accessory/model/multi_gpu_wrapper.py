@@ -39,7 +39,8 @@ Replies = Generator[Any, None, Any]
 
 
 class MultiGpuWrapper:
-    """A model on `gpus` ranks, or on the GPUs `gpu_ids`, with `MetaModel`'s methods; without CUDA they share the CPU.
+    """A model on `gpus` ranks, or on the GPUs `gpu_ids`, with `MetaModel`'s methods; without CUDA, or with
+    device="cpu", they share the CPU.
 
     The other arguments are those of `MetaModel.from_pretrained`. `master_addr` and `master_port` say where the ranks
     meet; by default on a free port of this machine. `load_timeout` and `step_timeout` (seconds) bound how long the
@@ -61,8 +62,9 @@ class MultiGpuWrapper:
         step_timeout: float = 600,
         **from_pretrained: Any,
     ) -> None:
-        self.size = _check_gpus(gpus, gpu_ids)
-        self._gpu_ids = list(gpu_ids) if gpu_ids is not None else list(range(self.size))
+        on_gpus = torch.cuda.is_available() and str(from_pretrained.get("device") or "cuda") != "cpu"
+        self.size = _check_gpus(gpus, gpu_ids, on_gpus)
+        self._gpu_ids = (list(gpu_ids) if gpu_ids is not None else list(range(self.size))) if on_gpus else None
         self._meeting = (master_addr or "127.0.0.1", master_port or 0)
         self._load_timeout, self._step_timeout = load_timeout, step_timeout
         self._options = {"pretrained_path": pretrained_path, **from_pretrained}
@@ -247,7 +249,9 @@ class MultiGpuWrapper:
                 where = {"address": address, "authkey": authkey.hex(), "size": self.size}
                 where |= {"host": self._meeting[0], "port": self._store.port}
                 try:
-                    self._ranks = [_Rank(n, self._gpu_ids[n], where) for n in range(self.size)]
+                    self._ranks = [
+                        _Rank(n, self._gpu_ids[n] if self._gpu_ids else None, where) for n in range(self.size)
+                    ]
                     self._accept(listener)
                     for rank in self._ranks:
                         rank.connection.send({**self._options, "progress": self._progress(rank.number)})
@@ -293,11 +297,11 @@ class _Rank:
 
     connection: Connection
 
-    def __init__(self, number: int, gpu: int, where: dict[str, Any]) -> None:
+    def __init__(self, number: int, gpu: int | None, where: dict[str, Any]) -> None:
         self.number = number
         package = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
-        if torch.cuda.is_available():
+        if gpu is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         self._process = subprocess.Popen(
@@ -344,7 +348,7 @@ def _store(host: str, port: int) -> Any:
         raise InputError(f"master_port: {port} on {host} {reason}") from error
 
 
-def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None) -> int:
+def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None, on_gpus: bool) -> int:
     if gpu_ids is not None:
         if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids):
             raise InputError(f"gpu_ids: got {list(gpu_ids)}, but they must be different numbers, at least one")
@@ -354,7 +358,7 @@ def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None) -> int:
     if not isinstance(size, int) or size < 1:
         raise InputError(f"gpus: got {gpus!r}, but it must be a whole number of at least 1")
     last = max(gpu_ids) if gpu_ids is not None else size - 1
-    if torch.cuda.is_available() and last >= torch.cuda.device_count():
+    if on_gpus and last >= torch.cuda.device_count():
         raise InputError(f"gpus: GPU {last} is asked for, but this machine shows {torch.cuda.device_count()}")
     return size
 

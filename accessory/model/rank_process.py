@@ -68,7 +68,7 @@ def _load(where: dict[str, Any], options: dict[str, Any]) -> Any:
     from accessory.model.meta import MetaModel
 
     rank, size = where["rank"], where["size"]
-    cuda = torch.cuda.is_available() and options.get("device") in (None, "cuda")
+    cuda = torch.cuda.is_available() and str(options.get("device") or "cuda") != "cpu"
     if not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     store = dist.TCPStore(where["host"], where["port"], is_master=False)
