@@ -9,33 +9,85 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
-import os
-import secrets
-import subprocess
-import sys
-import tempfile
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from accessory.checkpoint.hub import resolve
 from accessory.data.tokenizer import Tokenizer, load_tokenizer
 from accessory.errors import InputError, RankError
 from accessory.model.meta import PathLike, Prompt, StreamItem, tokenizer_of
-
-GRACE = 5.0  # seconds that ranks get to end a call that was cancelled, or to say that they failed as another did
-POLL = 0.1
+from accessory.model.rank_link import GRACE, LOOPBACK, POLL, Rank, host_store, start_ranks
 
 Replies = Generator[Any, None, Any]
+Cancelled = Callable[[], bool] | None
+
+
+class _Call:
+    """What the ranks are doing, and what they have said of it so far."""
+
+    def __init__(self, doing: str, ranks: Sequence[Rank], patience: float, cancelled: Cancelled = None) -> None:
+        self.doing, self.patience, self.cancelled = doing, patience, cancelled
+        self.waiting = {rank.connection: rank for rank in ranks}
+        self.items: deque[Any] = deque()
+        self.result: Any = None
+        self.problems: dict[int, tuple[Any, ...]] = {}
+        self.error: Exception | None = None
+        self.left = self.told = False  # its caller has gone; the ranks know that it is cancelled
+        self.hearing = False  # in the middle of a message
+        self.heard = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or not self.waiting
+
+    def hear(self, rank: Rank) -> None:
+        self.hearing = True
+        kind, *said = rank.connection.recv()
+        self.hearing = False
+        self.heard = time.monotonic()
+        if kind == "item" and not self.left:
+            self.items.append(said[0])
+        if kind in ("item", "step"):
+            return
+        del self.waiting[rank.connection]
+        if kind == "done":
+            self.result = said[0] if rank.number == 0 else self.result
+        else:
+            self.problems[rank.number] = (kind, *said)
+
+    def failure(self, size: int) -> tuple[Exception, bool]:
+        """What to raise, and whether the ranks are still in step: all failed, and not each in its own way."""
+        everywhere = len(self.problems) == size
+        number, (kind, what, *trace) = min(self.problems.items())
+        refused = {kind for kind, *_ in self.problems.values()} == {"refused"}
+        if everywhere and refused:
+            return what, True
+        if kind == "refused":
+            return RankError(f"rank {number}, while {self.doing}: {what}"), False
+        error = RankError(f"rank {number} failed while {self.doing}: {what}")
+        error.__cause__ = Exception("".join(trace))
+        return error, everywhere and len({what for _, what, *_ in self.problems.values()}) == 1
+
+    def outcome(self) -> Any:
+        error, self.error = self.error, None
+        if error is None:
+            return self.result
+        self.waiting = {}
+        try:
+            raise error
+        finally:
+            del error  # it knows this frame: a ring would keep a dropped wrapper, and its ranks, alive
 
 
 class MultiGpuWrapper:
@@ -43,9 +95,10 @@ class MultiGpuWrapper:
     device="cpu", they share the CPU.
 
     The other arguments are those of `MetaModel.from_pretrained`. `master_addr` and `master_port` say where the ranks
-    meet; by default on a free port of this machine. `load_timeout` and `step_timeout` (seconds) bound how long the
-    ranks may say nothing. Calls from several threads are done one after the other. Use it as a context manager, or
-    `close` it; the end of this process closes it as well.
+    meet; by default on a free port that this machine alone can reach. `load_timeout` bounds loading and `step_timeout`
+    a step (both in seconds): ranks that say nothing for so long are ended. Calls from several threads are done one
+    after the other; one that begins while a stream is half read lets the ranks finish the stream first. Use it as a
+    context manager, or `close` it; dropping it or the end of this process closes it as well.
 
     Raises what `MetaModel` raises for wrong input, and RankError when ranks die, hang or fail.
     """
@@ -62,19 +115,24 @@ class MultiGpuWrapper:
         step_timeout: float = 600,
         **from_pretrained: Any,
     ) -> None:
-        on_gpus = torch.cuda.is_available() and str(from_pretrained.get("device") or "cuda") != "cpu"
-        self.size = _check_gpus(gpus, gpu_ids, on_gpus)
-        self._gpu_ids = (list(gpu_ids) if gpu_ids is not None else list(range(self.size))) if on_gpus else None
-        self._meeting = (master_addr or "127.0.0.1", master_port or 0)
+        device = str(from_pretrained.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.size = _check_gpus(gpus, gpu_ids, device)
+        ids = gpu_ids if gpu_ids is not None else range(self.size)
+        self._gpu_ids: list[int | None] = [None] * self.size if device == "cpu" else list(ids)
+        self._meeting = (master_addr or LOOPBACK, master_port or 0)
         self._load_timeout, self._step_timeout = load_timeout, step_timeout
-        self._options = {"pretrained_path": pretrained_path, **from_pretrained}
         given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
+        # Resolved once, here: ranks that all fetched a model would fetch it over one another.
+        folders = [Path(resolve(path)) for path in given]
+        self._options = {"pretrained_path": folders, **from_pretrained}
         own = from_pretrained.get("tokenizer_path")
-        self.tokenizer: Tokenizer = load_tokenizer(own) if own else tokenizer_of([Path(resolve(p)) for p in given])
+        self.tokenizer: Tokenizer = load_tokenizer(own) if own else tokenizer_of(folders)
+        # Held while somebody listens to the ranks, never while a reader of a stream thinks.
         self._turn = threading.Lock()
-        self._ranks: list[_Rank] = []
-        self._in_step = True  # no rank is in the middle of anything
-        atexit.register(self.close)
+        self._ranks: list[Rank] = []
+        self._call_now: _Call | None = None
+        self._closed = False
+        _opened.add(self)
         with self._turn:
             self._start()
 
@@ -89,10 +147,10 @@ class MultiGpuWrapper:
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancelled = None,
     ) -> list[str]:
         how = _sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
-        return self._call("generate", {"prompts": prompts, "images": images, **how}, cancelled)
+        return self._answer("generate", {"prompts": prompts, "images": images, **how}, cancelled)
 
     def stream_generate(
         self,
@@ -103,18 +161,17 @@ class MultiGpuWrapper:
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancelled = None,
     ) -> Iterator[StreamItem]:
         """As `MetaModel.stream_generate`; closing the iterator, or dropping it, ends the generation on the ranks."""
         how = _sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
-        with self._turn:
-            yield from self._run("stream_generate", {"prompt": prompt, "image": image, **how}, cancelled)
+        yield from self._replies("stream_generate", {"prompt": prompt, "image": image, **how}, cancelled)
 
     def compute_logits(
         self, examples: Sequence[Prompt], images: Any = None, bos: bool = True, eos: bool = False
     ) -> list[Tensor]:
         """As `MetaModel.compute_logits`; the logits are on the CPU."""
-        return self._call("compute_logits", {"examples": examples, "images": images, "bos": bos, "eos": eos})
+        return self._answer("compute_logits", {"examples": examples, "images": images, "bos": bos, "eos": eos})
 
     def evaluate_examples(
         self,
@@ -124,13 +181,21 @@ class MultiGpuWrapper:
         bos: bool = True,
         eos: bool = False,
     ) -> dict[str, list]:
+        """As `MetaModel.evaluate_examples`; the logits are on the CPU."""
         arguments = {"examples": examples, "contexts": contexts, "images": images, "bos": bos, "eos": eos}
-        return self._call("evaluate_examples", arguments)
+        return self._answer("evaluate_examples", arguments)
 
     def close(self) -> None:
-        """End the ranks; a later call would start them again."""
-        atexit.unregister(self.close)
-        self._end()
+        """End the ranks, also in the middle of another thread's call; a later call would start them again."""
+        self._closed = True
+        for rank in list(self._ranks):
+            rank.kill()
+        listened = self._turn.acquire(timeout=GRACE)  # whoever listens hears them end
+        try:
+            self._end()
+        finally:
+            if listened:
+                self._turn.release()
 
     def __enter__(self) -> MultiGpuWrapper:
         return self
@@ -144,221 +209,166 @@ class MultiGpuWrapper:
 
     # ----------------------------------------------------------------- calls
 
-    def _call(self, method: str, arguments: dict[str, Any], cancelled: Callable[[], bool] | None = None) -> Any:
-        with self._turn:
-            calling = self._run(method, arguments, cancelled)
-            try:
-                while True:
-                    next(calling)
-            except StopIteration as end:
-                return from_plain(end.value)
+    def _answer(self, method: str, arguments: dict[str, Any], cancelled: Cancelled = None) -> Any:
+        replies = self._replies(method, arguments, cancelled)
+        try:
+            while True:
+                next(replies)
+        except StopIteration as end:
+            return from_plain(end.value)
 
-    def _run(self, method: str, arguments: dict[str, Any], cancelled: Callable[[], bool] | None) -> Replies:
+    def _replies(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> Replies:
         """Send a call to all ranks, yield the first one's items, return its result."""
+        call = self._begin(method, arguments, cancelled)
+        try:
+            while True:
+                with self._turn:
+                    while not call.items and not call.over:
+                        self._listen(call)
+                    if not call.items:
+                        return call.outcome()
+                    item = call.items.popleft()
+                yield item
+        finally:
+            if not call.over:  # the reader left, or Ctrl-C: end it on the ranks, or end the ranks
+                self._leave(call)
+
+    def _begin(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> _Call:
+        try:
+            message = ForkingPickler.dumps((method, {name: to_ids(value) for name, value in arguments.items()}))
+        except Exception as error:
+            raise InputError(f"{method}: got an argument that cannot be sent to other processes ({error})") from error
+        while True:
+            with self._turn:
+                busy = self._call_now
+                if busy is None or busy.over:
+                    return self._send(method, message, cancelled)
+                self._listen(busy)  # perhaps a stream that its reader has left half read; what comes is kept for it
+            time.sleep(POLL / 100)  # its reader's turn, if there is one
+
+    def _send(self, method: str, message: Any, cancelled: Cancelled) -> _Call:
         if not self._ranks:
             self._start()
+        call = _Call(method, self._ranks, self._step_timeout, cancelled)
         try:
             for rank in self._ranks:
-                rank.connection.send((method, dict(arguments)))
+                rank.connection.send_bytes(message)
         except OSError as error:
             raise self._lost(self._ranks, method) from error
-        try:
-            return (yield from self._replies(method, self._step_timeout, cancelled))
-        finally:
-            if self._ranks and not self._in_step:  # the caller left, or Ctrl-C: end it on the ranks, or end the ranks
-                self._drain()
+        except BaseException:  # Ctrl-C: some may have been called, others not
+            self._end()
+            raise
+        self._call_now = call
+        return call
 
-    def _replies(
-        self, doing: str, patience: float, cancelled: Callable[[], bool] | None = None, raising: bool = True
-    ) -> Replies:
-        """Listen until every rank has said how it went; RankError when one dies, fails alone or stays silent."""
-        self._in_step = False
-        waiting = {rank.connection: rank for rank in self._ranks}
-        result: Any = None
-        problems: dict[int, tuple[Any, ...]] = {}
-        heard, told = time.monotonic(), False
-        while waiting:
-            ready = wait(list(waiting), timeout=POLL)
-            if cancelled is not None and not told and cancelled():
+    def _listen(self, call: _Call) -> None:
+        """Wait a moment for what the ranks say. Where the call fails, set `call.error` and end ranks out of step."""
+        if not call.told and (call.left or (call.cancelled is not None and call.cancelled())):
+            call.told = True
+            with contextlib.suppress(OSError):  # the end of a rank is heard below
                 self._ranks[0].connection.send(("cancel", {}))
-                told = True
-            for connection in ready:
-                rank, heard = waiting[connection], time.monotonic()  # type: ignore[index]
-                try:
-                    kind, *said = rank.connection.recv()
-                except (EOFError, OSError) as error:
-                    raise self._lost([rank], doing) from error
-                if kind == "item":
-                    yield said[0]
-                    continue
-                del waiting[rank.connection]
-                if kind == "done":
-                    result = said[0] if rank.number == 0 else result
-                else:
-                    problems[rank.number] = (kind, *said)
-            silent = time.monotonic() - heard
-            if problems and silent > GRACE:
-                break  # the others wait for one that has failed
-            if silent > patience:
-                self._end()
-                raise RankError(f"ranks {_numbers(waiting.values())} said nothing for {patience:.0f} s while {doing}")
-        self._in_step = not waiting
-        if problems and raising:
-            self._raise(problems, doing)
-        return result
-
-    def _raise(self, problems: dict[int, tuple[Any, ...]], doing: str) -> None:
-        number, (kind, what, *trace) = min(problems.items())
-        everywhere = self._in_step and len(problems) == self.size
-        if not everywhere or doing == "loading":
-            self._end()
-        if kind == "refused":
-            if everywhere:
-                raise what
-            raise RankError(f"rank {number}, while {doing}: {what}")
-        raise RankError(f"rank {number} failed while {doing}: {what}") from Exception("".join(trace))
-
-    def _drain(self) -> None:
-        """Cancel what the ranks are doing and wait until they are in step again; end them if that takes long."""
         try:
-            self._ranks[0].connection.send(("cancel", {}))
-            for _ in self._replies("cancelling", GRACE, raising=False):
-                pass
-        except (RankError, OSError):
+            for connection in wait(list(call.waiting), timeout=POLL):
+                call.hear(call.waiting[connection])  # type: ignore[index]
+        except BaseException as error:
+            if not isinstance(error, EOFError | OSError) or isinstance(error, TimeoutError):  # Ctrl-C, an alarm
+                if call.hearing:
+                    self._end()
+                raise
+            call.error = self._lost(list(call.waiting.values()), call.doing)
+            return
+        silent = time.monotonic() - call.heard
+        if call.problems and (not call.waiting or silent > GRACE):  # else the others wait for one that has failed
+            call.error, in_step = call.failure(self.size)
+            if not in_step:
+                self._end()
+        elif call.waiting and silent > call.patience:
+            who = ", ".join(str(rank.number) for rank in call.waiting.values())
             self._end()
+            silence = f"ranks {who} said nothing for {call.patience:.0f} s while {call.doing}"
+            call.error = RankError(f"{silence}; the next call starts them again")
+
+    def _leave(self, call: _Call) -> None:
+        """Cancel what the ranks are doing and wait until they are in step again; end them if that takes long."""
+        call.left, call.patience, call.heard = True, min(call.patience, GRACE), time.monotonic()
+        # Another thread that listens cancels it instead. So does this one, when garbage is collected as it listens.
+        if not self._turn.acquire(timeout=1):
+            return
+        try:
+            while not call.over:
+                self._listen(call)
         except BaseException:  # a second Ctrl-C
             self._end()
             raise
+        finally:
+            self._turn.release()
 
-    def _lost(self, ranks: Sequence[_Rank], doing: str) -> RankError:
+    def _lost(self, ranks: Sequence[Rank], doing: str) -> RankError:
         deadline = time.monotonic() + GRACE
         while not (dead := [r for r in ranks if r.ended(0)]) and time.monotonic() < deadline:
             time.sleep(POLL / 10)
-        how = ", ".join(r.how_it_ended() for r in dead) or f"rank {_numbers(ranks)} closed its connection"
+        how = ", ".join(r.how_it_ended() for r in dead) or "a rank closed its connection"
         self._end()
+        if self._closed:
+            return RankError(f"the ranks were closed while {doing}")
         return RankError(f"{how} while {doing}; the next call starts the ranks again")
 
     # ----------------------------------------------------------------- processes
 
     def _start(self) -> None:
-        self._store = _store(*self._meeting)  # kept: the ranks meet in it
-        authkey = secrets.token_bytes(32)
-        with tempfile.TemporaryDirectory(prefix="accessory-") as folder:
-            address = os.path.join(folder, "driver")
-            with Listener(address, family="AF_UNIX", backlog=self.size, authkey=authkey) as listener:
-                where = {"address": address, "authkey": authkey.hex(), "size": self.size}
-                where |= {"host": self._meeting[0], "port": self._store.port}
-                try:
-                    self._ranks = [
-                        _Rank(n, self._gpu_ids[n] if self._gpu_ids else None, where) for n in range(self.size)
-                    ]
-                    self._accept(listener)
-                    for rank in self._ranks:
-                        rank.connection.send({**self._options, "progress": self._progress(rank.number)})
-                    for _ in self._replies("loading", self._load_timeout):
-                        pass
-                except BaseException:
-                    self._end()
-                    raise
-
-    def _progress(self, number: int) -> bool:
-        return bool(self._options.get("progress")) and number == 0
-
-    def _accept(self, listener: Listener) -> None:
-        """A connection from every rank; a process that dies before it connects must not be waited for."""
-        connections: dict[int, Connection] = {}
-
-        def accept() -> None:
-            with contextlib.suppress(OSError, EOFError):
-                while len(connections) < self.size:
-                    connection = listener.accept()
-                    connections[connection.recv()] = connection
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL)
-            dead = [r for r in self._ranks if r.ended(0)]
-            if dead:
-                raise RankError(f"{dead[0].how_it_ended()} before it could load")
-        for rank in self._ranks:
-            rank.connection = connections[rank.number]
+        """Start ranks and load the model on them, or leave none behind."""
+        self._closed = False
+        try:
+            host, port = self._meeting
+            self._store = host_store(host, port)  # kept: the ranks meet in it
+            start_ranks(self._gpu_ids, host, self._store.port, self._load_timeout, self._ranks)
+            loading = _Call("loading", self._ranks, self._load_timeout)
+            for rank in self._ranks:
+                progress = bool(self._options.get("progress")) and rank.number == 0
+                rank.connection.send({**self._options, "progress": progress})
+            while not loading.over:
+                self._listen(loading)
+            loading.outcome()
+        except OSError as error:
+            raise self._lost(self._ranks, "loading") from error
+        except BaseException:
+            self._end()
+            raise
 
     def _end(self) -> None:
         ranks, self._ranks = getattr(self, "_ranks", []), []
         for rank in ranks:
             rank.kill()
         for rank in ranks:
-            rank.ended(GRACE)
+            rank.release()
+        self._store = None  # gives its port back
+        call = getattr(self, "_call_now", None)
+        if call is not None and not call.over:
+            call.error = RankError(f"the ranks were ended while {call.doing}")
 
 
-class _Rank:
-    """A rank's process; `connection` is there once it has called back."""
-
-    connection: Connection
-
-    def __init__(self, number: int, gpu: int | None, where: dict[str, Any]) -> None:
-        self.number = number
-        package = str(Path(__file__).resolve().parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
-        if gpu is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "accessory.model.rank_process"],
-            stdin=subprocess.PIPE,
-            # Only the first rank speaks to people.
-            stdout=None if number == 0 else subprocess.DEVNULL,
-            stderr=None if number == 0 else subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for the driver alone
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({**where, "rank": number}).encode() + b"\n")
-            self._process.stdin.flush()  # and kept open: its end tells the rank that the driver is gone
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        for end in (getattr(self, "connection", None), self._process.stdin):
-            if end is not None:
-                with contextlib.suppress(OSError):
-                    end.close()
-
-    def ended(self, patience: float) -> bool:
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def how_it_ended(self) -> str:
-        code = self._process.returncode
-        return f"rank {self.number} was ended by signal {-code}" if code < 0 else f"rank {self.number} ended ({code})"
+_opened: weakref.WeakSet[MultiGpuWrapper] = weakref.WeakSet()
 
 
-def _store(host: str, port: int) -> Any:
-    try:
-        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-    except (dist.DistNetworkError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        if "in use" in reason or "EADDRINUSE" in reason:
-            reason = "is in use; give another one, or leave it out for a free one"
-        raise InputError(f"master_port: {port} on {host} {reason}") from error
+@atexit.register
+def _close_all() -> None:
+    for wrapper in list(_opened):
+        wrapper.close()
 
 
-def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None, on_gpus: bool) -> int:
+def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None, device: str) -> int:
     if gpu_ids is not None:
-        if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids):
+        if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or min(gpu_ids) < 0:
             raise InputError(f"gpu_ids: got {list(gpu_ids)}, but they must be different numbers, at least one")
         if gpus is not None and gpus != len(gpu_ids):
             raise InputError(f"gpus: got {gpus}, but gpu_ids names {len(gpu_ids)}; give one of the two")
     size = len(gpu_ids) if gpu_ids is not None else gpus
     if not isinstance(size, int) or size < 1:
         raise InputError(f"gpus: got {gpus!r}, but it must be a whole number of at least 1")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device: got {device!r}, but each rank has one of its own; give cpu, or cuda and gpu_ids")
     last = max(gpu_ids) if gpu_ids is not None else size - 1
-    if on_gpus and last >= torch.cuda.device_count():
+    if device == "cuda" and last >= torch.cuda.device_count():
         raise InputError(f"gpus: GPU {last} is asked for, but this machine shows {torch.cuda.device_count()}")
     return size
 
@@ -374,8 +384,11 @@ def _sampling(max_gen_len: int, temperature: float, top_p: float, stops: Iterabl
     }
 
 
-def _numbers(ranks: Iterable[_Rank]) -> str:
-    return ", ".join(str(r.number) for r in ranks)
+def to_ids(value: Any) -> Any:
+    """Prompts as strings and lists: an array or tensor of ids would be shared with the ranks, not sent."""
+    if isinstance(value, list | tuple):
+        return [to_ids(v) for v in value]
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 
 def from_plain(value: Any) -> Any:

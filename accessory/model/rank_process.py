@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -49,15 +50,27 @@ def serve(connection: Connection, where: dict[str, Any]) -> None:
 
     if not _answer(connection, load):
         return
+    said = time.monotonic()
+
+    def step(*_: Any) -> None:
+        """Tell the driver that the ranks go on: a call may be longer than it would wait for a silent one."""
+        nonlocal said
+        if (now := time.monotonic()) - said > 0.1:
+            connection.send(("step",))
+            said = now
+
+    def cancelled() -> bool:
+        step()
+        return connection.poll()  # whatever the driver says during a call, it means that the call should end
+
+    if where["rank"] == 0:
+        model.llma.register_forward_pre_hook(step)
     while True:
         method, arguments = connection.recv()
         if method == "cancel":
             continue  # of a call that had already ended
-        if where["rank"] == 0:
-            # Whatever the driver says during a call, it means that the call should end.
-            arguments["cancelled"] = connection.poll
-        if method not in ("generate", "stream_generate"):
-            arguments.pop("cancelled", None)
+        if where["rank"] == 0 and method in ("generate", "stream_generate"):
+            arguments["cancelled"] = cancelled
         _answer(connection, partial(_do, connection, model, method, arguments, where["rank"]))
 
 
@@ -70,7 +83,7 @@ def _load(where: dict[str, Any], options: dict[str, Any]) -> Any:
     rank, size = where["rank"], where["size"]
     cuda = torch.cuda.is_available() and str(options.get("device") or "cuda") != "cpu"
     if not cuda:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        torch.set_num_threads(where["threads"])
     store = dist.TCPStore(where["host"], where["port"], is_master=False)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     group = dist.new_group(list(range(size)))

@@ -1,6 +1,7 @@
 """One process driving two ranks, and everything that can go wrong between them."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -20,6 +22,7 @@ from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import CheckpointError, InputError, RankError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
+from accessory.model.rank_link import Rank
 
 ARGS = ModelArgs(
     dim=64,
@@ -53,8 +56,24 @@ def expected(folder):
 
 @pytest.fixture(scope="module")
 def wrapper(folder):
-    with MultiGpuWrapper(folder, gpus=2, **HOW) as wrapper:
+    """On a port of its own, which every new set of ranks has to get again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with MultiGpuWrapper(folder, gpus=2, master_port=port, **HOW) as wrapper:
         yield wrapper
+
+
+@pytest.fixture(autouse=True)
+def _no_test_hangs():
+    def stuck(*_):
+        raise TimeoutError("the test took more than 100 s")
+
+    before = signal.signal(signal.SIGALRM, stuck)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def rank_processes():
@@ -116,6 +135,34 @@ def test_a_client_that_walks_away_ends_the_stream_not_the_ranks(wrapper, leave):
     assert {p.pid for p in rank_processes()} == before
 
 
+def test_prompts_may_be_arrays_and_what_cannot_be_sent_says_so(wrapper):
+    ids = wrapper.tokenizer.encode(PROMPT, bos=True)
+    for given in (torch.tensor(ids), np.array(ids), tuple(ids)):
+        assert wrapper.generate([given], max_gen_len=3) == wrapper.generate([ids], max_gen_len=3)
+    with pytest.raises(InputError, match="generate: got an argument that cannot be sent"):
+        wrapper.generate([lambda: PROMPT], max_gen_len=3)
+
+
+def test_a_call_beside_a_half_read_stream_neither_hangs_nor_takes_from_it(wrapper, expected):
+    stream = wrapper.stream_generate(PROMPT, max_gen_len=30)
+    items = [next(stream)]
+    assert wrapper.generate(["A"], max_gen_len=3) == expected.generate(["A"], max_gen_len=3)
+    assert items + list(stream) == list(expected.stream_generate(PROMPT, max_gen_len=30))
+
+
+def test_a_long_answer_is_not_taken_for_a_stuck_rank(wrapper, monkeypatch):
+    monkeypatch.setattr(wrapper, "_step_timeout", 1.5)
+    end = time.monotonic() + 3
+    assert wrapper.generate([PROMPT], cancelled=lambda: time.monotonic() > end, **LONG)[0]
+    assert time.monotonic() >= end
+
+
+def test_ranks_listen_on_this_machine_alone(wrapper):
+    processes = [psutil.Process(), *rank_processes()]
+    listening = [c for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
+
+
 def test_calls_from_threads_wait_for_one_another(wrapper, expected):
     found = {}
     threads = [
@@ -145,6 +192,18 @@ def test_a_killed_rank_is_one_error_and_the_next_call_works(wrapper, expected, v
     assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
 
 
+def test_a_stuck_rank_is_one_error_and_the_next_call_works(wrapper, expected, monkeypatch):
+    stream = wrapper.stream_generate(PROMPT, **LONG)
+    next(stream)
+    before = rank_processes()
+    os.kill(wrapper._ranks[1]._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(wrapper._call_now, "patience", 2.0)
+    with pytest.raises(RankError, match="ranks 0, 1 said nothing for 2 s"):
+        list(stream)
+    assert gone(before)
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+
+
 def test_a_rank_killed_between_calls_is_noticed_by_the_next(wrapper, expected):
     os.kill(wrapper._ranks[1]._process.pid, signal.SIGKILL)
     time.sleep(0.5)
@@ -166,9 +225,7 @@ def test_ranks_that_cannot_load_say_why(folder, tmp_path):
 
 def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
     """One rank finds no file where the others do: the others would wait for it."""
-    from accessory.model import multi_gpu_wrapper
-
-    real = multi_gpu_wrapper._Rank.__init__
+    real = Rank.__init__
 
     def in_another_folder(self, number, gpu, where):
         here = os.getcwd()
@@ -178,7 +235,7 @@ def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
         finally:
             os.chdir(here)
 
-    monkeypatch.setattr(multi_gpu_wrapper._Rank, "__init__", in_another_folder)
+    monkeypatch.setattr(Rank, "__init__", in_another_folder)
     before = {p.pid for p in rank_processes()}
     monkeypatch.chdir(folder.parent)
     started = time.monotonic()
@@ -186,6 +243,42 @@ def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
         MultiGpuWrapper("base", gpus=2, **HOW)
     assert time.monotonic() - started < 2 * SOON  # processes start and import first
     assert {p.pid for p in rank_processes()} == before
+
+
+def test_a_rank_that_cannot_even_start_says_why(folder, monkeypatch):
+    real = Rank.__init__
+
+    def without_python(self, number, gpu, where):
+        with monkeypatch.context() as patch:
+            if number:
+                patch.setenv("PYTHONHOME", "/nowhere")
+            real(self, number, gpu, where)
+
+    monkeypatch.setattr(Rank, "__init__", without_python)
+    before = {p.pid for p in rank_processes()}
+    with pytest.raises(RankError, match=r"^rank 1 ended \(1\), saying .*[Ee]rror.*, before it could load$"):
+        MultiGpuWrapper(folder, gpus=2, **HOW)
+    assert {p.pid for p in rank_processes()} == before
+
+
+def test_a_rank_killed_while_it_loads_is_one_error(folder, monkeypatch):
+    real = Rank.__init__
+
+    def killed(self, number, gpu, where):
+        real(self, number, gpu, where)
+        if number:
+            threading.Timer(0.5, self._process.kill).start()
+
+    monkeypatch.setattr(Rank, "__init__", killed)
+    before = {p.pid for p in rank_processes()}
+    with pytest.raises(RankError, match="rank 1 was ended by signal 9"):
+        MultiGpuWrapper(folder, gpus=2, **HOW)
+    assert {p.pid for p in rank_processes()} == before
+
+
+def test_an_address_of_another_machine_is_refused_at_once(folder):
+    with pytest.raises(InputError, match=r"master_addr.*cannot listen on 192\.0\.2\.7"):
+        MultiGpuWrapper(folder, gpus=2, master_addr="192.0.2.7", **HOW)
 
 
 def test_a_port_in_use_is_named(folder):
@@ -204,11 +297,12 @@ def test_a_port_in_use_is_named(folder):
         ({}, "gpus: got None"),
         ({"gpu_ids": [1, 1]}, "gpu_ids"),
         ({"gpus": 3, "gpu_ids": [0, 1]}, "gpus: got 3"),
+        ({"gpus": 2, "device": "cuda:1"}, "device: got 'cuda:1'"),
     ],
 )
 def test_how_many_ranks_must_make_sense(folder, options, names):
     with pytest.raises(InputError, match=names):
-        MultiGpuWrapper(folder, **options, **HOW)
+        MultiGpuWrapper(folder, **{**HOW, **options})
 
 
 # A script without `if __name__ == "__main__"`, as people write them.
@@ -243,10 +337,41 @@ def test_signals_to_the_driver_leave_no_process_behind(folder, number):
         assert script.returncode == 0
 
 
-def test_closing_ends_the_ranks_and_a_later_call_starts_them(folder, expected):
+def test_the_command_tells_of_a_killed_rank_in_one_line(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "accessory",
+        "generate",
+        str(folder),
+        "--n-gpus",
+        "2",
+        "--device",
+        "cpu",
+        "--stream",
+    ]
+    how = ["--prompt", "A", "--max-seq-len", "8192", "--max-gen-len", "8000", "--temperature", "1", "--seed", "1"]
+    program = subprocess.Popen([*command, *how], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout.read(1)
+    ranks = psutil.Process(program.pid).children(recursive=True)
+    ranks[-1].kill()
+    _, err = program.communicate(timeout=2 * SOON)
+    assert gone(ranks)
+    assert re.fullmatch(r"accessory: error: rank \d was ended by signal 9 while [^\n]*\n", err.decode())
+    assert program.returncode == 1
+
+
+def test_closing_or_dropping_ends_the_ranks_and_a_later_call_starts_them(folder, expected):
     wrapper = MultiGpuWrapper(folder, gpus=2, **HOW)
-    first = [r._process.pid for r in wrapper._ranks]
-    wrapper.close()
-    assert gone([psutil.Process(pid) for pid in first if psutil.pid_exists(pid)])
-    with wrapper:
+    for leave in ("close", "close in a call", "drop"):
         assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+        ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks]
+        if leave == "close":
+            wrapper.close()
+        elif leave == "close in a call":
+            threading.Timer(0.2, wrapper.close).start()
+            with pytest.raises(RankError, match="closed while generate"):
+                wrapper.generate([PROMPT], **LONG)
+        else:
+            del wrapper
+        assert gone(ranks)
