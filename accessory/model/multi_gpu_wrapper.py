@@ -344,7 +344,7 @@ class MultiGpuWrapper:
         self._store = None  # gives its port back
         call = getattr(self, "_call_now", None)
         if call is not None and not call.over:
-            call.error = RankError(f"the ranks were ended while {call.doing}")
+            call.error = RankError(f"the ranks were {'closed' if self._closed else 'ended'} while {call.doing}")
 
 
 _opened: weakref.WeakSet[MultiGpuWrapper] = weakref.WeakSet()
