@@ -192,7 +192,8 @@ class MultiGpuWrapper:
             rank.kill()
         listened = self._turn.acquire(timeout=GRACE)  # whoever listens hears them end
         try:
-            self._end()
+            if self._closed:  # else a later call has started new ranks since
+                self._end()
         finally:
             if listened:
                 self._turn.release()
