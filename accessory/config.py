@@ -22,6 +22,10 @@ SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
+# The linears that LoRA may stand beside; the router and the output head only where they are named.
+LORA_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+LORA_TARGETS_ON_REQUEST = ("gate", "output")
+
 
 def _check(condition: bool, name: str, given: object, wanted: str) -> None:
     if not condition:
@@ -76,6 +80,8 @@ class ModelArgs:
     load_balancing_weight: float = 0.1
     # Parameter-efficient finetuning
     lora_rank: int = -1  # -1: no LoRA
+    lora_alpha: float | None = None  # the update is scaled by alpha / rank; None: by one, as the original does
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     bias_tuning: bool = False
     norm_tuning: bool = True
     # Images
@@ -127,6 +133,20 @@ class ModelArgs:
             "a number of at least 0",
         )
         self._check_rope_scaling()
+        self._check_peft()
+
+    def _check_peft(self) -> None:
+        rank, alpha = self.lora_rank, self.lora_alpha
+        _check(_is_int(rank) and (rank == -1 or rank >= 1), "lora_rank", rank, "at least 1, or -1 for no LoRA")
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        _check(alpha is None or (number and alpha > 0), "lora_alpha", alpha, "a positive number, or absent")
+        known = (*LORA_TARGETS, *LORA_TARGETS_ON_REQUEST)
+        given = self.lora_targets
+        some = isinstance(given, list | tuple) and bool(given) and set(given) <= set(known)
+        _check(some, "lora_targets", given, "some of " + ", ".join(known))
+        object.__setattr__(self, "lora_targets", tuple(name for name in known if name in given))
+        for name in ("bias_tuning", "norm_tuning"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
     def _check_rope_scaling(self) -> None:
         scaling = self.rope_scaling
@@ -175,10 +195,15 @@ class ModelArgs:
     def to_dict(self) -> dict[str, Any]:
         """The original's `config.json`: all keys, those of PEFT and images only where they differ from the default."""
         out = asdict(self)
-        for name in ("lora_rank", "bias_tuning", "norm_tuning", "load_pretrained_visual_encoder", "trainable_mode"):
+        for name in _OPTIONAL_KEYS:
             if out[name] == type(self).__dataclass_fields__[name].default:
                 del out[name]
         return out
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of LoRA's two matrices is multiplied by (arXiv 2106.09685)."""
+        return 1.0 if self.lora_alpha is None or self.lora_rank < 1 else self.lora_alpha / self.lora_rank
 
     def replace(self, **changes: Any) -> ModelArgs:
         return replace(self, **changes)
@@ -194,6 +219,9 @@ class ModelArgs:
         active = self.n_layers * (attention + gate + self.moe.num_experts_per_tok * expert) + head + norms
         return total, active
 
+
+PEFT_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "bias_tuning", "norm_tuning")
+_OPTIONAL_KEYS = (*PEFT_FIELDS, "load_pretrained_visual_encoder", "trainable_mode")
 
 # Other spellings -> ours. Mistral's params.json and what circulates under its name; Hugging Face's config.json.
 _ALIASES = {

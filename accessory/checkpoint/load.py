@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
 from accessory.checkpoint.folder import Checkpoint
-from accessory.checkpoint.lazy import Lazy
-from accessory.config import Implementation, ModelArgs
+from accessory.checkpoint.lazy import Computed, Lazy
+from accessory.checkpoint.names import companion_of
+from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.nn.decoder import Decoder
 from accessory.parallel.apply import parallelize
 from accessory.parallel.mesh import Ranks
-from accessory.parallel.plan import rank_part
+from accessory.parallel.plan import expert_tensor, rank_part
 
 NAMES_SHOWN = 5
 
@@ -31,11 +34,18 @@ def load_decoder(
     dtype: torch.dtype = torch.bfloat16,
     ranks: Ranks | None = None,
     progress: bool = False,
+    beside: Mapping[str, Beside] | None = None,
+    trainable: Callable[[str], bool] | None = None,
+    seed: int = 0,
 ) -> Decoder:
     """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
 
     With `ranks` it holds this rank's slices only, whatever number of files the checkpoint is cut into, and reads no
     more of them.
+    What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and from `beside` (by
+    canonical linear); what only the latter names starts with the values that change nothing, drawn from `seed`.
+    Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype` is still what
+    the network computes in.
     Values go from the file to their place in blocks, converted on the way: beside the parameters themselves, no tensor
     is held. Raises CheckpointError listing tensors that are missing, extra or of another shape than `args` says.
     """
@@ -44,28 +54,63 @@ def load_decoder(
         tensors.update(checkpoint.tensors)
     where = ", ".join(str(c.path) for c in checkpoints)
     with torch.device("meta"):
-        decoder = Decoder(args, implementation).cast(dtype)
+        decoder = Decoder(args, implementation)
+        present = besides_of({name: tensor.shape for name, tensor in tensors.items()})
+        wanted = {name: present.get(name, Beside()) | b for name, b in {**present, **(beside or {})}.items()}
+        add_beside(decoder, wanted, args.lora_scale)
+        decoder.cast(dtype).compute_in(dtype).requires_grad_(False)
+        for name, parameter in decoder.named_parameters():
+            if trainable is not None and trainable(name):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    if beside:
+        for name, place in destinations(decoder):
+            if name not in tensors and companion_of(name) is not None:
+                shape = tuple(place.shape)
+                tensors[name] = Computed(shape, torch.float32, partial(initial_tensor, name, shape, seed))
     check_tensors(decoder, tensors, where)
     if ranks is not None and ranks.size > 1:
         parallelize(decoder, ranks)
         tensors = {name: _part(name, tensors[name], args, implementation, ranks) for name, _ in destinations(decoder)}
     decoder.to_empty(device=device)
-    decoder.requires_grad_(False)
     decoder.join()  # while the parameters are still empty, and this costs nothing
     fill(decoder, tensors, progress=progress)
     return decoder.eval()
 
 
+def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
+    """The configuration of checkpoints loaded one over the other: the first one's sizes, the adapters' own fields.
+
+    CheckpointError where adapters that stay beside one another scale their LoRA differently.
+    """
+    args = checkpoints[0].args
+    adapter: Checkpoint | None = None
+    for checkpoint in checkpoints:
+        lora = {name for name in checkpoint.tensors if name.endswith(".lora_a.weight")}
+        if not lora and not any(companion_of(name) for name in checkpoint.tensors):
+            continue
+        own = checkpoint.args
+        if adapter is not None and lora and own.lora_scale != args.lora_scale:
+            left = [n for n in adapter.tensors if n.endswith(".lora_a.weight") and n not in lora]
+            if left:
+                raise CheckpointError(
+                    f"{adapter.path}: scales LoRA by {args.lora_scale:g}, {checkpoint.path} by {own.lora_scale:g}; "
+                    "merge the first into the weights before the second is loaded"
+                )
+        adapter = checkpoint
+        args = args.replace(**{field: getattr(own, field) for field in PEFT_FIELDS})
+    return args
+
+
 def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them."""
     for name, parameter in decoder.named_parameters():
-        stack, _, kind = name.rpartition(".")
-        if stack.endswith(".experts"):
-            first = decoder.get_submodule(stack).first
-            for e, part in enumerate(parameter.detach().unbind(), start=int(first)):  # type: ignore[arg-type]
-                yield f"{stack}.{e}.{kind}.weight", part
-        else:
+        if expert_tensor(name, 0) is None:
             yield name, parameter.detach()
+            continue
+        first = int(decoder.get_submodule(name.rpartition(".")[0]).first)  # type: ignore[arg-type]
+        for e, part in enumerate(parameter.detach().unbind(), start=first):
+            yield str(expert_tensor(name, e)), part
 
 
 def _part(name: str, tensor: Lazy, args: ModelArgs, implementation: Implementation, ranks: Ranks) -> Lazy:

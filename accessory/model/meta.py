@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
-from accessory.checkpoint.load import load_decoder
+from accessory.checkpoint.load import chained_args, load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -76,7 +76,8 @@ class MetaModel(nn.Module):
         """Load a checkpoint of any layout into either implementation.
 
         pretrained_path: a folder or `hf://owner/name[/folder]`; of several, later ones replace tensors of earlier ones.
-        llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says.
+        llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says. LoRA
+        and biases that the folders hold are loaded beside the weights, with or without "_peft" in it.
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
         max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
         mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
@@ -103,10 +104,10 @@ class MetaModel(nn.Module):
             own = _configs_in(folder) or _configs_in(folders[0])
             checkpoints.append(open_checkpoint(folder, [*own, *configs], allow_partial=True))
         kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
-        if kind.peft or kind.image_views:
-            raise NotImplementedError(f"llama_type {kind}: adapters and images are not built yet")
+        if kind.image_views:
+            raise NotImplementedError(f"llama_type {kind}: images are not built yet")
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
-        args = checkpoints[0].args
+        args = chained_args(checkpoints)
         check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
         ranks = None if mp_group is None else Ranks.of(mp_group)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

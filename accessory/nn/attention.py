@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
@@ -29,14 +30,16 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.joined = Joined(dim=0)
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
 
     def join(self) -> None:
-        self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
+        if all(w.weights().plain for w in (self.wq, self.wk, self.wv)):
+            self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(
         self, x_BTD: Tensor, rotation_BT1c: Tensor, mask_BTS: Tensor | None, cache: ContiguousCache | None
     ) -> Tensor:
-        x_BTD = x_BTD.to(self.wq.weight.dtype)
+        x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
         q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
         if cache is not None:

@@ -5,11 +5,12 @@ Legend: B batch, T tokens, S keys, D dim, V vocabulary, c = head_dim/2.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
@@ -42,8 +43,15 @@ class Layer(nn.Module):
         self.attention = Attention(args, index)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = MoE(args, implementation)
+        self.recompute = False  # keep only the input for the backward pass, and run forward again there
 
-    def forward(
+    def forward(self, *inputs: Any) -> tuple[Tensor, RouterStatistics | None]:
+        if self.recompute and torch.is_grad_enabled():
+            # The second run's statistics go nowhere, so nothing is counted twice; no random numbers are drawn.
+            return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(*inputs)
+
+    def _forward(
         self,
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
@@ -70,6 +78,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(args, implementation, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
         # A plain attribute and not a buffer: the frequencies follow from args, and a cast network must not round them.
         with torch.device("cpu"):
             self._freq_c, self._rope_factor = rope_frequencies(
@@ -88,6 +97,13 @@ class Decoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm) or name.endswith(".gate"):
                 module.float()
+        return self
+
+    def compute_in(self, dtype: torch.dtype) -> Decoder:
+        """Run the products in `dtype` whatever the weights are kept in, as training with fp32 parameters wants it."""
+        for module in self.modules():
+            if isinstance(module, Attention | StackedExperts | Decoder):
+                module.compute_dtype = dtype
         return self
 
     def join(self) -> Decoder:
@@ -132,7 +148,7 @@ class Decoder(nn.Module):
             if stats is not None:
                 router.append(stats)
         x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return DecoderOutput(self.output(self.norm(x).to(self.output.weight.dtype)), router)
+        return DecoderOutput(self.output(self.norm(x).to(self.compute_dtype or self.output.weight.dtype)), router)
 
 
 def _document_mask(documents_BT: Tensor | None) -> Tensor | None:

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from accessory.nn.joined import Joined
 from accessory.ops.grouped import pairs_in_place, swiglu_pairs
+from accessory.ops.linear import Weight
 
 
 class StackedExperts(nn.Module):
     """w1 and w3 (E, F, D), w2 (E, D, F), each a stack of linear weights (out, in). `first`: number of the first expert.
 
     `forward(x_TD, weight_TK, expert_TK)` returns this rank's part of Σ_k weight · expert(x), (T, D) fp32.
+
+    Finetuning puts stacks beside each: `w1_bias` (E, out), `w1_lora_a` (E, r, in), `w1_lora_b` (E, out, r), and so on
+    for w2 and w3. `bias_factor` 0 leaves w2's bias out of this rank's part of the sum over slices.
     """
 
     def __init__(self, dim: int, hidden_dim: int, experts: int, first: int = 0) -> None:
@@ -24,20 +28,49 @@ class StackedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        for kind in ("w1", "w2", "w3"):
+            for beside in ("bias", "lora_a", "lora_b"):
+                self.register_parameter(f"{kind}_{beside}", None)
+        self.lora_scale, self.bias_factor = 1.0, 1.0
         self.joined = Joined(dim=1)
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
+
+    def add_bias(self, kind: str) -> None:
+        w_EOI = self.get_parameter(kind)
+        self.register_parameter(f"{kind}_bias", nn.Parameter(w_EOI.new_empty(w_EOI.shape[:2])))
+
+    def add_lora(self, kind: str, rank: int, scale: float) -> None:
+        w_EOI = self.get_parameter(kind)
+        E, O, I = w_EOI.shape  # noqa: E741
+        self.register_parameter(f"{kind}_lora_a", nn.Parameter(w_EOI.new_empty(E, rank, I)))
+        self.register_parameter(f"{kind}_lora_b", nn.Parameter(w_EOI.new_empty(E, O, rank)))
+        self.lora_scale = scale
+
+    def weights(self, kind: str) -> Weight:
+        """The stack `kind` ("w1", "w2", "w3") and what stands beside it."""
+        bias, lora_a, lora_b = (getattr(self, f"{kind}_{beside}") for beside in ("bias", "lora_a", "lora_b"))
+        if bias is not None and kind == "w2" and self.bias_factor != 1.0:
+            bias = bias * self.bias_factor
+        return Weight(getattr(self, kind), bias, lora_a, lora_b, self.lora_scale)
+
+    @property
+    def plain(self) -> bool:
+        return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
 
     def join(self) -> None:
-        self.joined.refresh([self.w1, self.w3])
+        if self.plain:
+            self.joined.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        if pairs_in_place(x_TD, expert_TK, self.joined.tensor):
+        x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
+        if self.plain and pairs_in_place(x_TD, expert_TK, self.joined.tensor):
             w13 = self.joined.tensor
             return swiglu_pairs(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
         return self.many(x_TD, weight_TK, expert_TK)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
-        return x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None)
+        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None)
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The implementation's own way, for prompts, batches and training."""

@@ -17,9 +17,10 @@ class BaseExperts(StackedExperts):
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        w1, w2, w3 = (self.weights(kind).unbind() for kind in ("w1", "w2", "w3"))
         for e in self._experts_to_run(expert_TK):
             token_n, k_n = torch.nonzero(expert_TK == self.first + e, as_tuple=True)
-            y_nD = swiglu(x_TD[token_n], self.w1[e], self.w2[e], self.w3[e])
+            y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
             y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK[token_n, k_n, None])
         return y_TD
 

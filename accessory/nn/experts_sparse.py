@@ -18,4 +18,5 @@ class SparseExperts(StackedExperts):
         return super().host_free(x_TD, expert_TK) or (x_TD.is_cuda and has_grouped_mm(x_TD, self.w1))
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        return expert_swiglu(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK)
+        w1, w2, w3 = (self.weights(kind) for kind in ("w1", "w2", "w3"))
+        return expert_swiglu(x_TD, w1, w2, w3, weight_TK, expert_TK)

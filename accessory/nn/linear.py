@@ -5,20 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from accessory.ops.linear import linear
+from accessory.ops.linear import Weight, linear
 from accessory.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b). Unlike torch's, it draws no random numbers when made: checkpoints or `init_weights` fill it."""
+    """y = x Wᵀ (+ b). Unlike torch's, it draws no random numbers when made: checkpoints or `init_weights` fill it.
+
+    `add_lora` puts LoRA's two matrices (arXiv 2106.09685) beside the weight. `bias_factor` 0 leaves the bias out of
+    this rank's part of a sum that another rank adds it to.
+    """
+
+    lora_a: Linear | None
+    lora_b: Linear | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias_factor = 1.0
+        self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
+
+    def add_bias(self) -> None:
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device))
+
+    def add_lora(self, rank: int, scale: float) -> None:
+        with torch.device(self.weight.device):
+            self.lora_a = Linear(self.weight.shape[1], rank).to(self.weight.dtype)
+            self.lora_b = Linear(rank, self.weight.shape[0]).to(self.weight.dtype)
+        self.lora_scale = scale
+
+    def weights(self) -> Weight:
+        """The weight and all that stands beside it."""
+        bias = self.bias if self.bias is None or self.bias_factor == 1.0 else self.bias * self.bias_factor
+        if self.lora_a is None or self.lora_b is None:
+            return Weight(self.weight, bias)
+        return Weight(self.weight, bias, self.lora_a.weight, self.lora_b.weight, self.lora_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weights())
 
 
 class RMSNorm(nn.Module):

@@ -5,7 +5,6 @@ Legend: T tokens, D dim, E experts, K experts a token.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.config import Implementation, ModelArgs
@@ -28,7 +27,7 @@ class MoE(nn.Module):
         self, x_TD: Tensor, counted_T: Tensor | None = None, statistics: bool = False
     ) -> tuple[Tensor, RouterStatistics | None]:
         # x_TD is fp32 whatever the network's dtype: close calls between experts must not depend on rounding.
-        logits_TE = F.linear(x_TD, self.gate.weight.float())
+        logits_TE = self.gate(x_TD.float())
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
-        return self.experts(x_TD.to(self.experts.w1.dtype), weight_TK, expert_TK), stats
+        return self.experts(x_TD, weight_TK, expert_TK), stats

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.ops.linear import linear
+from accessory.ops.linear import Weight, linear
 
 # Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
@@ -22,19 +22,24 @@ FEW_PAIRS_CPU = 4
 FEW_PAIRS_GPU = 8
 
 
-def swiglu(x: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor) -> Tensor:
+def swiglu(x: Tensor, w1_FD: Tensor | Weight, w2_DF: Tensor | Weight, w3_FD: Tensor | Weight) -> Tensor:
     """One feed-forward network: w2 · (silu(w1 · x) ⊙ (w3 · x)), arXiv 2002.05202."""
     return linear(F.silu(linear(x, w1_FD)) * linear(x, w3_FD), w2_DF)
 
 
 def expert_swiglu(
-    x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor
+    x_TD: Tensor,
+    w1_EFD: Tensor | Weight,
+    w2_EDF: Tensor | Weight,
+    w3_EFD: Tensor | Weight,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
 ) -> Tensor:
     """Σ_k weight_TK · swiglu of expert_TK, (T, D) fp32; the products are in x's dtype.
 
     F may be any slice of the hidden dimension: the result is then this slice's part of the sum.
     """
-    order_N, count_E = sort_by_expert(expert_TK, w1_EFD.shape[0])
+    order_N, count_E = sort_by_expert(expert_TK, _dense(w1_EFD).shape[0])
     x_ND = x_TD[order_N // expert_TK.shape[1]]
     h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
     y_ND = grouped_linear(h_NF, w2_EDF, count_E)
@@ -56,8 +61,23 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor) -> Tensor:
     return (y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]).sum(1)
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their expert's weight: (N, O)."""
+def _dense(weight: Tensor | Weight) -> Tensor:
+    return weight.weight if isinstance(weight, Weight) else weight
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Weight, count_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's weight, plus its LoRA and bias: (N, O) in x's dtype."""
+    if isinstance(weight_EOI, Weight):
+        w = weight_EOI
+        y_NO = grouped_linear(x_NI, w.weight, count_E)
+        if w.lora_a is not None and w.lora_b is not None:
+            low_NR = grouped_linear(x_NI, w.lora_a, count_E)
+            y_NO = y_NO + grouped_linear(low_NR, w.lora_b, count_E) * w.lora_scale
+        if w.bias is not None:
+            bias_EO = w.bias.to(x_NI.dtype)
+            y_NO = y_NO + bias_EO.repeat_interleave(count_E, dim=0, output_size=x_NI.shape[0])
+        return y_NO
+    weight_EOI = weight_EOI.to(x_NI.dtype)
     if has_grouped_mm(x_NI, weight_EOI):
         end_E = count_E.cumsum(0).to(torch.int32)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=end_E)

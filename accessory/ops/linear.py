@@ -1,11 +1,46 @@
-"""The one place where a weight meets its input: what the weight is decides the product."""
+"""The one place where a weight meets its input: what the weight is decides the product.
+
+Legend: I in features, O out features, r LoRA's rank, E experts. A stack of weights has a leading E.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x (…, I) times a dense weight (O, I), plus bias."""
-    return F.linear(x, weight_OI, bias_O)
+class Weight(NamedTuple):
+    """The weight of a linear, or a stack, and what finetuning has put beside it: y = W x + scale · B (A x) + bias."""
+
+    weight: Tensor  # (O, I) or (E, O, I)
+    bias: Tensor | None = None  # (O,) or (E, O)
+    lora_a: Tensor | None = None  # (r, I) or (E, r, I)
+    lora_b: Tensor | None = None  # (O, r) or (E, O, r)
+    lora_scale: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        return self.bias is None and self.lora_a is None
+
+    def unbind(self) -> list[Weight]:
+        """The weights of a stack, one an expert."""
+
+        def entry(stack: Tensor | None, e: int) -> Tensor | None:
+            return None if stack is None else stack[e]
+
+        return [
+            Weight(w, entry(self.bias, e), entry(self.lora_a, e), entry(self.lora_b, e), self.lora_scale)
+            for e, w in enumerate(self.weight.unbind())
+        ]
+
+
+def linear(x: Tensor, weight: Tensor | Weight, bias_O: Tensor | None = None) -> Tensor:
+    """x (…, I) times a weight, in x's dtype: trained weights are kept in fp32, whatever the network computes in."""
+    if isinstance(weight, Weight):
+        y = linear(x, weight.weight, weight.bias)
+        if weight.lora_a is None or weight.lora_b is None:
+            return y
+        return y + linear(linear(x, weight.lora_a), weight.lora_b) * weight.lora_scale
+    return F.linear(x, weight.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))

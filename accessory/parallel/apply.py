@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.config import Implementation, ModelArgs
+from accessory.nn.attention import Attention
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.parallel import plan
@@ -41,31 +43,43 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             if shape != tuple(parameter.shape):
                 empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                 module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        if isinstance(module, StackedExperts) and implementation == "base":
-            module.first = ranks.rank * args.moe.num_experts // ranks.size
+        if isinstance(module, StackedExperts):
+            if implementation == "base":
+                module.first = ranks.rank * args.moe.num_experts // ranks.size
+            elif ranks.rank > 0:
+                module.bias_factor = 0.0  # the sum over ranks must hold w2's bias once
+        elif isinstance(module, Attention) and mode != "whole" and ranks.rank > 0:
+            module.wo.bias_factor = 0.0
     _hook(decoder, ranks, attention_is_cut=mode != "whole")
     return decoder
 
 
 def local_shape(name: str, whole: Tensor, decoder: Decoder, ranks: Ranks) -> tuple[int, ...]:
     """The shape of this rank's slice of network parameter `name` (experts stacked in the first dimension)."""
-    args, implementation = decoder.args, decoder.implementation
-    stack, _, kind = name.rpartition(".")
-    if not stack.endswith(".experts"):
-        part = plan.rank_part(name, whole.shape, args, implementation, ranks.rank, ranks.size)
-        return _shape(part, tuple(whole.shape))
-    held = []
-    for e in range(whole.shape[0]):
-        canonical = f"{stack}.{e}.{kind}.weight"
-        part = plan.rank_part(canonical, whole.shape[1:], args, implementation, ranks.rank, ranks.size)
+    return local_part(name, tuple(whole.shape), decoder.args, decoder.implementation, ranks.rank, ranks.size)[1]
+
+
+def local_part(
+    name: str, whole: tuple[int, ...], args: ModelArgs, implementation: Implementation, rank: int, world: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of `rank`'s slice of network parameter `name` of shape `whole`, experts stacked in front."""
+    if plan.expert_tensor(name, 0) is None:
+        return _box(plan.rank_part(name, whole, args, implementation, rank, world), whole)
+    held = {}
+    for e in range(whole[0]):
+        part = plan.rank_part(str(plan.expert_tensor(name, e)), whole[1:], args, implementation, rank, world)
         if part is not None:
-            held.append(_shape(part, tuple(whole.shape[1:])))
-    return (len(held), *held[0])
+            held[e] = _box(part, whole[1:])
+    offsets, sizes = next(iter(held.values()))
+    return (min(held), *offsets), (len(held), *sizes)
 
 
-def _shape(part: plan.Slice | None, whole: tuple[int, ...]) -> tuple[int, ...]:
+def _box(part: plan.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     assert part is not None, "only experts can live on other ranks alone"
-    return whole if part.dim is None else (*whole[: part.dim], part.length, *whole[part.dim + 1 :])
+    offsets, sizes = [0] * len(whole), list(whole)
+    if part.dim is not None:
+        offsets[part.dim], sizes[part.dim] = part.start, part.length
+    return tuple(offsets), tuple(sizes)
 
 
 def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:

@@ -102,8 +102,23 @@ def rank_slice(
     return Slice(dim, rank * length, length)
 
 
+_STACKED = re.compile(r"(.*feed_forward\.experts)\.(w[123])(?:_(bias|lora_a|lora_b))?")
+
+
+def expert_tensor(parameter: str, expert: int) -> str | None:
+    """The canonical tensor that is one expert's entry of a network's stacked `parameter`; None for any other parameter.
+
+    "….experts.w1" holds "….experts.0.w1.weight", …; "….experts.w1_lora_a" holds "….experts.0.w1.lora_a.weight", ….
+    """
+    match = _STACKED.fullmatch(parameter)
+    if match is None:
+        return None
+    beside = {None: "weight", "bias": "bias"}.get(match[3], f"{match[3]}.weight")
+    return f"{match[1]}.{expert}.{match[2]}.{beside}"
+
+
 AttentionMode = Literal["cut", "kv replicated", "whole"]
-_ATTENTION = re.compile(r"(?:layers\.\d+\.)?attention\.w([qkvo])\.weight")
+_ATTENTION = re.compile(r"(?:layers\.\d+\.)?attention\.w([qkvo])\.(weight|bias|lora_[ab]\.weight)")
 
 
 def attention_mode(args: ModelArgs, world: int) -> AttentionMode:
@@ -124,9 +139,25 @@ def rank_part(
     mode = attention_mode(args, world)
     if match and mode == "whole":
         return WHOLE
-    if match and match[1] in "kv" and mode == "kv replicated":
+    if match and match[1] in "kv" and match[2] != "lora_a.weight" and mode == "kv replicated":
         return Slice(0, rank * args.n_kv_heads // world * args.head_dim, args.head_dim)
     return rank_slice(name, shape, implementation, rank, world, args.moe.num_experts)
+
+
+def gradient_sharers(name: str, args: ModelArgs, implementation: Implementation, world: int) -> int:
+    """How many neighbouring ranks hold the same part of canonical tensor `name`, each with a part of its gradient.
+
+    1: a rank's gradient is the whole one. Otherwise the gradients of those ranks add up to it: LoRA's uncut matrix and
+    the bias of a linear that is cut, and key/value heads that several ranks' query heads look at.
+    """
+    match = _ATTENTION.fullmatch(name)
+    mode = attention_mode(args, world)
+    if world == 1 or (match and mode == "whole"):
+        return 1
+    if match and match[1] in "kv" and match[2] != "lora_a.weight" and mode == "kv replicated":
+        return world // args.n_kv_heads
+    beside = name.endswith((".bias", ".lora_a.weight", ".lora_b.weight")) and ".gate." not in name
+    return world if beside and is_replicated(name, implementation) else 1
 
 
 def check_ranks(args: ModelArgs, implementation: Implementation, world: int) -> None:

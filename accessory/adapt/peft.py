@@ -1,0 +1,142 @@
+"""Parameter-efficient finetuning: LoRA (arXiv 2106.09685), biases (BitFit, arXiv 2106.10199), norms.
+
+LoRA and biases stand beside a linear's weight and are added to its product, the same in both implementations; those of
+experts stand in stacks, as their weights do, and are grouped products too. What stands beside which linear is a mapping
+from its canonical name ("layers.0.attention.wq", "layers.0.feed_forward.experts.3.w1") to a `Beside`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.config import LORA_TARGETS, ModelArgs
+from accessory.errors import ConfigError
+from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.nn.linear import Linear
+
+_BESIDE = re.compile(r"(.+)\.(bias|lora_a\.weight|lora_b\.weight)")
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w[123])")
+_TRAINED = {
+    "lora": re.compile(r".*[._]lora_[ab](\.weight)?"),
+    "bias": re.compile(r".*[._]bias"),
+    "norm": re.compile(r"(.*[._])?norm\.weight"),
+    "router": re.compile(r".*\.gate\..*"),
+}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside one linear."""
+
+    rank: int = 0  # of LoRA; 0: none
+    bias: bool = False
+
+    def __or__(self, other: Beside) -> Beside:
+        return Beside(max(self.rank, other.rank), self.bias or other.bias)
+
+
+def besides_for(args: ModelArgs) -> dict[str, Beside]:
+    """What a configuration asks for: LoRA of `lora_rank` at `lora_targets`, biases at every linear of the layers."""
+    wanted: dict[str, Beside] = {}
+    for kind in (*LORA_TARGETS, "gate", "output"):
+        rank = args.lora_rank if args.lora_rank > 0 and kind in args.lora_targets else 0
+        beside = Beside(rank, args.bias_tuning and kind in LORA_TARGETS)
+        if beside != Beside():
+            wanted |= dict.fromkeys(_linears(kind, args), beside)
+    return wanted
+
+
+def _linears(kind: str, args: ModelArgs) -> list[str]:
+    if kind == "output":
+        return [kind]
+    if kind == "gate":
+        return [f"layers.{i}.feed_forward.gate" for i in range(args.n_layers)]
+    if kind in ("w1", "w2", "w3"):
+        pairs = ((i, e) for i in range(args.n_layers) for e in range(args.moe.num_experts))
+        return [f"layers.{i}.feed_forward.experts.{e}.{kind}" for i, e in pairs]
+    return [f"layers.{i}.attention.{kind}" for i in range(args.n_layers)]
+
+
+def besides_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Beside]:
+    """What canonical tensors of these names and shapes call for."""
+    found: dict[str, Beside] = {}
+    for name, shape in shapes.items():
+        match = _BESIDE.fullmatch(name)
+        if match is None:
+            continue
+        before = found.get(match[1], Beside())
+        rank = {"lora_a.weight": 0, "lora_b.weight": -1}.get(match[2])
+        found[match[1]] = before | Beside(0 if rank is None else shape[rank], match[2] == "bias")
+    return found
+
+
+def add_beside(decoder: Decoder, besides: Mapping[str, Beside], scale: float = 1.0) -> None:
+    """Give a network's linears the (empty) parameters that `besides` names; LoRA's product is multiplied by `scale`.
+
+    The experts of a layer share stacks, so each gets what one of them has. ConfigError for a linear that is not there.
+    """
+    stacks: dict[tuple[str, str], Beside] = {}
+    for name, beside in besides.items():
+        match = _EXPERT.fullmatch(name)
+        if match:
+            stacks[match[1], match[2]] = stacks.get((match[1], match[2]), Beside()) | beside
+            continue
+        module = _submodule(decoder, name)
+        if not isinstance(module, Linear):
+            raise ConfigError(f"{name}: there is no linear of this name that anything could stand beside")
+        if beside.bias:
+            module.add_bias()
+        if beside.rank:
+            module.add_lora(beside.rank, scale)
+    for (stack, kind), beside in stacks.items():
+        experts = _submodule(decoder, stack)
+        if not isinstance(experts, StackedExperts):
+            raise ConfigError(f"{stack}: there are no experts of this name")
+        if beside.bias:
+            experts.add_bias(kind)
+        if beside.rank:
+            experts.add_lora(kind, beside.rank, scale)
+
+
+def _submodule(decoder: Decoder, name: str) -> object:
+    try:
+        return decoder.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """What canonical tensor `name` beside a linear starts as, fp32: LoRA's A uniform as peft draws it, the rest zero.
+
+    Each tensor has numbers of its own, which depend on `seed` and its name alone and not on who draws them.
+    """
+    if not name.endswith("lora_a.weight"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = 1 / math.sqrt(shape[-1])  # Kaiming's uniform with a = √5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def trainable_rule(args: ModelArgs, peft: bool, train_router: bool = False) -> Callable[[str], bool]:
+    """Which of a network's parameters, by name, are trained: all of them, or with `peft` what `args` asks for.
+
+    The router learns in full finetuning, and else only with `train_router` or LoRA of its own.
+    """
+    if not peft:
+        return lambda name: True
+    kinds = [
+        *(["lora"] if args.lora_rank > 0 else []),
+        *(["bias"] if args.bias_tuning else []),
+        *(["norm"] if args.norm_tuning else []),
+        *(["router"] if train_router else []),
+    ]
+    return lambda name: any(_TRAINED[kind].fullmatch(name) for kind in kinds)

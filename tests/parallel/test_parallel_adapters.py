@@ -1,0 +1,100 @@
+"""LoRA and biases on several ranks: logits and gradients of the whole network, after the sums `plan` asks for."""
+
+import pytest
+import torch
+from helpers.distributed import run_ranks
+
+from accessory.config import LORA_TARGETS, ModelArgs, MoEArgs
+
+ARGS = ModelArgs(
+    dim=32,
+    hidden_dim=48,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=64,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=4),
+    lora_rank=4,
+    lora_targets=(*LORA_TARGETS, "gate", "output"),
+    bias_tuning=True,
+)
+TOKENS_BT = torch.arange(18).view(2, 9) * 3 % 64
+
+
+def whole(implementation):
+    """A network with random values beside its weights, and them under canonical names."""
+    from accessory.adapt.peft import add_beside, besides_for
+    from accessory.checkpoint.load import destinations
+    from accessory.nn.decoder import Decoder, init_weights
+
+    decoder = Decoder(ARGS, implementation)
+    add_beside(decoder, besides_for(ARGS), ARGS.lora_scale)
+    init_weights(decoder, std=0.2)
+    # init_weights draws in the order of the network, which both implementations share
+    return decoder, {name: tensor.clone() for name, tensor in destinations(decoder)}
+
+
+def gradients(decoder):
+    out = {}
+    from accessory.checkpoint.load import destinations
+
+    for name, p in decoder.named_parameters():
+        p.data, p.grad = p.grad, None
+        assert p.data is not None, name
+    for name, tensor in destinations(decoder):
+        out[name] = tensor.clone()
+    return out
+
+
+def rank_main(rank, world, implementation):
+    import torch.distributed as dist
+
+    from accessory.adapt.peft import add_beside, besides_for
+    from accessory.checkpoint.load import destinations
+    from accessory.nn.decoder import Decoder
+    from accessory.parallel import plan
+    from accessory.parallel.apply import parallelize
+    from accessory.parallel.mesh import Ranks
+
+    ranks = Ranks.of(dist.group.WORLD)
+    _, tensors = whole(implementation)
+    with torch.device("meta"):
+        decoder = Decoder(ARGS, implementation)
+        add_beside(decoder, besides_for(ARGS), ARGS.lora_scale)
+    parallelize(decoder, ranks).to_empty(device="cpu")
+    parts = {}
+    for name, place in destinations(decoder):
+        part = plan.rank_part(name, tensors[name].shape, ARGS, implementation, rank, world)
+        parts[name] = part
+        source = tensors[name] if part.dim is None else tensors[name].narrow(part.dim, part.start, part.length)
+        place.copy_(source)
+    logits = decoder(TOKENS_BT).logits
+    logits.square().sum().backward()
+    found = gradients(decoder)
+    for name, grad in found.items():
+        sharers = plan.gradient_sharers(name, ARGS, implementation, world)
+        if sharers > 1:
+            all_grads = [torch.empty_like(grad) for _ in range(world)]
+            dist.all_gather(all_grads, grad.contiguous())
+            first = rank // sharers * sharers
+            found[name] = torch.stack(all_grads[first : first + sharers]).sum(0)
+    return logits.detach(), found, parts
+
+
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_with_adapters_are_the_whole_network(implementation, world):
+    decoder, _ = whole(implementation)
+    logits = decoder(TOKENS_BT).logits
+    logits.square().sum().backward()
+    expected = gradients(decoder)
+    seen = set()
+    for got, found, parts in run_ranks(rank_main, world, implementation):
+        torch.testing.assert_close(got, logits.detach(), rtol=1e-5, atol=1e-5)
+        for name, grad in found.items():
+            part = parts[name]
+            want = expected[name] if part.dim is None else expected[name].narrow(part.dim, part.start, part.length)
+            torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()), msg=name)
+            seen.add(name)
+    assert seen == expected.keys()
