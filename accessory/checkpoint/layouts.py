@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from accessory.checkpoint.lazy import Lazy, concat
-from accessory.checkpoint.names import IGNORED, from_hf
+from accessory.checkpoint.names import IGNORED, companion_of, from_hf
 from accessory.config import Implementation
 from accessory.parallel.plan import cut_dim, expert_of, is_replicated
 
@@ -27,7 +27,10 @@ _CHECKED_ALWAYS = re.compile(r"norm\.weight|layers\.0\..*")
 def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
     """The layout that tensors of these (raw) names are in; `sharded`: their files are called `…RR-of-NN.model…`."""
     if sharded:
-        return "sparse" if any(_SPARSE_EXPERTS.fullmatch(n.removeprefix("llma.")) for n in names) else "base"
+        stacked = any(_SPARSE_EXPERTS.fullmatch(n.removeprefix("llma.")) for n in names)
+        # A save of LoRA and biases alone has no stacks, but every shard of the sparse layout has its part of them.
+        beside = [n for n in names if expert_of(n) is not None and companion_of(n.removeprefix("llma."))]
+        return "sparse" if stacked or len(beside) > len(set(beside)) else "base"
     if any(n.startswith(("model.", "lm_head.")) for n in names):
         return "hf"
     if any(".block_sparse_moe." in n for n in names):
