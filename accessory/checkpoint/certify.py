@@ -1,0 +1,242 @@
+"""The merge certificate: networks that should compute the same do compute the same, shown on random tokens.
+
+Both run in fp32, layer by layer, with one layer of one network in memory, so that a model is certified on a machine
+that could never hold it. All networks send a token to the experts that the first one chooses: a close call between
+experts, turned by the last bit, would otherwise look like a mistake. How often they would choose otherwise is counted.
+
+Legend: B sequences, T tokens, D dim, E experts, K experts a token, V vocabulary, N = B·T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from accessory.adapt.peft import add_beside, besides_of
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.load import destinations
+from accessory.config import Implementation, ModelArgs
+from accessory.errors import CheckpointError
+from accessory.nn.decoder import Decoder, Layer
+from accessory.ops.rope import rope_frequencies, rotations
+
+SEQUENCES, TOKENS = 2, 64
+# fp32 keeps 7 digits; sums in another order cost a few units of the last one in each layer.
+EXACT_BOUND = 1e-5
+_DEEP = 8  # layers from which on rounding in fp32 adds up to more than that: its square root
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two networks' logits at the same tokens, token by token: ‖difference‖ / ‖logits‖, and the Kullback-Leibler
+    divergence of the predicted next-token distributions, nats."""
+
+    largest: float
+    mean: float
+    kl: float  # mean
+    turned: int  # (token, layer) decisions in which the other network prefers other experts
+    closeness: float  # the largest difference of probability that such a decision turned on
+
+    @classmethod
+    def between(cls, reference_NV: Tensor, other_NV: Tensor, turned: int = 0, closeness: float = 0.0) -> Difference:
+        a, b = reference_NV.double(), other_NV.double()
+        relative_N = (a - b).norm(dim=-1) / a.norm(dim=-1)
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        return cls(float(relative_N.max()), float(relative_N.mean()), kl, turned, closeness)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` found. exact: merged, not rounded; stored: as written; adapter: what the adapter itself does."""
+
+    tokens: int
+    layers: int
+    dtype: torch.dtype
+    exact: Difference
+    stored: Difference
+    adapter: Difference | None
+
+    @property
+    def exact_bound(self) -> float:
+        return EXACT_BOUND * max(1.0, math.sqrt(self.layers / _DEEP))
+
+    @property
+    def stored_bound(self) -> float:
+        return self.exact_bound + rounding_bound(self.dtype, self.layers)
+
+    def check(self) -> None:
+        """CheckpointError where merged and unmerged logits differ by more than rounding explains."""
+        for which, difference, bound in (
+            ("merged, in fp32,", self.exact, self.exact_bound),
+            (f"merged and rounded to {_short(self.dtype)},", self.stored, self.stored_bound),
+        ):
+            if not difference.largest <= bound:  # NaN is no pass
+                raise CheckpointError(
+                    f"merged and unmerged logits differ: {which} by {difference.largest:.2g} of the logits, of which "
+                    f"rounding explains {bound:.2g}; nothing was written"
+                )
+
+    def lines(self) -> list[str]:
+        kind = _short(self.dtype)
+        out = [
+            f"certificate: {self.tokens} random tokens, logits beside the weights against logits merged",
+            f"  before rounding: {_told(self.exact)} (bound {self.exact_bound:.1e})",
+            f"  rounded to {kind}: {_told(self.stored)} (bound {self.stored_bound:.1e})",
+        ]
+        if self.stored.turned:
+            out.append(
+                f"  rounding would turn {self.stored.turned} of {self.tokens * self.layers} routing decisions, all of "
+                f"them on differences of at most {self.stored.closeness:.1e} in probability"
+            )
+        if self.adapter is not None:
+            out.append(f"  the adapter itself changes the logits by: {_told(self.adapter)}")
+            if self.stored.mean > self.adapter.mean:
+                out.append(
+                    f"  warning: rounding to {kind} changes them more than the adapter does; --dtype fp32 keeps it"
+                )
+        return out
+
+
+def rounding_bound(dtype: torch.dtype, layers: int) -> float:
+    """How far rounding every weight to `dtype` may move the logits, relative to them; 0 for fp32.
+
+    A rounded number is off by at most u = eps / 2 of itself, by about u / √6 as a rule, and independently of the
+    others, so a product with many of them is off by that much of itself too, whatever its size. A token passes
+    2 · layers + 1 sums in a row, whose errors add up in quadrature. The factor 4 leaves room for what norms, softmax
+    and products of products amplify. Mistakes are caught by the comparison before rounding, which has its own bound.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return 0.0
+    return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(2 * layers + 1)
+
+
+def certify(
+    networks: Mapping[str, Mapping[str, Lazy]],
+    args: ModelArgs,
+    implementation: Implementation,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+) -> Certificate:
+    """Compare `networks`: "beside", the reference, with "exact" (merged, not rounded) and "stored" (in `dtype`).
+
+    Each is a mapping from canonical names to whole tensors, LoRA and biases included. With "base", what the adapter
+    changes is measured too. Nothing is judged here: see `Certificate.check`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(args.vocab_size, (SEQUENCES, TOKENS), generator=generator)
+    run = _Run(networks, args, implementation, tokens_BT, torch.device(device))
+    logits = run.logits(progress)
+    differences = {
+        name: Difference.between(logits["beside"], logits[name], run.turned[name], run.closeness[name])
+        for name in networks
+        if name != "beside"
+    }
+    return Certificate(
+        tokens=tokens_BT.numel(),
+        layers=args.n_layers,
+        dtype=dtype,
+        exact=differences["exact"],
+        stored=differences["stored"],
+        adapter=differences.get("base"),
+    )
+
+
+class _Run:
+    """Several networks over the same tokens, in step; the first one's routing is everybody's."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Mapping[str, Lazy]],
+        args: ModelArgs,
+        implementation: Implementation,
+        tokens_BT: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.networks, self.args, self.implementation = networks, args, implementation
+        self.tokens_BT, self.device = tokens_BT, device
+        self.turned = dict.fromkeys(networks, 0)
+        self.closeness = dict.fromkeys(networks, 0.0)
+
+    @torch.no_grad()
+    def logits(self, progress: bool) -> dict[str, Tensor]:
+        """fp32 (N, V) of each network."""
+        args, (B, T) = self.args, self.tokens_BT.shape
+        frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
+        rotation_BT1c = rotations(torch.arange(T).expand(B, T), *frequencies).to(self.device)
+        stream = {name: self._embedded(tensors) for name, tensors in self.networks.items()}
+        steps = tqdm(total=args.n_layers * len(stream), desc="certifying", disable=not progress, leave=False)
+        with steps:
+            for i in range(args.n_layers):
+                chosen_NK: Tensor | None = None
+                for name, tensors in self.networks.items():
+                    layer = self._layer(tensors, i)
+                    stream[name], chosen_NK = self._step(name, layer, stream[name], rotation_BT1c, chosen_NK)
+                    steps.update()
+        return {name: self._head(self.networks[name], x_BTD) for name, x_BTD in stream.items()}
+
+    def _embedded(self, tensors: Mapping[str, Lazy]) -> Tensor:
+        return tensors["tok_embeddings.weight"].load()[self.tokens_BT].float().to(self.device)
+
+    def _filled(self, tensors: Mapping[str, Lazy], i: int, part: str) -> Decoder:
+        """A decoder of one layer of which just the modules under `part` are there, with the values of layer `i`."""
+        own = {n.replace(f"layers.{i}.", "layers.0.", 1): t for n, t in tensors.items() if n.startswith(f"layers.{i}.")}
+        own |= {n: t for n, t in tensors.items() if not n.startswith("layers.")}
+        with torch.device("meta"):
+            decoder = Decoder(self.args.replace(n_layers=1), self.implementation)
+            add_beside(decoder, besides_of({n: t.shape for n, t in own.items()}), self.args.lora_scale)
+            decoder.cast(torch.float32)
+        decoder.get_submodule(part).to_empty(device=self.device)
+        for name, place in destinations(decoder):
+            if name.startswith(part + "."):
+                own[name].copy_to(place)
+        return decoder.eval()
+
+    def _layer(self, tensors: Mapping[str, Lazy], i: int) -> Layer:
+        layer = self._filled(tensors, i, "layers.0").layers[0]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def _step(
+        self, name: str, layer: Layer, x_BTD: Tensor, rotation_BT1c: Tensor, chosen_NK: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x_BTD = x_BTD + layer.attention(layer.attention_norm(x_BTD), rotation_BT1c, None, None)
+        x_ND = layer.ffn_norm(x_BTD).flatten(0, 1)
+        p_NE = F.softmax(layer.feed_forward.gate(x_ND), dim=-1, dtype=torch.float32)
+        own_NK = p_NE.topk(self.args.moe.num_experts_per_tok).indices
+        if chosen_NK is None:
+            chosen_NK = own_NK
+        self._count_turned(name, p_NE, own_NK, chosen_NK)
+        weight_NK = p_NE.gather(-1, chosen_NK)
+        weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
+        y_ND = layer.feed_forward.experts(x_ND, weight_NK, chosen_NK)
+        return x_BTD + y_ND.view_as(x_BTD), chosen_NK
+
+    def _count_turned(self, name: str, p_NE: Tensor, own_NK: Tensor, chosen_NK: Tensor) -> None:
+        turned_N = (own_NK.sort(-1).values != chosen_NK.sort(-1).values).any(-1)
+        if turned_N.any():
+            gap_N = p_NE.gather(-1, own_NK).sum(-1) - p_NE.gather(-1, chosen_NK).sum(-1)
+            self.turned[name] += int(turned_N.sum())
+            self.closeness[name] = max(self.closeness[name], float(gap_N[turned_N].max()))
+
+    def _head(self, tensors: Mapping[str, Lazy], x_BTD: Tensor) -> Tensor:
+        norm = self._filled(tensors, 0, "norm").norm
+        output = self._filled(tensors, 0, "output").output
+        return output(norm(x_BTD)).flatten(0, 1).float().cpu()
+
+
+def _told(d: Difference) -> str:
+    return f"at most {d.largest:.1e}, {d.mean:.1e} in the mean, divergence {d.kl:.1e} nats"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype))
