@@ -23,7 +23,7 @@ def refuse_overlap(src: Path, dst: Path) -> None:
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
-    """CheckpointError unless `dst` may be written: it is missing or empty, or a checkpoint that may be replaced."""
+    """CheckpointError unless `dst` may be written: it is missing or empty, or a checkpoint or adapter to replace."""
     if not dst.exists():
         return
     if not dst.is_dir():
@@ -32,6 +32,8 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{dst}: is not empty; give --overwrite to replace it, or another folder")
+    if (dst / "adapter_config.json").is_file():
+        return
     try:
         find_weights(dst)
     except CheckpointError as error:
