@@ -144,6 +144,18 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from accessory.commands.adapters import merge
+
+    return merge(options)
+
+
+def _adapter(options: argparse.Namespace) -> int:
+    from accessory.commands.adapters import adapter
+
+    return adapter(options)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from accessory.demos.first_run import first_run
 
@@ -215,6 +227,30 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--seed", type=int, default=0, metavar="N", help="of routers and noise (default: 0)")
     upcycle.add_argument("--to", choices=LAYOUTS, default="base", help="the layout to write (default: base)")
     _writing_arguments(upcycle)
+
+    merge = _command(commands, "merge", _merge, "work adapters into the weights, and prove that nothing else happened")
+    merge.add_argument("paths", metavar="PATH", nargs="+", help="the base model and its adapters, in order")
+    merge.add_argument("dst", metavar="DST", help="the folder to make")
+    merge.add_argument("--to", choices=LAYOUTS, help="the layout to write (default: the first PATH's)")
+    merge.add_argument(
+        "--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over the folders' own"
+    )
+    merge.add_argument(
+        "--allow-unchanged", action="store_true", help="accept adapters, or updates, that change nothing"
+    )
+    merge.add_argument("--no-certificate", dest="certificate", action="store_false", help="do not compare the logits")
+    merge.add_argument("--device", default="cpu", help="where the logits are computed (default: cpu)")
+    _writing_arguments(merge)
+
+    adapter = _command(commands, "adapter", _adapter, "exchange adapters with Hugging Face's PEFT")
+    adapter.add_argument("direction", choices=("export", "import"), help="export: to PEFT's folder; import: from it")
+    adapter.add_argument("src", metavar="SRC", help="the adapter to read")
+    adapter.add_argument("dst", metavar="DST", help="the folder to make")
+    adapter.add_argument("--base", required=True, metavar="PATH", help="the model that the adapter is for")
+    adapter.add_argument("--to", choices=LAYOUTS[:2], help="import: the layout to write (default: the base's)")
+    adapter.add_argument("--shards", type=int, metavar="N", help="import: files to split it into (default: 1)")
+    adapter.add_argument("--safetensors", action="store_true", help="import: instead of .pth")
+    adapter.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
 
     demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
     demo.add_argument(

@@ -1,0 +1,52 @@
+"""`accessory merge` and `accessory adapter export|import`: adapters into weights, and to and from PEFT."""
+
+from __future__ import annotations
+
+import argparse
+
+from accessory.checkpoint import peft_format
+from accessory.checkpoint.merge import merge as merge_folders
+from accessory.errors import InputError
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Merge, and print what changed and the certificate."""
+    report = merge_folders(
+        options.paths,
+        options.dst,
+        to=options.to,
+        shards=options.shards,
+        dtype=options.dtype,
+        safetensors=options.safetensors,
+        overwrite=options.overwrite,
+        allow_unchanged=options.allow_unchanged,
+        certificate=options.certificate,
+        device=options.device,
+        verify=options.verify,
+        config_files=options.config,
+    )
+    print("\n".join(report.lines()))
+    print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
+    return 0
+
+
+def adapter(options: argparse.Namespace) -> int:
+    """Convert an adapter to or from PEFT's folder, and print what is in it."""
+    if options.direction == "export":
+        for name in ("to", "shards", "safetensors"):
+            if getattr(options, name):
+                raise InputError(f"--{name}: is for import; PEFT's folder has one form")
+        lines = peft_format.export_adapter(options.src, options.dst, base=options.base, overwrite=options.overwrite)
+    else:
+        lines = peft_format.import_adapter(
+            options.src,
+            options.dst,
+            base=options.base,
+            to=options.to,
+            shards=options.shards,
+            safetensors=options.safetensors,
+            overwrite=options.overwrite,
+        )
+    print("\n".join(lines))
+    print(f"{options.dst}: written")
+    return 0
