@@ -19,8 +19,8 @@ from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.nn.decoder import Decoder
 from accessory.parallel.apply import parallelize
+from accessory.parallel.held import Held, held_tensors
 from accessory.parallel.mesh import Ranks
-from accessory.parallel.plan import expert_tensor, rank_part
 
 NAMES_SHOWN = 5
 
@@ -37,6 +37,7 @@ def load_decoder(
     beside: Mapping[str, Beside] | None = None,
     trainable: Callable[[str], bool] | None = None,
     seed: int = 0,
+    wrap: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
 
@@ -45,7 +46,7 @@ def load_decoder(
     What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and from `beside` (by
     canonical linear); what only the latter names starts with the values that change nothing, drawn from `seed`.
     Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype` is still what
-    the network computes in.
+    the network computes in. `wrap` may cut the empty network further, as data parallelism does.
     Values go from the file to their place in blocks, converted on the way: beside the parameters themselves, no tensor
     is held. Raises CheckpointError listing tensors that are missing, extra or of another shape than `args` says.
     """
@@ -71,7 +72,9 @@ def load_decoder(
     check_tensors(decoder, tensors, where)
     if ranks is not None and ranks.size > 1:
         parallelize(decoder, ranks)
-        tensors = {name: _part(name, tensors[name], args, implementation, ranks) for name, _ in destinations(decoder)}
+    if wrap is not None:
+        wrap(decoder)
+    tensors = {held.name: part_of(tensors[held.name], held) for held in held_tensors(decoder)}
     decoder.to_empty(device=device)
     decoder.join()  # while the parameters are still empty, and this costs nothing
     fill(decoder, tensors, progress=progress)
@@ -103,20 +106,16 @@ def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
 
 
 def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them."""
-    for name, parameter in decoder.named_parameters():
-        if expert_tensor(name, 0) is None:
-            yield name, parameter.detach()
-            continue
-        first = int(decoder.get_submodule(name.rpartition(".")[0]).first)  # type: ignore[arg-type]
-        for e, part in enumerate(parameter.detach().unbind(), start=first):
-            yield str(expert_tensor(name, e)), part
+    """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them (a rank's part)."""
+    for held in held_tensors(decoder):
+        yield held.name, held.tensor
 
 
-def _part(name: str, tensor: Lazy, args: ModelArgs, implementation: Implementation, ranks: Ranks) -> Lazy:
-    part = rank_part(name, tensor.shape, args, implementation, ranks.rank, ranks.size)
-    assert part is not None, f"{name} is another rank's"
-    return tensor if part.dim is None else tensor.narrow(part.dim, part.start, part.length)
+def part_of(tensor: Lazy, held: Held) -> Lazy:
+    """The part of a whole canonical tensor that belongs into `held`."""
+    for dim, (start, length) in enumerate(zip(held.offsets, held.tensor.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> None:

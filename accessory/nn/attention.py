@@ -14,7 +14,7 @@ from accessory.config import ModelArgs
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.joined import Joined
 from accessory.nn.linear import Linear
-from accessory.ops.attention import attention
+from accessory.ops.attention import Documents, attention
 from accessory.ops.linear import linear
 from accessory.ops.rope import apply_rope
 
@@ -37,7 +37,11 @@ class Attention(nn.Module):
             self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(
-        self, x_BTD: Tensor, rotation_BT1c: Tensor, mask_BTS: Tensor | None, cache: ContiguousCache | None
+        self,
+        x_BTD: Tensor,
+        rotation_BT1c: Tensor,
+        mask_BTS: Tensor | Documents | None,
+        cache: ContiguousCache | None,
     ) -> Tensor:
         x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
         q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)

@@ -18,12 +18,13 @@ from accessory.nn.cache import ContiguousCache
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
+from accessory.ops.attention import Documents, has_varlen
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
 
 
 class DecoderOutput(NamedTuple):
-    logits: Tensor  # (B, T, V), or (B, V) where `last_B` picked one position a row; in the network's dtype
+    logits: Tensor  # (B, T, V), or (B, V), (N, V) where `last_B`, `rows_N` picked positions; in the network's dtype
     router: list[RouterStatistics]  # one a layer; empty unless asked for
 
 
@@ -55,7 +56,7 @@ class Layer(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
-        mask_BTS: Tensor | None,
+        mask_BTS: Tensor | Documents | None,
         cache: ContiguousCache | None,
         counted_T: Tensor | None,
         statistics: bool,
@@ -79,6 +80,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
+        # Of parameters cut over ranks, the whole shape and where this rank's part begins; who cuts, notes it here.
+        self.cuts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         # A plain attribute and not a buffer: the frequencies follow from args, and a cast network must not round them.
         with torch.device("cpu"):
             self._freq_c, self._rope_factor = rope_frequencies(
@@ -119,24 +122,26 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         *,
         cache: ContiguousCache | None = None,
-        documents_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
         counted_BT: Tensor | None = None,
         statistics: bool = False,
         last_B: Tensor | None = None,
+        rows_N: Tensor | None = None,
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
         positions_BT: each token's place in its sequence (default 0 … T-1). With `cache`, `cache.begin` must have
         announced the same positions. documents_BT: without a cache, tokens see only earlier tokens of equal document
-        number (packed batches, or padding given a number of its own). counted_BT (bool): tokens that enter the router
-        statistics, which are gathered when `statistics`. last_B: return logits of just this index of each row.
+        number (packed batches, or padding given a number of its own); documents lie in one piece each. counted_BT
+        (bool): tokens that enter the router statistics, which are gathered when `statistics`. last_B: return logits of
+        just this index of each row, (B, V); rows_N: of just these places of the flattened batch, (N, V).
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         if self._freq_c.device != tokens_BT.device:
             self._freq_c = self._freq_c.to(tokens_BT.device)
         rotation_BT1c = rotations(positions_BT, self._freq_c, self._rope_factor)
-        mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT)
+        mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT, self.compute_dtype)
         counted_T = None if counted_BT is None else counted_BT.flatten()
 
         # The residual stream is kept in fp32: some networks carry activations of tens of thousands in it, beside which
@@ -148,15 +153,21 @@ class Decoder(nn.Module):
             if stats is not None:
                 router.append(stats)
         x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        x = x if rows_N is None else x.flatten(0, 1)[rows_N]
         return DecoderOutput(self.output(self.norm(x).to(self.compute_dtype or self.output.weight.dtype)), router)
 
 
-def _document_mask(documents_BT: Tensor | None) -> Tensor | None:
-    if documents_BT is None:
+def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:
+    """What attention takes: the documents themselves where a kernel knows them, else a mask (B, T, T)."""
+    if documents is None:
         return None
-    T = documents_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-    return causal_TT & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    if isinstance(documents, Documents):
+        if has_varlen(documents.number_BT.device, dtype):
+            return documents
+        documents = documents.number_BT
+    T = documents.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return causal_TT & (documents[:, :, None] == documents[:, None, :])
 
 
 @torch.no_grad()

@@ -5,17 +5,71 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, R = H/G, d
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | None) -> Tensor:
+class Documents(NamedTuple):
+    """Packed rows: which document each token belongs to, and the same as boundaries, for kernels that skip the rest."""
+
+    number_BT: Tensor  # int64; tokens see earlier tokens of equal number in their row
+    start_N: Tensor  # int32 (documents of the whole batch + 1): where each begins in the flattened batch, and its end
+    longest: int  # tokens of the longest one
+
+    @classmethod
+    def of(cls, number_BT: Tensor) -> Documents:
+        """Find the boundaries; on the CPU, where looking at numbers costs nothing."""
+        new_BT = torch.ones_like(number_BT, dtype=torch.bool)
+        new_BT[:, 1:] = number_BT[:, 1:] != number_BT[:, :-1]
+        start_N = torch.cat([new_BT.flatten().nonzero().squeeze(1), torch.tensor([number_BT.numel()])])
+        return cls(number_BT, start_N.to(torch.int32), int(start_N.diff().max()))
+
+    def to(self, device: torch.device | str) -> Documents:
+        return Documents(self.number_BT.to(device), self.start_N.to(device), self.longest)
+
+
+@cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """torch's kernel for packed rows, causal, spelled as this torch spells it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return partial(varlen_attn, **causal)
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether torch's kernel for packed rows runs there: CUDA, 16 bits."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_attention() is not None
+
+
+def _packed(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents) -> Tensor:
+    varlen = _varlen_attention()
+    assert varlen is not None, "see has_varlen"
+    R = q_BTHd.shape[2] // k_BTGd.shape[2]
+    # Not every torch lets this kernel share heads; the copies are small beside what it saves.
+    k_NHd, v_NHd = (t.flatten(0, 1).repeat_interleave(R, dim=1) for t in (k_BTGd, v_BTGd))
+    at, longest = documents.start_N, documents.longest
+    return varlen(q_BTHd.flatten(0, 1), k_NHd, v_NHd, at, at, longest, longest).view_as(q_BTHd)
+
+
+def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | Documents | None) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d) in q's dtype.
 
     `mask_BTS` (bool) is true where a query may look. None means that the queries are the last T of S positions: one
-    sees every key, T = S is causal attention. Either takes a fused kernel's fastest path.
+    sees every key, T = S is causal attention. Either takes a fused kernel's fastest path. `Documents` are causal
+    attention within each document, T = S.
     """
+    if isinstance(mask_BTS, Documents):
+        return _packed(q_BTHd, k_BSGd, v_BSGd, mask_BTS)
     (B, T, H, d), G = q_BTHd.shape, k_BSGd.shape[2]
     k_BGSd, v_BGSd = k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
     if mask_BTS is None and T > 1:

@@ -39,8 +39,10 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
         )  # fmt: skip
     for name, module in decoder.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):
-            shape = local_shape(f"{name}.{kind}", parameter, decoder, ranks)
-            if shape != tuple(parameter.shape):
+            whole, rank = tuple(parameter.shape), ranks.rank
+            offsets, shape = local_part(f"{name}.{kind}", whole, args, implementation, rank, ranks.size)
+            decoder.cuts[f"{name}.{kind}"] = (whole, offsets)
+            if shape != whole:
                 empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                 module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         if isinstance(module, StackedExperts):
@@ -52,11 +54,6 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             module.wo.bias_factor = 0.0
     _hook(decoder, ranks, attention_is_cut=mode != "whole")
     return decoder
-
-
-def local_shape(name: str, whole: Tensor, decoder: Decoder, ranks: Ranks) -> tuple[int, ...]:
-    """The shape of this rank's slice of network parameter `name` (experts stacked in the first dimension)."""
-    return local_part(name, tuple(whole.shape), decoder.args, decoder.implementation, ranks.rank, ranks.size)[1]
 
 
 def local_part(

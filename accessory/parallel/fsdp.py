@@ -1,0 +1,206 @@
+"""Data parallelism: FSDP2 on one dimension of a mesh, the model-parallel cuts of `plan` on the other.
+
+A parameter is cut by `plan` first and FSDP2 cuts this rank's slice once more, so the layers still compute on plain
+local tensors and each kind of cut has its own collectives. Norms and routers are fp32, tiny and everywhere: they are
+not sharded, and their gradients are averaged at the end of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from accessory.errors import ConfigError
+from accessory.nn.decoder import Decoder
+from accessory.nn.linear import RMSNorm
+from accessory.parallel.held import local
+from accessory.parallel.mesh import Ranks
+from accessory.parallel.plan import expert_tensor, gradient_sharers
+
+DataParallel = Literal["sdp", "fsdp"]
+_FLAT = 2**24  # numbers that one all-reduce takes together
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All ranks of a run: `data` × `model`. A model's parts lie on neighbouring ranks; None: a dimension of one."""
+
+    data: Ranks | None = None
+    model: Ranks | None = None
+    mesh: Any = None  # the data-parallel dimension, for FSDP2
+
+    @classmethod
+    def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> Grid:
+        """ConfigError where the ranks do not divide into models of that size."""
+        world = ranks.size if ranks is not None else 1
+        if model_parallel_size < 1 or world % model_parallel_size:
+            raise ConfigError(
+                f"model_parallel_size: got {model_parallel_size}, but it must divide the number of ranks, {world}"
+            )
+        if world == 1:
+            return cls()
+        mesh = init_device_mesh(
+            device_type, (world // model_parallel_size, model_parallel_size), mesh_dim_names=("data", "model")
+        )
+        data, model = (Ranks.of(mesh.get_group(name)) for name in ("data", "model"))
+        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"])
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank if self.data else 0
+
+    @property
+    def data_size(self) -> int:
+        return self.data.size if self.data else 1
+
+    @property
+    def model_rank(self) -> int:
+        return self.model.rank if self.model else 0
+
+    @property
+    def model_size(self) -> int:
+        return self.model.size if self.model else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that speaks and writes."""
+        return self.data_rank == self.model_rank == 0
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """In place."""
+        if self.data is not None:
+            dist.all_reduce(tensor, group=self.data.group)
+        return tensor
+
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        """In place."""
+        if self.data is not None or self.model is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        if self.data is not None or self.model is not None:
+            dist.barrier()
+
+
+def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch.dtype) -> None:
+    """Cut a network's parameters (on the meta device or filled) over the data-parallel ranks.
+
+    sdp: what is trained is sharded, with its gradients and its optimiser, and kept whole from forward to backward; what
+    is frozen is not sharded. fsdp: everything is sharded, and whole only while a layer runs.
+    """
+    if grid.data is None:
+        return
+    alone = {p for m in decoder.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
+    alone |= {p for name, m in decoder.named_modules() if name.endswith(".gate") for p in m.parameters()}
+    if mode == "sdp":
+        alone |= {p for p in decoder.parameters() if not p.requires_grad}
+    size = grid.data.size
+
+    def placement(p: nn.Parameter) -> Shard | None:
+        # A rank of base may hold a single expert: the stack is then cut inside of it, which has to come out even.
+        dims = [d for d in range(p.dim()) if p.shape[d] % size == 0]
+        return Shard(dims[0]) if dims else None
+
+    options: dict[str, Any] = {
+        "mesh": grid.mesh,
+        "reshard_after_forward": mode == "fsdp",
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "ignored_params": alone,
+        "shard_placement_fn": placement,
+    }
+    for layer in decoder.layers:
+        fully_shard(layer, **options)
+    fully_shard(decoder, **options)
+
+
+def finish_gradients(decoder: Decoder, grid: Grid) -> None:
+    """After backward: average what FSDP2 does not shard over data ranks, add up what model ranks have parts of.
+
+    A trained parameter that took no part in the step gets a zero gradient, so that no rank waits for another.
+    """
+    alone, partial = [], []
+    for name, p in decoder.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if grid.data is not None and not isinstance(p, DTensor):
+            alone.append(local(p.grad))
+        if grid.model is not None and sharers(decoder, name, grid) > 1:
+            partial.append((local(p.grad), sharers(decoder, name, grid)))
+    if grid.data is not None:
+        for flat, parts in _flattened(alone):
+            dist.all_reduce(flat, group=grid.data.group)
+            _scatter(flat.div_(grid.data.size), parts)
+    if grid.model is not None:
+        world, rank = grid.model.size, grid.model.rank
+        for flat, parts in _flattened([g for g, n in partial if n == world]):
+            dist.all_reduce(flat, group=grid.model.group)
+            _scatter(flat, parts)
+        for grad, n in ((g, n) for g, n in partial if n < world):  # key/value heads, small and rarely shared
+            grads = [torch.empty_like(grad) for _ in range(world)]
+            dist.all_gather(grads, grad.contiguous(), group=grid.model.group)
+            first = rank // n * n
+            grad.copy_(torch.stack(grads[first : first + n]).sum(0))
+
+
+def sharers(decoder: Decoder, name: str, grid: Grid) -> int:
+    """`plan.gradient_sharers` of a parameter of the network by its own name (experts stacked)."""
+    canonical = expert_tensor(name, 0) or name
+    return gradient_sharers(canonical, decoder.args, decoder.implementation, grid.model_size)
+
+
+def squared_norm(decoder: Decoder, grid: Grid) -> Tensor:
+    """The sum of squares of all gradients, each number counted once wherever copies of it lie: () fp32, on all ranks.
+
+    Parts of different meshes cannot be added by DTensor's own arithmetic, and a sum over all ranks would count copies.
+    """
+    device = next(decoder.parameters()).device
+    total = torch.zeros((), device=device, dtype=torch.float32)
+    for held_name, p in decoder.named_parameters():
+        if p.grad is None:
+            continue
+        copies = 1
+        if grid.data is not None and not isinstance(p, DTensor):
+            copies *= grid.data.size
+        if grid.model is not None:
+            copies *= model_copies(decoder, held_name, grid)
+        total += local(p.grad).float().square().sum() / copies
+    return grid.sum_over_all(total)
+
+
+def model_copies(decoder: Decoder, name: str, grid: Grid) -> int:
+    """How many model-parallel ranks hold the same part of a parameter."""
+    whole, _ = decoder.cuts[name]
+    return grid.model_size * decoder.get_parameter(name).numel() // math.prod(whole)
+
+
+def _flattened(tensors: Iterable[Tensor]) -> Iterable[tuple[Tensor, list[Tensor]]]:
+    """Batches of tensors as one vector each, so that many small ones cost one collective."""
+    batch: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if batch and size + tensor.numel() > _FLAT:
+            yield torch.cat([t.flatten() for t in batch]), batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.numel()
+    if batch:
+        yield torch.cat([t.flatten() for t in batch]), batch
+
+
+def _scatter(flat: Tensor, parts: list[Tensor]) -> None:
+    for part, values in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+        part.copy_(values.view_as(part))

@@ -1,0 +1,75 @@
+"""What of a network this process holds: each parameter's box in the whole tensor, however often it was cut.
+
+Model parallelism cuts by `plan`, data parallelism (FSDP2) cuts what is left once more. Loading, saving and counting ask
+here, and know nothing of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.parallel.plan import expert_tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """`tensor` is the box of `tensor.shape` that begins at `offsets` in parameter (or canonical tensor) `name`."""
+
+    name: str
+    whole: tuple[int, ...]  # the shape of the uncut tensor
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The numbers that lie in this process, without gradients."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_parameters(decoder: nn.Module) -> Iterator[Held]:
+    """Every parameter of the network, experts stacked; a box may be empty."""
+    cuts = decoder.cuts if isinstance(decoder, Decoder) else {}
+    for name, parameter in decoder.named_parameters():
+        shape = tuple(parameter.shape)
+        whole, offsets = cuts.get(name, (shape, (0,) * len(shape)))
+        yield Held(name, whole, _plus(offsets, _data_parallel_offsets(parameter)), local(parameter))
+
+
+def beside_parameter(held: Held, tensor: Tensor) -> Held:
+    """The same box of a tensor that is shaped and cut as the parameter is: a gradient or an optimiser's moment."""
+    return Held(held.name, held.whole, held.offsets, local(tensor))
+
+
+def held_tensors(decoder: nn.Module) -> Iterator[Held]:
+    """Every canonical tensor of which something lies here: stacks are taken apart into their experts'."""
+    for held in held_parameters(decoder):
+        if expert_tensor(held.name, 0) is None:
+            yield held
+            continue
+        stack = decoder.get_submodule(held.name.rpartition(".")[0])
+        # A stack without cuts may still begin at a later expert: a module made for a part of them.
+        first = stack.first if isinstance(stack, StackedExperts) and held.offsets[0] == 0 else held.offsets[0]
+        for e, tensor in enumerate(held.tensor.unbind(), start=first):
+            yield Held(str(expert_tensor(held.name, e)), held.whole[1:], held.offsets[1:], tensor)
+
+
+def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _data_parallel_offsets(parameter: Tensor) -> tuple[int, ...]:
+    """Where FSDP2's slice begins: equal parts of one dimension, rounded up, the last ones short or empty."""
+    offsets = [0] * parameter.dim()
+    if isinstance(parameter, DTensor):
+        (placement,) = parameter.placements
+        if isinstance(placement, Shard):
+            n, ranks = parameter.shape[placement.dim], parameter.device_mesh.size()
+            offsets[placement.dim] = min(n, parameter.device_mesh.get_local_rank() * -(-n // ranks))
+    return tuple(offsets)
