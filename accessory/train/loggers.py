@@ -6,9 +6,9 @@ each expert stays in `metrics.jsonl` and in the report, since hundreds of curves
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,8 @@ def require_loggers(names: Iterable[str]) -> None:
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(f"loggers: got {name!r}, but it must be one of {', '.join(LOGGERS)}")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # of a mere folder of that name in the current one, Python makes a spec
             raise MissingExtraError(
                 f"loggers: {name} needs the package {name}: pip install 'mixtral-accessory[log]' or pip install {name}"
             )
@@ -100,7 +101,7 @@ class _Wandb:
         (folder / "wandb").mkdir(exist_ok=True)  # else it writes to a temporary folder
         kept = folder / "wandb" / "run-id.txt"
         if resumed_at is None or not kept.exists():
-            kept.write_text(wandb.util.generate_id())
+            kept.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
