@@ -156,6 +156,13 @@ def _adapter(options: argparse.Namespace) -> int:
     return adapter(options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from accessory.train.report import write_report
+
+    print(write_report(options.dir, options.title))
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from accessory.demos.first_run import first_run
 
@@ -251,6 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--shards", type=int, metavar="N", help="import: files to split it into (default: 1)")
     adapter.add_argument("--safetensors", action="store_true", help="import: instead of .pth")
     adapter.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
+
+    report = _command(commands, "report", _report, "make report.html of a finetuning run, finished, running or dead")
+    report.add_argument("dir", metavar="DIR", help="its output folder, which holds metrics.jsonl")
+    report.add_argument("--title", metavar="TEXT", help="default: the folder's name")
 
     demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
     demo.add_argument(

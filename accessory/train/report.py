@@ -186,8 +186,10 @@ def _sections(run: Run) -> list[tuple[str, str]]:
     losses = [*_curve(run, "loss", "training")]
     if len(run.evals):
         losses.append(Line("held out", run.evals[:, 0], run.evals[:, 1], "marks"))
+    note = " cross-entropy per learnt token"
     training = [
-        chart("Loss", losses, width=WIDE, note=" cross-entropy per learnt token"),
+        chart("Loss", losses, width=WIDE, note=note),
+        f'<div class="narrow">{chart("Loss", losses, note=note)}</div>',  # instead, on a telephone
         *_simple(run, "lr", "Learning rate", from_zero=True),
         *_simple(run, "grad_norm", "Gradient norm"),
     ]
@@ -205,7 +207,8 @@ def _curve(run: Run, name: str, called: str) -> list[Line]:
     values = run.values[name]
     if len(values) < 60:
         return [Line(called, run.step, values)]
-    return [Line("each step", run.step, values, "raw"), Line(f"{called}, smoothed", run.step, smoothed(values))]
+    named = f"{called}, smoothed" if called else "smoothed"
+    return [Line("each step", run.step, values, "raw"), Line(named, run.step, smoothed(values))]
 
 
 def _simple(run: Run, name: str, title: str, **how: Any) -> list[str]:
@@ -213,7 +216,6 @@ def _simple(run: Run, name: str, title: str, **how: Any) -> list[str]:
     if not np.isfinite(run.values[name]).any():
         return []
     lines = [Line("", run.step, run.values[name])] if name in ("lr", "memory_gb") else _curve(run, name, "")
-    lines = [Line(line.name.removeprefix(", "), line.x, line.y, line.look) for line in lines]
     return [chart(title, lines, **how)]
 
 
@@ -226,7 +228,7 @@ def _routing(run: Run) -> list[tuple[str, str]]:
     fair = f"{1 / experts:.1%}"
     balance, entropy, largest = means[:, :, experts], means[:, :, experts + 1], means[:, :, experts + 2]
     charts = [
-        _per_layer(run, "Load balance", balance, _curve(run, "balance", "mean"), (1.0, "balanced: 1")),
+        _per_layer(run, "Load balance", balance, _curve(run, "balance", ""), (1.0, "balanced: 1")),
         _per_layer(run, "Router entropy", entropy, None, (math.log(experts), "uniform: ln E"), " nats"),
         _per_layer(run, "Largest share", largest, None, (1 / experts, f"fair: {fair}")),
         *_simple(run, "z", "Router z"),

@@ -34,7 +34,8 @@ p { margin: 0 0 12px; color: var(--soft); }
 .tile .value { font-size: 19px; font-weight: 600; letter-spacing: -.01em; line-height: 1.35; white-space: nowrap; }
 .tile .more { font-size: 12.5px; line-height: 1.4; color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px; }
-.chart { margin: 0; padding: 12px 14px 6px; }
+.chart { margin: 0; padding: 12px 14px 6px; display: flex; flex-direction: column; justify-content: space-between; }
+.narrow { display: none; }
 .chart.wide { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; margin-bottom: 6px; }
 .legend { margin: 0; font-size: 12px; display: flex; flex-wrap: wrap; gap: 0 14px; }
@@ -87,6 +88,7 @@ summary { cursor: pointer; padding: 10px 0; font-weight: 600; font-size: 14px; }
 footer { margin-top: 36px; font-size: 12.5px; color: var(--soft); }
 @media (max-width: 820px) { main { padding: 22px 14px 40px; }
   .charts, .strips { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 620px) { .wide { display: none; } .narrow { display: block; } .tick { font-size: 14px; } }
 @media print { body { background: none; } .chart, .tile { break-inside: avoid; } }
 """
 

@@ -19,6 +19,7 @@ from accessory.train.progress import short
 Floats = NDArray[np.float64]
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 220, 54, 14, 12, 26
 DRAWN = 400  # buckets that a long line is drawn as; each keeps its lowest and highest value
+DOTS = 100  # marks that get a dot
 TIPS = 100  # columns with a tooltip
 LOG_SPREAD = 30  # a highest value so many times the median is drawn on a logarithmic axis
 
@@ -204,7 +205,7 @@ def _drawn(line: Line, x: Axis, y: Axis) -> str:
     parts = [f'<path class="line {line.look}" d="{path}"/>']
     # A dot where a line would not be seen: held-out values, and values without a neighbour.
     alone = shown & ~np.r_[False, shown[:-1]] & ~np.r_[shown[1:], False]
-    for at, height in zip(px[shown], py[shown], strict=True) if line.look == "marks" and shown.sum() <= DRAWN else ():
+    for at, height in zip(px[shown], py[shown], strict=True) if line.look == "marks" and shown.sum() <= DOTS else ():
         parts.append(f'<circle class="dot {line.look}" cx="{at:.1f}" cy="{height:.1f}" r="3"/>')
     if line.look != "marks":
         for at, height in zip(px[alone], py[alone], strict=True):
