@@ -75,7 +75,9 @@ class _TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(resumed_at or 0) + 1)
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=0 if resumed_at is None else resumed_at + 1
+        )
         if resumed_at is None and config:
             rows = "".join(f"    {key}: {value}\n" for key, value in config.items())
             self._writer.add_text("config", rows)

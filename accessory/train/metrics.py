@@ -23,7 +23,6 @@ from accessory.errors import InputError
 from accessory.train.loggers import open_logger, require_loggers, scalars
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "metrics.config.json"
 LAYER_DECIMALS = 7
 
 
@@ -33,8 +32,7 @@ class MetricsLog:
     A line reaches the operating system whole before `write` returns, so a run that is killed leaves at most one broken
     line, the last. With `resumed_at` the records of later steps, which will be made again, and a broken last line are
     dropped first, the file being replaced as a whole: the curve is one. With None the file starts empty.
-    `plugins` are names of `accessory.train.loggers`; they get the scalars, and `config` once, which is kept
-    beside the file for reports.
+    `plugins` are names of `accessory.train.loggers`; they get the scalars, and `config` once.
     Raises ConfigError for an unknown plug-in and MissingExtraError for one whose package is missing, before anything is
     touched; InputError where the file of a resumed run is not a metrics file.
     """
@@ -56,9 +54,6 @@ class MetricsLog:
                 for line, record in _lines(self.path):
                     if record["step"] <= resumed_at:
                         file.write(line.rstrip(b"\n") + b"\n")
-        if config is not None:
-            with write_whole(self.path.with_name(CONFIG_FILE)) as file:
-                file.write(json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
         self._file = self.path.open("ab")
 
     def __enter__(self) -> MetricsLog:
@@ -104,18 +99,6 @@ def iterate_metrics(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All records of a run; see `iterate_metrics`."""
     return list(iterate_metrics(folder))
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration that a run's `MetricsLog` was given; empty where it got none."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); remove it to go on without") from error
-    return config if isinstance(config, dict) else {}
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

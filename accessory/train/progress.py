@@ -24,8 +24,8 @@ class Progress:
     def __init__(
         self,
         total: int,
-        *,
         done: int = 0,
+        *,
         every: float = 10.0,
         enabled: bool = True,
         stream: TextIO | None = None,

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from accessory.errors import InputError
-from accessory.train.metrics import METRICS_FILE, iterate_metrics, read_config, write_whole
+from accessory.train.metrics import METRICS_FILE, iterate_metrics, write_whole
 from accessory.train.progress import IDLE, duration, short
 from accessory.train.report_page import page
 from accessory.train.report_shares import LayerBins, strips, table
 from accessory.train.report_svg import Band, Floats, Line, chart
 
-REPORT_FILE = "report.html"
+REPORT_FILE, CONFIG_FILE = "report.html", "config.yaml"
 SCALARS = (
     "epoch",
     "samples",
@@ -55,17 +56,26 @@ def write_report(
 ) -> Path:
     """Make `report.html` of the run in `folder`, finished, running or dead; returns its path.
 
-    `title` defaults to the folder's name, `config` to what `MetricsLog` was given. The file is replaced as a whole.
+    `title` defaults to the folder's name, `config` to its `config.yaml`. The file is replaced as a whole.
     Raises InputError where there are no metrics, or no training step among them.
     """
     folder = Path(folder)
     run = read_run(folder)
-    config = read_config(folder) if config is None else config
+    config = _config_of(folder) if config is None else config
     title = title or f"Finetuning {folder.resolve().name}"
     text = page(title, _subtitle(run), _summary(run), _sections(run), config)
     with write_whole(folder / REPORT_FILE) as file:
         file.write(text.encode())
     return folder / REPORT_FILE
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not YAML ({str(error).splitlines()[0]}); mend or remove it") from error
+    return config if isinstance(config, Mapping) else {}
 
 
 def read_run(folder: Path) -> Run:
@@ -183,7 +193,7 @@ def _median(values: Floats) -> float:
 
 def _sections(run: Run) -> list[tuple[str, str]]:
     """(heading, content)"""
-    losses = [*_curve(run, "loss", "training")]
+    losses = [*_curve(run, "loss", "training", "training, smoothed")]
     if len(run.evals):
         losses.append(Line("held out", run.evals[:, 0], run.evals[:, 1], "marks"))
     note = " cross-entropy per learnt token"
@@ -203,12 +213,12 @@ def _sections(run: Run) -> list[tuple[str, str]]:
     return sections
 
 
-def _curve(run: Run, name: str, called: str) -> list[Line]:
+def _curve(run: Run, name: str, called: str, long: str = "smoothed") -> list[Line]:
+    """The steps of a short run, `called` so; of a longer one, its course is named `long`."""
     values = run.values[name]
     if len(values) < 60:
         return [Line(called, run.step, values)]
-    named = f"{called}, smoothed" if called else "smoothed"
-    return [Line("each step", run.step, values, "raw"), Line(named, run.step, smoothed(values))]
+    return [Line("each step", run.step, values, "raw"), Line(long, run.step, smoothed(values))]
 
 
 def _simple(run: Run, name: str, title: str, **how: Any) -> list[str]:
@@ -228,7 +238,7 @@ def _routing(run: Run) -> list[tuple[str, str]]:
     fair = f"{1 / experts:.1%}"
     balance, entropy, largest = means[:, :, experts], means[:, :, experts + 1], means[:, :, experts + 2]
     charts = [
-        _per_layer(run, "Load balance", balance, _curve(run, "balance", ""), (1.0, "balanced: 1")),
+        _per_layer(run, "Load balance", balance, _curve(run, "balance", "mean"), (1.0, "balanced: 1")),
         _per_layer(run, "Router entropy", entropy, None, (math.log(experts), "uniform: ln E"), " nats"),
         _per_layer(run, "Largest share", largest, None, (1 / experts, f"fair: {fair}")),
         *_simple(run, "z", "Router z"),

@@ -39,6 +39,7 @@ def train(step: int, loss: float) -> dict[str, object]:
 def interrupted_run(folder: Path, name: str) -> None:
     """Steps 1 to 5, then from step 3 on once more with other losses."""
     with MetricsLog(folder, [name], config=CONFIG) as log:
+        log.write({"kind": "eval", "step": 0, "loss": 8.5, "tokens": 30})
         for step in range(1, 6):
             log.write(train(step, 10.0 + step))
         log.write({"kind": "eval", "step": 5, "loss": 7.5, "tokens": 30})
@@ -107,6 +108,7 @@ def test_tensorboard_shows_one_curve(tmp_path):
     events.Reload()
     assert {event.step: event.value for event in events.Scalars("train/loss")} == LOSSES
     assert len(events.Scalars("train/loss")) == len(LOSSES)
+    assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(0, 8.5)]
     (value,) = {event.value for event in events.Scalars("router/layer_01/largest")}
     assert value == pytest.approx(0.4)
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -117,6 +119,7 @@ def test_tensorboard_shows_one_curve(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.5)]
+    assert "eval/loss" not in events.Tags()["scalars"] or events.Scalars("eval/loss") == []
 
 
 def wandb_records(path: Path) -> list:

@@ -206,7 +206,7 @@ def test_plain_lines_every_ten_seconds_and_the_last(monkeypatch):
 
 def test_time_left_of_a_resumed_run_counts_its_own_steps(monkeypatch):
     clock, out = Clock(monkeypatch), io.StringIO()
-    with Progress(200, done=100, every=0, stream=out) as progress:
+    with Progress(200, 100, every=0, stream=out) as progress:
         for step in range(101, 111):
             clock.now += 2.0
             progress.update(train(step))

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from helpers import browser as web
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,9 +63,10 @@ def records(steps: int, layers: int, experts: int, evals: int = 0, first: int = 
 
 
 def written(folder, items, config=CONFIG):
-    with MetricsLog(folder, config=config) as log:
+    with MetricsLog(folder) as log:
         for record in items:
             log.write(record)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
@@ -232,6 +234,7 @@ def test_text_is_escaped_and_given_words_win(tmp_path):
 
 def test_odd_runs_have_a_report(tmp_path):
     for name, items in {
+        "before": [{"kind": "eval", "step": 0, "loss": 2.0, "tokens": 5}, *records(1, 2, 4, evals=1)],
         "nan": [{**r, "loss": math.nan, "grad_norm": math.inf} for r in records(3, 2, 4)],
         "bare": [{"kind": "train", "step": 5, "loss": 1.0}, {"kind": "train", "step": 6, "loss": 1.0}],
         "zero": [{**r, "lr": 0.0, "loss": 0.0, "z": 0.0} for r in records(5, 1, 1, evals=5)],
@@ -248,6 +251,11 @@ def test_a_run_without_steps_is_refused(tmp_path, capsys):
     written(tmp_path, [])
     with pytest.raises(InputError, match="has no training step yet"):
         write_report(tmp_path)
+    written(tmp_path, records(1, 1, 2))
+    (tmp_path / "config.yaml").write_text("lr: [1")
+    with pytest.raises(InputError, match=r"config\.yaml: is not YAML \(.*\); mend or remove it"):
+        write_report(tmp_path)
+    written(tmp_path, [])
     assert main(["report", str(tmp_path)]) == 1
     assert re.fullmatch(r"accessory: error: [^\n]+ no training step yet[^\n]+\n", capsys.readouterr().err)
 
@@ -260,7 +268,7 @@ def test_the_command_reports_a_run_that_was_killed(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     page = (tmp_path / "report.html").read_text()
     assert "Steps 1 to 5" in page
-    assert "mixtral_sparse" in page  # kept beside the metrics
+    assert "mixtral_sparse" in page
 
 
 @pytest.mark.slow
