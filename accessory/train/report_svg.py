@@ -14,10 +14,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from accessory.train.progress import short
-
 Floats = NDArray[np.float64]
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 220, 54, 14, 12, 26
+UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 DRAWN = 400  # buckets that a long line is drawn as; each keeps its lowest and highest value
 DOTS = 100  # marks that get a dot
 TIPS = 100  # columns with a tooltip
@@ -119,7 +118,8 @@ def step_axis(first: float, last: float, start: float, end: float) -> Axis:
     if first == last:
         return Axis(first - 1, last + 1, start, end, ((first, f"{first:.0f}"),))
     ticks = [t for t in round_numbers(first, last, max(2, int((end - start) / 90))) if t == int(t)]
-    return Axis(first, last, start, end, tuple((t, f"{t:,.0f}" if last < 1e5 else short(t)) for t in ticks))
+    named = [f"{t:,.0f}" for t in ticks] if last < 1e5 else labels(ticks)
+    return Axis(first, last, start, end, tuple(zip(ticks, named, strict=True)))
 
 
 def value_axis(values: Floats, reference: tuple[float, str] | None, from_zero: bool) -> Axis:
@@ -160,13 +160,12 @@ def labels(ticks: Sequence[float]) -> list[str]:
     """Numbers of one axis, all with as many digits as their distance needs: 0.25 and 0.30, 20k, 4e-6."""
     size = max((abs(t) for t in ticks), default=0.0)
     gap = min((b - a for a, b in pairwise(ticks)), default=size) or 1.0
-    if size >= 1e4:
-        return [short(t) for t in ticks]
     if 0 < size < 1e-3:
         power = math.floor(math.log10(size) + 1e-9)
         return [f"{round(t / 10.0**power, 3):g}e{power}" if t else "0" for t in ticks]
-    decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
-    return [f"{t:.{decimals}f}".replace("-", "−") for t in ticks]
+    unit, name = next(((u, n) for u, n in UNITS if size >= 10 * u), (1.0, ""))
+    decimals = max(0, -math.floor(math.log10(gap / unit) + 1e-9))
+    return [f"{t / unit:.{decimals}f}{name}".replace("-", "−") if t else "0" for t in ticks]
 
 
 # --------------------------------------------------------------------------- parts of a chart

@@ -138,9 +138,10 @@ def test_ticks_are_round_few_and_told_apart(low, size):
 
 
 def test_labels_have_the_digits_they_need():
-    assert labels([0.0, 0.5, 1.0]) == ["0.0", "0.5", "1.0"]
+    assert labels([0.0, 0.5, 1.0]) == ["0", "0.5", "1.0"]
+    assert labels([1_200_000, 1_205_000]) == ["1200k", "1205k"]
     assert labels([0.0, 1e-5, 2e-5]) == ["0", "1e-5", "2e-5"]
-    assert labels([-0.2, 0.0]) == ["−0.2", "0.0"]
+    assert labels([-0.2, 0.0]) == ["−0.2", "0"]
     assert labels([0, 20000, 40000]) == ["0", "20k", "40k"]
     assert labels([10, 20]) == ["10", "20"]
 
