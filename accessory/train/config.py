@@ -1,0 +1,393 @@
+"""What a finetuning run is to do: `FinetuneConfig`, read from YAML, command lines or Python, and checked at once.
+
+Values may come as text (a flag, `key=value`, `1e-5`, which YAML calls text): the field's type decides what they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
+from accessory.data.conversation import TEMPLATES
+from accessory.data.system_prompt import SYSTEM_PROMPTS
+from accessory.errors import ConfigError
+from accessory.train.loggers import LOGGERS
+
+PACKAGE = Path(__file__).parents[1]
+AUTO = "auto"  # resume: go on with the newest state of output_dir, or begin where there is none
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Everything that can be chosen about a run; the defaults are the learning rate and schedule of a full finetune.
+
+    Fields convert and check themselves: ConfigError names the field, what was given and what would do.
+    A file named `configs/…` that is not there is looked for in the package.
+    """
+
+    # The model
+    pretrained_path: list[str]  # folders or hf:// addresses; later ones (adapters) are loaded over earlier ones
+    llama_type: str | None = None  # None: what the folders say
+    llama_config: list[str] = field(default_factory=list)  # JSON files; their keys win over the folders' own
+    tokenizer_path: str | None = None  # None: that of the folders
+    no_visual: bool = True
+    quant: Literal[False, "nf4", "int4", "int8", "fp8"] = False  # true is nf4, as in the original
+
+    # The data
+    data_config: str  # YAML with META, a list of files
+    dialog: bool = True  # False: single turns
+    template: str | None = None  # None: the tokenizer's own, else the original's dialogue
+    prompt_type: str | None = None  # of single turns whose file names none
+    max_words: int = 4096  # tokens of a row
+    packing: bool = True  # several documents in a row, which never see one another
+    eval_data: str | None = None  # like data_config, held out
+    eval_interval: int = 0  # steps; 0: never
+    image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
+    cache_ann_on_disk: bool = False
+    num_workers: int = 0  # threads that prepare batches
+    pin_mem: bool = True
+
+    # The steps
+    batch_size: int = 4  # rows a data-parallel rank and micro-step
+    accum_iter: int = 1  # micro-steps a step
+    epochs: float = 1.0
+    max_steps: int | None = None
+    lr: float = 5e-6
+    min_lr: float = 0.0
+    warmup_epochs: float = 0.1
+    weight_decay: float = 0.0
+    clip_grad: float = 2.0  # 0 or less: off
+    seed: int = 0
+
+    # The loss
+    load_balancing_weight: float | None = None  # None: the model's
+    z_loss_weight: float = 0.0
+    global_batch_statistics: bool = False
+
+    # What is trained; None: as llama_config and llama_type say
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    bias_tuning: bool | None = None
+    norm_tuning: bool | None = None
+    train_router: bool = False
+
+    # The ranks
+    model_parallel_size: int = 1
+    data_parallel: Literal["sdp", "fsdp"] = "sdp"
+    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
+    checkpointing: bool = False
+    device: str | None = None  # None: cuda where there is one
+
+    # What is written
+    output_dir: str
+    save_interval: int = 1  # epochs; 0: never
+    save_iteration_interval: int | None = None  # steps
+    keep: int = 2  # states
+    only_save_trainable: bool = False
+    resume: str | None = None  # "auto", or the folder of a state or a run
+    overwrite: bool = False  # begin anew in an output_dir that holds a run
+    loggers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types().items():
+            object.__setattr__(self, name, _convert(name, getattr(self, name), hint))
+        for name in ("data_config", "eval_data", "llama_config"):
+            object.__setattr__(self, name, _packaged(getattr(self, name)))
+        for name, (within, wanted) in _RANGES.items():
+            value = getattr(self, name)
+            _check(value is None or within(value), name, value, wanted)
+        self._check_names()
+        self._check_against_each_other()
+
+    def _check_names(self) -> None:
+        if self.llama_type is not None:
+            LlamaType.parse(self.llama_type)
+        network = ("load_balancing_weight", *PEFT_FIELDS)
+        ModelArgs(**{n: getattr(self, n) for n in network if getattr(self, n) is not None})
+        for name, known in (("template", TEMPLATES), ("prompt_type", SYSTEM_PROMPTS)):
+            value = getattr(self, name)
+            _check(value is None or value in known, name, value, "one of " + ", ".join(known))
+        for name in self.loggers:
+            _check(name in LOGGERS, "loggers", name, "one of " + ", ".join(LOGGERS))
+        device = self.device or "cpu"
+        _check(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, "device", device, "cpu, cuda or cuda:N")
+
+    def _check_against_each_other(self) -> None:
+        _check(bool(self.pretrained_path), "pretrained_path", self.pretrained_path, "at least one folder")
+        _check(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr = {self.lr}")
+        _check(
+            self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}"
+        )
+        if self.eval_interval and self.eval_data is None:
+            raise ConfigError(f"eval_interval: got {self.eval_interval}, but it needs eval_data, the held-out items")
+        if self.resume is not None and self.resume != AUTO:
+            _check(Path(self.resume).is_dir(), "resume", self.resume, f"{AUTO!r} or a folder that is there")
+            if self.overwrite:
+                raise ConfigError(f"overwrite: begins anew, but resume = {self.resume} goes on; leave one of them out")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
+        """Read a YAML file of fields, then `key=value` texts, which win and whose values are YAML too.
+
+        Raises ConfigError with the file and line, or the override, of what is unknown, repeated or out of range.
+        """
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for key, value, line in _read_yaml(path):
+            origin = f"{path}:{line}"
+            _check_known(key, origin)
+            if key in values:
+                raise ConfigError(f"{origin}: {key} is there twice; remove one")
+            values[key], origins[key] = value, origin
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise ConfigError(f"{text!r}: expected key=value, for instance lr=1e-5")
+            _check_known(key, text)
+            values[key] = _parse(value, text)
+            origins.pop(key, None)
+        missing = [name for name in required_fields() if name not in values]
+        if missing:
+            given = " ".join(f"{name}=…" for name in missing)
+            raise ConfigError(f"{path}: {', '.join(missing)}: missing; write it in the file or give {given} after it")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            origin = origins.get(str(error).split(":")[0])
+            if origin is None:  # of an override, which the message names
+                raise
+            raise ConfigError(f"{origin}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON and YAML know values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def as_yaml(self) -> str:
+        """All fields, as `from_yaml` reads them."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
+
+    def data_parallel_size(self, world: int) -> int:
+        """How many replicas `world` ranks hold; ConfigError where they do not fill whole ones."""
+        if world < 1 or world % self.model_parallel_size:
+            raise ConfigError(
+                f"model_parallel_size: got {self.model_parallel_size}, but the number of ranks, {world}, must be a "
+                "multiple of it"
+            )
+        return world // self.model_parallel_size
+
+    def check_files(self) -> None:
+        """ConfigError for a file or folder that is not there, before anything slow is started."""
+        for name in ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "eval_data"):
+            value = getattr(self, name)
+            for path in value if isinstance(value, list) else [value]:
+                there = path is None or "://" in path or Path(path).exists()
+                _check(there, name, path, "a file or folder that is there")
+
+
+# --------------------------------------------------------------------------- fields
+
+
+def _check(condition: bool, name: str, given: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: got {given!r}, but it must be {wanted}")
+
+
+@functools.cache
+def field_types() -> Mapping[str, Any]:
+    """The type of every field, by name."""
+    return get_type_hints(FinetuneConfig)
+
+
+def required_fields() -> list[str]:
+    """The fields without a default."""
+    return [f.name for f in fields(FinetuneConfig) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _check_known(key: object, origin: str) -> None:
+    known = list(field_types())
+    if key not in known:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
+        raise ConfigError(f"{origin}: unknown key {key!r}; {hint}")
+
+
+_Range = tuple[Callable[[Any], bool], str]
+_AT_LEAST_ONE: _Range = (lambda n: n >= 1, "at least 1")
+_NOT_NEGATIVE: _Range = (lambda n: n >= 0, "at least 0")
+_POSITIVE: _Range = (lambda n: n > 0, "more than 0")
+_RANGES: dict[str, _Range] = {
+    "max_words": (lambda n: n >= 2, "at least 2, a token and the next one"),
+    "epochs": _POSITIVE,
+    "lr": _POSITIVE,
+    **dict.fromkeys(
+        ("batch_size", "accum_iter", "max_steps", "model_parallel_size", "save_iteration_interval", "keep"),
+        _AT_LEAST_ONE,
+    ),
+    **dict.fromkeys(
+        ("min_lr", "warmup_epochs", "weight_decay", "z_loss_weight", "eval_interval", "save_interval", "num_workers"),
+        _NOT_NEGATIVE,
+    ),
+    "seed": (lambda n: 0 <= n < 2**32, "at least 0 and less than 2^32"),
+}
+
+
+def _packaged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_packaged(v) for v in value]
+    if value is None or not value.startswith("configs/") or Path(value).exists() or not (PACKAGE / value).is_file():
+        return value
+    return str(PACKAGE / value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that the annotation `hint` names, read from text where it is text."""
+    optional = get_origin(hint) is types.UnionType
+    if optional:
+        hint = next(t for t in get_args(hint) if t is not types.NoneType)
+        if value is None or value == "":
+            return None
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        out, wanted = _read_choice(value, choices), "one of " + ", ".join(str(c or "false") for c in choices)
+    else:
+        read, wanted = _READERS[get_origin(hint) or hint]
+        out = read(value)
+    _check(out is not None, name, value, wanted + (", or null" if optional else ""))
+    return out
+
+
+def _read_bool(value: Any) -> bool | None:
+    if isinstance(value, str):
+        return True if value.lower() in _TRUE else False if value.lower() in _FALSE else None
+    return value if isinstance(value, bool) else None
+
+
+def _read_int(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _read_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _read_str(value: Any) -> str | None:
+    return os.fspath(value) or None if isinstance(value, str | Path) else None
+
+
+def _read_texts(value: Any) -> list[str] | None:
+    """A single text is a list of one."""
+    if not isinstance(value, list | tuple):
+        value = [value]
+    texts = [text for v in value if (text := _read_str(v)) is not None]
+    return texts if len(texts) == len(value) else None
+
+
+def _read_names(value: Any) -> tuple[str, ...] | None:
+    texts = _read_texts(value)
+    return None if texts is None else tuple(texts)
+
+
+def _read_choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    if value in choices and (isinstance(value, str) or value is False):
+        return value
+    boolean = _read_bool(value)
+    if boolean is None or False not in choices:
+        return None
+    return choices[1] if boolean else False  # true means the first of the names
+
+
+_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_read_bool, "true or false"),
+    int: (_read_int, "a whole number"),
+    float: (_read_float, "a number"),
+    str: (_read_str, "text"),
+    list: (_read_texts, "a list of texts"),
+    tuple: (_read_names, "a list of names"),
+}
+
+
+# --------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which every scalar but null is text, since fields know their types better than YAML guesses them."""
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == _NULL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(path: str | Path) -> Iterator[tuple[Any, Any, int]]:
+    """(key, value, line) of a file's mapping, repeated keys included."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    node, loader = _node(text, str(path))
+    if node is None:
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: expected lines of the form key: value")
+    for key, value in node.value:
+        yield _value(loader, key, str(path)), _value(loader, value, str(path)), key.start_mark.line + 1
+
+
+def _parse(text: str, origin: str) -> Any:
+    node, loader = _node(text, origin)
+    return None if node is None else _value(loader, node, origin)
+
+
+def _node(text: str, origin: str) -> tuple[yaml.Node | None, _Loader]:
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node(), loader
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, origin) from error
+
+
+def _value(loader: _Loader, node: yaml.Node, origin: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, origin) from error
+
+
+def _not_yaml(error: yaml.YAMLError, origin: str) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    place = origin if mark is None or "=" in origin else f"{origin}:{mark.line + 1}"
+    return ConfigError(f"{place}: not YAML ({getattr(error, 'problem', None) or 'a character that may not be there'})")
