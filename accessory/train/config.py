@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
-import os
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -23,11 +20,10 @@ from accessory.data.conversation import TEMPLATES
 from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.errors import ConfigError
 from accessory.train.loggers import LOGGERS
+from accessory.train.values import check, convert, read_mapping, read_value
 
 PACKAGE = Path(__file__).parents[1]
 AUTO = "auto"  # resume: go on with the newest state of output_dir, or begin where there is none
-
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +100,12 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name, hint in field_types().items():
-            object.__setattr__(self, name, _convert(name, getattr(self, name), hint))
+            object.__setattr__(self, name, convert(name, getattr(self, name), hint))
         for name in ("data_config", "eval_data", "llama_config"):
             object.__setattr__(self, name, _packaged(getattr(self, name)))
         for name, (within, wanted) in _RANGES.items():
             value = getattr(self, name)
-            _check(value is None or within(value), name, value, wanted)
+            check(value is None or within(value), name, value, wanted)
         self._check_names()
         self._check_against_each_other()
 
@@ -120,22 +116,20 @@ class FinetuneConfig:
         ModelArgs(**{n: getattr(self, n) for n in network if getattr(self, n) is not None})
         for name, known in (("template", TEMPLATES), ("prompt_type", SYSTEM_PROMPTS)):
             value = getattr(self, name)
-            _check(value is None or value in known, name, value, "one of " + ", ".join(known))
+            check(value is None or value in known, name, value, "one of " + ", ".join(known))
         for name in self.loggers:
-            _check(name in LOGGERS, "loggers", name, "one of " + ", ".join(LOGGERS))
+            check(name in LOGGERS, "loggers", name, "one of " + ", ".join(LOGGERS))
         device = self.device or "cpu"
-        _check(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, "device", device, "cpu, cuda or cuda:N")
+        check(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, "device", device, "cpu, cuda or cuda:N")
 
     def _check_against_each_other(self) -> None:
-        _check(bool(self.pretrained_path), "pretrained_path", self.pretrained_path, "at least one folder")
-        _check(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr = {self.lr}")
-        _check(
-            self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}"
-        )
+        check(bool(self.pretrained_path), "pretrained_path", self.pretrained_path, "at least one folder")
+        check(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr = {self.lr}")
+        check(self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
         if self.eval_interval and self.eval_data is None:
             raise ConfigError(f"eval_interval: got {self.eval_interval}, but it needs eval_data, the held-out items")
         if self.resume is not None and self.resume != AUTO:
-            _check(Path(self.resume).is_dir(), "resume", self.resume, f"{AUTO!r} or a folder that is there")
+            check(Path(self.resume).is_dir(), "resume", self.resume, f"{AUTO!r} or a folder that is there")
             if self.overwrite:
                 raise ConfigError(f"overwrite: begins anew, but resume = {self.resume} goes on; leave one of them out")
 
@@ -147,7 +141,7 @@ class FinetuneConfig:
         """
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
-        for key, value, line in _read_yaml(path):
+        for key, value, line in read_mapping(path):
             origin = f"{path}:{line}"
             _check_known(key, origin)
             if key in values:
@@ -158,7 +152,7 @@ class FinetuneConfig:
             if not equals:
                 raise ConfigError(f"{text!r}: expected key=value, for instance lr=1e-5")
             _check_known(key, text)
-            values[key] = _parse(value, text)
+            values[key] = read_value(value, text)
             origins.pop(key, None)
         missing = [name for name in required_fields() if name not in values]
         if missing:
@@ -167,10 +161,10 @@ class FinetuneConfig:
         try:
             return cls(**values)
         except ConfigError as error:
-            origin = origins.get(str(error).split(":")[0])
-            if origin is None:  # of an override, which the message names
+            name = str(error).split(":")[0]
+            if name not in origins:  # of an override, which the message names
                 raise
-            raise ConfigError(f"{origin}: {error}") from error
+            raise ConfigError(f"{origins[name]}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON and YAML know values."""
@@ -195,15 +189,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             for path in value if isinstance(value, list) else [value]:
                 there = path is None or "://" in path or Path(path).exists()
-                _check(there, name, path, "a file or folder that is there")
+                check(there, name, path, "a file or folder that is there")
 
 
 # --------------------------------------------------------------------------- fields
-
-
-def _check(condition: bool, name: str, given: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: got {given!r}, but it must be {wanted}")
 
 
 @functools.cache
@@ -255,139 +244,3 @@ def _packaged(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
-
-
-# --------------------------------------------------------------------------- values
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that the annotation `hint` names, read from text where it is text."""
-    optional = get_origin(hint) is types.UnionType
-    if optional:
-        hint = next(t for t in get_args(hint) if t is not types.NoneType)
-        if value is None or value == "":
-            return None
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        out, wanted = _read_choice(value, choices), "one of " + ", ".join(str(c or "false") for c in choices)
-    else:
-        read, wanted = _READERS[get_origin(hint) or hint]
-        out = read(value)
-    _check(out is not None, name, value, wanted + (", or null" if optional else ""))
-    return out
-
-
-def _read_bool(value: Any) -> bool | None:
-    if isinstance(value, str):
-        return True if value.lower() in _TRUE else False if value.lower() in _FALSE else None
-    return value if isinstance(value, bool) else None
-
-
-def _read_int(value: Any) -> int | None:
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _read_float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _read_str(value: Any) -> str | None:
-    return os.fspath(value) or None if isinstance(value, str | Path) else None
-
-
-def _read_texts(value: Any) -> list[str] | None:
-    """A single text is a list of one."""
-    if not isinstance(value, list | tuple):
-        value = [value]
-    texts = [text for v in value if (text := _read_str(v)) is not None]
-    return texts if len(texts) == len(value) else None
-
-
-def _read_names(value: Any) -> tuple[str, ...] | None:
-    texts = _read_texts(value)
-    return None if texts is None else tuple(texts)
-
-
-def _read_choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value in choices and (isinstance(value, str) or value is False):
-        return value
-    boolean = _read_bool(value)
-    if boolean is None or False not in choices:
-        return None
-    return choices[1] if boolean else False  # true means the first of the names
-
-
-_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_read_bool, "true or false"),
-    int: (_read_int, "a whole number"),
-    float: (_read_float, "a number"),
-    str: (_read_str, "text"),
-    list: (_read_texts, "a list of texts"),
-    tuple: (_read_names, "a list of names"),
-}
-
-
-# --------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which every scalar but null is text, since fields know their types better than YAML guesses them."""
-
-
-_NULL = "tag:yaml.org,2002:null"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag == _NULL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _read_yaml(path: str | Path) -> Iterator[tuple[Any, Any, int]]:
-    """(key, value, line) of a file's mapping, repeated keys included."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    node, loader = _node(text, str(path))
-    if node is None:
-        return
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: expected lines of the form key: value")
-    for key, value in node.value:
-        yield _value(loader, key, str(path)), _value(loader, value, str(path)), key.start_mark.line + 1
-
-
-def _parse(text: str, origin: str) -> Any:
-    node, loader = _node(text, origin)
-    return None if node is None else _value(loader, node, origin)
-
-
-def _node(text: str, origin: str) -> tuple[yaml.Node | None, _Loader]:
-    try:
-        loader = _Loader(text)
-        return loader.get_single_node(), loader
-    except yaml.YAMLError as error:
-        raise _not_yaml(error, origin) from error
-
-
-def _value(loader: _Loader, node: yaml.Node, origin: str) -> Any:
-    try:
-        return loader.construct_object(node, deep=True)
-    except yaml.YAMLError as error:
-        raise _not_yaml(error, origin) from error
-
-
-def _not_yaml(error: yaml.YAMLError, origin: str) -> ConfigError:
-    mark = getattr(error, "problem_mark", None)
-    place = origin if mark is None or "=" in origin else f"{origin}:{mark.line + 1}"
-    return ConfigError(f"{place}: not YAML ({getattr(error, 'problem', None) or 'a character that may not be there'})")
