@@ -9,9 +9,10 @@ Legend: B sequences, T tokens, D dim, E experts, K experts a token, V vocabulary
 
 from __future__ import annotations
 
-import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accessory.adapt.peft import add_beside, besides_of
-from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.load import destinations
 from accessory.config import Implementation, ModelArgs
 from accessory.errors import CheckpointError
@@ -27,9 +28,13 @@ from accessory.nn.decoder import Decoder, Layer
 from accessory.ops.rope import rope_frequencies, rotations
 
 SEQUENCES, TOKENS = 2, 64
-# fp32 keeps 7 digits; sums in another order cost a few units of the last one in each layer.
+_SHAKEN = "shaken"
+# fp32 keeps 7 digits, and sums in another order cost a few units of the last one. What that comes to depends on the
+# network, and is measured: the first one runs once more while the result of every layer is shaken.
 EXACT_BOUND = 1e-5
-_DEEP = 8  # layers from which on rounding in fp32 adds up to more than that: its square root
+_SHAKE, _SHAKES = 2.0**-22, 8.0  # relative; how many times what shaking does is still rounding
+# Rounded weights are held against the same weights rounded otherwise, which may do several times more or less.
+_ROUNDINGS = 4.0
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,28 @@ class Difference:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `certify` found. exact: merged, not rounded; stored: as written; adapter: what the adapter itself does."""
+    """What `certify` found: each network's difference to the one with the adapter beside its weights.
+
+    exact: merged, not rounded; stored: as written; adapter: without the adapter. shaken: the same network, shaken in
+    the last bits of fp32. otherwise: merged, with rounding errors of the size that they have, but of random sign.
+    """
 
     tokens: int
     layers: int
     dtype: torch.dtype
     exact: Difference
     stored: Difference
-    adapter: Difference | None
+    adapter: Difference | None = None
+    shaken: Difference | None = None
+    otherwise: Difference | None = None
 
     @property
     def exact_bound(self) -> float:
-        return EXACT_BOUND * max(1.0, math.sqrt(self.layers / _DEEP))
+        return max(EXACT_BOUND, _SHAKES * self.shaken.largest) if self.shaken else EXACT_BOUND
 
     @property
     def stored_bound(self) -> float:
-        return self.exact_bound + rounding_bound(self.dtype, self.layers)
+        return self.exact_bound + (_ROUNDINGS * self.otherwise.largest if self.otherwise else 0.0)
 
     def check(self) -> None:
         """CheckpointError where merged and unmerged logits differ by more than rounding explains."""
@@ -104,19 +115,6 @@ class Certificate:
         return out
 
 
-def rounding_bound(dtype: torch.dtype, layers: int) -> float:
-    """How far rounding every weight to `dtype` may move the logits, relative to them; 0 for fp32.
-
-    A rounded number is off by at most u = eps / 2 of itself, by about u / √6 as a rule, and independently of the
-    others, so a product with many of them is off by that much of itself too, whatever its size. A token passes
-    2 · layers + 1 sums in a row, whose errors add up in quadrature. The factor 4 leaves room for what norms, softmax
-    and products of products amplify. Mistakes are caught by the comparison before rounding, which has its own bound.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return 0.0
-    return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(2 * layers + 1)
-
-
 def certify(
     networks: Mapping[str, Mapping[str, Lazy]],
     args: ModelArgs,
@@ -134,12 +132,13 @@ def certify(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(args.vocab_size, (SEQUENCES, TOKENS), generator=generator)
+    if any(tensor.dtype.itemsize < 4 for tensor in networks["stored"].values()):
+        networks = {**networks, "otherwise": _rounded_otherwise(networks["exact"], networks["stored"])}
     run = _Run(networks, args, implementation, tokens_BT, torch.device(device))
     logits = run.logits(progress)
     differences = {
         name: Difference.between(logits["beside"], logits[name], run.turned[name], run.closeness[name])
-        for name in networks
-        if name != "beside"
+        for name in logits
     }
     return Certificate(
         tokens=tokens_BT.numel(),
@@ -148,7 +147,25 @@ def certify(
         exact=differences["exact"],
         stored=differences["stored"],
         adapter=differences.get("base"),
+        shaken=differences[_SHAKEN],
+        otherwise=differences.get("otherwise"),
     )
+
+
+def _rounded_otherwise(exact: Mapping[str, Lazy], stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The exact weights with the stored ones' rounding errors, their signs drawn anew: what rounding as such does.
+
+    An error is taken for half a unit in the last place at most, so that mistakes do not make room for themselves.
+    """
+
+    def made(name: str) -> Tensor:
+        right, rounded = exact[name].load().float(), stored[name].load().float()
+        most = right.abs().mul_(torch.finfo(stored[name].dtype).eps / 2)
+        error = rounded.sub(right).abs_().minimum(most)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return right + error * torch.randint(0, 2, error.shape, generator=generator).mul_(2).sub_(1)
+
+    return {name: Computed(t.shape, torch.float32, partial(made, name)) for name, t in exact.items()}
 
 
 class _Run:
@@ -164,25 +181,34 @@ class _Run:
     ) -> None:
         self.networks, self.args, self.implementation = networks, args, implementation
         self.tokens_BT, self.device = tokens_BT, device
-        self.turned = dict.fromkeys(networks, 0)
-        self.closeness = dict.fromkeys(networks, 0.0)
+        self.turned = dict.fromkeys((*networks, _SHAKEN), 0)
+        self.closeness = dict.fromkeys((*networks, _SHAKEN), 0.0)
 
     @torch.no_grad()
     def logits(self, progress: bool) -> dict[str, Tensor]:
-        """fp32 (N, V) of each network."""
+        """fp32 (N, V) of each network, and of the first one shaken."""
         args, (B, T) = self.args, self.tokens_BT.shape
         frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         rotation_BT1c = rotations(torch.arange(T).expand(B, T), *frequencies).to(self.device)
         stream = {name: self._embedded(tensors) for name, tensors in self.networks.items()}
-        steps = tqdm(total=args.n_layers * len(stream), desc="certifying", disable=not progress, leave=False)
+        first = next(iter(stream))
+        stream[_SHAKEN] = stream[first]
+        generator = torch.Generator().manual_seed(0)
+        steps = tqdm(total=args.n_layers * len(self.networks), desc="certifying", disable=not progress, leave=False)
         with steps:
             for i in range(args.n_layers):
                 chosen_NK: Tensor | None = None
                 for name, tensors in self.networks.items():
                     layer = self._layer(tensors, i)
                     stream[name], chosen_NK = self._step(name, layer, stream[name], rotation_BT1c, chosen_NK)
+                    if name == first:
+                        shaken_BTD, _ = self._step(_SHAKEN, layer, stream[_SHAKEN], rotation_BT1c, chosen_NK)
+                        noise_BTD = torch.randn(shaken_BTD.shape, generator=generator).to(self.device)
+                        stream[_SHAKEN] = shaken_BTD * (1 + _SHAKE * noise_BTD)
                     steps.update()
-        return {name: self._head(self.networks[name], x_BTD) for name, x_BTD in stream.items()}
+        return {
+            name: self._head(self.networks[first if name == _SHAKEN else name], x_BTD) for name, x_BTD in stream.items()
+        }
 
     def _embedded(self, tensors: Mapping[str, Lazy]) -> Tensor:
         return tensors["tok_embeddings.weight"].load()[self.tokens_BT].float().to(self.device)

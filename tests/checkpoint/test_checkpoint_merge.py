@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from accessory.checkpoint import certify as certify_module
 from accessory.checkpoint import merge as merge_module
-from accessory.checkpoint.certify import Certificate, Difference, certify, rounding_bound
+from accessory.checkpoint.certify import Certificate, Difference, certify
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.load import load_decoder
@@ -367,12 +367,13 @@ def test_only_rounding_gone_wrong_is_caught_too(tmp_path, base, adapter, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layers", [2, 24])
-def test_the_bound_of_rounding_is_neither_tight_nor_idle(dtype, layers):
+@pytest.mark.parametrize(("layers", "std"), [(2, 0.02), (2, 0.2), (24, 0.2)])
+def test_bounds_are_neither_tight_nor_idle(dtype, layers, std):
+    """Tame networks and ones that make a thousandfold of every error (24 layers of large weights) alike."""
     args = ModelArgs(
         dim=64, hidden_dim=96, n_layers=layers, n_heads=4, n_kv_heads=2, vocab_size=256, moe=MoEArgs(num_experts=4)
     )
-    weights = {n: t.to(dtype) for n, t in canonical_from_hf(hf_mixtral(args, std=0.1)).items()}
+    weights = {n: t.to(dtype) for n, t in canonical_from_hf(hf_mixtral(args, std=std)).items()}
     tensors = {n: Constant(t) for n, t in (weights | random_adapter(args, targets=EVERYWHERE)).items()}
     networks = {
         "beside": tensors,
@@ -381,8 +382,8 @@ def test_the_bound_of_rounding_is_neither_tight_nor_idle(dtype, layers):
     }
     found = certify(networks, peft_args(args), "sparse", dtype=dtype, progress=False)
     found.check()
-    assert found.exact.largest < found.exact_bound / 2
-    assert rounding_bound(dtype, layers) / 50 < found.stored.largest < rounding_bound(dtype, layers) / 2
+    assert found.exact_bound / 100 < found.exact.largest < found.exact_bound / 1.5
+    assert found.stored_bound / 10 < found.stored.largest < found.stored_bound / 1.5
     assert found.adapter is None
 
 
@@ -423,14 +424,14 @@ def test_a_difference_by_hand():
     assert d.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-5)
     nan = Difference.between(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(CheckpointError, match="logits differ"):
-        Certificate(tokens=1, layers=1, dtype=torch.float32, exact=nan, stored=same, adapter=None).check()
+        Certificate(tokens=1, layers=1, dtype=torch.float32, exact=nan, stored=same).check()
 
 
 # --------------------------------------------------------------------------- saves of what was trained
 
 
 @pytest.mark.parametrize("what", ["lora", "bias", "experts only", "with norms and router"])
-@pytest.mark.parametrize(("to", "shards"), [("base", 1), ("base", 4), ("sparse", 1), ("sparse", 2), ("sparse", 8)])
+@pytest.mark.parametrize(("to", "shards"), [("base", 1), ("base", 4), ("sparse", 1), ("sparse", 8)])
 def test_what_is_saved_is_what_is_read(tmp_path, what, to, shards):
     tensors = random_adapter(targets=("w1", "w2") if what == "experts only" else EVERYWHERE, bias=what == "bias")
     if what == "bias":
