@@ -189,6 +189,12 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     return tensors
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself beside its tensors. CheckpointError if it is broken."""
+    header, _ = _safetensors_header(File(path))
+    return dict(header.get("__metadata__", {}))
+
+
 def _safetensors_header(source: File) -> tuple[dict[str, Any], int]:
     path = source.path
     if source.size < 8:

@@ -8,9 +8,9 @@ not sharded, and their gradients are averaged at the end of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,24 +19,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from accessory.errors import ConfigError
+from accessory.errors import AccessoryError, ConfigError
 from accessory.nn.decoder import Decoder
 from accessory.nn.linear import RMSNorm
+from accessory.parallel.collectives import share
 from accessory.parallel.held import local
 from accessory.parallel.mesh import Ranks
 from accessory.parallel.plan import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
+T = TypeVar("T")
 _FLAT = 2**24  # numbers that one all-reduce takes together
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All ranks of a run: `data` × `model`. A model's parts lie on neighbouring ranks; None: a dimension of one."""
+    """All ranks of a run, `data` × `model`. A model's parts lie on neighbouring ranks; None: a dimension of one."""
 
     data: Ranks | None = None
     model: Ranks | None = None
     mesh: Any = None  # the data-parallel dimension, for FSDP2
+    all: Ranks | None = None
 
     @classmethod
     def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> Grid:
@@ -52,7 +55,7 @@ class Grid:
             device_type, (world // model_parallel_size, model_parallel_size), mesh_dim_names=("data", "model")
         )
         data, model = (Ranks.of(mesh.get_group(name)) for name in ("data", "model"))
-        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"])
+        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"], ranks)
 
     @property
     def data_rank(self) -> int:
@@ -83,13 +86,26 @@ class Grid:
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
         """In place."""
-        if self.data is not None or self.model is not None:
-            dist.all_reduce(tensor)
+        if self.all is not None:
+            dist.all_reduce(tensor, group=self.all.group)
         return tensor
 
     def wait(self) -> None:
-        if self.data is not None or self.model is not None:
-            dist.barrier()
+        if self.all is not None:
+            dist.barrier(group=self.all.group)
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on the first process, on all; an error of the user's is raised on all, too."""
+        outcome: tuple[Any, AccessoryError | None] = (None, None)
+        if self.first:
+            try:
+                outcome = (function(), None)
+            except AccessoryError as error:
+                outcome = (None, error)
+        value, failure = share(outcome, self.all)
+        if failure is not None:
+            raise failure
+        return value
 
 
 def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch.dtype) -> None:

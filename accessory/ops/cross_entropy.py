@@ -1,0 +1,47 @@
+"""Cross-entropy of many tokens over a large vocabulary, without a copy of the logits in fp32.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 1024  # widened to fp32 at a time
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, label_N: Tensor) -> Tensor:
+        # The gradient is softmax - one-hot: known here already, so the logits need not be widened a second time.
+        wanted = ctx.needs_input_grad[0]
+        grad_NV = torch.empty_like(logits_NV) if wanted else None
+        total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        for start in range(0, len(logits_NV), ROWS):
+            logits_RV = logits_NV[start : start + ROWS].float()
+            label_R1 = label_N[start : start + ROWS, None]
+            lse_R1 = logits_RV.logsumexp(-1, keepdim=True)
+            total += (lse_R1 - logits_RV.gather(1, label_R1)).sum()
+            if grad_NV is not None:
+                p_RV = (logits_RV - lse_R1).exp_()
+                p_RV.scatter_add_(1, label_R1, torch.full_like(lse_R1, -1.0))
+                grad_NV[start : start + ROWS] = p_RV
+        ctx.grad = grad_NV
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # In place: nobody else has it, and it is the largest tensor of a small model's step.
+        grad_NV, ctx.grad = ctx.grad, None
+        return grad_NV.mul_(grads[0].to(grad_NV.dtype)), None
+
+
+def cross_entropy_sum(logits_NV: Tensor, label_N: Tensor) -> Tensor:
+    """Σ_n -log softmax(logits_n)[label_n], () fp32, computed in fp32 whatever the logits' dtype.
+
+    No label is left out: pick the rows that are learnt before (`Decoder.forward(rows_N=…)`). Gradients flow once.
+    """
+    return _CrossEntropySum.apply(logits_NV, label_N)

@@ -1,0 +1,139 @@
+"""From a configuration to a network that is ready to be trained: opened, adapted, cut, sharded, filled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accessory.adapt.peft import Beside, besides_for, trainable_rule
+from accessory.checkpoint.folder import Checkpoint, open_checkpoint
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
+from accessory.errors import ConfigError
+from accessory.nn.decoder import Decoder
+from accessory.parallel.fsdp import Grid, shard
+from accessory.parallel.plan import check_ranks
+from accessory.train.config import FinetuneConfig
+
+log = logging.getLogger(__name__)
+
+COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The opened checkpoints a run starts from, and what is to be made of them."""
+
+    checkpoints: list[Checkpoint]
+    args: ModelArgs
+    kind: LlamaType
+    config: FinetuneConfig
+
+    @property
+    def trainable(self) -> Callable[[str], bool]:
+        return trainable_rule(self.args, self.kind.peft, self.config.train_router)
+
+    @property
+    def beside(self) -> dict[str, Beside] | None:
+        return besides_for(self.args) if self.kind.peft else None
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote a state: sizes, what is trained, and whose
+        weights it stands on, by the norms and routers, which every layout stores alike."""
+        sizes = self.args.to_dict()
+        told = {k: sizes[k] for k in "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".split()}
+        digest = hashlib.sha256()
+        for checkpoint in self.checkpoints:
+            for name in sorted(n for n in checkpoint.tensors if n.endswith(("norm.weight", "gate.weight"))):
+                for block in checkpoint.tensors[name].to(torch.float32).blocks():
+                    digest.update(name.encode() + block.numpy().tobytes())
+        peft = {f: _plain(getattr(self.args, f)) for f in PEFT_FIELDS} if self.kind.peft else None
+        return {"sizes": told, "peft": peft, "train_router": self.config.train_router, "weights": digest.hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def open_source(config: FinetuneConfig) -> Source:
+    """Open what `pretrained_path` names, and settle what kind of network is trained.
+
+    Raises CheckpointError and ConfigError as opening does, and ConfigError for adapters with nothing to train.
+    """
+    folders = [Path(resolve(p)) for p in config.pretrained_path]
+    checkpoints = [open_checkpoint(folders[0], config.llama_config)]
+    for folder in folders[1:]:
+        own = [folder / n for n in ("params.json", "config.json") if (folder / n).is_file()]
+        own = own or [folders[0] / n for n in ("params.json", "config.json") if (folders[0] / n).is_file()]
+        checkpoints.append(open_checkpoint(folder, [*own, *config.llama_config], allow_partial=True))
+    args = chained_args(checkpoints)
+    changes = {f: getattr(config, f) for f in PEFT_FIELDS if getattr(config, f) is not None}
+    if config.load_balancing_weight is not None:
+        changes["load_balancing_weight"] = config.load_balancing_weight
+    args = args.replace(**changes)
+    kind = LlamaType.parse(config.llama_type) if config.llama_type else checkpoints[-1].llama_type
+    wants = args.lora_rank > 0 or args.bias_tuning
+    if wants and not kind.peft and any(getattr(config, f) is not None for f in ("lora_rank", "bias_tuning")):
+        kind = LlamaType(kind.implementation, True, kind.image_views)
+    if kind.image_views or not config.no_visual:
+        raise NotImplementedError("no_visual: images are not built yet; leave it true")
+    if config.quant:
+        raise NotImplementedError("quant: quantised weights are not built yet; leave it false")
+    source = Source(checkpoints, args, kind, config)
+    if kind.peft and not (wants or args.norm_tuning or config.train_router):
+        raise ConfigError(
+            f"llama_type {kind}: nothing would be trained; set lora_rank, bias_tuning, norm_tuning or train_router"
+        )
+    check_ranks(args, kind.implementation, config.model_parallel_size)
+    return source
+
+
+def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> Decoder:
+    """The network on `device`: this rank's part, trained parameters in fp32, the rest in what it computes in."""
+    config, compute = source.config, COMPUTE[source.config.precision]
+
+    def wrap(decoder: Decoder) -> None:
+        shard(decoder, grid, config.data_parallel, compute)
+
+    decoder = load_decoder(
+        source.checkpoints,
+        source.args,
+        source.kind.implementation,
+        device=device,
+        dtype=compute,
+        ranks=grid.model,
+        progress=progress,
+        beside=source.beside,
+        trainable=source.trainable,
+        seed=config.seed,
+        wrap=wrap,
+    )
+    for layer in decoder.layers:
+        layer.recompute = config.checkpointing  # type: ignore[assignment]
+    return decoder
+
+
+def counts(decoder: Decoder) -> tuple[int, int]:
+    """(trained, all) parameters of the whole network."""
+    trained = total = 0
+    for name, p in decoder.named_parameters():
+        whole, _ = decoder.cuts.get(name, (tuple(p.shape), ()))
+        n = torch.Size(whole).numel()
+        total += n
+        trained += n if p.requires_grad else 0
+    return trained, total
+
+
+def warn_of_biases(source: Source) -> None:
+    if source.kind.peft and source.args.bias_tuning:
+        log.warning(
+            "bias_tuning: Hugging Face's Mixtral has no biases, so the result can be served and merged here but never "
+            "become a Hugging Face model; leave bias_tuning out if it has to"
+        )

@@ -1,0 +1,68 @@
+"""A run's state as a checkpoint folder like any other: it loads with `MetaModel`, converts and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from accessory.checkpoint.discover import find_resources
+from accessory.checkpoint.folder import Checkpoint
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.save import write_checkpoint
+from accessory.config import Implementation, ModelArgs
+from accessory.parallel.plan import expert_tensor, largest_world
+from accessory.train.state import trained_tensors
+
+
+def canonical_tensors(state: Path) -> dict[str, Lazy]:
+    """The trained tensors of a state under canonical names, each expert's its own; nothing is read yet."""
+    out: dict[str, Lazy] = {}
+    for name, tensor in trained_tensors(state):
+        if expert_tensor(name, 0) is None:
+            out[name] = tensor
+        else:
+            for e in range(tensor.shape[0]):
+                out[str(expert_tensor(name, e))] = tensor.select(0, e)
+    return out
+
+
+def export(
+    state: Path,
+    dst: Path,
+    checkpoints: Sequence[Checkpoint],
+    args: ModelArgs,
+    implementation: Implementation,
+    *,
+    only_trained: bool = False,
+    dtype: torch.dtype | None = None,
+    shards: int = 1,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write a state's parameters to `dst` in the accessory layout, over those of the checkpoints it started from.
+
+    only_trained: leave out what was not trained; the folder is then loaded behind the one that it was trained on.
+    dtype: by default trained tensors stay in fp32. shards: at most so many, or what the sizes allow.
+    """
+    trained = canonical_tensors(state)
+    tensors: dict[str, Lazy] = {}
+    if not only_trained:
+        for checkpoint in checkpoints:
+            tensors |= checkpoint.tensors
+    tensors |= trained
+    resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
+    write_checkpoint(
+        dst,
+        tensors,
+        args,
+        to=implementation,
+        shards=largest_world(args, implementation, at_most=shards),
+        dtype=dtype,
+        resources=list(resources.values()),
+        overwrite=overwrite,
+        progress=progress,
+        allow_partial=only_trained,
+    )
+    return dst

@@ -1,0 +1,199 @@
+"""Everything a run consists of, opened, checked and built before its first step: `prepare`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accessory.data.batches import Batch
+from accessory.data.dataset import FinetuneData
+from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from accessory.errors import ConfigError
+from accessory.parallel.fsdp import Grid
+from accessory.train.build import Source, build, open_source, warn_of_biases
+from accessory.train.config import FinetuneConfig
+from accessory.train.feed import Feed, Schedule, Split
+from accessory.train.state import Described, clean_states, complete_states, describe, load_state
+from accessory.train.trainer import Trainer, Weights
+
+STATES, FINAL, CONFIG = "states", "final", "config.yaml"
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, made before its first step."""
+
+    config: FinetuneConfig
+    grid: Grid
+    folder: Path
+    source: Source
+    data: FinetuneData
+    schedule: Schedule
+    feed: Feed
+    trainer: Trainer
+    held_out: list[Batch]
+    resumed: Described | None = None
+    tokens: int = 0
+    updates: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def states(self) -> Path:
+        return self.folder / STATES
+
+
+def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
+    """Open, check and build everything; nothing is written yet but the folder and `config.yaml`."""
+    folder = Path(config.output_dir)
+    resumed = grid.from_first(lambda: _prepare_folder(config, folder))
+    source = open_source(config)
+    if resumed is not None:
+        _check_same_model(resumed, source)
+    if grid.first:
+        warn_of_biases(source)
+    tokenizer = _tokenizer(config, source)
+    check_vocabulary(tokenizer, source.args.vocab_size)
+    data = _open_data(config.data_config, config, tokenizer, grid)
+    split = Split(config.batch_size, config.accum_iter, grid.data_size)
+    if resumed is not None:
+        split = Split.keeping(resumed.values["rows"], config.batch_size, grid.data_size)
+        _check_same_data(resumed, data, config)
+    schedule = _schedule(config, data, split.rows, config.epochs, config.max_steps)
+    pin = config.pin_mem and device.type == "cuda"
+    feed = Feed(data, schedule, split, grid, workers=config.num_workers, pin=pin)
+    held_out = _held_out(config, tokenizer, grid) if config.eval_data else []
+    decoder = build(source, grid, device, progress=grid.first)
+    weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
+    trainer = Trainer(decoder, grid, weights, weight_decay=config.weight_decay, clip=config.clip_grad)
+    run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, resumed)
+    if resumed is not None:
+        load_state(trainer, resumed.folder)
+        run.tokens, run.updates = resumed.values["tokens"], resumed.values["updates"]
+        trainer.loss_scale.value = resumed.values["loss_scale"]
+    return run
+
+
+def _prepare_folder(config: FinetuneConfig, folder: Path) -> Described | None:
+    """Make or clear the run's folder, and find the state to go on from; on the first process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+    clean_states(folder / STATES)
+    resumed = _state_to_resume(config, folder)
+    if resumed is None and (folder / "metrics.jsonl").exists():
+        if not config.overwrite and config.resume != "auto":
+            raise ConfigError(
+                f"output_dir: {folder} holds a run already; set resume=auto to go on with it, overwrite=true to begin "
+                "anew, or another folder"
+            )
+        for name in (STATES, FINAL):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    text = config.as_yaml()
+    aside = folder / (CONFIG + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(folder / CONFIG)
+    return resumed
+
+
+def _state_to_resume(config: FinetuneConfig, folder: Path) -> Described | None:
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        found = complete_states(folder / STATES)
+        return describe(found[-1]) if found else None
+    given = Path(config.resume)
+    inside = complete_states(given / STATES) or complete_states(given)
+    return describe(inside[-1] if inside else given)
+
+
+def _check_same_model(resumed: Described, source: Source) -> None:
+    before, now = resumed.values["model"], source.identity()
+    for key, what in (
+        ("sizes", "is of a model of other sizes"),
+        ("peft", "trained other adapters"),
+        ("train_router", "differs in whether the router is trained"),
+        ("weights", "stands on other weights than pretrained_path holds"),
+    ):
+        if before[key] != now[key]:
+            told = "" if key == "weights" else f": {_difference(before[key], now[key])}"
+            raise ConfigError(f"resume: {resumed.folder} {what}{told}")
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return ", ".join(f"{k} {before.get(k)!r} there, {now[k]!r} here" for k in now if before.get(k) != now[k])
+    return f"{before!r} there, {now!r} here"
+
+
+def _check_same_data(resumed: Described, data: FinetuneData, config: FinetuneConfig) -> None:
+    if resumed.values["data"] != data_identity(data, config):
+        raise ConfigError(
+            f"resume: {resumed.folder} learnt from other data, or the same in another order (items, max_words, packing,"
+            " template or seed differ); resume with what it began with, or begin a new run from its final folder"
+        )
+
+
+def data_identity(data: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:
+    return {
+        "items": len(data),
+        "digest": data.fingerprint(),
+        "max_words": config.max_words,
+        "packing": config.packing,
+        "seed": config.seed,
+    }
+
+
+def _tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
+    if config.tokenizer_path is not None:
+        return load_tokenizer(config.tokenizer_path)
+    for checkpoint in reversed(source.checkpoints[1:]):
+        if any(checkpoint.path.glob("tokenizer.*")):
+            return load_tokenizer(checkpoint.path)
+    return load_tokenizer(source.checkpoints[0].path)
+
+
+def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid) -> FinetuneData:
+    def opened() -> FinetuneData:
+        return FinetuneData.open(
+            Path(path),
+            tokenizer,
+            max_words=config.max_words,
+            template=config.template,
+            dialog=config.dialog,
+            cache_ann_on_disk=config.cache_ann_on_disk,
+            seed=config.seed,
+        )
+
+    if config.cache_ann_on_disk:  # the others read what the first one has written
+        grid.from_first(lambda: len(opened()))
+    return opened()
+
+
+def _schedule(
+    config: FinetuneConfig, data: FinetuneData, rows: int, epochs: float, max_steps: int | None = None
+) -> Schedule:
+    return Schedule(
+        data,
+        rows=rows,
+        max_words=config.max_words,
+        packing=config.packing,
+        seed=config.seed,
+        epochs=epochs,
+        max_steps=max_steps,
+    )
+
+
+def _held_out(config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid) -> list[Batch]:
+    data = _open_data(str(config.eval_data), config, tokenizer, grid)
+    split = Split(config.batch_size, 1, grid.data_size)
+    return Feed(data, _schedule(config, data, split.rows, 1.0), split, grid).all_batches()

@@ -1,0 +1,243 @@
+"""A run's state on disk: trained parameters, the optimiser's moments, and where in the data the run stands.
+
+`<run>/states/step-00000020/` holds safetensors that torch.distributed.checkpoint wrote, one set a rank, each tensor
+with its place in the whole, and `state.json`. Names are the network's own, sizes those of the uncut tensors: so any
+number of ranks, in either implementation, reads what any other number wrote. A state appears whole or not at all.
+
+Legend: a tensor is `<what>.<parameter>`, what being "model", "exp_avg" or "exp_avg_sq".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from accessory.checkpoint.atomic import new_folder, sync_folder
+from accessory.checkpoint.discover import MARKER
+from accessory.checkpoint.files import read_safetensors, safetensors_metadata
+from accessory.checkpoint.lazy import Lazy, concat
+from accessory.checkpoint.load import part_of
+from accessory.config import read_json
+from accessory.errors import CheckpointError
+from accessory.parallel.held import Held, beside_parameter, held_parameters
+from accessory.train.optim import allocate_moments
+from accessory.train.trainer import Trainer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILE_BYTES = 2 * 10**9  # a rank keeps about this much in host memory while it writes
+_STEP = re.compile(r"step-(\d{8})")
+_DESCRIPTION = "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Described:
+    """What `state.json` says beside the tensors."""
+
+    step: int
+    values: dict[str, Any]
+    folder: Path
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Tells torch.distributed.checkpoint which box of which whole tensor each of ours is."""
+
+    def __init__(self, held: Mapping[str, Held]) -> None:
+        super().__init__(flatten_state_dict=False)  # names are flat, and the plan is ours
+        self.held = held
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(name, held) for name, held in self.held.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.held[index.fqn].tensor
+
+
+def _write_item(name: str, held: Held) -> WriteItem:
+    offsets = torch.Size(held.offsets)
+    return WriteItem(
+        index=MetadataIndex(name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=held.tensor.shape),
+            properties=TensorProperties.create_from_tensor(held.tensor),
+            size=torch.Size(held.whole),
+        ),
+    )
+
+
+def held_state(trainer: Trainer) -> dict[str, Held]:
+    """This rank's boxes of trained parameters and moments; empty ones are left out."""
+    parameters = dict(trainer.named)
+    out = {}
+    for held in held_parameters(trainer.decoder):
+        if held.name not in parameters or not held.tensor.numel():
+            continue
+        out[f"model.{held.name}"] = held
+        moments = trainer.optimizer.state.get(parameters[held.name], {})
+        for moment in MOMENTS:
+            if moment in moments:
+                out[f"{moment}.{held.name}"] = beside_parameter(held, moments[moment])
+    return out
+
+
+def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, Any], keep: int) -> Path:
+    """Write `folder`/step-…, then drop all but the last `keep` states. Every rank calls it; the first one names it.
+
+    Raises CheckpointError, on all ranks, where a rank cannot write; what was there before is then still there.
+    """
+    grid, target = trainer.grid, folder / f"step-{step:08d}"
+    held = held_state(trainer)
+    stack = ExitStack()
+
+    def begin() -> Path:
+        if target.exists():
+            _drop(target)  # of the same step: the run came here before, from an earlier state
+        return stack.enter_context(new_folder(target))
+
+    with stack:
+        place = grid.from_first(begin)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+                dcp.save(
+                    {name: h.tensor for name, h in held.items()},
+                    storage_writer=dcp.HuggingFaceStorageWriter(
+                        str(place), fqn_to_index_mapping=_files(held), save_distributed=True
+                    ),
+                    planner=_Planner(held),
+                    no_dist=grid.all is None,
+                )
+        except (dcp.api.CheckpointException, OSError) as error:
+            raise CheckpointError(f"{target}: cannot be written ({_reason(error)})") from error
+        if grid.first:
+            with open(place / _DESCRIPTION, "w", encoding="utf-8") as handle:
+                json.dump({"format": FORMAT, "step": step, **values}, handle, indent=1)
+                handle.flush()
+                os.fsync(handle.fileno())
+    grid.wait()
+    if grid.first:
+        for old in complete_states(folder)[: -keep or None]:
+            _drop(old)
+    return target
+
+
+def _files(held: Mapping[str, Held]) -> dict[str, int]:
+    """Which of a rank's files a tensor goes to, so that none of them is large."""
+    files, number, size = {}, 1, 0
+    for name, h in held.items():
+        nbytes = h.tensor.numel() * h.tensor.element_size()
+        if size and size + nbytes > _FILE_BYTES:
+            number, size = number + 1, 0
+        files[name] = number
+        size += nbytes
+    return files
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):
+        failures = error.failures
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {cause}"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _drop(state: Path) -> None:
+    (state / _DESCRIPTION).unlink(missing_ok=True)  # first: a half-removed state is no state
+    shutil.rmtree(state)
+
+
+def complete_states(folder: Path) -> list[Path]:
+    """The states of a run, oldest first; unfinished and half-removed ones do not count."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name) and (p / _DESCRIPTION).is_file()]
+    return sorted(p for p in found if not (p / MARKER).exists())
+
+
+def clean_states(folder: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    if not folder.is_dir():
+        return
+    whole = set(complete_states(folder))
+    for path in folder.iterdir():
+        if path not in whole and _STEP.fullmatch(path.name.split(".")[0]) and path.is_dir():
+            shutil.rmtree(path)
+    sync_folder(folder)
+
+
+def describe(state: Path) -> Described:
+    """CheckpointError where the folder is no state, or one of a format that is not known."""
+    if not (state / _DESCRIPTION).is_file():
+        raise CheckpointError(f"{state}: holds no {_DESCRIPTION}; give a folder step-… of a run's states")
+    values = read_json(state / _DESCRIPTION)
+    if values.get("format") != FORMAT or not isinstance(values.get("step"), int):
+        raise CheckpointError(f"{state / _DESCRIPTION}: format {values.get('format')!r} is not known here")
+    return Described(values["step"], values, state)
+
+
+def state_tensors(state: Path) -> dict[str, Lazy]:
+    """Every tensor of a state, whole, put together lazily from the boxes that its ranks wrote."""
+    boxes: dict[str, list[tuple[tuple[int, ...], Lazy]]] = {}
+    for file in sorted(state.glob("*.safetensors")):
+        tensors = read_safetensors(file)
+        info = json.loads(safetensors_metadata(file).get("DCP_SHARDING_INFO", "{}"))
+        for name, tensor in tensors.items():
+            boxes.setdefault(name, []).append((tuple(info[name]["saved_offsets"]), tensor))
+    return {name: _assemble(name, found) for name, found in boxes.items()}
+
+
+def _assemble(name: str, boxes: list[tuple[tuple[int, ...], Lazy]]) -> Lazy:
+    if len(boxes) == 1:
+        return boxes[0][1]
+    for dim in range(len(boxes[0][0])):
+        starts = sorted({offsets[dim] for offsets, _ in boxes})
+        if len(starts) > 1:
+            rows = [[box for box in boxes if box[0][dim] == start] for start in starts]
+            return concat([_assemble(name, row) for row in rows], dim)
+    raise CheckpointError(f"{name}: is there twice; the state is damaged")
+
+
+def load_state(trainer: Trainer, state: Path) -> None:
+    """Fill parameters and moments from a state that any number of ranks wrote, in either implementation.
+
+    CheckpointError names tensors that are missing or of another shape, before anything is touched.
+    """
+    tensors = state_tensors(state)
+    described = describe(state)
+    allocate_moments(trainer.optimizer, int(described.values.get("updates", described.step)))
+    wanted = held_state(trainer)
+    for name, held in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{state}: holds no {name}: it is of a run that trained something else")
+        if tensors[name].shape != held.whole:
+            raise CheckpointError(f"{state}: {name} is {tensors[name].shape}, here {held.whole}: another model's")
+    trained = {f"model.{name}" for name, _ in trainer.named}
+    extra = [n for n in tensors if n.startswith("model.") and n not in trained]
+    if extra:
+        raise CheckpointError(f"{state}: holds {extra[0]}, which is not trained here")
+    with torch.no_grad():
+        for name, held in wanted.items():
+            part_of(tensors[name], held).copy_to(held.tensor)
+
+
+def trained_tensors(state: Path) -> Iterator[tuple[str, Lazy]]:
+    """The trained parameters of a state by their names in the network."""
+    for name, tensor in state_tensors(state).items():
+        if name.startswith("model."):
+            yield name.removeprefix("model."), tensor

@@ -1,0 +1,232 @@
+"""One step of training: micro-batches in, parameters moved, a record of what happened out.
+
+loss = Σ cross-entropy / learnt tokens + w · balance + z_w · z, over all micro-batches and data-parallel ranks of the
+step. Cross-entropy is one mean over all learnt tokens, however they are spread. The balance loss is not linear in the
+batch: it is taken of each micro-batch on each rank, and their values are averaged, weighted by the tokens that count;
+with global statistics, of each micro-step's tokens on all data-parallel ranks together. Model-parallel ranks see the
+same tokens.
+
+Legend: E experts, L layers, N learnt tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.data.batches import Batch
+from accessory.nn.decoder import Decoder
+from accessory.ops.attention import Documents
+from accessory.ops.cross_entropy import cross_entropy_sum
+from accessory.ops.routing import RouterStatistics, balance_loss
+from accessory.parallel.fsdp import Grid, finish_gradients, squared_norm
+from accessory.train.optim import LossScale, make_optimizer, scale_gradients
+
+IGNORED = -100
+
+
+class NotFiniteError(Exception):
+    """Loss or gradient is NaN or infinite; the parameters have not been touched since the step before."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the parts of the loss are multiplied by."""
+
+    balance: float
+    z: float = 0.0
+    global_statistics: bool = False
+
+
+class Trainer:
+    """A decoder (cut and sharded as `grid` says) and its optimiser.
+
+    `step` is the same on all ranks but for the batches: each data-parallel rank brings its own, model-parallel ranks
+    the same ones.
+    """
+
+    def __init__(
+        self, decoder: Decoder, grid: Grid, weights: Weights, *, weight_decay: float = 0.0, clip: float = 0.0
+    ) -> None:
+        self.decoder, self.grid, self.weights, self.clip = decoder, grid, weights, clip
+        self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.named, weight_decay)
+        self.device = next(decoder.parameters()).device
+        self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
+
+    def step(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
+        """Learn from `batches` (micro-batches of this rank) together; the record's keys are those of `train.metrics`.
+
+        Raises NotFiniteError, on all ranks alike, before any parameter is touched.
+        """
+        began = time.perf_counter()
+        self.decoder.train()
+        totals = self._totals(batches)
+        sums = _Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
+        for batch, counted in zip(batches, totals.counted, strict=True):
+            loss = self._loss(batch, totals, counted, sums)
+            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
+            (loss * (self.grid.data_size * self.loss_scale.value)).backward()
+        finish_gradients(self.decoder, self.grid)
+        record = sums.record(self.grid, totals)
+        norm = math.sqrt(float(squared_norm(self.decoder, self.grid))) / self.loss_scale.value
+        finite = math.isfinite(norm)
+        if not math.isfinite(record["loss"]) or (not finite and not self.loss_scale.dynamic):
+            self.optimizer.zero_grad()
+            what = "gradient" if math.isfinite(record["loss"]) else "loss"
+            raise NotFiniteError(f"the {what} is {norm if what == 'gradient' else record['loss']}")
+        if finite:
+            clipped = self.clip / (norm + 1e-6) if 0 < self.clip < norm else 1.0
+            if clipped / self.loss_scale.value != 1.0:
+                scale_gradients(self.named, clipped / self.loss_scale.value)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.loss_scale.update(finite)
+        self.optimizer.zero_grad()
+        step_s = time.perf_counter() - began
+        return record | {
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": int(totals.all_counted),
+            "tokens_per_s": totals.all_counted / step_s,
+            "step_s": step_s,
+            "memory_gb": self._memory(),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """(mean cross-entropy, learnt tokens) over the batches of all data-parallel ranks."""
+        self.decoder.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            rows_N, label_N = _learnt(batch)
+            out = self._forward(batch, rows_N, statistics=False)
+            sums += torch.stack([cross_entropy_sum(out.logits, label_N.to(self.device)), sums.new_tensor(len(rows_N))])
+        self.grid.sum_over_data(sums)
+        return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
+
+    def _forward(self, batch: Batch, rows_N: Tensor, statistics: bool) -> Any:
+        return self.decoder(
+            batch.tokens_BT.to(self.device, non_blocking=True),
+            batch.positions_BT.to(self.device, non_blocking=True),
+            documents_BT=_documents(batch, self.device),
+            counted_BT=batch.counted_BT.to(self.device, non_blocking=True),
+            statistics=statistics,
+            rows_N=rows_N.to(self.device, non_blocking=True),
+        )
+
+    def _totals(self, batches: Sequence[Batch]) -> _Totals:
+        """Learnt tokens of the step, and counted tokens of each micro-step, on all data-parallel ranks."""
+        own = [float(batch.counted_BT.sum()) for batch in batches]
+        learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
+        numbers = torch.tensor([learnt, *own], dtype=torch.float64)
+        summed = self.grid.sum_over_data(numbers.to(self.device)).tolist()
+        return _Totals(learnt=summed[0], counted=own, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
+
+    def _loss(self, batch: Batch, totals: _Totals, counted: float, sums: _Sums) -> Tensor:
+        rows_N, label_N = _learnt(batch)
+        out = self._forward(batch, rows_N, statistics=True)
+        ce = cross_entropy_sum(out.logits, label_N.to(self.device, non_blocking=True))
+        statistics, share, logged = out.router, counted / max(totals.all_counted, 1.0), 1.0
+        if self.weights.global_statistics and self.grid.data is not None:
+            # Every rank's balance is then that of all tokens of the micro-step, its gradient this rank's part of it.
+            statistics = [_over_data(s, self.grid) for s in out.router]
+            share = totals.counted_on_all[sums.parts] / max(totals.all_counted, 1.0)
+            logged = 1.0 / self.grid.data_size
+        balance = balance_loss(statistics)
+        z = torch.stack([s.z for s in out.router]).mean() / max(totals.all_counted, 1.0)
+        per_layer = torch.stack([balance_loss([s]).detach() for s in statistics])
+        sums.add(ce.detach(), z.detach(), out.router, per_layer * (share * logged))
+        loss = ce / max(totals.learnt, 1.0) + self.weights.balance * share * balance
+        return loss + self.weights.z * z if self.weights.z else loss
+
+    def _memory(self) -> float:
+        """Peak so far in GB: of the GPU's allocator, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+@dataclass(frozen=True)
+class _Totals:
+    learnt: float
+    counted: list[float]  # of each micro-batch here
+    all_counted: float
+    counted_on_all: list[float]  # of each micro-step on all data-parallel ranks
+
+
+class _Sums:
+    """What a step's record is made of, summed over micro-batches on the device and over ranks once."""
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self.scalars = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, z
+        self.layers = torch.zeros(layers, experts + 2, dtype=torch.float64, device=device)  # counts, entropy, balance
+        self.parts = 0
+
+    def add(self, ce: Tensor, z: Tensor, router: Sequence[RouterStatistics], balance_L: Tensor) -> None:
+        self.parts += 1
+        self.scalars += torch.stack([ce, z])
+        counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
+        self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
+
+    def record(self, grid: Grid, totals: _Totals) -> dict[str, Any]:
+        numbers = grid.sum_over_data(torch.cat([self.scalars, self.layers.flatten()])).cpu()
+        ce, z = numbers[:2].tolist()
+        rows = numbers[2:].view(self.layers.shape)
+        share_LE = rows[:, :-2] / rows[:, :-2].sum(1, keepdim=True).clamp_min(1.0)
+        entropy_L, balance_L = rows[:, -2] / max(totals.all_counted, 1.0), rows[:, -1]
+        return {
+            "loss": ce / max(totals.learnt, 1.0),
+            "balance": float(balance_L.mean()),
+            "z": z,
+            "layers": {
+                "balance": balance_L.tolist(),
+                "entropy": entropy_L.tolist(),
+                "largest": share_LE.max(1).values.tolist(),
+                "share": share_LE.tolist(),
+            },
+        }
+
+
+def _learnt(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Places in the flattened batch whose next token is learnt, and that token; found on the CPU, without waiting."""
+    labels = batch.labels_BT.flatten()
+    rows_N = (labels != IGNORED).nonzero().squeeze(1)
+    return rows_N, labels[rows_N]
+
+
+def _documents(batch: Batch, device: torch.device) -> Documents | None:
+    """None where each row is one document from its first token: plain causal attention then, and padding behind it."""
+    number_BT = batch.documents_BT
+    counted = batch.counted_BT
+    if bool((number_BT.where(counted, number_BT[:, :1]) == number_BT[:, :1]).all()):
+        return None
+    return Documents.of(number_BT).to(device)
+
+
+class _SumOverData(torch.autograd.Function):
+    """The sum over data-parallel ranks; a rank's gradient is that of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        return grid.sum_over_data(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _over_data(s: RouterStatistics, grid: Grid) -> RouterStatistics:
+    plain = grid.sum_over_data(torch.cat([s.tokens[None], s.count_E]))
+    return s._replace(tokens=plain[0], count_E=plain[1:], probability_E=_SumOverData.apply(s.probability_E, grid))

@@ -1,0 +1,172 @@
+"""Small trainings, the same whoever runs them: transformers, one process, several ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from accessory.config import ModelArgs, MoEArgs
+from helpers.random_models import canonical_from_hf, hf_mixtral
+
+ARGS = ModelArgs(
+    dim=32,
+    hidden_dim=48,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=64,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=4),
+    load_balancing_weight=0.1,
+)
+STEPS, DOCUMENTS, LENGTH = 20, 4, 24
+LR, CLIP, DECAY = 3e-3, 1.0, 0.1
+
+
+def documents(step: int) -> list[tuple[list[int], list[bool]]]:
+    """The (ids, learnt) of a step: of different lengths, partly learnt; two of them fit into one row of LENGTH."""
+    generator = torch.Generator().manual_seed(100 + step)
+    out = []
+    for _ in range(DOCUMENTS):
+        length = int(torch.randint(6, LENGTH // 2 + 1, (1,), generator=generator))
+        ids = torch.randint(3, ARGS.vocab_size, (length,), generator=generator)
+        ids[0] = 1
+        learn = torch.rand(length, generator=generator) < 0.6
+        learn[0], learn[-1] = False, True
+        out.append((ids.tolist(), learn.tolist()))
+    return out
+
+
+def batches(step: int, *, packed: bool = False, parts: int = 1) -> list[Any]:
+    """The step's documents in `parts` micro-batches (or ranks' batches), a document a row, or two where `packed`."""
+    from accessory.data.batches import collate
+    from accessory.data.dataset import Example
+
+    examples = [Example(ids=ids, learn=learn, truncated=False, image=None) for ids, learn in documents(step)]
+    rows = [examples[i : i + 2] for i in range(0, DOCUMENTS, 2)] if packed else [[e] for e in examples]
+    per = len(rows) // parts
+    return [collate(rows[i * per : (i + 1) * per], list(range(per))) for i in range(parts)]
+
+
+def hf_losses(steps: int = STEPS) -> list[tuple[float, float, float]]:
+    """(cross-entropy, balance, gradient norm) of each step of a plain loop over transformers' model."""
+    model = hf_mixtral(ARGS)
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
+    rest = [p for n, p in model.named_parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95)
+    )
+    out = []
+    for step in range(steps):
+        docs = documents(step)
+        T = max(len(ids) for ids, _ in docs)
+        ids_BT = torch.zeros(len(docs), T, dtype=torch.int64)
+        labels_BT = torch.full_like(ids_BT, -100)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, (ids, learn) in enumerate(docs):
+            ids_BT[b, : len(ids)] = torch.tensor(ids)
+            mask_BT[b, : len(ids)] = 1
+            labels_BT[b, : len(ids)] = torch.tensor(ids).where(torch.tensor(learn), torch.tensor(-100))
+        result = model(ids_BT, attention_mask=mask_BT, output_router_logits=True)
+        ce = F.cross_entropy(result.logits[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
+        balance = torch.stack([balance_by_definition(g, mask_BT.bool()) for g in result.router_logits]).mean()
+        optimizer.zero_grad()
+        (ce + ARGS.load_balancing_weight * balance).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        out.append((ce.item(), balance.item(), norm.item()))
+    return out
+
+
+def balance_by_definition(gate_NE: torch.Tensor, counted_BT: torch.Tensor) -> torch.Tensor:
+    """E / (T·K) · Σ_e count_e · mean_t p_te over the tokens that count, spelled out token by token."""
+    K, E = ARGS.moe.num_experts_per_tok, gate_NE.shape[1]
+    p_TE = gate_NE.float().softmax(-1)[counted_BT.flatten()]
+    counts = [0] * E
+    for row in p_TE:
+        for e in row.topk(K).indices.tolist():
+            counts[e] += 1
+    T = len(p_TE)
+    return sum(E / (T * K) * counts[e] * p_TE[:, e].sum() / T for e in range(E))
+
+
+def oracle_tensors() -> dict[str, torch.Tensor]:
+    """The weights of transformers' model of `hf_losses` under canonical names."""
+    return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+
+
+def make_decoder(
+    implementation: str,
+    grid: Any = None,
+    mode: str = "sdp",
+    checkpointing: bool = False,
+    peft: Any = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Any:
+    """The oracle's network, cut as `grid` says, through the project's own loading."""
+    from accessory.adapt.peft import besides_for, trainable_rule
+    from accessory.checkpoint.folder import Checkpoint
+    from accessory.checkpoint.lazy import Constant
+    from accessory.checkpoint.load import load_decoder
+    from accessory.config import LlamaType
+    from accessory.parallel.fsdp import shard
+
+    args = ARGS.replace(**(peft or {}))
+    values = {n: Constant(t) for n, t in (tensors or oracle_tensors()).items()}
+    checkpoint = Checkpoint(
+        path="memory", layout="hf", args=ARGS, llama_type=LlamaType(implementation), tensors=values, files=[]
+    )
+    decoder = load_decoder(
+        [checkpoint],
+        args,
+        implementation,
+        dtype=torch.float32,
+        ranks=grid.model if grid else None,
+        beside=besides_for(args) if peft else None,
+        trainable=trainable_rule(args, bool(peft)),
+        wrap=(lambda d: shard(d, grid, mode, torch.float32)) if grid else None,
+    )
+    for layer in decoder.layers:
+        layer.recompute = checkpointing
+    return decoder
+
+
+def train(
+    implementation: str,
+    grid: Any = None,
+    *,
+    mode: str = "sdp",
+    packed: bool = False,
+    accum: int = 1,
+    checkpointing: bool = False,
+    peft: Any = None,
+    steps: int = STEPS,
+    balance: float = ARGS.load_balancing_weight,
+    z: float = 0.0,
+    global_statistics: bool = True,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> list[tuple[float, float, float]]:
+    """(cross-entropy, balance, gradient norm) of each step, by the project's trainer."""
+    from accessory.parallel.fsdp import Grid
+    from accessory.train.trainer import Trainer, Weights
+
+    grid = grid or Grid()
+    decoder = make_decoder(implementation, grid, mode, checkpointing, peft, tensors)
+    trainer = Trainer(decoder, grid, Weights(balance, z, global_statistics), weight_decay=DECAY, clip=CLIP)
+    out = []
+    for step in range(steps):
+        parts = batches(step, packed=packed, parts=accum * grid.data_size)
+        record = trainer.step(parts[grid.data_rank :: grid.data_size], LR)
+        out.append((record["loss"], record["balance"], record["grad_norm"]))
+    return out
+
+
+def close(got: Sequence[tuple[float, ...]], wanted: Sequence[tuple[float, ...]], tolerance: float = 1e-5) -> None:
+    assert len(got) == len(wanted)
+    for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        for x, y in zip(a, b, strict=True):
+            assert math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance), f"step {step}: {a} instead of {b}"
