@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accessory import __version__
 from accessory.config import SHORT_DTYPES
-from accessory.errors import AccessoryError
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
@@ -23,52 +19,10 @@ LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
-    quiet = _rank() > 0
-    if quiet:  # of several ranks, the first one speaks
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    try:
-        return options.run(options) or 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) went away; Python would complain again while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if options.debug or not _is_users(error):
-            raise
-        if quiet:
-            time.sleep(2)  # where all ranks fail alike, the launcher must not end the first before it has spoken
-        else:
-            print(f"accessory: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+    from accessory.commands.outcome import outcome
 
-
-def _rank() -> int:
-    """Which of the ranks this is that torchrun or srun started; 0 for a process started alone."""
-    e = os.environ
-    text = e.get("RANK") if "WORLD_SIZE" in e else e.get("SLURM_PROCID") if "SLURM_STEP_ID" in e else None
-    return int(text) if text is not None and text.isdigit() else 0
-
-
-def _is_users(error: Exception) -> bool:
-    """What has a plain answer; anything else is a defect of ours, and its traceback helps to mend it."""
-    return isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError) or (
-        type(error).__name__ == "OutOfMemoryError"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if type(error).__name__ == "OutOfMemoryError":
-        text += " Shorter --max-seq-len and fewer prompts at once need less."
-    return text
+    options = _parser().parse_args(argv)
+    return outcome(lambda: options.run(options), debug=options.debug)
 
 
 # --------------------------------------------------------------------------- commands

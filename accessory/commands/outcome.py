@@ -1,0 +1,74 @@
+"""How a command ends: its exit status, and a user's mistake as one line. Every door of the package goes through it.
+
+Only the standard library is imported here, so that `accessory --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from accessory.errors import AccessoryError, RankError
+
+# Seconds that ranks which fail leave to the first one: the launcher must not end it before it has spoken.
+FIRST_SPEAKS = 2.0
+
+
+def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 130 interrupted.
+
+    Of several ranks the first one speaks; the others do where something may have happened to them alone.
+    """
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    rank = started_rank()
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        return run() or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away; Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug or not _is_users(error):
+            raise
+        if rank:
+            time.sleep(FIRST_SPEAKS)
+        if not rank or _may_be_of_one_rank(error):
+            who = f"rank {rank}: " if rank else ""
+            print(f"accessory: error: {who}{_one_line(error)}", file=sys.stderr, flush=True)
+        return 1
+
+
+def started_rank() -> int:
+    """Which of the ranks this is that torchrun or srun started; 0 for a process started alone."""
+    e = os.environ
+    text = e.get("RANK") if "WORLD_SIZE" in e else e.get("SLURM_PROCID") if "SLURM_STEP_ID" in e else None
+    return int(text) if text is not None and text.isdigit() else 0
+
+
+def _is_users(error: Exception) -> bool:
+    """What has a plain answer; anything else is a defect of ours, and its traceback helps to mend it."""
+    return isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError"
+    )
+
+
+def _may_be_of_one_rank(error: Exception) -> bool:
+    """Wrong configurations and inputs are the same on all ranks; disks and memories are not."""
+    return isinstance(error, OSError | MemoryError | RankError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        text += " Shorter --max-seq-len and fewer prompts at once need less."
+    return text
