@@ -21,7 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
     from accessory.commands.outcome import outcome
 
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:  # key=value behind an option, which argparse does not take for the positional argument that it is
+        options.overrides += rest
     return outcome(lambda: options.run(options), debug=options.debug)
 
 
@@ -108,6 +113,12 @@ def _adapter(options: argparse.Namespace) -> int:
     from accessory.commands.adapters import adapter
 
     return adapter(options)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from accessory.commands.finetune import finetune
+
+    return finetune(options)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -212,6 +223,16 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--shards", type=int, metavar="N", help="import: files to split it into (default: 1)")
     adapter.add_argument("--safetensors", action="store_true", help="import: instead of .pth")
     adapter.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
+
+    finetune = _command(commands, "finetune", _finetune, "train a model, or adapters for one, as a recipe says")
+    finetune.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe: lora_one_gpu, …")
+    finetune.add_argument("overrides", metavar="key=value", nargs="*", help="wins over what the file says")
+    finetune.add_argument(
+        "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks to start here; on a CPU, processes"
+    )
+    finetune.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="check and show the recipe, train nothing"
+    )
 
     report = _command(commands, "report", _report, "make report.html of a finetuning run, finished, running or dead")
     report.add_argument("dir", metavar="DIR", help="its output folder, which holds metrics.jsonl")

@@ -1,0 +1,183 @@
+"""`accessory finetune`, and what `main_finetune.py` shares with it: from a configuration to ranks that train."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from accessory.config import PEFT_FIELDS
+from accessory.errors import ConfigError, InputError
+from accessory.parallel.mesh import Launch, launch_of
+from accessory.train.config import PACKAGE, FinetuneConfig
+
+RECIPES = PACKAGE / "configs" / "finetune"
+# Seconds that a rank has after Ctrl-C to end its step and save its state, where torchrun would give it 30.
+SAVING = "600"
+
+
+def finetune(options: argparse.Namespace) -> int:
+    """Carry out a recipe: here, as one of a launcher's ranks, or on `--n-gpus` ranks that are started for it."""
+    recipe = find_recipe(options.config)
+    config = FinetuneConfig.from_yaml(recipe, options.overrides)
+    launch = launch_of(dict(os.environ))
+    if options.n_gpus is None or (options.n_gpus == 1 and launch is None):
+        return carry_out(config, dry_run=options.dry_run)
+    if launch is not None:
+        raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
+    _check_n_gpus(options.n_gpus, config)
+    words = ["-m", "accessory", "finetune", str(recipe), *options.overrides, *(["--debug"] if options.debug else [])]
+    if options.dry_run:
+        status = carry_out(config, dry_run=True, world=options.n_gpus)
+        print(f"# to start it yourself: torchrun --nproc-per-node={options.n_gpus} {shlex.join(words)}")
+        return status
+    config.data_parallel_size(options.n_gpus)
+    config.check_files()
+    return start_ranks(options.n_gpus, words, debug=options.debug)
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or one of the package's recipes by its name."""
+    for path in (Path(name), PACKAGE / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"{name}: no such file, and no recipe of that name; there are {known}")
+
+
+def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | None = None) -> int:
+    """Train in this process, one of `world` ranks (by default, of as many as a launcher started); the exit status.
+
+    dry_run: print the configuration and check it against the files, and stop there.
+    """
+    launch = launch_of(dict(os.environ))
+    if world is None:
+        world = launch.size if launch else 1
+    replicas = config.data_parallel_size(world)
+    config.check_files()
+    if dry_run:
+        print(config.as_yaml(), end="")
+        print("\n".join(f"# {line}" for line in _summary(config, world, replicas)))
+        return 0
+    if launch is None:
+        _train(config)
+    else:
+        _train_as_rank(config, launch)
+    return 0
+
+
+def _summary(config: FinetuneConfig, world: int, replicas: int) -> list[str]:
+    """What follows from a configuration; opens the model's files, unless they are still to be downloaded."""
+    rows = config.batch_size * config.accum_iter * replicas
+    lines = [
+        f"{world} rank{'s' * (world > 1)} = {config.model_parallel_size} model-parallel × {replicas} data-parallel",
+        f"a step: {rows} rows = {config.batch_size} × {config.accum_iter} × {replicas}, "
+        f"at most {rows * config.max_words:,} tokens",
+    ]
+    if any("://" in path for path in config.pretrained_path):
+        return [*lines, "the model is not checked: it would have to be downloaded"]
+    from accessory.train.build import open_source
+
+    source = open_source(config)
+    trained = "everything"
+    if source.kind.peft:
+        peft = {name: getattr(source.args, name) for name in PEFT_FIELDS}
+        trained = ", ".join(f"{name} {_shown(value)}" for name, value in peft.items() if value is not None)
+    return [*lines, f"llama_type {source.kind}; trained: {trained}", *_about_data(config)]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _about_data(config: FinetuneConfig) -> list[str]:
+    words = ["accessory", "data", "check", config.data_config, "--model", config.pretrained_path[0]]
+    return [f"to check the data: {shlex.join(words)}"]
+
+
+# --------------------------------------------------------------------------- ranks
+
+
+def _train(config: FinetuneConfig) -> None:
+    from accessory.train.run import finetune as run
+
+    try:
+        run(config)
+    except torch.OutOfMemoryError as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise MemoryError(
+            f"{first} Less is needed with checkpointing, data_parallel fsdp, a smaller batch_size, or a larger "
+            "model_parallel_size."
+        ) from error
+
+
+def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
+    """Ends the process without taking groups down where other ranks may be dead: that waits for them, or aborts."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_the_launcher, args=(os.getppid(), launch.rank), daemon=True).start()
+    status = 1
+    try:
+        _train(config)
+        status = 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    finally:
+        atexit.register(_leave, status)
+
+
+def _end_with_the_launcher(launcher: int, rank: int) -> NoReturn:
+    """Torchrun that was killed cannot end its ranks, which would write into a folder that a new run has begun with."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    if not rank:
+        print("accessory: error: torchrun is gone", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """After everything has been said: gloo now and then aborts while an interpreter ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _check_n_gpus(n: int, config: FinetuneConfig) -> None:
+    if n < 1:
+        raise InputError(f"--n-gpus: got {n}, but it must be at least 1")
+    on_gpus = torch.cuda.is_available() and config.device != "cpu"
+    if on_gpus and n > torch.cuda.device_count():
+        raise InputError(f"--n-gpus: got {n}, but this machine shows {torch.cuda.device_count()} GPUs")
+
+
+def start_ranks(n: int, words: Sequence[str], *, debug: bool = False) -> int:
+    """Run `python …words` as n ranks of this machine, through torchrun; returns the exit status.
+
+    Ctrl-C and SIGTERM reach the ranks, which save a state; what goes wrong there, they say themselves.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    if not debug:
+        logging.disable(logging.ERROR)  # torchrun's own account of failures
+    arguments = torchrun.parse_args(["--standalone", f"--nproc-per-node={n}", "--no-python", sys.executable, *words])
+    try:
+        torchrun.run(arguments)
+    except (ChildFailedError, SignalException):
+        return 1
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
