@@ -67,8 +67,8 @@ def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | Non
     replicas = config.data_parallel_size(world)
     config.check_files()
     if dry_run:
-        print(config.as_yaml(), end="")
-        print("\n".join(f"# {line}" for line in _summary(config, world, replicas)))
+        lines = _summary(config, world, replicas)
+        print(config.as_yaml() + "\n".join(f"# {line}" for line in lines))
         return 0
     if launch is None:
         _train(config)

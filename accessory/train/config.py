@@ -44,8 +44,8 @@ class FinetuneConfig:
 
     # The data
     data_config: str  # YAML with META, a list of files
-    dialog: bool = True  # False: single turns
-    template: str | None = None  # None: the tokenizer's own, else the original's dialogue
+    dialog: bool = True  # single turns are dialogues of two messages; False: they follow their file's prompt_type
+    template: str | None = None  # of dialogues; None: the original's
     prompt_type: str | None = None  # of single turns whose file names none
     max_words: int = 4096  # tokens of a row
     packing: bool = True  # several documents in a row, which never see one another
