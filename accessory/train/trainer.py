@@ -66,15 +66,7 @@ class Trainer:
         Raises NotFiniteError, on all ranks alike, before any parameter is touched.
         """
         began = time.perf_counter()
-        self.decoder.train()
-        totals = self._totals(batches)
-        sums = _Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
-        for batch, counted in zip(batches, totals.counted, strict=True):
-            loss = self._loss(batch, totals, counted, sums)
-            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
-            (loss * (self.grid.data_size * self.loss_scale.value)).backward()
-        finish_gradients(self.decoder, self.grid)
-        record = sums.record(self.grid, totals)
+        record = self.passes(batches)
         norm = math.sqrt(float(squared_norm(self.decoder, self.grid))) / self.loss_scale.value
         finite = math.isfinite(norm)
         if not math.isfinite(record["loss"]) or (not finite and not self.loss_scale.dynamic):
@@ -94,11 +86,22 @@ class Trainer:
         return record | {
             "lr": lr,
             "grad_norm": norm,
-            "tokens": int(totals.all_counted),
-            "tokens_per_s": totals.all_counted / step_s,
+            "tokens_per_s": record["tokens"] / step_s,
             "step_s": step_s,
             "memory_gb": self._memory(),
         }
+
+    def passes(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Forward and backward: the step's gradients, complete on every rank, and what the record says of the loss."""
+        self.decoder.train()
+        totals = self._totals(batches)
+        sums = _Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
+        for batch, counted in zip(batches, totals.counted, strict=True):
+            loss = self._loss(batch, totals, counted, sums)
+            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
+            (loss * (self.grid.data_size * self.loss_scale.value)).backward()
+        finish_gradients(self.decoder, self.grid)
+        return sums.record(self.grid, totals)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -190,6 +193,7 @@ class _Sums:
             "loss": ce / max(totals.learnt, 1.0),
             "balance": float(balance_L.mean()),
             "z": z,
+            "tokens": int(totals.all_counted),
             "layers": {
                 "balance": balance_L.tolist(),
                 "entropy": entropy_L.tolist(),

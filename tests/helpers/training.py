@@ -106,6 +106,8 @@ def make_decoder(
     checkpointing: bool = False,
     peft: Any = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
     from accessory.adapt.peft import besides_for, trainable_rule
@@ -124,11 +126,12 @@ def make_decoder(
         [checkpoint],
         args,
         implementation,
-        dtype=torch.float32,
+        device=device,
+        dtype=dtype,
         ranks=grid.model if grid else None,
         beside=besides_for(args) if peft else None,
         trainable=trainable_rule(args, bool(peft)),
-        wrap=(lambda d: shard(d, grid, mode, torch.float32)) if grid else None,
+        wrap=(lambda d: shard(d, grid, mode, dtype)) if grid else None,
     )
     for layer in decoder.layers:
         layer.recompute = checkpointing

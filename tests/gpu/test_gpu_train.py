@@ -1,0 +1,95 @@
+"""On a GPU: training in bf16 beside fp32 on the CPU, packed rows in torch's kernel, and a run with its state."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.random_models import hf_mixtral
+from helpers.training import ARGS, batches, make_decoder
+
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
+from accessory.parallel.fsdp import Grid
+from accessory.train.trainer import Trainer, Weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.skipif(not has_varlen(CUDA, torch.bfloat16), reason="this torch has no kernel for packed rows")
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2), (4, 1)])
+def test_packed_rows_are_attention_within_documents(heads, groups):
+    generator = torch.Generator("cuda").manual_seed(0)
+    number_BT = torch.tensor([[0] * 50 + [1] * 3 + [2] * 75, [0] * 1 + [1] * 100 + [2] * 27])
+    q, k, v = (
+        torch.randn(2, 128, n, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for n in (heads, groups, groups)
+    )
+    mask = (number_BT[:, :, None] == number_BT[:, None]) & torch.ones(128, 128, dtype=torch.bool).tril()
+    got = attention(q, k, v, Documents.of(number_BT).to("cuda"))
+    want = attention_reference(q, k, v, mask.cuda())
+    assert (got - want).norm() <= 1e-2 * want.norm()
+    pull = torch.randn(want.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    for a, b in zip(
+        torch.autograd.grad((got * pull).sum(), (q, k, v)),
+        torch.autograd.grad((want * pull).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("peft", [None, {"lora_rank": 8, "bias_tuning": True}])
+def test_bf16_steps_follow_fp32(implementation, packed, peft):
+    """The loss of ten steps within 2%: rounding may send a token elsewhere, mistakes would send the curve elsewhere."""
+    curves = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        decoder = make_decoder(implementation, peft=peft, device=device, dtype=dtype)
+        trainer = Trainer(decoder, Grid(), Weights(ARGS.load_balancing_weight), clip=1.0)
+        assert all(p.dtype == torch.float32 for _, p in trainer.named)
+        records = [trainer.step(batches(step, packed=packed), 1e-3) for step in range(10)]
+        curves.append([r["loss"] + r["balance"] for r in records])
+    for exact, got in zip(*curves, strict=True):
+        assert got == pytest.approx(exact, rel=2e-2)
+
+
+def test_a_run_on_the_gpu_is_resumed(tmp_path):
+    from accessory.train.config import FinetuneConfig
+    from accessory.train.metrics import read_metrics
+    from accessory.train.run import finetune
+
+    hf_mixtral(ARGS.replace(vocab_size=32000)).save_pretrained(tmp_path / "model")
+    shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "model" / "tokenizer.model")
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for n in range(32):
+            turns = [
+                {"role": "user", "content": f"What is {n}?"},
+                {"role": "assistant", "content": f"It is {n}." * (n % 5)},
+            ]
+            file.write(
+                json.dumps({"messages": turns if n % 5 else [turns[0], {**turns[1], "content": "A number."}]}) + "\n"
+            )
+    (tmp_path / "data.yaml").write_text("META:\n  - {path: data.jsonl, type: text}\n")
+
+    def run(name, **options):
+        config = FinetuneConfig(
+            pretrained_path=[str(tmp_path / "model")],
+            data_config=str(tmp_path / "data.yaml"),
+            output_dir=str(tmp_path / name),
+            batch_size=2,
+            max_words=96,
+            lr=1e-3,
+            checkpointing=True,
+            **{"epochs": 2.0, **options},
+        )
+        finetune(config)
+        return [r["loss"] for r in read_metrics(tmp_path / name) if r["kind"] == "train"]
+
+    whole = run("whole")
+    run("parts", max_steps=3)
+    assert run("parts", resume="auto") == pytest.approx(whole, rel=2e-2)
