@@ -8,7 +8,7 @@ Legend: B rows, T tokens of the longest one.
 
 from __future__ import annotations
 
-import bisect
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from accessory.data.dataset import Example
+from accessory.errors import InputError
 
 IGNORED = -100
 Row = tuple[int, ...]
@@ -47,9 +48,14 @@ class Batch:
 def collate(
     rows: Sequence[Sequence[Example]], items: Sequence[int], pad_id: int = 0, length: int | None = None
 ) -> Batch:
-    """Lay documents one behind the other in each row, padded on the right to the longest row, or to `length`."""
-    T = max([sum(len(e.ids) for e in row) for row in rows], default=0)
-    T = max(T, 1) if length is None else length
+    """Lay documents one behind the other in each row, padded on the right to the longest row, or to `length`.
+
+    An empty row is all padding. InputError when a row is longer than `length`.
+    """
+    longest = max((sum(len(e.ids) for e in row) for row in rows), default=0)
+    T = max(longest, 1) if length is None else length
+    if longest > T:
+        raise InputError(f"length: got {T}, but there is a row of {longest} tokens")
     B = len(rows)
     tokens = np.full((B, T), pad_id, np.int64)
     labels = np.full((B, T), IGNORED, np.int64)
@@ -71,10 +77,13 @@ def collate(
 
 
 class EpochPlan:
-    """One epoch, cut into steps of exactly `rows_per_step` rows, each of one group.
+    """One epoch, cut into steps of exactly `rows_per_step` rows, each of one group; every item comes once.
 
-    With packing, items are taken in a random order and put where they fit best; without, rows of similar length come
-    together. Every item comes once. Where a group does not fill its last step, empty rows do.
+    With packing, items are taken in a random order and put where they fit best, and the rows are shuffled. Without, a
+    row is an item, a step holds items that are neighbours by length, as the original project has it, and the steps are
+    shuffled. Where a group does not fill its steps, one of them ends in empty rows.
+
+    lengths (N,): tokens of each item, at most `max_words`, else InputError. groups (N,): its group.
     """
 
     def __init__(
@@ -89,48 +98,72 @@ class EpochPlan:
         epoch: int,
     ) -> None:
         lengths, groups = np.asarray(lengths, np.int64), np.asarray(groups, np.int64)
+        if len(lengths) and lengths.max() > max_words:
+            raise InputError(f"max_words: got {max_words}, but there is an item of {lengths.max()} tokens")
         random = np.random.default_rng([seed, epoch])
         steps: list[list[Row]] = []
         for group in np.unique(groups):
             order = random.permutation(np.flatnonzero(groups == group))
             if packing:
-                rows = _packed(order, lengths, max_words)
-                rows = [rows[i] for i in random.permutation(len(rows))]
+                packed = _packed(order.tolist(), lengths[order].tolist(), max_words)
+                rows = [packed[i] for i in random.permutation(len(packed))]
+                short = len(rows) // rows_per_step
             else:
-                rows = [(int(i),) for i in _by_length(order, lengths, rows_per_step)]
-            chunks = [rows[i : i + rows_per_step] for i in range(0, len(rows), rows_per_step)]
-            # A short last step is filled with rows that hold nothing, so that every rank has its share of rows.
-            steps += [chunk + [()] * (rows_per_step - len(chunk)) for chunk in chunks]
+                # Sorted out of a random order, items of one length come in another order in every epoch.
+                rows = [(i,) for i in order[np.argsort(lengths[order], kind="stable")].tolist()]
+                # So do the places where steps are cut: the step that is not filled may stand anywhere.
+                short = int(random.integers(len(rows) // rows_per_step + 1))
+            steps += _cut(rows, rows_per_step, short)
         self._steps = [steps[i] for i in random.permutation(len(steps))]
+        self._tokens = int(lengths.sum())
+        self._room = len(self._steps) * rows_per_step * max_words
 
     @property
     def steps(self) -> int:
         return len(self._steps)
 
     def rows(self, step: int) -> list[Row]:
+        """The rows of a step, counted from 0: tuples of items, an empty one where there is nothing left."""
         return self._steps[step]
 
+    @property
+    def fill(self) -> float:
+        """The share of the steps' `rows_per_step` × `max_words` places that tokens take."""
+        return self._tokens / self._room if self._room else 0.0
 
-def _packed(order: np.ndarray, lengths: np.ndarray, max_words: int) -> list[Row]:
-    """Best fit: each item goes to the fullest open row that still has room for it."""
+
+def _cut(rows: list[Row], size: int, short: int) -> list[list[Row]]:
+    """Steps of `size` rows; what does not fill a step is step number `short`, filled with empty rows."""
+    left = len(rows) % size
+    at, steps = 0, []
+    for number in range(-(-len(rows) // size)):
+        take = left if left and number == short else size
+        steps.append(rows[at : at + take] + [()] * (size - take))
+        at += take
+    return steps
+
+
+def _packed(items: Sequence[int], lengths: Sequence[int], max_words: int) -> list[Row]:
+    """Best fit: each item goes to the fullest row that still has room for it.
+
+    Rows wait in bins by the room they have left; bit n of `rooms` tells that bin n holds any, so the tightest one is
+    the lowest bit from the item's length on.
+    """
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room left, row), sorted
-    for item in order.tolist():
-        n = int(lengths[item])
-        at = bisect.bisect_left(open_rows, (n, -1))
-        if at < len(open_rows):
-            room, row = open_rows.pop(at)
+    waiting: defaultdict[int, list[int]] = defaultdict(list)
+    rooms = 0
+    for item, length in zip(items, lengths, strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = waiting[room].pop()
+            if not waiting[room]:
+                rooms ^= 1 << room
         else:
             room, row = max_words, len(rows)
             rows.append([])
         rows[row].append(item)
-        if room - n > 0:
-            bisect.insort(open_rows, (room - n, row))
+        if room > length:
+            waiting[room - length].append(row)
+            rooms |= 1 << (room - length)
     return [tuple(row) for row in rows]
-
-
-def _by_length(order: np.ndarray, lengths: np.ndarray, rows_per_step: int) -> np.ndarray:
-    """Sort stretches of many steps by length, so that a step pads little while an epoch stays mixed."""
-    stretch = rows_per_step * 50
-    parts = [order[i : i + stretch] for i in range(0, len(order), stretch)]
-    return np.concatenate([p[np.argsort(lengths[p], kind="stable")[::-1]] for p in parts])

@@ -1,8 +1,7 @@
-"""The files that finetuning data comes in: which there are, and their items one by one, each with its place.
+"""The files that finetuning data comes in: which there are (`META`), and a file's items, each with its line.
 
-`META` is a list; of each entry, `path` is a .json, .jsonl, .csv or .parquet file, `type` a name (items of one type
-share batches), `ratio` the share of its items that is used, `root` what image paths begin with, `prompt_type` the
-prompt of single turns.
+A file is indexed when it is opened, and an item read when it is asked for, from any thread: what lies in memory is
+where each item begins, not the items.
 """
 
 from __future__ import annotations
@@ -10,17 +9,24 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.errors import ConfigError, InputError, MissingExtraError
 
 _KEYS = ("path", "type", "ratio", "root", "preprocess", "prompt_type")
-_READERS = (".json", ".jsonl", ".csv", ".parquet")
+PREPROCESSES = ("single_turn_llava", "caption")
+KNOWN_COLUMNS = ("conversations", "messages", "instruction", "input", "output", "image", "url", "caption")
 
 
 @dataclass(frozen=True)
@@ -28,123 +34,271 @@ class Source:
     """One file of a META list."""
 
     path: Path
-    group: str
-    ratio: float = 1.0
-    root: str = ""
-    prompt_type: str = "alpaca"
+    group: str = "text"  # its `type`: items of one type share batches
+    ratio: float = 1.0  # the share of its items that is used
+    root: str = ""  # what image paths begin with
+    preprocess: str | None = None
+    prompt_type: str | None = None  # of single turns
 
 
 def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
     """The files that a YAML (or its contents) names. ConfigError names the entry and key that cannot be used.
 
-    A path is looked for from where one stands, then beside the YAML.
+    A path is looked for from where one stands, then from the YAML's folder.
     """
-    beside = Path()
+    beside, where = Path(), "data_config"
     if isinstance(meta, str | Path):
-        where, beside = str(meta), Path(meta).parent
+        beside, where = Path(meta).parent, str(meta)
         try:
             meta = yaml.safe_load(Path(meta).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"data_config: {where}: cannot be read ({error.strerror})") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"data_config: {where}: not valid YAML ({' '.join(str(error).split())})") from error
-    else:
-        where = "data_config"
     entries = meta.get("META") if isinstance(meta, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{where}: expected META, a list of files, each with path and type")
+    _known(meta, ("META",), where)
     return [_source(entry, f"{where}: META[{n}]", beside) for n, entry in enumerate(entries)]
 
 
 def _source(entry: Any, where: str, beside: Path) -> Source:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: got {entry!r}, but it must have path and type")
-    for key in entry:
-        if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, n=1)
-            raise ConfigError(
-                f"{where}: unknown key {key!r}; "
-                + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_KEYS)}")
-            )
-    if not isinstance(entry.get("path"), str):
-        raise ConfigError(f"{where}: path: missing; give a {', '.join(_READERS)} file")
+    _known(entry, _KEYS, where)
+    for key in ("path", "type", "root", "preprocess"):
+        if not isinstance(entry.get(key, ""), str | None):
+            raise ConfigError(f"{where}: {key}: got {entry[key]!r}, but it must be text")
+    if not entry.get("path"):
+        raise ConfigError(f"{where}: path: missing; give a {', '.join(_KINDS)} file")
     path = Path(entry["path"])
-    if not path.exists() and not path.is_absolute() and (beside / path).exists():
+    if not path.exists() and (beside / path).exists():
         path = beside / path
     if not path.is_file():
         raise ConfigError(
-            f"{where}: path: {entry['path']}: no such file, neither from here nor beside the configuration"
+            f"{where}: path: {entry['path']}: no such file, neither from {Path.cwd()} nor from {beside.absolute()}"
         )
-    if path.suffix not in _READERS:
-        raise ConfigError(f"{where}: path: {path}: cannot be read; known are {', '.join(_READERS)}")
-    ratio = entry.get("ratio", 1.0)
+    if path.suffix not in _KINDS:
+        raise ConfigError(f"{where}: path: {path}: cannot be read; known are {', '.join(_KINDS)} files")
+    ratio = 1.0 if entry.get("ratio") is None else entry["ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise ConfigError(f"{where}: ratio: got {ratio!r}, but it must be above 0 and at most 1")
+    preprocess = entry.get("preprocess")
+    if preprocess is not None:
+        _known([preprocess], PREPROCESSES, f"{where}: preprocess", "value")
+    # YAML reads None as text, and null and a bare "prompt_type:" as nothing: both are the prompt called None.
+    prompt_type = str(entry["prompt_type"]) if "prompt_type" in entry else None
+    if prompt_type is not None:
+        _known([prompt_type], SYSTEM_PROMPTS, f"{where}: prompt_type", "value")
     return Source(
-        path,
-        str(entry.get("type", "text")),
-        float(ratio),
-        str(entry.get("root") or ""),
-        str(entry.get("prompt_type", "alpaca")),
+        path, entry.get("type") or "text", float(ratio), entry.get("root") or "", preprocess or None, prompt_type
     )
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, item) of each item of a file; a place reads "file:line", or "file[index]" inside one JSON list.
-
-    What cannot be read is given as an InputError in the item's place, and reading goes on behind it.
-    """
-    if path.suffix == ".jsonl":
-        yield from _json_lines(path)
-    elif path.suffix == ".json":
-        yield from _json_list(path)
-    elif path.suffix == ".csv":
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield f"{path}:{reader.line_num}", {k: v for k, v in row.items() if v not in (None, "")}
-    else:
-        yield from _parquet(path)
+def _known(given: Any, known: tuple[str, ...], where: str, what: str = "key") -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown {what} {key!r}; {hint}")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                yield place, json.loads(line)
-            except ValueError as error:
-                yield place, InputError(f"{place}: not valid JSON ({error})")
+class Records(ABC):
+    """The items of a file. `lines` (N,) are their line numbers, or their row numbers in a file without lines."""
+
+    lines: np.ndarray
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @abstractmethod
+    def read(self, index: int) -> Any:
+        """An item. InputError says where it stands and why it cannot be read."""
+
+    def place(self, line: int) -> str:
+        return place(self.path, line)
 
 
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        yield str(path), InputError(f"{path}{line}: not valid JSON ({error})")
-        return
-    if not isinstance(value, list):
-        yield str(path), InputError(f"{path}: expected a list of items, found {type(value).__name__}")
-        return
-    for index, item in enumerate(value):
-        yield f"{path}[{index}]", item
+def place(path: Path, line: int) -> str:
+    return f"{path}:row {line}" if path.suffix == ".parquet" else f"{path}:{line}"
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{path}: reading parquet needs pyarrow: pip install 'mixtral-accessory[data]'"
-        ) from error
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for item in batch.to_pylist():
-                yield f"{path}[{number}]", {k: v for k, v in item.items() if v is not None}
-                number += 1
-    except (OSError, ValueError) as error:
-        yield str(path), InputError(f"{path}: not a parquet file ({' '.join(str(error).split())})")
+def open_records(path: Path) -> Records:
+    """Index a .json, .jsonl, .csv or .parquet file. Raises InputError for a file that is broken as a whole, and
+    MissingExtraError for parquet without pyarrow."""
+    return _KINDS[path.suffix](path)
+
+
+class _Spans(Records):
+    """Items that are pieces of a text file, each of them JSON."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with open(path, "rb") as file:
+            empty = not path.stat().st_size
+            self._bytes: mmap.mmap | bytes = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._newlines = _newlines(self._bytes)
+        self._starts, self._ends = self._spans()
+        self.lines = np.searchsorted(self._newlines, self._starts) + 1
+
+    @abstractmethod
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each item begins and ends, in bytes."""
+
+    def read(self, index: int) -> Any:
+        text = self._bytes[self._starts[index] : self._ends[index]]
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            line = int(self.lines[index]) + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
+            raise InputError(f"{self.place(line)}: not valid JSON ({_reason(error)})") from error
+
+    def _line_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every line that is not blank."""
+        size, ends = len(self._bytes), self._newlines
+        if size and (not len(ends) or ends[-1] != size - 1):
+            ends = np.append(ends, size)  # the last line lacks its newline
+        starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+        keep = np.ones(len(ends), bool)
+        if size:
+            first = np.frombuffer(self._bytes, np.uint8)[np.minimum(starts, size - 1)]
+            for n in np.flatnonzero(np.isin(first, list(b" \t\r\n"))):
+                keep[n] = bool(self._bytes[starts[n] : ends[n]].strip())
+        return starts[keep], ends[keep]
+
+
+def _newlines(text: Any) -> np.ndarray:
+    """Where a file's newlines are (int64), looked for piece by piece: a comparison is as large as what it compares."""
+    every, piece = np.frombuffer(text, np.uint8), 1 << 24
+    found = [np.flatnonzero(every[i : i + piece] == 10) + i for i in range(0, len(every), piece)]
+    return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+class _JsonLines(_Spans):
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._line_spans()
+
+
+class _JsonList(_Spans):
+    """One list of objects. Objects are found by their brackets, so that each has its line and none is kept."""
+
+    # Whatever is no bracket, with brackets inside strings, and then a bracket.
+    _BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)
+
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        begin = self._bytes[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        if begin == b"{" and self._is_lines():
+            return self._line_spans()
+        if begin != b"[":
+            self._refuse()
+        starts: list[int] = []
+        ends: list[int] = []
+        depth = behind = at = 0
+        while found := self._BRACKET.match(self._bytes, at):
+            at = found.end()
+            if found[1] in b"[{":
+                depth += 1
+                if depth == 1:
+                    behind = at
+                elif depth == 2:
+                    if found[1] == b"[" or self._bytes[behind : at - 1].strip() != (b"," if starts else b""):
+                        self._refuse()
+                    starts.append(at - 1)
+            else:
+                depth -= 1
+                if depth == 1:
+                    ends.append(at)
+                    behind = at
+                elif depth < 1:
+                    if depth or self._bytes[behind : at - 1].strip() or self._bytes[at:].strip():
+                        self._refuse()
+                    break
+        if depth:
+            self._refuse()
+        return np.asarray(starts, np.int64), np.asarray(ends, np.int64)
+
+    def _is_lines(self) -> bool:
+        """Whether the file is in truth JSON Lines: its first line is an object of its own."""
+        try:
+            return len(self._newlines) > 0 and isinstance(json.loads(self._bytes[: self._newlines[0]]), dict)
+        except ValueError:
+            return False
+
+    def _refuse(self) -> None:
+        """Say what is wrong with a file that does not look like a list of objects."""
+        try:
+            value = json.loads(self._bytes[:])
+        except (ValueError, RecursionError) as error:
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+            raise InputError(f"{self.place(line)}: not valid JSON ({_reason(error)})") from error
+        if isinstance(value, list):
+            index, item = next((n, item) for n, item in enumerate(value) if not isinstance(item, dict))
+            raise InputError(f"{self.path}: [{index}]: got {item!r:.60}, but an item must be an object")
+        raise InputError(f"{self.path}: expected a list of items, found {type(value).__name__}")
+
+
+class _Csv(Records):
+    """Columns by their names in the first row; separated by tabs where that row has any, else by commas."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        csv.field_size_limit(sys.maxsize)
+        self._rows: list[list[str]] = []
+        lines: list[int] = []
+        begin = 1
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                tabs = "\t" in file.readline()
+                file.seek(0)
+                reader = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
+                self._columns = next(reader, [])
+                begin = reader.line_num + 1
+                for row in reader:
+                    if row:
+                        self._rows.append(row)
+                        lines.append(begin)
+                    begin = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{self.place(begin)}: not valid CSV ({error})") from error
+        self.lines = np.asarray(lines, np.int64)
+
+    def read(self, index: int) -> Any:
+        row = self._rows[index]
+        if len(row) != len(self._columns):
+            raise InputError(
+                f"{self.place(int(self.lines[index]))}: has {len(row)} fields, but the first row names "
+                f"{len(self._columns)} columns"
+            )
+        return {name: value for name, value in zip(self._columns, row, strict=True) if name in KNOWN_COLUMNS}
+
+
+class _Parquet(Records):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            import pyarrow
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise MissingExtraError(f"{path}: parquet needs pyarrow: pip install 'mixtral-accessory[data]'") from error
+        try:
+            names = [n for n in parquet.read_schema(path).names if n in KNOWN_COLUMNS]
+            self._table = parquet.read_table(path, columns=names, memory_map=True)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path}: not a parquet file ({' '.join(str(error).split())})") from error
+        self.lines = np.arange(1, self._table.num_rows + 1)
+
+    def read(self, index: int) -> Any:
+        row = self._table.slice(index, 1).to_pylist()[0]
+        return {name: value for name, value in row.items() if value is not None}
+
+
+_KINDS: dict[str, type[Records]] = {".json": _JsonList, ".jsonl": _JsonLines, ".csv": _Csv, ".parquet": _Parquet}

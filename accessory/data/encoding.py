@@ -1,0 +1,208 @@
+"""From the items of a file to token ids, each with whether it is learnt: `encode_source`.
+
+Items are dialogues (`conversations`, or OpenAI's `messages`) or single turns (`instruction`, `input`, `output`). What
+is wrong with one is said with its file and line. All ids of a file lie in flat arrays, so an item is a slice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from accessory.data.conversation import Template, get_template
+from accessory.data.records import Records, Source
+from accessory.data.system_prompt import format_prompt
+from accessory.data.tokenizer import Tokenizer
+from accessory.errors import InputError
+
+_PIECE = 128  # items that a thread encodes at a time
+_PLAIN = get_template("none")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How items become ids. Without `dialog`, or where their file names a `prompt_type`, single turns are that prompt
+    and its answer; else they are dialogues of two messages."""
+
+    tokenizer: Tokenizer
+    template: Template
+    dialog: bool = True
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]] | type[np.signedinteger[Any]]:
+        return np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A file's N items, whole: item i is ids[start[i] : start[i + 1]]."""
+
+    ids: np.ndarray  # uint16 or int32
+    learn: np.ndarray  # bool
+    start: np.ndarray  # int64 (N + 1,)
+    first: np.ndarray  # int64 (N,): which id of an item is the first one learnt
+    lines: np.ndarray  # int64 (N,)
+    images: dict[int, str]  # item -> path, as the file gives it
+
+
+def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tuple[list[int], list[bool], str | None]:
+    """(ids, learnt, image) of one item. InputError says what is wrong with it, not where it stands."""
+    if not isinstance(item, Mapping):
+        raise InputError(f"got {item!r:.60}, but an item must be an object")
+    if source.preprocess is not None:
+        item = _preprocessed(item, source.preprocess, index)
+    image = item.get("image") or None
+    if image is not None:
+        find_image(image, source)
+    turns = next((item[key] for key in ("conversations", "messages") if item.get(key) is not None), None)
+    if turns is not None:
+        ids, learn = how.template.encode(turns, how.tokenizer)
+    elif item.get("output") is not None:
+        ids, learn = _single_turn(item, source, how)
+    else:
+        raise InputError(
+            f"no dialogue and no single turn: found {', '.join(map(str, item)) or 'nothing'}; "
+            "an item has conversations, or messages, or instruction and output"
+        )
+    if not any(learn[1:]):  # nothing is written before the first id, so nobody learns to write it
+        raise InputError("there is nothing to learn: the assistant says nothing")
+    return ids, learn, image
+
+
+def find_image(image: Any, source: Source) -> str:
+    """The image's path below the file's `root`. InputError when it does not exist."""
+    if not isinstance(image, str):
+        raise InputError(f"image: got {image!r:.60}, but it must be a path")
+    path = os.path.join(source.root, image)
+    if not os.path.isfile(path):
+        raise InputError(f"image: {path}: no such file")
+    return path
+
+
+def _single_turn(item: Mapping[str, Any], source: Source, how: Encoding) -> tuple[list[int], list[bool]]:
+    named = source.prompt_type is not None or source.preprocess == "caption"
+    if "instruction" not in item and source.prompt_type != "caption" and source.preprocess != "caption":
+        raise InputError(f"instruction: missing; found {', '.join(map(str, item))}")
+    texts = {key: "" if item.get(key) is None else item[key] for key in ("instruction", "input", "output")}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"{key}: got {text!r:.60}, but it must be text")
+    question, template = texts["instruction"], how.template
+    if how.dialog and not named:
+        question += f"\n{texts['input']}" if texts["input"].strip() else ""
+    else:
+        prompt_type = source.prompt_type or ("caption" if source.preprocess == "caption" else "alpaca")
+        question, template = format_prompt(question, texts["input"], prompt_type), _PLAIN
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
+    return template.encode(messages, how.tokenizer)
+
+
+def _preprocessed(item: Mapping[str, Any], recipe: str, index: int) -> Mapping[str, Any]:
+    """The original's recipes: LLaVA's first question and answer as a single turn; captions of images by their paths."""
+    try:
+        if recipe == "single_turn_llava":
+            question, answer = item["conversations"][:2]
+            new = {"instruction": question["value"], "output": answer["value"]}
+            return new if item.get("image") is None else {**new, "image": item["image"]}
+        caption = item["caption"]
+        # Of several captions each item takes one, the same in every run.
+        return {"image": item["url"], "output": caption[index % len(caption)] if isinstance(caption, list) else caption}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        wanted = "conversations of two turns" if recipe == "single_turn_llava" else "url and caption"
+        raise InputError(f"preprocess: {recipe} needs {wanted}; found {', '.join(map(str, item))}") from error
+
+
+def encode_source(
+    source: Source,
+    records: Records,
+    chosen: np.ndarray,
+    how: Encoding,
+    *,
+    problems: list[str] | None = None,
+    progress: bool = False,
+) -> Encoded:
+    """Encode the `chosen` items of a file.
+
+    Raises InputError for the first one that is broken; given a list, all of them are told there and left out.
+    """
+    pieces = [chosen[i : i + _PIECE] for i in range(0, len(chosen), _PIECE)]
+    work = partial(_encode_piece, source, records, how, all_problems=problems is not None)
+    parts: list[Encoded] = []
+    shown = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    bar = tqdm(total=len(chosen), desc=source.path.name, unit=" items", disable=not shown, leave=False, delay=1)
+    with ThreadPoolExecutor(_threads()) as pool, bar:
+        try:
+            for piece, (part, found) in zip(pieces, pool.map(work, pieces), strict=True):
+                if found and problems is None:
+                    raise InputError(found[0])
+                if problems is not None:
+                    problems += found
+                parts.append(part)
+                bar.update(len(piece))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _joined(parts, how)
+
+
+def _threads() -> int:
+    """Tokenizers work outside Python's lock, but what surrounds them does not, so a few threads are as good as many."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(8, len(os.sched_getaffinity(0)) // (int(ranks) if ranks.isdigit() else 1)))
+
+
+def _encode_piece(
+    source: Source, records: Records, how: Encoding, chosen: np.ndarray, *, all_problems: bool
+) -> tuple[Encoded, list[str]]:
+    ids: list[int] = []
+    learn: list[bool] = []
+    ends: list[int] = []
+    first: list[int] = []
+    lines: list[int] = []
+    images: dict[int, str] = {}
+    problems: list[str] = []
+    for index in chosen.tolist():
+        line = int(records.lines[index])
+        try:
+            item = records.read(index)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            try:
+                new, mask, image = encode_item(item, source, how, index)
+            except InputError as error:
+                problems.append(f"{records.place(line)}: {error}")
+            else:
+                if image is not None:
+                    images[len(ends)] = image
+                ids += new
+                learn += mask
+                ends.append(len(ids))
+                first.append(mask.index(True, 1))
+                lines.append(line)
+        if problems and not all_problems:
+            break
+    start, firsts, places = (np.asarray(values, np.int64) for values in ([0, *ends], first, lines))
+    return Encoded(np.asarray(ids, how.dtype), np.asarray(learn, bool), start, firsts, places, images), problems
+
+
+def _joined(parts: Sequence[Encoded], how: Encoding) -> Encoded:
+    none = np.empty(0, np.int64)
+    before = np.cumsum([0, *(len(p.ids) for p in parts)])
+    items = np.cumsum([0, *(len(p.lines) for p in parts)])
+    return Encoded(
+        np.concatenate([np.empty(0, how.dtype), *(p.ids for p in parts)]),
+        np.concatenate([np.empty(0, bool), *(p.learn for p in parts)]),
+        np.concatenate([np.zeros(1, np.int64), *(p.start[1:] + n for p, n in zip(parts, before[:-1], strict=True))]),
+        np.concatenate([none, *(p.first for p in parts)]),
+        np.concatenate([none, *(p.lines for p in parts)]),
+        {int(i + n): image for p, n in zip(parts, items[:-1], strict=True) for i, image in p.images.items()},
+    )
