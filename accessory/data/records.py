@@ -98,8 +98,9 @@ def _source(entry: Any, where: str, beside: Path) -> Source:
 def _known(given: Any, known: tuple[str, ...], where: str, what: str = "key") -> None:
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            plain = {name.lower(): name for name in known}
+            close = difflib.get_close_matches(str(key).lower(), plain, n=1)
+            hint = f"did you mean {plain[close[0]]!r}?" if close else f"known are {', '.join(known)}"
             raise ConfigError(f"{where}: unknown {what} {key!r}; {hint}")
 
 
@@ -179,7 +180,7 @@ def _newlines(text: Any) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
