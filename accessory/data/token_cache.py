@@ -80,7 +80,8 @@ def store(encoded: Encoded, folder: Path) -> bool:
             shutil.rmtree(folder)
         aside.rename(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         log.warning("cache_ann_on_disk: %s cannot be written (%s), so nothing is kept", folder, error.strerror)
         return False
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return True
