@@ -159,11 +159,15 @@ def _rounded_otherwise(exact: Mapping[str, Lazy], stored: Mapping[str, Lazy]) ->
     """
 
     def made(name: str) -> Tensor:
-        right, rounded = exact[name].load().float(), stored[name].load().float()
+        right = exact[name].load().float()
         most = right.abs().mul_(torch.finfo(stored[name].dtype).eps / 2)
-        error = rounded.sub(right).abs_().minimum(most)
+        error = stored[name].load().to(torch.float32, copy=True).sub_(right)  # never into what may be a file
+        error = torch.minimum(error, most, out=error).maximum(most.neg_())
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return right + error * torch.randint(0, 2, error.shape, generator=generator).mul_(2).sub_(1)
+        for dim, size in enumerate(error.shape):  # a sign for every row and one for every column, which costs little
+            signs = torch.randint(0, 2, (size,), generator=generator).float().mul_(2).sub_(1)
+            error.mul_(signs if dim == error.dim() - 1 else signs[:, None])
+        return error.add_(right)
 
     return {name: Computed(t.shape, torch.float32, partial(made, name)) for name, t in exact.items()}
 
@@ -205,6 +209,7 @@ class _Run:
                         shaken_BTD, _ = self._step(_SHAKEN, layer, stream[_SHAKEN], rotation_BT1c, chosen_NK)
                         noise_BTD = torch.randn(shaken_BTD.shape, generator=generator).to(self.device)
                         stream[_SHAKEN] = shaken_BTD * (1 + _SHAKE * noise_BTD)
+                    del layer  # before the next one is made
                     steps.update()
         return {
             name: self._head(self.networks[first if name == _SHAKEN else name], x_BTD) for name, x_BTD in stream.items()
