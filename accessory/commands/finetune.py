@@ -37,7 +37,7 @@ def finetune(options: argparse.Namespace) -> int:
     if launch is not None:
         raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
     _check_n_gpus(options.n_gpus, config)
-    words = ["-m", "accessory", "finetune", str(recipe), *options.overrides, *(["--debug"] if options.debug else [])]
+    words = ["-m", "accessory", "finetune", options.config, *options.overrides, *(["--debug"] if options.debug else [])]
     if options.dry_run:
         status = carry_out(config, dry_run=True, world=options.n_gpus)
         print(f"# to start it yourself: torchrun --nproc-per-node={options.n_gpus} {shlex.join(words)}")

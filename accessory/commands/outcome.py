@@ -29,7 +29,8 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
     try:
         return run() or 0
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if not rank:
+            print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away; Python would complain again while closing stdout.

@@ -1,0 +1,259 @@
+"""`accessory finetune`: recipes by name, dry runs, ranks of its own, and how commands of several ranks end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from helpers.random_models import hf_mixtral
+
+import accessory.train.run
+from accessory.cli import main
+from accessory.commands.finetune import RECIPES, find_recipe
+from accessory.config import ModelArgs, MoEArgs
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.errors import ConfigError
+from accessory.train.config import FinetuneConfig
+
+ARGS = ModelArgs(
+    dim=32,
+    hidden_dim=32,
+    n_layers=1,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=32000,
+    max_seq_len=256,
+    moe=MoEArgs(num_experts=4),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a tiny model and its data."""
+    path = tmp_path_factory.mktemp("finetune")
+    hf_mixtral(ARGS, std=0.2).save_pretrained(path / "model")
+    shutil.copy(MIXTRAL_TOKENIZER, path / "model" / "tokenizer.model")
+    turns = [{"from": "human", "value": "What is one and one?"}, {"from": "gpt", "value": "Two."}]
+    (path / "data.json").write_text(json.dumps([{"conversations": turns}] * 8))
+    (path / "data.yaml").write_text(f"META:\n  - path: {path}/data.json\n    type: text\n")
+    return path
+
+
+@pytest.fixture
+def fields(made, tmp_path):
+    return [
+        f"pretrained_path={made}/model",
+        f"data_config={made}/data.yaml",
+        f"output_dir={tmp_path}/out",
+        "max_words=64",
+    ]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The configurations that training is started with, in place of training."""
+    configs: list[FinetuneConfig] = []
+    monkeypatch.setattr(accessory.train.run, "finetune", configs.append)
+    return configs
+
+
+def refused(capsys, *words):
+    assert main(["finetune", *map(str, words)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("accessory: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_found_by_its_name_and_is_whole(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = find_recipe(name)
+    assert path == find_recipe(f"configs/finetune/{name}.yaml") == RECIPES / f"{name}.yaml"
+    FinetuneConfig.from_yaml(path, ["pretrained_path=model", "data_config=data.yaml", "output_dir=out"])
+    assert set(yaml.safe_load(path.read_text())) <= set(FinetuneConfig.__dataclass_fields__)
+
+
+def test_a_file_here_comes_before_a_recipe(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full_base").write_text("lr: 1\n")
+    assert find_recipe("full_base").resolve() == tmp_path / "full_base"
+    with pytest.raises(ConfigError, match="nothing: no such file, and no recipe of that name; there are full_base, "):
+        find_recipe("nothing")
+
+
+def test_overrides_may_stand_anywhere(seen, fields):
+    first, *rest = fields
+    assert main(["finetune", "lora_one_gpu", first, "--n-gpus", "1", *rest, "lr=3e-4", "--debug"]) == 0
+    assert seen == [FinetuneConfig.from_yaml(RECIPES / "lora_one_gpu.yaml", [*fields, "lr=3e-4"])]
+
+
+def test_a_dry_run_shows_the_recipe_and_writes_nothing(seen, fields, capsys, tmp_path):
+    assert main(["finetune", "lora_one_gpu", "--dry-run", "--n-gpus", "4", "model_parallel_size=2", *fields]) == 0
+    out = capsys.readouterr().out
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(out)
+    expected = FinetuneConfig.from_yaml(RECIPES / "lora_one_gpu.yaml", ["model_parallel_size=2", *fields])
+    assert FinetuneConfig.from_yaml(shown) == expected
+    assert "# 4 ranks = 2 model-parallel × 2 data-parallel\n" in out
+    assert "# a step: 32 rows = 1 × 16 × 2, at most 2,048 tokens\n" in out
+    assert "lora_rank 16, lora_alpha 32.0, lora_targets wq wk wv wo w1 w2 w3" in out
+    assert "torchrun --nproc-per-node=4 -m accessory finetune lora_one_gpu model_parallel_size=2" in out
+    assert not seen
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_reads_the_model(fields, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint" in refused(capsys, "lora_one_gpu", *fields, f"pretrained_path={tmp_path}/empty", "--dry-run")
+    assert "lora_rank" in refused(capsys, "lora_one_gpu", *fields, "lora_rank=-1", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lr=fast"], "lr: got 'fast', but it must be a number"),
+        (["model_parallel_size=2"], "model_parallel_size: got 2, but the number of ranks, 1,"),
+        (["model_parallel_size=4", "--n-gpus", "2"], "model_parallel_size: got 4, but the number of ranks, 2,"),
+        (["eval_data=absent.yaml", "--n-gpus", "2"], "eval_data: got 'absent.yaml'"),
+        (["--n-gpus", "0"], "--n-gpus: got 0"),
+    ],
+)
+def test_mistakes_are_one_line(seen, fields, capsys, words, message):
+    assert message in refused(capsys, "lora_one_gpu", *fields, *words)
+    assert not seen
+
+
+def test_ranks_of_a_launcher_start_none_themselves(fields, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "--n-gpus: this process is one of several" in refused(capsys, "lora_one_gpu", *fields, "--n-gpus", "2")
+
+
+def test_more_ranks_than_gpus_are_refused(fields, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "--n-gpus: got 3, but this machine shows 2 GPUs" in refused(capsys, "lora_one_gpu", *fields, "--n-gpus", "3")
+
+
+def test_a_full_memory_says_what_needs_less(fields, capsys, monkeypatch):
+    import torch
+
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+
+    monkeypatch.setattr(accessory.train.run, "finetune", full)
+    told = refused(capsys, "lora_one_gpu", *fields)
+    assert "Tried to allocate 1 GiB. Less is needed with checkpointing" in told
+
+
+# --------------------------------------------------------------------------- ranks of its own
+
+# One write a rank, so that lines are not torn.
+RANK = """
+import os, sys
+os.write(1, f"{{os.environ['RANK']}} {{os.environ['WORLD_SIZE']}} {{' '.join(sys.argv[1:])}}\\n".encode())
+sys.exit({})
+"""
+
+
+def ranks(n, code, *words):
+    """`start_ranks` in a process of its own, since it changes the environment."""
+    program = "import sys; from accessory.commands.finetune import start_ranks; sys.exit(start_ranks({}, {!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", program.format(n, ["-c", code, *words])],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_started_ranks_know_who_they_are_and_get_every_word():
+    done = ranks(2, RANK.format(0), "a=[1, 2]", "--debug")
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [f"{r} 2 a=[1, 2] --debug" for r in (0, 1)])
+    assert done.stderr == ""
+
+
+def test_a_failed_rank_is_a_failure_and_the_launcher_adds_nothing():
+    done = ranks(2, RANK.format("'it says so' if os.environ['RANK'] == '1' else 0"))
+    assert (done.returncode, done.stderr) == (1, "it says so\n")
+
+
+@pytest.mark.slow
+def test_a_recipe_on_two_ranks_of_its_own(fields, tmp_path):
+    words = ["lora_one_gpu", *fields, "precision=fp32", "accum_iter=2", "epochs=1", "device=cpu", "--n-gpus", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accessory", "finetune", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "final").is_dir()
+    again = FinetuneConfig.from_yaml(tmp_path / "out" / "config.yaml")
+    assert again == FinetuneConfig.from_yaml(RECIPES / "lora_one_gpu.yaml", words[1:-2])
+    told = subprocess.run(
+        [sys.executable, "-m", "accessory", "finetune", *words, "resume=null"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert told.stderr.startswith("accessory: error: output_dir: ")
+    assert told.stderr.count("\n") == 1, told.stderr
+
+
+# --------------------------------------------------------------------------- ends
+
+SPEAKS = """
+import sys
+from accessory.commands import outcome
+from accessory.errors import *
+outcome.FIRST_SPEAKS = 0
+def run():
+    print("working", flush=True)
+    raise {}
+sys.exit(outcome.outcome(run))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "out", "err"),
+    [
+        ("ConfigError('lr: no')", 0, "working\n", "accessory: error: lr: no\n"),
+        ("ConfigError('lr: no')", 1, "", ""),
+        (
+            "OSError(28, 'No space left on device', '/x')",
+            1,
+            "",
+            "accessory: error: rank 1: /x: No space left on device\n",
+        ),
+        ("RankError('lost')", 1, "", "accessory: error: rank 1: lost\n"),
+    ],
+)
+def test_of_several_ranks_those_speak_that_have_something_to_say(error, rank, out, err):
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKS.format(error)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, out, err)
+
+
+def test_a_rank_ends_when_its_launcher_is_gone(monkeypatch, capsys):
+    from accessory.commands import finetune
+
+    left = []
+
+    def leave(status):
+        left.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(finetune.os, "_exit", leave)
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(finetune.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(SystemExit):
+        finetune._end_with_the_launcher(7, 0)
+    assert left == [1]
+    assert capsys.readouterr().err == "accessory: error: torchrun is gone\n"
