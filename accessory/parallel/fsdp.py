@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from accessory.errors import AccessoryError, ConfigError
+from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.nn.decoder import Decoder
 from accessory.nn.linear import RMSNorm
 from accessory.parallel.collectives import share
@@ -95,13 +95,16 @@ class Grid:
             dist.barrier(group=self.all.group)
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What `function` gives on the first process, on all; an error of the user's is raised on all, too."""
+        """What `function` gives on the first process, on all; an error of the user's or the disk's is raised on all."""
         outcome: tuple[Any, AccessoryError | None] = (None, None)
         if self.first:
             try:
                 outcome = (function(), None)
             except AccessoryError as error:
                 outcome = (None, error)
+            except OSError as error:  # as InputError: one process speaks for all
+                where = f"{error.filename}: " if error.filename is not None else ""
+                outcome = (None, InputError(f"{where}{error.strerror or error}"))
         value, failure = share(outcome, self.all)
         if failure is not None:
             raise failure
