@@ -59,6 +59,11 @@ def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
             }
 
 
+def updates_made(optimizer: torch.optim.Optimizer) -> int:
+    """How often the optimiser has moved the parameters: fewer times than there were steps, where fp16 skipped some."""
+    return next((int(state["step"]) for state in optimizer.state.values()), 0)
+
+
 @torch.no_grad()
 def scale_gradients(named: Sequence[tuple[str, nn.Parameter]], factor: float) -> None:
     grads = [local(p.grad) for _, p in named if p.grad is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.errors import ConfigError
 from accessory.parallel.fsdp import Grid
 from accessory.train.build import Source, build, open_source, warn_of_biases
-from accessory.train.config import FinetuneConfig
+from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.feed import Feed, Schedule, Split
+from accessory.train.metrics import METRICS_FILE, write_whole
+from accessory.train.report import REPORT_FILE
 from accessory.train.state import Described, clean_states, complete_states, describe, load_state
 from accessory.train.trainer import Trainer, Weights
 
@@ -40,7 +41,6 @@ class Run:
     held_out: list[Batch]
     resumed: Described | None = None
     tokens: int = 0
-    updates: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -49,20 +49,21 @@ class Run:
 
 
 def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
-    """Open, check and build everything; nothing is written yet but the folder and `config.yaml`."""
+    """Open, check and build everything; what the folder holds is changed last, when nothing can be wrong any more."""
     folder = Path(config.output_dir)
-    resumed = grid.from_first(lambda: _prepare_folder(config, folder))
+    resumed = grid.from_first(lambda: _open_folder(config, folder))
     source = open_source(config)
     if resumed is not None:
         _check_same_model(resumed, source)
+    split = Split(config.batch_size, config.accum_iter, grid.data_size)
+    if resumed is not None:
+        split = Split.keeping(resumed.values["rows"], config.batch_size, grid.data_size)
     if grid.first:
         warn_of_biases(source)
     tokenizer = _tokenizer(config, source)
     check_vocabulary(tokenizer, source.args.vocab_size)
     data = _open_data(config.data_config, config, tokenizer, grid)
-    split = Split(config.batch_size, config.accum_iter, grid.data_size)
     if resumed is not None:
-        split = Split.keeping(resumed.values["rows"], config.batch_size, grid.data_size)
         _check_same_data(resumed, data, config)
     schedule = _schedule(config, data, split.rows, config.epochs, config.max_steps)
     pin = config.pin_mem and device.type == "cuda"
@@ -74,41 +75,57 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, resumed)
     if resumed is not None:
         load_state(trainer, resumed.folder)
-        run.tokens, run.updates = resumed.values["tokens"], resumed.values["updates"]
-        trainer.loss_scale.value = resumed.values["loss_scale"]
+        run.tokens = resumed.values["tokens"]
+        trainer.loss_scale.value, trainer.loss_scale.good = resumed.values["loss_scale"]
+    grid.from_first(lambda: _claim_folder(config, folder, resumed))
     return run
 
 
-def _prepare_folder(config: FinetuneConfig, folder: Path) -> Described | None:
-    """Make or clear the run's folder, and find the state to go on from; on the first process."""
+def _open_folder(config: FinetuneConfig, folder: Path) -> Described | None:
+    """Make the run's folder, see that it can be written, and find the state to go on from; on the first process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / ".probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
-    clean_states(folder / STATES)
     resumed = _state_to_resume(config, folder)
-    if resumed is None and (folder / "metrics.jsonl").exists():
-        if not config.overwrite and config.resume != "auto":
-            raise ConfigError(
-                f"output_dir: {folder} holds a run already; set resume=auto to go on with it, overwrite=true to begin "
-                "anew, or another folder"
-            )
-        for name in (STATES, FINAL):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    text = config.as_yaml()
-    aside = folder / (CONFIG + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(folder / CONFIG)
+    if not (folder / METRICS_FILE).exists() or config.overwrite:
+        return resumed
+    if resumed is None and config.resume != AUTO:
+        raise ConfigError(
+            f"output_dir: {folder} holds a run already; set resume=auto to go on with it, overwrite=true to begin "
+            "anew, or another folder"
+        )
+    if resumed is not None and not _is_of(resumed, folder):
+        raise ConfigError(f"output_dir: {folder} holds another run than resume = {config.resume}; give another folder")
     return resumed
+
+
+def _is_of(state: Described, folder: Path) -> bool:
+    return state.folder.resolve().parent == (folder / STATES).resolve()
+
+
+def _claim_folder(config: FinetuneConfig, folder: Path, resumed: Described | None) -> None:
+    """Clear away what an earlier run left and this one will write, and say what was asked for."""
+    names = [f"{FINAL}.partial"]  # in a run's folder it is the run's, whatever was left of it
+    if resumed is not None and _is_of(resumed, folder):
+        clean_states(folder / STATES, later_than=resumed.step)
+    else:
+        names += [STATES, FINAL, f"{FINAL}.old"]
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+    for name in names:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    with write_whole(folder / CONFIG) as file:
+        file.write(config.as_yaml().encode())
 
 
 def _state_to_resume(config: FinetuneConfig, folder: Path) -> Described | None:
     if config.resume is None:
         return None
-    if config.resume == "auto":
+    if config.resume == AUTO:
         found = complete_states(folder / STATES)
         return describe(found[-1]) if found else None
     given = Path(config.resume)
@@ -172,6 +189,7 @@ def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Gr
             dialog=config.dialog,
             cache_ann_on_disk=config.cache_ann_on_disk,
             seed=config.seed,
+            progress=grid.first,
         )
 
     if config.cache_ann_on_disk:  # the others read what the first one has written

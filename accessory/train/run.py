@@ -25,7 +25,7 @@ from accessory.train.build import COMPUTE, counts
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.metrics import MetricsLog
-from accessory.train.optim import learning_rate
+from accessory.train.optim import learning_rate, updates_made
 from accessory.train.prepare import FINAL, Run, data_identity, prepare
 from accessory.train.progress import Progress, RouterWatch
 from accessory.train.report import write_report
@@ -92,7 +92,6 @@ def _train(run: Run, stack: ExitStack) -> Path:
         )
         record = _one_step(run, step, batches, lr, saved)
         run.tokens += record["tokens"]
-        run.updates = step
         samples = step * run.feed.split.rows
         write(
             {
@@ -105,7 +104,7 @@ def _train(run: Run, stack: ExitStack) -> Path:
             }
         )
         last = step == schedule.steps
-        if config.eval_interval and (step % config.eval_interval == 0 or last):
+        if last or (config.eval_interval and step % config.eval_interval == 0):
             _evaluate(run, step, write)
         stopping = bool(grid.sum_over_all(torch.tensor(float(run.stop.is_set()), device=run.trainer.device)) > 0)
         if last or stopping or _save_is_due(run, step):
@@ -151,8 +150,8 @@ def _save(run: Run, step: int) -> Path:
         "data": data_identity(run.data, run.config),
         "rows": run.feed.split.rows,
         "tokens": run.tokens,
-        "updates": step,
-        "loss_scale": run.trainer.loss_scale.value,
+        "updates": updates_made(run.trainer.optimizer),
+        "loss_scale": [run.trainer.loss_scale.value, run.trainer.loss_scale.good],
         "implementation": run.source.kind.implementation,
         "config": run.config.to_dict(),
     }
@@ -162,11 +161,14 @@ def _save(run: Run, step: int) -> Path:
 def _finish(run: Run) -> Path:
     """The finished folder and the report, written by the first process while the others wait."""
     config, source = run.config, run.source
+    newest = complete_states(run.states)
+    if not newest and run.resumed is not None:  # of another folder, and there was no step left to make
+        newest = [run.resumed.folder]
 
     def written() -> Path:
         only = config.only_save_trainable
         return export(
-            complete_states(run.states)[-1],
+            newest[-1],
             run.folder / FINAL,
             source.checkpoints,
             source.args,

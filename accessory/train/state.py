@@ -102,16 +102,12 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
     Raises CheckpointError, on all ranks, where a rank cannot write; what was there before is then still there.
     """
     grid, target = trainer.grid, folder / f"step-{step:08d}"
+    if not trainer.optimizer.state:
+        allocate_moments(trainer.optimizer, 0)  # no step was made yet, and a state without moments could not be loaded
     held = held_state(trainer)
-    stack = ExitStack()
 
-    def begin() -> Path:
-        if target.exists():
-            _drop(target)  # of the same step: the run came here before, from an earlier state
-        return stack.enter_context(new_folder(target))
-
-    with stack:
-        place = grid.from_first(begin)
+    with ExitStack() as stack:
+        place = grid.from_first(lambda: stack.enter_context(new_folder(target)))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
@@ -125,15 +121,18 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
                 )
         except (dcp.api.CheckpointException, OSError) as error:
             raise CheckpointError(f"{target}: cannot be written ({_reason(error)})") from error
-        if grid.first:
+
+        def finish() -> None:
+            files = {file.name: file.stat().st_size for file in sorted(place.glob("*.safetensors"))}
             with open(place / _DESCRIPTION, "w", encoding="utf-8") as handle:
-                json.dump({"format": FORMAT, "step": step, **values}, handle, indent=1)
+                json.dump({"format": FORMAT, "step": step, "files": files, **values}, handle, indent=1)
                 handle.flush()
                 os.fsync(handle.fileno())
-    grid.wait()
-    if grid.first:
-        for old in complete_states(folder)[: -keep or None]:
-            _drop(old)
+            stack.close()
+            for old in complete_states(folder)[: -keep or None]:
+                _drop(old)
+
+        grid.from_first(finish)
     return target
 
 
@@ -170,10 +169,13 @@ def complete_states(folder: Path) -> list[Path]:
     return sorted(p for p in found if not (p / MARKER).exists())
 
 
-def clean_states(folder: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
+def clean_states(folder: Path, later_than: int) -> None:
+    """Remove what a killed run left half-written or half-removed, and the states of steps that will be made again."""
     if not folder.is_dir():
         return
+    for state in complete_states(folder):
+        if describe(state, check=False).step > later_than:
+            _drop(state)
     whole = set(complete_states(folder))
     for path in folder.iterdir():
         if path not in whole and _STEP.fullmatch(path.name.split(".")[0]) and path.is_dir():
@@ -181,13 +183,18 @@ def clean_states(folder: Path) -> None:
     sync_folder(folder)
 
 
-def describe(state: Path) -> Described:
-    """CheckpointError where the folder is no state, or one of a format that is not known."""
+def describe(state: Path, check: bool = True) -> Described:
+    """CheckpointError where the folder is no state, one of a format that is not known, or, with `check`, damaged."""
     if not (state / _DESCRIPTION).is_file():
         raise CheckpointError(f"{state}: holds no {_DESCRIPTION}; give a folder step-… of a run's states")
     values = read_json(state / _DESCRIPTION)
     if values.get("format") != FORMAT or not isinstance(values.get("step"), int):
         raise CheckpointError(f"{state / _DESCRIPTION}: format {values.get('format')!r} is not known here")
+    for name, size in values["files"].items() if check else ():
+        found = (state / name).stat().st_size if (state / name).is_file() else None
+        if found != size:
+            told = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
+            raise CheckpointError(f"{state / name}: {told}; remove this state to go on from an earlier one")
     return Described(values["step"], values, state)
 
 
@@ -220,7 +227,7 @@ def load_state(trainer: Trainer, state: Path) -> None:
     """
     tensors = state_tensors(state)
     described = describe(state)
-    allocate_moments(trainer.optimizer, int(described.values.get("updates", described.step)))
+    allocate_moments(trainer.optimizer, int(described.values["updates"]))
     wanted = held_state(trainer)
     for name, held in wanted.items():
         if name not in tensors:
