@@ -151,7 +151,7 @@ def _dtype(name: str | None) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="accessory", description="Run and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
+        prog="accessory", description="Run, finetune and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
     )
     parser.add_argument("--version", action="version", version=f"accessory {__version__}")
     parser.set_defaults(debug=False)

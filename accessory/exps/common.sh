@@ -34,7 +34,7 @@ run_finetune() {
         --min_lr 0.0 --clip_grad 2 --weight_decay 0.0 \
         --data_parallel sdp --precision bf16 --checkpointing \
         --tokenizer_path "$tokenizer_path" --no_visual \
-        --pretrained_path "$pretrained_path" --pretrained_type consolidated \
+        --pretrained_path "$pretrained_path" \
         --data_config configs/data/finetune/sg/dialog_ultrachat200kWizardcode.yaml --dialog \
         --save_iteration_interval 100 --resume auto \
         "$@" ${more[@]+"${more[@]}"} \
