@@ -121,6 +121,12 @@ def _finetune(options: argparse.Namespace) -> int:
     return finetune(options)
 
 
+def _data_check(options: argparse.Namespace) -> int:
+    from accessory.commands.data import check
+
+    return check(options)
+
+
 def _report(options: argparse.Namespace) -> int:
     from accessory.train.report import write_report
 
@@ -234,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", "--dry_run", action="store_true", help="check and show the recipe, train nothing"
     )
 
+    data = commands.add_parser("data", help="look at finetuning data before a GPU is used", epilog=EPILOG)
+    _data_check_arguments(data.add_subparsers(title="actions", metavar="ACTION", required=True))
+
     report = _command(commands, "report", _report, "make report.html of a finetuning run, finished, running or dead")
     report.add_argument("dir", metavar="DIR", help="its output folder, which holds metrics.jsonl")
     report.add_argument("--title", metavar="TEXT", help="default: the folder's name")
@@ -280,6 +289,24 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu-ids", "--gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
     command.add_argument("--master-addr", "--master_addr", metavar="HOST", help="where the ranks of --n-gpus meet")
     command.add_argument("--master-port", "--master_port", type=int, metavar="PORT", help="default: a free one")
+
+
+def _data_check_arguments(actions: Any) -> None:
+    check = _command(actions, "check", _data_check, "validate every item, and show what a run would learn from them")
+    check.add_argument("config", metavar="CONFIG", help="a YAML of data (META), or of a finetune, whose choices count")
+    check.add_argument("--model", metavar="PATH", help="a model or a tokenizer, file or folder (default: CONFIG's)")
+    check.add_argument("--max-words", "--max_words", type=int, metavar="N", help="tokens of a row (default: 4096)")
+    check.add_argument("--template", choices=TEMPLATES, help="of dialogues (default: default)")
+    flag = argparse.BooleanOptionalAction
+    check.add_argument("--dialog", action=flag, help="whether single turns are dialogues of two messages (default)")
+    check.add_argument("--packing", action=flag, help="whether several items share a row (default)")
+    check.add_argument("--batch-size", "--batch_size", type=int, metavar="N", help="rows a GPU sees at once (4)")
+    check.add_argument("--accum-iter", "--accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
+    check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: CONFIG's model_parallel_size)")
+    check.add_argument("--epochs", type=float, metavar="X", help="times every item is seen (1)")
+    check.add_argument(
+        "--tokens-per-second", "--tokens_per_second", type=float, metavar="X", help="of all GPUs together"
+    )
 
 
 def _sampling_arguments(command: argparse.ArgumentParser) -> None:

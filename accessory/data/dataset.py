@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ class DataFile:
 class FinetuneData:
     """The items of all files of a META list, in order, cut on the right to `max_words` tokens.
 
-    Attributes: `files`; `group_names`, the files' types; of each item, int32: `lengths` and `whole` (tokens with and
-    without the cut), `groups` (index into `group_names`; items of a group share batches), `file_of`; `truncated`, how
-    many items were cut, and `dropped`, how many more were left out, because nothing to learn was left of them.
+    Attributes: `files`; `group_names`, the files' types; of each item: `lengths` and `whole` (tokens with and without
+    the cut, int32), `groups` (number in `group_names`, int32; items of a group share batches), `file_of` and `index`
+    (number in `files`, and which of the file's encoded items it is); `truncated`, how many items were cut, and
+    `dropped`, how many more were left out, because the cut left nothing to learn of them.
     """
 
     def __init__(self, files: Sequence[DataFile], max_words: int) -> None:
@@ -56,7 +57,7 @@ class FinetuneData:
         # With max_words ids, the last one that can be learnt is number max_words - 1.
         kept = [np.flatnonzero(f.encoded.first < max_words) for f in files]
         self.dropped = sum(len(f.encoded.first) - len(k) for f, k in zip(files, kept, strict=True))
-        self._index = np.concatenate(kept)
+        self.index = np.concatenate(kept)
         self.file_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(k) for k in kept])
         self.whole = np.concatenate([np.diff(f.encoded.start)[k] for f, k in zip(files, kept, strict=True)])
         self.whole = self.whole.astype(np.int32)
@@ -74,6 +75,7 @@ class FinetuneData:
         max_words: int,
         template: str | None = None,
         dialog: bool = True,
+        prompt_type: str | None = None,
         cache_ann_on_disk: bool = False,
         cache_dir: str | Path | None = None,
         seed: int = 0,
@@ -83,15 +85,15 @@ class FinetuneData:
         """Read and encode every item.
 
         max_words: tokens an item may have; longer ones are cut on the right. template: of dialogues, by default
-        "default"; "tokenizer" is the tokenizer's own. dialog: single turns are dialogues of two messages, except where
-        their file names a `prompt_type`; without it, they are all prompts, by default alpaca's. cache_ann_on_disk: keep
-        what was encoded in `cache_dir`, by default beside the files, and take it from there as long as nothing has
-        changed that it depends on. seed: decides which items a file's `ratio` takes.
+        "default"; "tokenizer" is the tokenizer's own. dialog: single turns are dialogues of two messages; without it,
+        they are alpaca's prompts. prompt_type: of single turns, either way; what their file names wins.
+        cache_ann_on_disk: keep what was encoded in `cache_dir`, by default beside the files, and take it from there as
+        long as nothing has changed that it depends on. seed: decides which items a file's `ratio` takes.
 
         InputError names file and line of the first item that cannot be used; given a list of `problems`, all of them
-        are told there and left out. Of items that are cut, and of those that are dropped, a warning tells the number.
+        are told there and left out. Else a warning tells how many items are cut, and how many dropped.
         """
-        sources = read_meta(meta)
+        sources = [replace(s, prompt_type=s.prompt_type or prompt_type) for s in read_meta(meta)]
         how = Encoding(tokenizer, get_template(template or "default", tokenizer), dialog)
         folder = None if cache_dir is None else Path(cache_dir)
         files = []
@@ -124,9 +126,9 @@ class FinetuneData:
                 raise InputError(f"{problems[0]}{more}")
             raise InputError(f"data_config: there are no items in {', '.join(str(s.path) for s in sources)}")
         data = cls(files, max_words)
-        if data.truncated:
+        if data.truncated and problems is None:
             log.warning("max_words: %d of %d items are longer than %d and cut", data.truncated, len(data), max_words)
-        if data.dropped:
+        if data.dropped and problems is None:
             log.warning(
                 "max_words: %d items are left out: their first %d tokens hold nothing to learn", data.dropped, max_words
             )
@@ -135,7 +137,7 @@ class FinetuneData:
         return data
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def example(self, item: int) -> Example:
         encoded, at = self._place(item)
@@ -157,14 +159,14 @@ class FinetuneData:
 
     def fingerprint(self) -> str:
         """A digest of all items in order: equal for equal data, whatever the files are called."""
-        digest = hashlib.sha256(self.lengths.tobytes() + self.groups.tobytes() + self._index.tobytes())
+        digest = hashlib.sha256(self.lengths.tobytes() + self.groups.tobytes() + self.index.tobytes())
         for file in self.files:
             digest.update(file.encoded.ids.data)
             digest.update(file.encoded.learn.data)
         return digest.hexdigest()
 
     def _place(self, item: int) -> tuple[Encoded, int]:
-        return self.files[self.file_of[item]].encoded, int(self._index[item])
+        return self.files[self.file_of[item]].encoded, int(self.index[item])
 
 
 def _chosen(items: int, ratio: float, seed: Sequence[int]) -> np.ndarray:

@@ -49,17 +49,22 @@ def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
     beside, where = Path(), "data_config"
     if isinstance(meta, str | Path):
         beside, where = Path(meta).parent, str(meta)
-        try:
-            meta = yaml.safe_load(Path(meta).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"data_config: {where}: cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data_config: {where}: not valid YAML ({' '.join(str(error).split())})") from error
+        meta = read_yaml(meta)
     entries = meta.get("META") if isinstance(meta, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{where}: expected META, a list of files, each with path and type")
     _known(meta, ("META",), where)
     return [_source(entry, f"{where}: META[{n}]", beside) for n, entry in enumerate(entries)]
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; ConfigError where it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _source(entry: Any, where: str, beside: Path) -> Source:

@@ -1,0 +1,194 @@
+"""What `accessory data check` shows: counts, a histogram, steps, and items with what is learnt of them in colour."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from accessory.data.dataset import FinetuneData
+from accessory.data.tokenizer import Tokenizer
+from accessory.train.feed import Schedule
+
+if TYPE_CHECKING:
+    from accessory.commands.data import Choices
+
+SHOWN_PROBLEMS = 20
+_PREVIEWED = 2  # items of each group
+_TOKENS = 400  # of an item
+_BAR = 40
+LEARNT, REST, SPECIAL = "green", "dim", "bold magenta"
+MARKS = ("⟦", "⟧")  # around what is learnt, where there are no colours
+
+
+def heading(choices: Choices, tokenizer: Tokenizer) -> str:
+    template = choices.template or "default"
+    turns = "dialogues" if choices.dialog and not choices.prompt_type else choices.prompt_type or "alpaca"
+    return (
+        f"tokenizer {tokenizer.path} ({tokenizer.kind}, {tokenizer.vocab_size:,} ids)\n"
+        f"items     at most {choices.max_words:,} tokens; template {template}; single turns: {turns}"
+    )
+
+
+def counts(data: FinetuneData) -> RenderableType:
+    """A line a file and, where there are several, a group: items, tokens, how much is cut, left out and learnt."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("file", "type", "items", "tokens", "mean", "cut", "left out", "learnt"):
+        table.add_column(name, justify="left" if name in ("file", "type") else "right", overflow="fold")
+    learnt = learnt_tokens(data)
+    for number, file in enumerate(data.files):
+        share = "" if file.taken == file.items else f" of {file.items:,}"
+        own = data.file_of == number
+        dropped = int((file.encoded.first >= data.max_words).sum())
+        table.add_row(str(file.source.path), file.source.group, *_cells(data, own, learnt, dropped, share))
+    if len(data.group_names) > 1:
+        for number, name in enumerate(data.group_names):
+            table.add_row("all of", name, *_cells(data, data.groups == number, learnt))
+    if len(data.files) > 1:
+        every = np.ones(len(data), bool)
+        table.add_row("all", "", *_cells(data, every, learnt, data.dropped))
+    return table
+
+
+def _cells(
+    data: FinetuneData, own: np.ndarray, learnt: np.ndarray, dropped: int | None = None, share: str = ""
+) -> list[str]:
+    items, tokens = int(own.sum()), int(data.lengths[own].sum())
+    cut = int((data.whole[own] > data.max_words).sum())
+    return [
+        f"{items:,}{share}",
+        f"{tokens:,}",
+        f"{tokens / max(items, 1):,.0f}",
+        f"{cut:,} ({_percent(cut, items)})",
+        "" if dropped is None else f"{dropped:,}",
+        _percent(int(learnt[own].sum()), tokens),
+    ]
+
+
+def learnt_tokens(data: FinetuneData) -> np.ndarray:
+    """Of each item, how many of its tokens are learnt (N,)."""
+    out = np.zeros(len(data), np.int64)
+    for number, file in enumerate(data.files):
+        own = data.file_of == number
+        begin = file.encoded.start[:-1][data.index[own]]
+        spans = np.stack([begin, begin + data.lengths[own]], axis=1).ravel()
+        if len(spans):
+            # A sum from each bound to the next; every other one lies between items. The last bound may be the end.
+            sums = np.add.reduceat(file.encoded.learn, spans[: -1 if spans[-1] == len(file.encoded.learn) else None])
+            out[own] = sums[::2]
+    return out
+
+
+def histogram(data: FinetuneData) -> RenderableType:
+    """Items by their tokens before any cut, in bins that double."""
+    lines = [Text("tokens of an item", style="bold")]
+    bins = np.floor(np.log2(np.maximum(data.whole, 1))).astype(int)
+    numbers = np.bincount(bins)
+    for power in range(int(bins.min()), len(numbers)):
+        low, high = 2**power, 2 ** (power + 1) - 1
+        bar = "█" * round(_BAR * numbers[power] / numbers.max()) or ("▏" if numbers[power] else "")
+        cut = "  longer ones are cut" if low <= data.max_words < high and data.truncated else ""
+        share = _percent(int(numbers[power]), len(data))
+        lines.append(Text(f"{low:>7,} – {high:<7,} {bar:<{_BAR}} {numbers[power]:>9,} {share:>6}{cut}"))
+    middle, most = np.percentile(data.whole, [50, 99])
+    lines.append(Text(f"median {middle:,.0f}, 99 of 100 at most {most:,.0f}, longest {data.whole.max():,}"))
+    return Group(*lines)
+
+
+def steps(choices: Choices, schedule: Schedule) -> str:
+    first = schedule.plans[0]
+    rows = [row for step in range(first.steps) for row in first.rows(step)]
+    full = sum(1 for row in rows if row)
+    if choices.packing:
+        documents = sum(len(row) for row in rows) / max(full, 1)
+        how = f"{first.fill:.1%} of {choices.max_words:,} tokens a row filled, {documents:.1f} items a row"
+    else:
+        how = "one item a row, neighbours by length together"
+    split = f"{choices.batch_size} a GPU × {choices.accum_iter} accumulated × {choices.replicas} data-parallel"
+    return (
+        f"packing   {'on' if choices.packing else 'off'}: {how}\n"
+        f"steps     {first.steps:,} an epoch of {full:,} rows, {choices.rows} a step ({split}); "
+        f"{schedule.steps:,} in all ({choices.epochs:g} epoch{'s' * (choices.epochs != 1)})"
+    )
+
+
+def problems(found: Iterable[str]) -> RenderableType:
+    """Every problem up to a number, then how many there are, a file."""
+    found = list(found)
+    if not found:
+        return Text("\nnothing is wrong", style="green")
+    lines = [Text(line, style="red") for line in found[:SHOWN_PROBLEMS]]
+    if len(found) > SHOWN_PROBLEMS:
+        lines.append(Text(f"… and {len(found) - SHOWN_PROBLEMS:,} more"))
+    files = Counter(_file_of(line) for line in found)
+    told = ", ".join(f"{number:,} in {name}" for name, number in files.items())
+    lines.append(Text(f"{len(found):,} problem{'s' * (len(found) > 1)}: {told}", style="bold red"))
+    return Group(Text(), *lines)
+
+
+def _file_of(problem: str) -> str:
+    """A problem reads "file:line: what" or "file: what"."""
+    return problem.split(": ", 1)[0].rpartition(":")[0] or problem.split(": ", 1)[0]
+
+
+def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: bool) -> RenderableType:
+    """The first items of a group as the model reads them. `marked`: what is learnt stands in brackets."""
+    lines = []
+    for item in np.flatnonzero(data.groups == group)[:_PREVIEWED].tolist():
+        example = data.example(item)
+        title = f"{data.where(item)} ({data.group_names[group]}), {len(example.ids):,} tokens"
+        cut = f", cut from {data.whole[item]:,}" if example.truncated else ""
+        image = f", image {example.image}" if example.image else ""
+        lines.append(Text.assemble("\n", (title + cut + image, "bold"), ": learnt is ", _legend(marked)))
+        lines.append(painted(example.ids[:_TOKENS], example.learn[:_TOKENS], tokenizer, marked=marked))
+        if len(example.ids) > _TOKENS:
+            lines.append(Text(f"… {len(example.ids) - _TOKENS:,} tokens more", style=REST))
+    return Group(*lines)
+
+
+def _legend(marked: bool) -> Text:
+    return Text(f"in {''.join(MARKS)}") if marked else Text("green", style=LEARNT)
+
+
+def painted(ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: bool) -> Text:
+    """Token ids as text: control tokens by their names, line ends visible, what is learnt in its own colour."""
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    text, run, before, begun = Text(), b"", False, False
+
+    def close() -> None:
+        nonlocal run
+        text.append(run.decode("utf-8", "replace").replace("\n", "↵\n"), style=LEARNT if before else REST)
+        run = b""
+
+    for token, on in zip(ids, learn, strict=True):
+        if on != before:
+            close()
+            if marked:
+                text.append(MARKS[0] if on else MARKS[1])
+            before = on
+        if token in names:
+            close()
+            text.append(names[token], style=f"{SPECIAL} {'' if on else 'dim'}".strip())
+        else:
+            run += tokenizer.token_bytes(token, begun)
+            begun = True
+    close()
+    if marked and before:
+        text.append(MARKS[1])
+    return text
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
