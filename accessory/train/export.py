@@ -38,13 +38,15 @@ def export(
     only_trained: bool = False,
     dtype: torch.dtype | None = None,
     shards: int = 1,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write a state's parameters to `dst` in the accessory layout, over those of the checkpoints it started from.
 
     only_trained: leave out what was not trained; the folder is then loaded behind the one that it was trained on.
-    dtype: by default trained tensors stay in fp32. shards: at most so many, or what the sizes allow.
+    dtype: by default trained tensors stay in fp32. shards: at most so many, or what the sizes allow. tokenizer: the
+    folder or file of the one that was learnt with, where it is not the checkpoints'.
     """
     trained = canonical_tensors(state)
     tensors: dict[str, Lazy] = {}
@@ -53,6 +55,10 @@ def export(
             tensors |= checkpoint.tensors
     tensors |= trained
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
+    if tokenizer is not None:
+        own = find_resources(tokenizer) if tokenizer.is_dir() else [tokenizer]
+        kept = {n: r for n, r in resources.items() if n == "generation_config.json"}  # all others are a tokenizer's
+        resources = kept | {r.name: r for r in own}
     write_checkpoint(
         dst,
         tensors,

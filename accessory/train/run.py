@@ -122,8 +122,8 @@ def _one_step(run: Run, step: int, batches: list[Batch], lr: float, saved: int |
     except NotFiniteError as error:
         if saved != step - 1:
             _save(run, step - 1)
-        items = sorted({run.data.where(item) for batch in batches for item in batch.items})
-        shown = ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+        items = sorted({item for batch in batches for item in batch.items})
+        shown = ", ".join(map(run.data.where, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
         raise InputError(
             f"step {step}: {error}; the state of step {step - 1} is saved and still good. "
             f"The first rank's items of the step: {shown}"
@@ -161,14 +161,11 @@ def _save(run: Run, step: int) -> Path:
 def _finish(run: Run) -> Path:
     """The finished folder and the report, written by the first process while the others wait."""
     config, source = run.config, run.source
-    newest = complete_states(run.states)
-    if not newest and run.resumed is not None:  # of another folder, and there was no step left to make
-        newest = [run.resumed.folder]
 
     def written() -> Path:
         only = config.only_save_trainable
         return export(
-            newest[-1],
+            complete_states(run.states)[-1],
             run.folder / FINAL,
             source.checkpoints,
             source.args,
@@ -176,6 +173,7 @@ def _finish(run: Run) -> Path:
             only_trained=only,
             dtype=None if only else COMPUTE[config.precision],
             shards=config.model_parallel_size,
+            tokenizer=Path(config.tokenizer_path) if config.tokenizer_path else None,
             overwrite=True,
         )
 
