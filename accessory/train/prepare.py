@@ -66,6 +66,10 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     if resumed is not None:
         _check_same_data(resumed, data, config)
     schedule = _schedule(config, data, split.rows, config.epochs, config.max_steps)
+    if resumed is not None and resumed.step >= schedule.steps and not _is_of(resumed, folder):
+        raise ConfigError(
+            f"resume: {resumed.folder} has made all of {schedule.steps} steps; give more epochs or max_steps"
+        )
     pin = config.pin_mem and device.type == "cuda"
     feed = Feed(data, schedule, split, grid, workers=config.num_workers, pin=pin)
     held_out = _held_out(config, tokenizer, grid) if config.eval_data else []
