@@ -1,0 +1,395 @@
+"""Whole runs: killed, resumed elsewhere, stopped, poisoned, and started wrongly."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import runs
+
+from accessory.errors import AccessoryError
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def whole(inputs, tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    runs.finetune(inputs, output, eval_data=str(inputs / "held.yaml"), eval_interval=5)
+    return output
+
+
+@pytest.fixture(scope="session")
+def part(inputs, tmp_path_factory) -> Path:
+    """A run that ended after 4 of its 12 steps; to be copied, not gone on with."""
+    output = tmp_path_factory.mktemp("part") / "run"
+    runs.finetune(inputs, output, max_steps=4)
+    return output
+
+
+def test_a_run_writes_all_that_it_promises(whole):
+    assert [row[0] for row in runs.curve(whole)] == list(range(1, 13))
+    assert [r["step"] for r in runs.records(whole, "eval")] == [0, 5, 10, 12]
+    assert sorted(p.name for p in (whole / "states").iterdir()) == ["step-00000009", "step-00000012"]
+    assert not runs.left_over(whole)
+    assert runs.records(whole, "eval")[-1]["loss"] < runs.records(whole, "eval")[0]["loss"]
+
+
+# --------------------------------------------------------------------------- killed
+
+
+def test_killed_while_saving_it_goes_on(inputs, whole, tmp_path):
+    """One run, killed at each of the places where files are half made, until it ends."""
+    fields = runs.options(inputs, tmp_path / "run", resume="auto", keep=1)
+    for spot in runs.SPOTS:
+        started = runs.start(fields, prepare=runs.die_at, arguments=(spot,))
+        assert started.wait() == [-9], f"{spot}: {started.said()}"
+        runs.check_folder(tmp_path / "run")
+    started = runs.start(fields)
+    assert started.wait() == [0], started.said()
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole))
+    runs.check_folder(tmp_path / "run")
+    assert not runs.left_over(tmp_path / "run")
+
+
+def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
+    """Start, kill and start again until the run ends; how many steps the file held at each kill."""
+    output, pick = Path(fields["output_dir"]), random.Random(seed)
+    seen = []
+    for _ in range(kills):
+        started = runs.start(fields, ranks=ranks)
+        before = runs.steps_written(output)
+        end = time.monotonic() + 60
+        while runs.steps_written(output) == before and started.running() and time.monotonic() < end:
+            time.sleep(0.005)  # loading is no news: the moment is a random one of those that change something
+        time.sleep(pick.random() * 0.35)
+        started.kill()
+        seen.append(runs.steps_written(output))
+        runs.check_folder(output)
+    started = runs.start(fields, ranks=ranks)
+    assert started.wait() == [0] * ranks, started.said()
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_ten_times_it_has_one_curve(inputs, tmp_path, ranks):
+    changes = {"epochs": 12.0, "keep": 1, "save_iteration_interval": 2, "model_parallel_size": 1}
+    fields = runs.options(inputs, tmp_path / "run", resume="auto", **changes)
+    straight = runs.options(inputs, tmp_path / "straight", **changes)
+    assert runs.start(straight, ranks=ranks).wait() == [0] * ranks
+    seen = killed_at_random(fields, ranks, kills=10, seed=ranks)
+    assert len(set(seen)) > 5, f"killed at too few different moments: {seen}"
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), 1e-6 if ranks == 1 else 1e-5)
+    runs.check_folder(tmp_path / "run")
+    assert not runs.left_over(tmp_path / "run")
+    for name, tensor in runs.final_tensors(tmp_path / "straight").items():
+        torch.testing.assert_close(runs.final_tensors(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --------------------------------------------------------------------------- stopped
+
+
+def test_sigterm_saves_and_ends_with_one_line(inputs, whole, tmp_path):
+    fields = runs.options(inputs, tmp_path / "run", resume="auto", save_iteration_interval=None, save_interval=0)
+    started = runs.start(fields, prepare=runs.signal_after, arguments=(2, signal.SIGTERM))
+    assert started.wait() == [1]
+    (line,) = started.errors()
+    assert "stopped by a signal after step 2" in line
+    assert "resume=auto" in line
+    assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
+    assert runs.start(fields).wait() == [0]
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole))
+
+
+def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
+    fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=None, save_interval=0)
+    started = runs.start(fields, prepare=runs.signal_after, arguments=(2, signal.SIGINT, signal.SIGINT))
+    assert started.wait() == [130]
+    assert "interrupted" in started.said()
+    assert not (tmp_path / "run" / "states").exists()
+
+
+# --------------------------------------------------------------------------- resumed elsewhere
+
+
+def test_fewer_ranks_and_the_other_implementation_go_on(inputs, tmp_path):
+    """Two data-parallel ranks, one of base, one of sparse: one curve, moments and schedule included."""
+    stages = [(2, "mixtral", {}), (1, "mixtral", {}), (1, "mixtral_sparse", {})]
+    goes_on(inputs, tmp_path, stages, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora and biases"])
+def test_four_ranks_two_ranks_one_rank(inputs, tmp_path, peft):
+    end = "_peft" if peft else ""
+    stages = [
+        (4, f"mixtral{end}", {"model_parallel_size": 2}),
+        (2, f"mixtral{end}", {"model_parallel_size": 2}),
+        (2, f"mixtral_sparse{end}", {"data_parallel": "fsdp"}),
+        (1, f"mixtral_sparse{end}", {}),
+    ]
+    goes_on(inputs, tmp_path, stages, peft)
+
+
+def goes_on(inputs, tmp_path, stages, peft):
+    common = {"global_batch_statistics": True, "batch_size": 1, "accum_iter": 1, "packing": True, "epochs": 3.0, **peft}
+    # What one rank sees in a micro-step depends on the ranks, and so does the balance loss of it; without accumulation
+    # and with global statistics it does not.
+    common |= {"max_words": 96, "load_balancing_weight": 0.1}
+    rows = 4
+    straight = runs.options(inputs, tmp_path / "straight", **common | {"batch_size": rows, "llama_type": stages[0][1]})
+    assert runs.start(straight).wait() == [0]
+    steps = len(runs.curve(tmp_path / "straight"))
+    assert steps >= 2 * len(stages)
+    for number, (ranks, kind, options) in enumerate(stages, start=1):
+        data_ranks = ranks // options.get("model_parallel_size", 1)
+        fields = runs.options(
+            inputs,
+            tmp_path / "run",
+            **common
+            | options
+            | {
+                "batch_size": rows // data_ranks,
+                "llama_type": kind,
+                "resume": "auto",
+                "max_steps": steps * number // len(stages),
+            },
+        )
+        started = runs.start(fields, ranks=ranks)
+        assert started.wait() == [0] * ranks, started.said()
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), 1e-5)
+    one, other = (runs.newest_state(tmp_path / name) for name in ("straight", "run"))
+    assert one.keys() == other.keys()
+    assert {name.split(".")[0] for name in one} == {"model", "exp_avg", "exp_avg_sq"}
+    for name, tensor in one.items():
+        # Adam divides by what may be tiny: an update is right to a share of the largest, not of itself.
+        scale = float(tensor.abs().max())
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-4 * scale + 1e-12, msg=name)
+
+
+def test_rows_that_new_ranks_cannot_share(inputs, part, tmp_path):
+    shutil.copytree(part, tmp_path / "run")
+    before = runs.snapshot(tmp_path / "run")
+    fields = runs.options(inputs, tmp_path / "run", resume="auto", batch_size=1)
+    started = runs.start(fields, ranks=3)
+    assert started.wait() == [1] * 3
+    (line,) = started.errors()
+    assert "4 rows a step, which 3 data-parallel ranks cannot share" in line
+    assert runs.snapshot(tmp_path / "run") == before
+
+
+def test_other_micro_batches_are_the_same_steps(inputs, part, tmp_path):
+    """A run resumed with room for more rows a micro-step divides the same rows otherwise; balance is off."""
+    whole = runs.options(inputs, tmp_path / "whole", load_balancing_weight=0.0)
+    runs.finetune(inputs, tmp_path / "whole", load_balancing_weight=0.0)
+    runs.finetune(inputs, tmp_path / "run", load_balancing_weight=0.0, max_steps=4)
+    runs.finetune(inputs, tmp_path / "run", load_balancing_weight=0.0, resume="auto", batch_size=3, accum_iter=1)
+    assert whole["batch_size"] == 2
+    wanted = [(step, ce) for step, ce, _, _ in runs.curve(tmp_path / "whole")]
+    runs.same_curve([(step, ce) for step, ce, _, _ in runs.curve(tmp_path / "run")], wanted, 1e-5)
+
+
+def test_an_earlier_state_is_gone_on_from_on_request(inputs, whole, tmp_path):
+    """States and records of the steps that are made anew go, so that a kill leaves no gap."""
+    shutil.copytree(whole, tmp_path / "run")
+    runs.finetune(inputs, tmp_path / "run", resume=str(tmp_path / "run" / "states" / "step-00000009"), max_steps=10)
+    assert [p.name[-2:] for p in sorted((tmp_path / "run" / "states").iterdir())] == ["09", "10"]
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:10])
+
+
+def test_another_runs_state_begins_a_new_folder(inputs, part, whole, tmp_path):
+    runs.finetune(inputs, tmp_path / "run", resume=str(part))
+    assert [row[0] for row in runs.curve(tmp_path / "run")] == list(range(5, 13))
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[4:])
+    refused(inputs, tmp_path / "other", "has made all of 12 steps", resume=str(tmp_path / "run"))
+
+
+# --------------------------------------------------------------------------- wrong from the start
+
+
+def refused(inputs, output, *words, **changes):
+    """The run ends with one line that holds `words`, and its folder is as it was."""
+    before = runs.snapshot(output)
+    with pytest.raises(AccessoryError) as caught:
+        runs.finetune(inputs, output, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert runs.snapshot(output) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ["output_dir", "holds a run already", "resume=auto", "overwrite=true"]),
+        ({"resume": "auto", "seed": 3}, ["learnt from other data"]),
+        ({"resume": "auto", "packing": True}, ["learnt from other data"]),
+        ({"resume": "auto", **LORA}, ["trained other adapters", "lora_rank"]),
+        ({"resume": "auto", "train_router": True}, ["router"]),
+        ({"resume": "auto", "model_parallel_size": 2}, ["model_parallel_size: got 2", "number of ranks, 1"]),
+        ({"overwrite": True, "data_config": "nowhere.yaml"}, ["nowhere.yaml"]),
+    ],
+)
+def test_a_run_is_not_spoiled_by_a_wrong_start(inputs, part, tmp_path, changes, words):
+    output = tmp_path / "run"
+    shutil.copytree(part, output)
+    refused(inputs, output, *words, **changes)
+
+
+def test_other_models_and_data_are_not_gone_on_with(inputs, part, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(part, output)
+    other = runs.write_model(tmp_path / "weights", seed=1)
+    refused(inputs, output, "other weights", resume="auto", pretrained_path=[str(other)])
+    larger = runs.write_model(tmp_path / "sizes", hidden_dim=64)
+    refused(inputs, output, "hidden_dim 48 there, 64 here", resume="auto", pretrained_path=[str(larger)])
+    data = runs.write_data(tmp_path, runs.dialogues(seed=5))
+    refused(inputs, output, "other data", resume="auto", data_config=str(data))
+
+
+def test_another_rank_of_lora_is_refused(inputs, tmp_path):
+    output = tmp_path / "run"
+    runs.finetune(inputs, output, max_steps=1, **LORA)
+    refused(inputs, output, "lora_rank 4 there, 8 here", resume="auto", **LORA | {"lora_rank": 8})
+
+
+def test_a_damaged_state_is_named(inputs, part, tmp_path):
+    for number, harm in enumerate((Path.unlink, lambda file: os.truncate(file, file.stat().st_size - 8))):
+        output = tmp_path / f"run{number}"
+        shutil.copytree(part, output)
+        (file,) = (output / "states" / "step-00000004").glob("*.safetensors")
+        harm(file)
+        refused(inputs, output, str(file), "remove this state", resume="auto")
+        shutil.rmtree(file.parent)
+        runs.finetune(inputs, output, resume="auto", max_steps=4)
+        runs.same_curve(runs.curve(output), runs.curve(part))
+
+
+def test_a_folder_of_another_run_is_not_mixed_with(inputs, part, whole, tmp_path):
+    shutil.copytree(part, tmp_path / "run")
+    refused(inputs, tmp_path / "run", "holds another run", resume=str(whole))
+
+
+def test_overwriting_begins_anew(inputs, part, whole, tmp_path):
+    shutil.copytree(part, tmp_path / "run")
+    runs.finetune(inputs, tmp_path / "run", overwrite=True, max_steps=2)
+    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:2])
+    assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_output_folder_that_cannot_be_written(inputs, tmp_path, ranks):
+    (tmp_path / "file").write_text("in the way")
+    fields = runs.options(inputs, tmp_path / "run") | {"output_dir": str(tmp_path / "file" / "run")}
+    started = runs.start(fields, ranks=ranks, logs=tmp_path / "logs")
+    assert started.wait(60) == [1] * ranks
+    (line,) = started.errors()
+    assert "output_dir" in line
+    assert "cannot be written" in line
+
+
+BAD_LINES = {
+    "not JSON": ("{'conversations': []}", "not valid JSON"),
+    "unknown role": ('{"conversations": [{"from": "wizard", "value": "hello"}]}', "wizard"),
+    "empty conversation": ('{"conversations": []}', "empty"),
+    "missing image": (json.dumps(runs.dialogues(1)[0] | {"image": "there.png"}), "there.png"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_of_data(inputs, tmp_path, bad):
+    line, told = BAD_LINES[bad]
+    data = runs.write_data(tmp_path, [*runs.dialogues(), line, *runs.dialogues(3)])
+    with pytest.raises(AccessoryError, match=r"data\.jsonl:25") as caught:
+        runs.finetune(inputs, tmp_path / "run", data_config=str(data))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_ranks_end_together_on_a_bad_line(inputs, tmp_path):
+    data = runs.write_data(tmp_path, [*runs.dialogues(), BAD_LINES["unknown role"][0]])
+    fields = runs.options(inputs, tmp_path / "run", data_config=str(data), cache_ann_on_disk=True)
+    started = runs.start(fields, ranks=2)
+    assert started.wait(60) == [1, 1]
+    (line,) = started.errors()
+    assert "data.jsonl:25" in line
+
+
+def test_nothing_to_train(inputs, tmp_path):
+    with pytest.raises(AccessoryError, match="nothing would be trained"):
+        runs.finetune(inputs, tmp_path / "run", llama_type="mixtral_peft", norm_tuning=False)
+
+
+# --------------------------------------------------------------------------- not finite
+
+
+def poisoned(inputs, folder, value=float("inf")) -> tuple[Path, Path]:
+    """The model with an embedding row of infinities, and data whose one item uses it: (model, data)."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    shutil.copytree(inputs / "model", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    items = runs.dialogues()
+    items[3]["conversations"][1]["value"] += " ~"
+    (token,) = set(tokenizer("~", add_special_tokens=False)["input_ids"])
+    weights = load_file(folder / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = value
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model", runs.write_data(folder, items)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_once):
+    model, data = poisoned(inputs, tmp_path)
+    output = tmp_path / "run"
+    fields = {"pretrained_path": [str(model)], "data_config": str(data), "save_iteration_interval": None}
+    fields |= {"save_interval": 0}
+    if at_once:  # in the very first step: all items are in it
+        fields |= {"batch_size": 24, "accum_iter": 1}
+    with pytest.raises(AccessoryError) as caught:
+        runs.finetune(inputs, output, **fields)
+    message = str(caught.value)
+    step = int(message.removeprefix("step ").partition(":")[0])
+    assert step == 1 if at_once else step > 1, message
+    assert "\n" not in message
+    assert "is nan" in message
+    assert "data.jsonl:4" in message if not at_once else "and 16 more" in message
+    assert [row[0] for row in runs.curve(output)] == list(range(1, step))
+    (state,) = (output / "states").iterdir()
+    assert state.name == f"step-{step - 1:08d}"
+    # The state is that of the steps before: another run that ends there has the same.
+    if not at_once:
+        runs.finetune(inputs, tmp_path / "until", **fields, max_steps=step - 1)
+        for name, tensor in runs.newest_state(tmp_path / "until").items():
+            torch.testing.assert_close(runs.newest_state(output)[name], tensor, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(AccessoryError, match=f"step {step}: the loss is nan"):
+        runs.finetune(inputs, output, **fields, resume="auto")
+
+
+def test_fp16_skips_what_overflows(inputs, tmp_path):
+    """Halved scales are no updates: the optimiser's count stays behind the steps, and survives a resume."""
+    fields = {"precision": "fp16", "max_steps": 6, "save_iteration_interval": 2}
+    started = runs.start(
+        runs.options(inputs, tmp_path / "run", **fields), prepare=runs.scale_fp16, arguments=(2.0**40,)
+    )
+    assert started.wait() == [0], started.said()
+    described = json.loads((tmp_path / "run/states/step-00000006/state.json").read_text())
+    skipped = sum(r["grad_norm"] != r["grad_norm"] for r in runs.records(tmp_path / "run"))
+    assert skipped > 0
+    assert described["updates"] == 6 - skipped
+    assert described["loss_scale"][0] == 2.0 ** (40 - skipped)
