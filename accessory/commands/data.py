@@ -237,19 +237,27 @@ def _speed_of_run(folder: Path) -> float | None:
 
 def _speed_of_gpu(choices: Choices, args: ModelArgs) -> tuple[float, str]:
     """From how fast this machine's GPU multiplies matrices, and what a token needs of that."""
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    torch.cuda.synchronize()
-    rate = 10 * 2 * 8192**3 / (time.perf_counter() - begin)
+    rate = _matrix_rate("cuda", 8192)
     # Forward 2, backward 4, forward again 2 where activations are computed anew, for each parameter a token uses.
     per_token = (8 if choices.checkpointing else 6) * args.parameter_counts()[1]
     speed = EFFICIENCY * rate * choices.gpus / per_token
     return speed, (
         f"supposing that {choices.gpus} GPUs like this one, which multiplies at {rate / 1e12:.0f} TFLOP/s, keep "
-        f"{EFFICIENCY:.0%} of that; a full finetune"
+        f"{EFFICIENCY:.0%} of that in a full finetune"
     )
+
+
+def _matrix_rate(device: str, size: int) -> float:
+    """Floating-point operations a second of bf16 matrix products."""
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+
+    def run(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            a @ a
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    run(3)
+    return 10 * 2 * size**3 / run(10)

@@ -155,8 +155,9 @@ def encode_source(
 
 def _threads() -> int:
     """Tokenizers work outside Python's lock, but what surrounds them does not, so a few threads are as good as many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, min(8, len(os.sched_getaffinity(0)) // (int(ranks) if ranks.isdigit() else 1)))
+    return max(1, min(8, cores // max(1, int(ranks) if ranks.isdigit() else 1)))
 
 
 def _encode_piece(

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".accessory-cache"
 _IMAGES = "images.json"
+_DEAD = 86400  # seconds after which nobody is writing any more
 _ARRAYS = tuple(f.name for f in fields(Encoded) if f.name != "images")
 # Everything a template does to a dialogue shows in these, so templates need no version of their own.
 _PROBE = [
@@ -68,6 +70,9 @@ def store(encoded: Encoded, folder: Path) -> bool:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob("*.partial"):  # by writers that were killed
+            if left.stat().st_mtime < time.time() - _DEAD:
+                shutil.rmtree(left, ignore_errors=True)
         for name in (*(f"{name}.npy" for name in _ARRAYS), _IMAGES):
             with open(aside / name, "wb") as file:
                 if name == _IMAGES:

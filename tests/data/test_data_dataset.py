@@ -88,6 +88,10 @@ def test_single_turns_by_default(opened, mixtral):
     assert opened([plain], dialog=False).example(0) == as_dialogue
     assert opened([SINGLE]).example(0) == opened([{"messages": dialogue("Add.\n1 and 2", "3")}]).example(0)
     assert opened([TALK], dialog=False).example(0) == opened([TALK]).example(0)
+    for dialog in (True, False):  # a prompt type for all, unless a file names its own
+        as_named = opened([SINGLE], entry={"prompt_type": "qg"}).example(0)
+        assert opened([SINGLE], prompt_type="qg", dialog=dialog).example(0) == as_named
+        assert opened([SINGLE], prompt_type="shortqa", entry={"prompt_type": "qg"}).example(0) == as_named
 
 
 def test_preprocessing_of_the_original(opened, mixtral, tmp_path):
@@ -321,4 +325,9 @@ def test_a_cache_appears_whole_or_not_at_all(tmp_path, opened, monkeypatch):
         opened([TALK], **options)
     assert not list((tmp_path / "kept").iterdir())
     monkeypatch.undo()
+    (old := tmp_path / "kept" / "a-1.7.partial").mkdir()
+    (new := tmp_path / "kept" / "a-2.8.partial").mkdir()
+    os.utime(old, (0, 0))  # its writer was killed long ago
+    opened([TALK], **options)
+    assert (old.exists(), new.exists()) == (False, True)
     assert len(opened([TALK], **options)) == 1
