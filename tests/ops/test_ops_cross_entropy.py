@@ -1,0 +1,94 @@
+"""The summed cross-entropy beside torch's own, in values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accessory.ops import cross_entropy
+from accessory.ops.cross_entropy import cross_entropy_sum
+
+
+def both(logits_NV, label_N, factor=1.0):
+    """(value, gradient) of ours and of torch's in fp64."""
+    ours = logits_NV.clone().requires_grad_()
+    loss = cross_entropy_sum(ours, label_N)
+    (loss * factor).backward()
+    theirs = logits_NV.double().requires_grad_()
+    wanted = F.cross_entropy(theirs, label_N, reduction="sum")
+    (wanted * factor).backward()
+    return loss, ours.grad, wanted, theirs.grad
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 1000), st.sampled_from([1.0, 0.01, -3.0]))
+def test_it_is_torchs(n, v, seed, factor):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, v, generator=generator) * 3
+    label = torch.randint(0, v, (n,), generator=generator)
+    loss, grad, wanted, wanted_grad = both(logits, label, factor)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hand_made_row():
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
+    loss, grad, _, _ = both(logits, torch.tensor([1]))
+    torch.testing.assert_close(loss, torch.tensor(4.0).log())
+    torch.testing.assert_close(grad, torch.tensor([[1 / 8, -6 / 8, 5 / 8]]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+def test_pieces_of_rows_add_up(monkeypatch, rows):
+    """Rows are widened a piece at a time; the last piece may be short."""
+    monkeypatch.setattr(cross_entropy, "ROWS", rows)
+    test_it_is_torchs.hypothesis.inner_test(7, 11, 5, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_widened_first(dtype):
+    """The value is exact for the rounded logits; the gradient is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(50, 300, generator=generator) * 4).to(dtype)
+    label = torch.randint(0, 300, (50,), generator=generator)
+    loss, grad, wanted, wanted_grad = both(logits, label)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-4)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), wanted_grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    loss, grad, wanted, wanted_grad = both(torch.tensor([[1e4, -1e4, 9e3], [3e38, 0.0, 0.0]]), torch.tensor([2, 0]))
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), wanted_grad)
+
+
+def test_no_rows_give_zero_and_an_empty_gradient():
+    """A rank without anything to learn still takes part in the step."""
+    weight = torch.randn(5, 4, requires_grad=True)
+    loss = cross_entropy_sum(torch.zeros(0, 4) @ weight.T, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert not weight.grad.any()
+
+
+def test_without_gradients_none_are_kept():
+    with torch.no_grad():
+        assert cross_entropy_sum(torch.zeros(2, 4), torch.tensor([0, 3])).item() == pytest.approx(2 * 1.3862944)
+
+
+def test_gradients_are_finite_differences():
+    """Computed in fp32, so the steps are long. (torch's gradcheck goes backward twice; here gradients flow once.)"""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 6, generator=generator)
+    label = torch.randint(0, 6, (4,), generator=generator)
+    grad, step = both(logits, label)[1], 1e-2
+    for n in range(4):
+        for v in range(6):
+            move = torch.zeros_like(logits)
+            move[n, v] = step
+            slope = (cross_entropy_sum(logits + move, label) - cross_entropy_sum(logits - move, label)) / (2 * step)
+            assert grad[n, v].item() == pytest.approx(slope.item(), abs=5e-4)
