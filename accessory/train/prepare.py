@@ -191,6 +191,7 @@ def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Gr
             max_words=config.max_words,
             template=config.template,
             dialog=config.dialog,
+            prompt_type=config.prompt_type,
             cache_ann_on_disk=config.cache_ann_on_disk,
             seed=config.seed,
             progress=grid.first,
