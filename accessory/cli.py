@@ -14,6 +14,7 @@ from accessory.config import SHORT_DTYPES
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
+QUANT = ("nf4", "int4", "int8", "fp8", "none")
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
@@ -135,6 +136,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.finetune:
+        from accessory.demos.finetune import finetune_demo
+
+        return finetune_demo(Path(options.dir), options.question, options.max_gen_len)
     from accessory.demos.first_run import first_run
 
     return first_run(Path(options.dir), options.question, options.max_gen_len)
@@ -251,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--dir", default="demo-model", metavar="DIR", help="where its checkpoints go (default: demo-model)"
     )
+    demo.add_argument(
+        "--finetune", action="store_true", help="teach it something, in some minutes: before, training, merged, after"
+    )
     demo.add_argument("--question", default="What is the capital of France?", metavar="TEXT", help="what it is asked")
     demo.add_argument(
         "--max-gen-len", type=int, default=40, metavar="N", help="tokens an answer may have (default: 40)"
@@ -282,6 +290,9 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
     )
+    command.add_argument("--quant", choices=QUANT, metavar="FORMAT", help="nf4, int4, int8 or fp8, while it is loaded")
+    command.add_argument("--quant-attention", "--quant_attention", choices=QUANT, metavar="FORMAT", help="or none")
+    command.add_argument("--quant-output", "--quant_output", choices=QUANT, metavar="FORMAT", help="or none: the head")
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
         "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks that hold the model together; on a CPU, processes"

@@ -12,17 +12,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
+from accessory.adapt.quant import Quant, quantize_skeleton
 from accessory.checkpoint.folder import Checkpoint
-from accessory.checkpoint.lazy import Computed, Lazy
+from accessory.checkpoint.lazy import Computed, Constant, Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.nn.decoder import Decoder
+from accessory.ops.quantized import GROUP, Packed, quantize
 from accessory.parallel.apply import parallelize
 from accessory.parallel.held import Held, held_tensors
 from accessory.parallel.mesh import Ranks
 
 NAMES_SHOWN = 5
+BLOCK_NUMBERS = 2**24  # of a weight that is quantised at a time
 
 
 def load_decoder(
@@ -38,17 +41,19 @@ def load_decoder(
     trainable: Callable[[str], bool] | None = None,
     seed: int = 0,
     wrap: Callable[[Decoder], None] | None = None,
+    quant: Quant | None = None,
 ) -> Decoder:
     """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
 
     With `ranks` it holds this rank's slices only, whatever number of files the checkpoint is cut into, and reads no
-    more of them.
-    What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and from `beside` (by
-    canonical linear); what only the latter names starts with the values that change nothing, drawn from `seed`.
-    Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype` is still what
-    the network computes in. `wrap` may cut the empty network further, as data parallelism does.
-    Values go from the file to their place in blocks, converted on the way: beside the parameters themselves, no tensor
-    is held. Raises CheckpointError listing tensors that are missing, extra or of another shape than `args` says.
+    more of them. What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and
+    from `beside` (by canonical linear); what only the latter names starts with the values that change nothing, drawn
+    from `seed`. Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype`
+    is still what the network computes in. `quant` says which weights are quantised: each on arrival, a block of rows
+    at a time, so that nothing of the network is ever held in 16 bits. `wrap` may cut the empty network further, as
+    data parallelism does. Values go from the file to their place in blocks, converted on the way: beside the
+    parameters themselves, no tensor is held. Raises CheckpointError listing tensors that are missing, extra or of
+    another shape than `args` says.
     """
     tensors: dict[str, Lazy] = {}
     for checkpoint in checkpoints:
@@ -72,9 +77,10 @@ def load_decoder(
     check_tensors(decoder, tensors, where)
     if ranks is not None and ranks.size > 1:
         parallelize(decoder, ranks)
+    if quant is not None:
+        quantize_skeleton(decoder, quant)
     if wrap is not None:
         wrap(decoder)
-    tensors = {held.name: part_of(tensors[held.name], held) for held in held_tensors(decoder)}
     decoder.to_empty(device=device)
     decoder.join()  # while the parameters are still empty, and this costs nothing
     fill(decoder, tensors, progress=progress)
@@ -137,27 +143,57 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
 
 
 def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
-    """Copy every tensor to its place, several at a time: the copies leave Python's lock and overlap reading."""
-    places = list(destinations(decoder))
-    total = sum(place.nbytes for _, place in places)
+    """Copy every tensor, or what is held of it, to its place: dense ones several at a time, as copies leave Python's
+    lock and overlap reading; quantised ones one after the other, so that only one is there in 16 bits."""
+    places = list(held_tensors(decoder))
+    dense = [held for held in places if isinstance(held.tensor, Tensor)]
+    total = sum(held.tensor.nbytes for held in places)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False)
     workers = min(8, os.cpu_count() or 1)
 
-    def copy(name: str, place: Tensor) -> int:
-        tensors[name].copy_to(place)
-        return place.nbytes
+    def copy(held: Held) -> int:
+        part_of(tensors[held.name], held).copy_to(held.tensor)
+        return held.tensor.nbytes
 
     with bar, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(copy, name, place) for name, place in places]
+        futures = [pool.submit(copy, held) for held in dense]
         try:
+            for held in places:
+                if not isinstance(held.tensor, Tensor):
+                    quantize_into(tensors[held.name], held)
+                    bar.update(held.tensor.nbytes)
             for future in futures:
                 bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    device = places[0][1].device
+    device = dense[0].tensor.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def quantize_into(tensor: Lazy, held: Held) -> None:
+    """Quantise what `held` holds of a whole canonical tensor, some rows at a time, where it is to lie.
+
+    Formats that scale rows need whole rows for it, even where only a part of each is kept: a rank's numbers are then
+    those of the quantised whole.
+    """
+    packed: Packed = held.tensor
+    (rows, columns), (first_row, first_column) = packed.shape, held.offsets
+    tensor = tensor.narrow(0, first_row, rows)
+    if packed.format in GROUP:
+        tensor, first_column = tensor.narrow(1, first_column, columns), 0
+    device = packed.data.device
+    step = max(1, BLOCK_NUMBERS // max(1, tensor.shape[1]))
+    if not tensor.piecewise:
+        tensor, step = Constant(tensor.load()), step if device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        block = tensor.narrow(0, start, min(step, rows - start))
+        values = torch.empty(block.shape, dtype=block.dtype, device=device)
+        block.copy_to(values)
+        done = quantize(values, packed.format).narrow(1, first_column, columns)
+        for name, part in packed.tensors().items():
+            part[start : start + len(values)].copy_(done.tensors()[name])
 
 
 def _listed(names: object) -> str:

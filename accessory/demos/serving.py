@@ -55,7 +55,7 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
     add("max_seq_len", type=int, default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)")
     add("dtype", choices=(*SHORT_DTYPES, *SHORT_DTYPES.values()), default="bf16", metavar="TYPE",
         help="bf16 (the default), fp16, fp32")  # fmt: skip
-    add("quant", action="store_true", help="quantise the weights while they are loaded")
+    add("quant", nargs="?", const=True, default=False, help="quantise while loading: nf4 (alone), int4, int8, fp8")
     add("gpu_ids", type=int, nargs="+", metavar="ID", help="the GPUs to use (default: the first ones)")
     add("master_addr", metavar="HOST", help="where the ranks meet, unless the launcher says it")
     add("master_port", type=_port, metavar="PORT", help="the port they meet on, unless the launcher says it")

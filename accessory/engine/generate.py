@@ -97,7 +97,7 @@ class Generation:
             cache = self.graphs.cache(len(lengths), slots)
         else:
             kv_heads = self.decoder.kv_heads
-            cache = ContiguousCache(args, len(lengths), slots, weight.device, weight.dtype, kv_heads)
+            cache = ContiguousCache(args, len(lengths), slots, weight.device, self.decoder.products_in, kv_heads)
         positions_BT = torch.arange(longest, device=weight.device).expand_as(tokens_BT)
         cache.begin(positions_BT, fresh=True)
         logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1).logits

@@ -35,7 +35,8 @@ class DecodeGraphs:
             return False
         args = self.decoder.args
         with torch.no_grad():
-            x_TD = torch.empty(batch, args.dim, device=experts.w1.device, dtype=experts.w1.dtype)
+            dtype = self.decoder.products_in
+            x_TD = torch.empty(batch, args.dim, device=experts.w1.device, dtype=dtype)
             expert_TK = torch.empty(batch, args.moe.num_experts_per_tok, device="meta")
             return experts.host_free(x_TD, expert_TK)
 
@@ -45,11 +46,9 @@ class DecodeGraphs:
         if self._cache is None or len(self._cache.k[0]) != batch or self._cache.slots < slots:
             self._graphs.clear()
             self._cache = None  # give its memory back before asking for more
-            weight = self.decoder.output.weight
-            self._cache = ContiguousCache(
-                self.decoder.args, batch, slots, weight.device, weight.dtype, self.decoder.kv_heads
-            )
-            self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=weight.device)
+            device, dtype = self.decoder.tok_embeddings.weight.device, self.decoder.products_in
+            self._cache = ContiguousCache(self.decoder.args, batch, slots, device, dtype, self.decoder.kv_heads)
+            self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self._position_B1 = torch.zeros_like(self._token_B1)
         return self._cache
 

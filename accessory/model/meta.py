@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.load import chained_args, load_decoder
@@ -71,6 +72,8 @@ class MetaModel(nn.Module):
         device: torch.device | str | None = None,
         quant: bool | str = False,
         *,
+        quant_attention: str | None = None,
+        quant_output: str | None = None,
         progress: bool = False,
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
@@ -80,13 +83,14 @@ class MetaModel(nn.Module):
         and biases that the folders hold are loaded beside the weights, with or without "_peft" in it.
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
         max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
+        quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
+        and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none".
         mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
         with the same arguments and gets the same result.
 
         Raises CheckpointError and ConfigError, each naming the file, tensor or field.
         """
-        if quant:
-            raise NotImplementedError("quant: quantised weights are not built yet; leave it False")
+        chosen = Quant.parse(quant, quant_attention, quant_output)
         if with_visual:
             raise NotImplementedError("with_visual: images are not built yet; leave it False")
         if not isinstance(max_seq_len, int) or max_seq_len < 2:
@@ -113,7 +117,14 @@ class MetaModel(nn.Module):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         progress = progress and (ranks is None or ranks.rank == 0)
         llma = load_decoder(
-            checkpoints, args, kind.implementation, device=device, dtype=dtype, ranks=ranks, progress=progress
+            checkpoints,
+            args,
+            kind.implementation,
+            device=device,
+            dtype=dtype,
+            ranks=ranks,
+            progress=progress,
+            quant=chosen,
         )
         return cls(llma, tokenizer, max_seq_len, ranks)
 

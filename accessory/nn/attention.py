@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
 
     def join(self) -> None:
-        if all(w.weights().plain for w in (self.wq, self.wk, self.wv)):
+        if all(w.weights().plain and isinstance(w.weight, Tensor) for w in (self.wq, self.wk, self.wv)):
             self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(

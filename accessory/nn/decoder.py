@@ -94,6 +94,11 @@ class Decoder(nn.Module):
         first = next(m for m in self.modules() if isinstance(m, Attention))
         return first.wk.weight.shape[0] // self.args.head_dim
 
+    @property
+    def products_in(self) -> torch.dtype:
+        """The dtype that products, and with them keys and values, are computed in."""
+        return self.compute_dtype or self.output.weight.dtype
+
     def cast(self, dtype: torch.dtype) -> Decoder:
         """The products in `dtype`; norms and routers stay, or become, fp32, which costs nothing and rounds nothing."""
         self.to(dtype)
@@ -154,7 +159,7 @@ class Decoder(nn.Module):
                 router.append(stats)
         x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
         x = x if rows_N is None else x.flatten(0, 1)[rows_N]
-        return DecoderOutput(self.output(self.norm(x).to(self.compute_dtype or self.output.weight.dtype)), router)
+        return DecoderOutput(self.output(self.norm(x).to(self.products_in)), router)
 
 
 def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:

@@ -5,10 +5,13 @@ Legend: T tokens, D dim, F hidden dim held here, K experts a token, E experts he
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from accessory.nn.joined import Joined
+from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.grouped import pairs_in_place, swiglu_pairs
 from accessory.ops.linear import Weight
 
@@ -21,6 +24,10 @@ class StackedExperts(nn.Module):
     Finetuning puts stacks beside each: `w1_bias` (E, out), `w1_lora_a` (E, r, in), `w1_lora_b` (E, out, r), and so on
     for w2 and w3. `bias_factor` 0 leaves w2's bias out of this rank's part of the sum over slices.
     """
+
+    w1: Any  # nn.Parameter or PackedWeight
+    w2: Any
+    w3: Any
 
     def __init__(self, dim: int, hidden_dim: int, experts: int, first: int = 0) -> None:
         super().__init__()
@@ -36,36 +43,40 @@ class StackedExperts(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
 
     def add_bias(self, kind: str) -> None:
-        w_EOI = self.get_parameter(kind)
-        self.register_parameter(f"{kind}_bias", nn.Parameter(w_EOI.new_empty(w_EOI.shape[:2])))
+        self._put_beside(kind, "bias", getattr(self, kind).shape[:2])
 
     def add_lora(self, kind: str, rank: int, scale: float) -> None:
-        w_EOI = self.get_parameter(kind)
-        E, O, I = w_EOI.shape  # noqa: E741
-        self.register_parameter(f"{kind}_lora_a", nn.Parameter(w_EOI.new_empty(E, rank, I)))
-        self.register_parameter(f"{kind}_lora_b", nn.Parameter(w_EOI.new_empty(E, O, rank)))
+        E, O, I = getattr(self, kind).shape  # noqa: E741
+        self._put_beside(kind, "lora_a", (E, rank, I))
+        self._put_beside(kind, "lora_b", (E, O, rank))
         self.lora_scale = scale
+
+    def _put_beside(self, kind: str, what: str, shape: tuple[int, ...]) -> None:
+        weight = getattr(self, kind)
+        dtype = torch.float32 if isinstance(weight, PackedWeight) else weight.dtype
+        self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
     def weights(self, kind: str) -> Weight:
         """The stack `kind` ("w1", "w2", "w3") and what stands beside it."""
         bias, lora_a, lora_b = (getattr(self, f"{kind}_{beside}") for beside in ("bias", "lora_a", "lora_b"))
         if bias is not None and kind == "w2" and self.bias_factor != 1.0:
             bias = bias * self.bias_factor
-        return Weight(getattr(self, kind), bias, lora_a, lora_b, self.lora_scale)
+        return Weight(product_of(getattr(self, kind)), bias, lora_a, lora_b, self.lora_scale)
 
     @property
     def plain(self) -> bool:
         return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
 
     def join(self) -> None:
-        if self.plain:
+        if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.joined.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
         if self.plain and pairs_in_place(x_TD, expert_TK, self.joined.tensor):
             w13 = self.joined.tensor
-            return swiglu_pairs(x_TD, self.w1, self.w2, self.w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
+            w1, w2, w3 = (product_of(w) for w in (self.w1, self.w2, self.w3))
+            return swiglu_pairs(x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
         return self.many(x_TD, weight_TK, expert_TK)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:

@@ -15,7 +15,7 @@ class SparseExperts(StackedExperts):
     """All experts of a layer, of each the same slice of F; the sum over ranks is the layer."""
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
-        return super().host_free(x_TD, expert_TK) or (x_TD.is_cuda and has_grouped_mm(x_TD, self.w1))
+        return super().host_free(x_TD, expert_TK) or (x_TD.is_cuda and has_grouped_mm(x_TD, self.w1.shape, x_TD.dtype))
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         w1, w2, w3 = (self.weights(kind) for kind in ("w1", "w2", "w3"))

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from accessory.ops.linear import Weight, linear
 from accessory.ops.norm import rms_norm
+from accessory.ops.quantized import Format, Packed, packed_shapes
+
+
+class PackedWeight(nn.Module):
+    """A quantised weight, or a stack, where a dense one would be a parameter; frozen. Its values come from loading.
+
+    Its tensors are parameters, not buffers, so that they are sharded and counted as weights are.
+    """
+
+    def __init__(self, format: Format, shape: tuple[int, ...], device: torch.device | str) -> None:
+        super().__init__()
+        self.format, self.shape = format, torch.Size(shape)
+        for name, (size, dtype) in packed_shapes(format, shape).items():
+            empty = torch.empty(size, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def packed(self) -> Packed:
+        return Packed(self.format, **dict(self.named_parameters(recurse=False)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_parameter("data").device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def product_of(weight: Tensor | PackedWeight) -> Tensor | Packed:
+    """What `ops.linear` and `ops.grouped` take of a module's weight."""
+    return weight.packed() if isinstance(weight, PackedWeight) else weight
 
 
 class Linear(nn.Module):
@@ -16,6 +52,7 @@ class Linear(nn.Module):
     this rank's part of a sum that another rank adds it to.
     """
 
+    weight: Any  # nn.Parameter or PackedWeight
     lora_a: Linear | None
     lora_b: Linear | None
 
@@ -27,20 +64,23 @@ class Linear(nn.Module):
         self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
 
     def add_bias(self) -> None:
-        self.bias = nn.Parameter(torch.empty(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device))
+        dtype = self.weight.dtype if isinstance(self.weight, nn.Parameter) else torch.float32
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[0], dtype=dtype, device=self.weight.device))
 
     def add_lora(self, rank: int, scale: float) -> None:
+        dtype = self.weight.dtype if isinstance(self.weight, nn.Parameter) else torch.float32
         with torch.device(self.weight.device):
-            self.lora_a = Linear(self.weight.shape[1], rank).to(self.weight.dtype)
-            self.lora_b = Linear(rank, self.weight.shape[0]).to(self.weight.dtype)
+            self.lora_a = Linear(self.weight.shape[1], rank).to(dtype)
+            self.lora_b = Linear(rank, self.weight.shape[0]).to(dtype)
         self.lora_scale = scale
 
     def weights(self) -> Weight:
         """The weight and all that stands beside it."""
         bias = self.bias if self.bias is None or self.bias_factor == 1.0 else self.bias * self.bias_factor
+        weight = product_of(self.weight)
         if self.lora_a is None or self.lora_b is None:
-            return Weight(self.weight, bias)
-        return Weight(self.weight, bias, self.lora_a.weight, self.lora_b.weight, self.lora_scale)
+            return Weight(weight, bias)
+        return Weight(weight, bias, self.lora_a.weight, self.lora_b.weight, self.lora_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weights())

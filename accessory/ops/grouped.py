@@ -7,14 +7,15 @@ Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, 
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops.linear import Weight, linear
+from accessory.ops.quantized import Packed, has_triton, packed_linear, unpacked
 
 # Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
@@ -39,7 +40,7 @@ def expert_swiglu(
 
     F may be any slice of the hidden dimension: the result is then this slice's part of the sum.
     """
-    order_N, count_E = sort_by_expert(expert_TK, _dense(w1_EFD).shape[0])
+    order_N, count_E = sort_by_expert(expert_TK, _itself(w1_EFD).shape[0])
     x_ND = x_TD[order_N // expert_TK.shape[1]]
     h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
     y_ND = grouped_linear(h_NF, w2_EDF, count_E)
@@ -61,11 +62,11 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor) -> Tensor:
     return (y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]).sum(1)
 
 
-def _dense(weight: Tensor | Weight) -> Tensor:
+def _itself(weight: Tensor | Packed | Weight) -> Tensor | Packed:
     return weight.weight if isinstance(weight, Weight) else weight
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Weight, count_E: Tensor) -> Tensor:
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their expert's weight, plus its LoRA and bias: (N, O) in x's dtype."""
     if isinstance(weight_EOI, Weight):
         w = weight_EOI
@@ -77,11 +78,34 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Weight, count_E: Tensor) -
             bias_EO = w.bias.to(x_NI.dtype)
             y_NO = y_NO + bias_EO.repeat_interleave(count_E, dim=0, output_size=x_NI.shape[0])
         return y_NO
+    if isinstance(weight_EOI, Packed):
+        if x_NI.is_cuda:
+            return _FrozenGrouped.apply(x_NI, weight_EOI, count_E)
+        runs = x_NI.split(count_E.tolist())
+        products = [packed_linear(x, weight_EOI[e]) for e, x in enumerate(runs) if len(x)]
+        return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])
     weight_EOI = weight_EOI.to(x_NI.dtype)
-    if has_grouped_mm(x_NI, weight_EOI):
+    if has_grouped_mm(x_NI, weight_EOI.shape, weight_EOI.dtype):
         end_E = count_E.cumsum(0).to(torch.int32)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=end_E)
     return grouped_linear_reference(x_NI, weight_EOI, count_E)
+
+
+class _FrozenGrouped(torch.autograd.Function):
+    """A grouped product with a quantised stack, dequantised for the product alone, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+        ctx.packed, ctx.count_E, ctx.dtype = packed, count_E, x_NI.dtype
+        return grouped_linear(x_NI, unpacked(packed, x_NI.dtype), count_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight_EOI, dy_NO = unpacked(ctx.packed, ctx.dtype), grads[0].contiguous()
+        if has_grouped_mm(dy_NO, weight_EOI.shape, weight_EOI.dtype):
+            end_E = ctx.count_E.cumsum(0).to(torch.int32)
+            return F.grouped_mm(dy_NO, weight_EOI, offs=end_E), None, None
+        return grouped_linear_reference(dy_NO, weight_EOI.transpose(1, 2), ctx.count_E), None, None
 
 
 def grouped_linear_reference(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
@@ -94,14 +118,13 @@ def grouped_linear_reference(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) 
     return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])
 
 
-def has_grouped_mm(x_NI: Tensor, weight_EOI: Tensor) -> bool:
+def has_grouped_mm(x_NI: Tensor, shape_EOI: Sequence[int], dtype: torch.dtype) -> bool:
     """torch's grouped product on GPUs: bf16, compute capability 8.0, strides of whole 16 bytes."""
     return (
-        weight_EOI.is_cuda
-        and x_NI.dtype == weight_EOI.dtype == torch.bfloat16
-        and x_NI.shape[1] % 8 == 0
-        and weight_EOI.shape[1] % 8 == 0
-        and torch.cuda.get_device_capability(weight_EOI.device) >= (8, 0)
+        x_NI.is_cuda
+        and x_NI.dtype == dtype == torch.bfloat16
+        and shape_EOI[1] % 8 == shape_EOI[2] % 8 == 0
+        and torch.cuda.get_device_capability(x_NI.device) >= (8, 0)
     )
 
 
@@ -116,9 +139,9 @@ def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None) -> b
 
 def swiglu_pairs(
     x_TD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w1_EFD: Any,
+    w2_EDF: Any,
+    w3_EFD: Any,
     weight_TK: Tensor,
     expert_TK: Tensor,
     *,
@@ -130,8 +153,10 @@ def swiglu_pairs(
     A GPU runs the kernels of `ops.triton.pairs`. A CPU reads `w13_EGD`, w1 and w3 one above the other (G = 2F).
     """
     if x_TD.is_cuda:
-        from accessory.ops.triton import pairs
+        from accessory.ops.triton import packed, pairs
 
+        if isinstance(w1_EFD, Packed):
+            return packed.swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
         return pairs.swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
     assert w13_EGD is not None, "see pairs_in_place"
     rows = []
@@ -146,8 +171,3 @@ def swiglu_pairs(
             y_1D = part_1D if y_1D is None else y_1D.add_(part_1D)
         rows.append(torch.zeros(1, x_TD.shape[1]) if y_1D is None else y_1D)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.ops.quantized import Packed, packed_linear
+
 
 class Weight(NamedTuple):
     """The weight of a linear, or a stack, and what finetuning has put beside it: y = W x + scale · B (A x) + bias."""
 
-    weight: Tensor  # (O, I) or (E, O, I)
+    weight: Tensor | Packed  # (O, I) or (E, O, I)
     bias: Tensor | None = None  # (O,) or (E, O)
     lora_a: Tensor | None = None  # (r, I) or (E, r, I)
     lora_b: Tensor | None = None  # (O, r) or (E, O, r)
@@ -31,16 +33,20 @@ class Weight(NamedTuple):
             return None if stack is None else stack[e]
 
         return [
-            Weight(w, entry(self.bias, e), entry(self.lora_a, e), entry(self.lora_b, e), self.lora_scale)
-            for e, w in enumerate(self.weight.unbind())
+            Weight(self.weight[e], entry(self.bias, e), entry(self.lora_a, e), entry(self.lora_b, e), self.lora_scale)
+            for e in range(self.weight.shape[0])
         ]
 
 
-def linear(x: Tensor, weight: Tensor | Weight, bias_O: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = None) -> Tensor:
     """x (…, I) times a weight, in x's dtype: trained weights are kept in fp32, whatever the network computes in."""
     if isinstance(weight, Weight):
         y = linear(x, weight.weight, weight.bias)
         if weight.lora_a is None or weight.lora_b is None:
             return y
         return y + linear(linear(x, weight.lora_a), weight.lora_b) * weight.lora_scale
-    return F.linear(x, weight.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+    bias_O = None if bias_O is None else bias_O.to(x.dtype)
+    if isinstance(weight, Packed):
+        y = packed_linear(x, weight)
+        return y if bias_O is None else y + bias_O
+    return F.linear(x, weight.to(x.dtype), bias_O)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.nn.decoder import Decoder
-from accessory.nn.linear import RMSNorm
+from accessory.nn.linear import PackedWeight, RMSNorm
 from accessory.parallel.collectives import share
 from accessory.parallel.held import local
 from accessory.parallel.mesh import Ranks
@@ -130,12 +130,13 @@ def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch
         dims = [d for d in range(p.dim()) if p.shape[d] % size == 0]
         return Shard(dims[0]) if dims else None
 
+    # A cast on the way would take quantised numbers for weights; `ops.linear` casts what is left to cast.
+    packed = any(isinstance(m, PackedWeight) for m in decoder.modules())
+    dtype = None if packed else compute_dtype
     options: dict[str, Any] = {
         "mesh": grid.mesh,
         "reshard_after_forward": mode == "fsdp",
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "ignored_params": alone,
         "shard_placement_fn": placement,
     }

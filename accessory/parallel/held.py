@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
+from accessory.nn.linear import PackedWeight
 from accessory.parallel.plan import expert_tensor
 
 
@@ -24,7 +26,7 @@ class Held:
     name: str
     whole: tuple[int, ...]  # the shape of the uncut tensor
     offsets: tuple[int, ...]
-    tensor: Tensor
+    tensor: Any  # Tensor; Packed where the weight is quantised, with the shape of what it stands for
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -34,9 +36,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def held_parameters(decoder: nn.Module) -> Iterator[Held]:
-    """Every parameter of the network, experts stacked; a box may be empty."""
+    """Every weight of the network, experts stacked, quantised ones as what they stand for; a box may be empty."""
     cuts = decoder.cuts if isinstance(decoder, Decoder) else {}
+    packed = {name: m for name, m in decoder.named_modules() if isinstance(m, PackedWeight)}
+    for name, m in packed.items():
+        shape, data = tuple(m.shape), m.get_parameter("data")
+        whole, offsets = cuts.get(name, (shape, (0,) * len(shape)))
+        # FSDP2 cuts experts or rows, and all tensors of a weight alike: see `fsdp.shard`.
+        yield Held(name, whole, _plus(offsets, _data_parallel_offsets(data)), m.packed().map(local))
     for name, parameter in decoder.named_parameters():
+        if name.rpartition(".")[0] in packed:
+            continue
         shape = tuple(parameter.shape)
         whole, offsets = cuts.get(name, (shape, (0,) * len(shape)))
         yield Held(name, whole, _plus(offsets, _data_parallel_offsets(parameter)), local(parameter))
@@ -56,8 +66,8 @@ def held_tensors(decoder: nn.Module) -> Iterator[Held]:
         stack = decoder.get_submodule(held.name.rpartition(".")[0])
         # A stack without cuts may still begin at a later expert: a module made for a part of them.
         first = stack.first if isinstance(stack, StackedExperts) and held.offsets[0] == 0 else held.offsets[0]
-        for e, tensor in enumerate(held.tensor.unbind(), start=first):
-            yield Held(str(expert_tensor(held.name, e)), held.whole[1:], held.offsets[1:], tensor)
+        for e in range(held.tensor.shape[0]):
+            yield Held(str(expert_tensor(held.name, first + e)), held.whole[1:], held.offsets[1:], held.tensor[e])
 
 
 def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

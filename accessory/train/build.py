@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from accessory.adapt.peft import Beside, besides_for, trainable_rule
+from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint, open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.load import chained_args, load_decoder
@@ -19,6 +20,7 @@ from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import Grid, shard
+from accessory.parallel.held import held_parameters
 from accessory.parallel.plan import check_ranks
 from accessory.train.config import FinetuneConfig
 
@@ -84,8 +86,11 @@ def open_source(config: FinetuneConfig) -> Source:
         kind = LlamaType(kind.implementation, True, kind.image_views)
     if kind.image_views or not config.no_visual:
         raise NotImplementedError("no_visual: images are not built yet; leave it true")
-    if config.quant:
-        raise NotImplementedError("quant: quantised weights are not built yet; leave it false")
+    if config.quant and not kind.peft:
+        raise ConfigError(
+            f"quant: got {config.quant}, but quantised weights cannot be trained; set lora_rank, bias_tuning or "
+            "norm_tuning, or leave quant out"
+        )
     source = Source(checkpoints, args, kind, config)
     if kind.peft and not (wants or args.norm_tuning or config.train_router):
         raise ConfigError(
@@ -114,6 +119,7 @@ def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> D
         trainable=source.trainable,
         seed=config.seed,
         wrap=wrap,
+        quant=Quant.parse(config.quant),
     )
     for layer in decoder.layers:
         layer.recompute = config.checkpointing  # type: ignore[assignment]
@@ -122,13 +128,9 @@ def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> D
 
 def counts(decoder: Decoder) -> tuple[int, int]:
     """(trained, all) parameters of the whole network."""
-    trained = total = 0
-    for name, p in decoder.named_parameters():
-        whole, _ = decoder.cuts.get(name, (tuple(p.shape), ()))
-        n = torch.Size(whole).numel()
-        total += n
-        trained += n if p.requires_grad else 0
-    return trained, total
+    learning = {name for name, p in decoder.named_parameters() if p.requires_grad}
+    sizes = {held.name: torch.Size(held.whole).numel() for held in held_parameters(decoder)}
+    return sum(n for name, n in sizes.items() if name in learning), sum(sizes.values())
 
 
 def warn_of_biases(source: Source) -> None:

@@ -258,7 +258,7 @@ def test_a_group_without_torch_distributed_is_refused(folders):
         load(folders / "hf", mp_group=object())
 
 
-@pytest.mark.parametrize("option", [{"quant": True}, {"llama_type": "mixtral_ens"}])
+@pytest.mark.parametrize("option", [{"with_visual": True}, {"llama_type": "mixtral_ens"}])
 def test_what_is_not_built_says_so(folders, option):
     with pytest.raises(NotImplementedError, match=next(iter(option))):
         load(folders / "hf", **option)

@@ -168,18 +168,11 @@ def cut(whole, parallelize, ranks):
     """A parallel copy of `whole` that holds this rank's slices of its values."""
     from accessory.checkpoint.lazy import Constant
     from accessory.checkpoint.load import destinations, fill
-    from accessory.parallel.plan import rank_part
 
     part = parallelize(Decoder(whole.args, whole.implementation), ranks)
     for mine, theirs in zip(part.layers, whole.layers, strict=True):
         mine.feed_forward.k = theirs.feed_forward.k
-    values = dict(destinations(whole))
-    slices = {}
-    for name, _ in destinations(part):
-        s = rank_part(name, values[name].shape, whole.args, whole.implementation, ranks.rank, ranks.size)
-        lazy = Constant(values[name].contiguous())
-        slices[name] = lazy if s.dim is None else lazy.narrow(s.dim, s.start, s.length)
-    fill(part, slices)
+    fill(part, {name: Constant(tensor.contiguous()) for name, tensor in destinations(whole)})
     return part
 
 

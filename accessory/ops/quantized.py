@@ -1,0 +1,236 @@
+"""Quantised weights: four formats, what they mean (`dequantize`), and their products.
+
+A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in bytes a number:
+
+    int8   1     per row: w = q · scale, q in -127 … 127
+    fp8    1     per row: w = q · scale, q in float8 e4m3
+    int4   0.523 groups of 128 along I: w = (q - zero/16) · scale, q in 0 … 15, scale bf16, zero uint8
+    nf4    0.563 blocks of 64 along I: w = table[q] · scale, scale fp32: the largest magnitude (arXiv 2305.14314)
+
+Two 4-bit numbers share a byte, the even one in its high half, as bitsandbytes packs nf4. Groups lie inside rows, so a
+cut along O or, at multiples of the group, along I leaves a weight's numbers what they are.
+
+Legend: O out, I in features, E experts, G groups of a row, T rows of input.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.errors import ConfigError
+
+Format = Literal["int8", "fp8", "int4", "nf4"]
+FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4")
+GROUP = {"int4": 128, "nf4": 64}  # the others scale whole rows
+ZERO_STEPS = 16  # a zero point is a multiple of 1/16
+FP8_LARGEST = 448.0
+# Up to so many rows of input a GPU reads a quantised weight once a row; beyond, dequantising it first is quicker.
+FEW_ROWS_GPU = 8
+
+# The quantiles of a normal distribution that nf4 rounds to; constants of the format.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight (O, I), or a stack (E, O, I), as the tensors it is made of."""
+
+    format: Format
+    data: Tensor  # int8, float8 (…, O, I); uint8 (…, O, I/2)
+    scale: Tensor  # fp32 (…, O) or (…, O, G); bf16 (…, O, G) of int4
+    zero: Tensor | None = None  # uint8 (…, O, G) of int4
+
+    @property
+    def shape(self) -> torch.Size:
+        *rest, I = self.data.shape  # noqa: E741
+        return torch.Size((*rest, I * 2 if self.format in GROUP else I))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"data": self.data, "scale": self.scale, "zero": self.zero}
+        return {name: t for name, t in found.items() if t is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        return Packed(self.format, **{name: function(t) for name, t in self.tensors().items()})
+
+    def __getitem__(self, expert: int) -> Packed:
+        """One weight of a stack."""
+        return self.map(lambda t: t[expert])
+
+    def narrow(self, dim: int, start: int, length: int) -> Packed:
+        """A cut along O (dim 0) or I (dim 1) of a weight; along I at whole groups, or ConfigError."""
+        if dim == 0:
+            return self.map(lambda t: t.narrow(0, start, length))
+        group = GROUP.get(self.format)
+        if group is None:
+            return Packed(self.format, self.data.narrow(1, start, length), self.scale)
+        check_cut(self.format, start, length)
+        groups = (start // group, length // group)
+        zero = None if self.zero is None else self.zero.narrow(1, *groups)
+        return Packed(self.format, self.data.narrow(1, start // 2, length // 2), self.scale.narrow(1, *groups), zero)
+
+
+def check_cut(format: Format, start: int, length: int) -> None:
+    """ConfigError where a cut along the reduction would go through a group."""
+    group = GROUP.get(format)
+    if group is not None and (start % group or length % group):
+        raise ConfigError(
+            f"quant: {format} scales {group} numbers together, so {length} of a row, from {start} on, cannot be held "
+            "alone; use fewer ranks, or int8"
+        )
+
+
+def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that a weight (…, O, I) is made of. ConfigError where I has no whole groups."""
+    *rows, I = shape  # noqa: E741
+    group = GROUP.get(format)
+    if group is None:
+        kind = torch.int8 if format == "int8" else torch.float8_e4m3fn
+        return {"data": ((*rows, I), kind), "scale": ((*rows,), torch.float32)}
+    check_cut(format, 0, I)
+    shapes = {"data": ((*rows, I // 2), torch.uint8)}
+    if format == "nf4":
+        return {**shapes, "scale": ((*rows, I // group), torch.float32)}
+    return {**shapes, "scale": ((*rows, I // group), torch.bfloat16), "zero": ((*rows, I // group), torch.uint8)}
+
+
+def quantize(weight: Tensor, format: Format) -> Packed:
+    """Round a weight, or a stack, to a format. Computed in fp32, wherever the weight lies."""
+    if format not in FORMATS:
+        raise ConfigError(f"quant: got {format!r}, but it must be one of {', '.join(FORMATS)}")
+    packed_shapes(format, tuple(weight.shape))
+    return _QUANTIZE[format](weight.detach().float())
+
+
+def _int8(weight: Tensor) -> Packed:
+    largest = weight.abs().amax(-1)
+    factor = torch.where(largest > 0, 127.0 / largest, 0.0)
+    q = (weight * factor[..., None]).round_().to(torch.int8)
+    return Packed("int8", q, largest * (1.0 / 127.0))
+
+
+def _fp8(weight: Tensor) -> Packed:
+    scale = weight.abs().amax(-1) / FP8_LARGEST
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    q = (weight * inverse[..., None]).clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
+    return Packed("fp8", q, scale)
+
+
+def int4_with(weight: Tensor, scale: Tensor, zero: Tensor) -> Packed:
+    """int4 at given scales and zero points (…, O, G), both fp32: rounded to what is stored first, numbers to those."""
+    scale = scale.to(torch.bfloat16)
+    zero = (zero * ZERO_STEPS).round().clamp_(0, 255).to(torch.uint8)
+    grouped = weight.unflatten(-1, (-1, GROUP["int4"]))
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    q = (grouped * inverse[..., None] + zero[..., None] / ZERO_STEPS).round_().clamp_(0, 15)
+    return Packed("int4", _pack(q.flatten(-2).to(torch.uint8)), scale, zero)
+
+
+def _int4(weight: Tensor) -> Packed:
+    """Scale and zero from each group's smallest and largest number, zero among them."""
+    grouped = weight.unflatten(-1, (-1, GROUP["int4"]))
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    scale = (high - low) / 15
+    return int4_with(weight, scale, torch.where(scale > 0, -low / scale, 0.0))
+
+
+def _nf4(weight: Tensor) -> Packed:
+    grouped = weight.unflatten(-1, (-1, GROUP["nf4"]))
+    scale = grouped.abs().amax(-1)
+    # As bitsandbytes: multiply by the reciprocal, then compare with the middles between neighbours.
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    q = torch.bucketize(grouped * inverse[..., None], _nf4_middles(weight.device), right=False)
+    return Packed("nf4", _pack(q.flatten(-2).to(torch.uint8)), scale)
+
+
+_QUANTIZE: dict[Format, Callable[[Tensor], Packed]] = {"int8": _int8, "fp8": _fp8, "int4": _int4, "nf4": _nf4}
+
+
+@cache
+def nf4_table(device: torch.device) -> Tensor:
+    return torch.tensor(NF4, dtype=torch.float32, device=device)
+
+
+@cache
+def _nf4_middles(device: torch.device) -> Tensor:
+    table = nf4_table(device)
+    return (table[1:] + table[:-1]) / 2
+
+
+def _pack(q: Tensor) -> Tensor:
+    return (q[..., 0::2] << 4) | q[..., 1::2]
+
+
+def unpack(data: Tensor) -> Tensor:
+    """The 4-bit numbers (…, I) of packed bytes (…, I/2), uint8."""
+    return torch.stack([data >> 4, data & 15], dim=-1).flatten(-2)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a quantised weight means, (…, O, I): computed in fp32, rounded once to `dtype`. The formats' reference."""
+    if packed.format in ("int8", "fp8"):
+        return (packed.data.to(torch.float32) * packed.scale[..., None]).to(dtype)
+    q = unpack(packed.data).unflatten(-1, (-1, GROUP[packed.format]))
+    if packed.format == "nf4":
+        value = nf4_table(packed.data.device)[q.int()] * packed.scale[..., None]
+    else:
+        assert packed.zero is not None, "int4 has zero points"
+        value = (q.float() - packed.zero[..., None].float() / ZERO_STEPS) * packed.scale[..., None].float()
+    return value.flatten(-2).to(dtype)
+
+
+def unpacked(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """`dequantize`, by the quickest way where the weight lies."""
+    if packed.data.is_cuda and has_triton():
+        from accessory.ops.triton import packed as kernels
+
+        return kernels.dequantize(packed, dtype)
+    return dequantize(packed, dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x Wᵀ with the weight dequantised for the product alone, forward and backward: neither keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed, ctx.dtype = packed, x.dtype
+        return F.linear(x, unpacked(packed, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ unpacked(ctx.packed, ctx.dtype), None
+
+
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
+    """x (…, I) times a quantised weight, (…, O) in x's dtype. Gradients flow to x, exact for the dequantised weight."""
+    rows = x.numel() // x.shape[-1]
+    if reads_in_place(x) and 0 < rows <= FEW_ROWS_GPU:
+        from accessory.ops.triton import packed as kernels
+
+        return kernels.linear(x.reshape(rows, -1), packed).view(*x.shape[:-1], -1)
+    return _FrozenLinear.apply(x, packed)
+
+
+def reads_in_place(x: Tensor) -> bool:
+    """Whether kernels that unpack a weight while they read it are there for x, and no gradient is wanted."""
+    return x.is_cuda and x.dtype != torch.float32 and not torch.is_grad_enabled() and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

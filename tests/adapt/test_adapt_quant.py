@@ -1,0 +1,166 @@
+"""Quantised networks: every expert, never the router; what is loaded is the quantised whole, on any number of ranks."""
+
+import pytest
+import torch
+from helpers.distributed import run_ranks
+from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import Checkpoint
+from accessory.checkpoint.lazy import Constant
+from accessory.checkpoint.load import load_decoder
+from accessory.config import LlamaType, ModelArgs, MoEArgs
+from accessory.errors import ConfigError
+from accessory.nn.linear import PackedWeight
+from accessory.ops.quantized import FORMATS, dequantize, quantize
+
+# Sizes whose groups survive four cuts.
+ARGS = ModelArgs(
+    dim=512,
+    hidden_dim=512,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=64,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=4),
+)
+TOKENS_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+
+
+def load(tensors, implementation, quant, ranks=None, **options):
+    checkpoint = Checkpoint(
+        path="memory",
+        layout="hf",
+        args=ARGS,
+        llama_type=LlamaType(implementation),
+        tensors={n: Constant(t) for n, t in tensors.items()},
+        files=[],
+    )
+    return load_decoder([checkpoint], ARGS, implementation, dtype=torch.float32, quant=quant, ranks=ranks, **options)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+def test_the_network_is_that_of_the_dequantised_weights(tensors, format, implementation):
+    quant = Quant.parse(format, output="int8")
+    rounded = {
+        name: dequantize(quantize(t, quant.format_of(name))) if quant.format_of(name) else t
+        for name, t in tensors.items()
+    }
+    want = decoder_from_canonical(ARGS, implementation, rounded)(TOKENS_BT).logits
+    decoder = load(tensors, implementation, quant)
+    torch.testing.assert_close(decoder(TOKENS_BT).logits, want, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(decoder(TOKENS_BT[:1, :1]).logits, want[:1, :1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+def test_every_expert_is_quantised_and_the_router_never(tensors, format, implementation):
+    decoder = load(tensors, implementation, Quant.parse(format))
+    packed = {name: m for name, m in decoder.named_modules() if isinstance(m, PackedWeight)}
+    wanted = {f"layers.{i}.feed_forward.experts.{w}" for i in range(2) for w in ("w1", "w2", "w3")}
+    wanted |= {f"layers.{i}.attention.{w}.weight" for i in range(2) for w in ("wq", "wk", "wv", "wo")}
+    assert packed.keys() == wanted | ({"output.weight"} if format == "int8" else set())
+    for i in range(2):  # the router's bytes are the checkpoint's
+        gate = decoder.get_parameter(f"layers.{i}.feed_forward.gate.weight")
+        assert torch.equal(gate, tensors[f"layers.{i}.feed_forward.gate.weight"])
+    experts = sum(m.packed().nbytes for name, m in packed.items() if ".experts." in name)
+    per_number = {"int8": 1 + 4 / 512, "fp8": 1 + 4 / 512, "int4": 0.5 + 3 / 128, "nf4": 0.5 + 4 / 64}[format]
+    assert experts == 2 * 4 * 3 * 512 * 512 * per_number
+    held = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    assert held == Quant.parse(format).nbytes(ARGS, bytes_16=4)
+
+
+def on_ranks(rank, world, tensors):
+    import torch.distributed as dist
+
+    from accessory.parallel.mesh import Ranks
+
+    ranks = Ranks.of(dist.group.WORLD)
+    with torch.no_grad():
+        return {
+            (format, implementation): load(tensors, implementation, Quant.parse(format, output="int8"), ranks)(
+                TOKENS_BT
+            ).logits.clone()
+            for format in FORMATS
+            for implementation in ("base", "sparse")
+        }
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_hold_slices_of_the_quantised_whole(tensors, world):
+    alone = {}
+    for format in FORMATS:
+        for implementation in ("base", "sparse"):
+            decoder = load(tensors, implementation, Quant.parse(format, output="int8"))
+            alone[format, implementation] = decoder(TOKENS_BT).logits.detach()
+    for result in run_ranks(on_ranks, world, tensors):
+        for key, logits in result.items():
+            torch.testing.assert_close(logits, alone[key], rtol=1e-5, atol=1e-5, msg=str(key))
+
+
+def test_a_size_that_ranks_would_cut_through_a_group_is_an_error(tensors):
+    from accessory.adapt.quant import quantize_skeleton
+    from accessory.nn.decoder import Decoder
+    from accessory.parallel.apply import parallelize
+    from accessory.parallel.mesh import Ranks
+
+    with torch.device("meta"):
+        decoder = Decoder(ARGS.replace(hidden_dim=256), "sparse")
+    parallelize(decoder, Ranks(None, 1, 4))
+    with pytest.raises(ConfigError, match=r"layers\.0\.feed_forward\.experts\.w2: quant: int4 scales 128"):
+        quantize_skeleton(decoder, Quant.parse("int4"))
+
+
+def test_what_quant_says():
+    assert Quant.parse(False) is None
+    assert Quant.parse("none") is None
+    assert Quant.parse(True) == Quant("nf4", "nf4", None)
+    assert Quant.parse("int8") == Quant("int8", "int8", "int8")
+    assert Quant.parse("int4", attention="int8", output="int4") == Quant("int4", "int8", "int4")
+    assert Quant.parse("int4", attention="none") == Quant("int4", None, None)
+    assert Quant.from_dict(Quant("int4", "int8").to_dict()) == Quant("int4", "int8")
+    with pytest.raises(ConfigError, match="quant: got 'int3', but it must be one of int8, fp8, int4, nf4"):
+        Quant.parse("int3")
+    with pytest.raises(ConfigError, match="unknown key 'router'"):
+        Quant.from_dict({"router": "int8"})
+
+
+def test_the_real_sizes_come_to_the_arithmetic():
+    """8x7B in GB: a byte a number beside the embedding (int8), or 0.523 with groups of 128 and a 16-bit head (int4)."""
+    assert Quant.parse("int8").nbytes(ModelArgs()) / 1e9 == pytest.approx(46.9, abs=0.1)
+    assert Quant.parse("int4").nbytes(ModelArgs()) / 1e9 == pytest.approx(24.83, abs=0.03)
+    assert Quant().nbytes(ModelArgs()) / 1e9 == pytest.approx(93.4, abs=0.1)
+
+
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+def test_lora_learns_beside_quantised_experts(tensors, implementation):
+    """The gradients are those of LoRA beside the dequantised weights."""
+    from accessory.adapt.peft import besides_for, trainable_rule
+
+    args = ARGS.replace(lora_rank=4)
+    grads = []
+    quant = Quant.parse("nf4")
+    rounded = {
+        name: dequantize(quantize(t, quant.format_of(name))) if quant.format_of(name) else t
+        for name, t in tensors.items()
+    }
+    for values, q in ((tensors, quant), (rounded, None)):
+        decoder = load(values, implementation, q, beside=besides_for(args), trainable=trainable_rule(args, peft=True))
+        with torch.no_grad():
+            for name, p in decoder.named_parameters():
+                if "lora_b" in name:
+                    p.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        decoder(TOKENS_BT).logits.square().mean().backward()
+        grads.append({n: p.grad for n, p in decoder.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert sum("lora" in name for name in grads[0]) == 2 * 2 * 7
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()), msg=name)

@@ -1,0 +1,72 @@
+"""Quantised kernels against the dequantised weight: on a GPU, or in Triton's interpreter in fp32."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
+
+FORMATS = ["int8", "fp8", "int4", "nf4"]
+CASES = [(1, 8, 2, 256, 384, 0, 8), (3, 5, 2, 128, 256, 0, 5), (2, 8, 3, 384, 128, 4, 4)]  # T, E, K, D, F, first, held
+
+
+def relative(got, want):
+    return ((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().cpu()).item()
+
+
+def check(format, case, device, dtype):
+    from accessory.ops.quantized import dequantize, quantize
+    from accessory.ops.triton import packed as kernels
+
+    T, E, K, D, F, first, held = case
+    g = torch.Generator().manual_seed(T * 100 + E)
+    w1, w2, w3 = (quantize(torch.randn(E, *s, generator=g) * 0.2, format) for s in ((F, D), (D, F), (F, D)))
+    x, weight = torch.randn(T, D, generator=g).to(dtype), torch.rand(T, K, generator=g)
+    expert = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
+    bound = 3e-6 if dtype == torch.float32 else 4e-3
+
+    one = w1[1]
+    want = x.double() @ dequantize(one).double().T
+    there = one.map(lambda t: t.to(device))
+    assert relative(kernels.linear(x.to(device), there), want) <= bound
+    assert torch.equal(kernels.dequantize(there, dtype).cpu(), dequantize(one, dtype))
+
+    expected = torch.zeros(T, D, dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            e = expert[t, k].item()
+            if first <= e < first + held:
+                a = dequantize(w1[e]).double() @ x[t].double()
+                h = (a * a.sigmoid() * (dequantize(w3[e]).double() @ x[t].double())).to(dtype).double()
+                expected[t] += weight[t, k].double() * (dequantize(w2[e]).double() @ h)
+    part = [w.map(lambda t: t[first : first + held].contiguous().to(device)) for w in (w1, w2, w3)]
+    y = kernels.swiglu_pairs(x.to(device), *part, weight.to(device), expert.to(device), first)
+    assert relative(y, expected) <= bound
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_packed_on_the_gpu(format, case, dtype):
+    check(format, case, device="cuda", dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_in_the_interpreter(format):
+    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, test_ops_triton_packed as t\n"
+        "for case in t.CASES: t.check(sys.argv[2], case, device='cpu', dtype=torch.float32)\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here, format], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
