@@ -19,7 +19,9 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     Fails with the ranks' tracebacks. How a process ends after it has returned its result is not looked at: gloo now and
     then aborts at interpreter exit.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has read torch once; each process would need seconds for that.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accessory.train.run", "torch.distributed.fsdp"])
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
