@@ -70,10 +70,11 @@ def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
     for _ in range(kills):
         started = runs.start(fields, ranks=ranks)
         before = runs.steps_written(output)
-        end = time.monotonic() + 60
-        while runs.steps_written(output) == before and started.running() and time.monotonic() < end:
-            time.sleep(0.005)  # loading is no news: the moment is a random one of those that change something
-        time.sleep(pick.random() * 0.35)
+        end, until = time.monotonic() + 60, before + pick.randint(1, 8)
+        # Loading is no news: the moment is a random one of those that change something.
+        while runs.steps_written(output) < until and started.running() and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(pick.random() * 0.1)
         started.kill()
         seen.append(runs.steps_written(output))
         runs.check_folder(output)
@@ -85,10 +86,11 @@ def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_ten_times_it_has_one_curve(inputs, tmp_path, ranks):
-    changes = {"epochs": 12.0, "keep": 1, "save_iteration_interval": 2, "model_parallel_size": 1}
+    changes = {"epochs": 12.0, "keep": 1, "save_iteration_interval": 2, "accum_iter": 2 // ranks}
     fields = runs.options(inputs, tmp_path / "run", resume="auto", **changes)
     straight = runs.options(inputs, tmp_path / "straight", **changes)
     assert runs.start(straight, ranks=ranks).wait() == [0] * ranks
+    assert len(runs.curve(tmp_path / "straight")) == 72
     seen = killed_at_random(fields, ranks, kills=10, seed=ranks)
     assert len(set(seen)) > 5, f"killed at too few different moments: {seen}"
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), 1e-6 if ranks == 1 else 1e-5)
@@ -174,9 +176,10 @@ def goes_on(inputs, tmp_path, stages, peft):
     assert one.keys() == other.keys()
     assert {name.split(".")[0] for name in one} == {"model", "exp_avg", "exp_avg_sq"}
     for name, tensor in one.items():
-        # Adam divides by what may be tiny: an update is right to a share of the largest, not of itself.
-        scale = float(tensor.abs().max())
-        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-4 * scale + 1e-12, msg=name)
+        # Adam divides a gradient by its own size, so one of almost nothing (a key's bias) moves as far as a large one,
+        # and rounding shows: a hundredth of one update (lr = 3e-3) is forgiven there.
+        allowed = 3e-5 if name.startswith("model.") else 2e-4 * float(tensor.abs().max())
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=allowed, msg=name)
 
 
 def test_rows_that_new_ranks_cannot_share(inputs, part, tmp_path):
