@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     data = commands.add_parser("data", help="look at finetuning data before a GPU is used", epilog=EPILOG)
-    _data_check_arguments(data.add_subparsers(title="actions", metavar="ACTION", required=True))
+    _data_check_arguments(data.add_subparsers(title="actions", metavar="ACTION", required=True, help="check"))
 
     report = _command(commands, "report", _report, "make report.html of a finetuning run, finished, running or dead")
     report.add_argument("dir", metavar="DIR", help="its output folder, which holds metrics.jsonl")

@@ -26,7 +26,7 @@ def signals():
         (["--port", "TAKEN"], "--port: TAKEN on 127.0.0.1 is in use; give another one, or 0 for any that is free"),
         (["--host", "203.0.113.1", "--port", "0"], "--host: cannot serve on 203.0.113.1"),
         (["--port", "0"], "nowhere"),
-        (["--port", "0", "--quant"], "quant"),
+        (["--port", "0", "--quant", "int3"], "quant: got 'int3'"),
         (["--port", "0", "--gpu-ids", "1", "1"], "--gpu_ids: got "),
     ],
 )
