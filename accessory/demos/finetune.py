@@ -40,13 +40,13 @@ RECIPE: dict[str, Any] = {
     "max_words": 256,
     "packing": True,
     "batch_size": 2,
-    "epochs": 2.0,
+    "epochs": 1.5,
     "lr": 1e-3,
     "warmup_epochs": 0.1,
     "clip_grad": 1.0,
     "precision": "fp32",
     "device": "cpu",
-    "eval_interval": 50,
+    "eval_interval": 40,
     "only_save_trainable": True,
     "resume": "auto",
 }
@@ -116,12 +116,13 @@ def _prepare(console: Console, corpus: Path, base: Path, home: Path) -> Path:
 
 
 def _answers(path: Path, questions: Sequence[str], max_gen_len: int) -> list[str]:
-    """What the model says to each question, on one line."""
+    """What the model says to each question, on one line; … where it was not done."""
     model = MetaModel.from_pretrained(path, max_seq_len=MAX_SEQ_LEN, device="cpu")
     template = get_template(None, model.tokenizer)
     prompts = [Conversation(template).add("user", q).prompt_ids(model.tokenizer) for q in questions]
     texts = model.generate(prompts, max_gen_len=max_gen_len, additional_stop_symbols=template.stop_strings)
-    return [" ".join(template.reply(text).split()) for text in texts]
+    lines = [" ".join(template.reply(text).split()) for text in texts]
+    return [line if line.endswith((".", "!", "?", '"')) else f"{line} …" for line in lines]
 
 
 def _merged(report: Report) -> str:
