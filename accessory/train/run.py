@@ -21,6 +21,7 @@ from accessory.data.batches import Batch
 from accessory.errors import InputError
 from accessory.parallel.fsdp import Grid
 from accessory.parallel.mesh import from_environment
+from accessory.train.blame import items_at_fault
 from accessory.train.build import COMPUTE, counts
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
@@ -122,11 +123,12 @@ def _one_step(run: Run, step: int, batches: list[Batch], lr: float, saved: int |
     except NotFiniteError as error:
         if saved != step - 1:
             _save(run, step - 1)
-        items = sorted({item for batch in batches for item in batch.items})
+        found = items_at_fault(run.trainer, batches, run.data.example)
+        told = "in" if found else "somewhere in"
+        items = found or sorted({item for row in run.schedule.rows(step - 1) for item in row})
         shown = ", ".join(map(run.data.where, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
         raise InputError(
-            f"step {step}: {error}; the state of step {step - 1} is saved and still good. "
-            f"The first rank's items of the step: {shown}"
+            f"step {step}: {error}, {told} {shown}; the state of step {step - 1} is saved and still good"
         ) from error
 
 

@@ -133,6 +133,22 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
 
+def refused(inputs: Path, output: Path, *words: str, **changes: Any) -> None:
+    """The run ends with one line that holds `words`, and its folder is as it was."""
+    import pytest
+
+    from accessory.errors import AccessoryError
+
+    before = snapshot(output)
+    with pytest.raises(AccessoryError) as caught:
+        finetune(inputs, output, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert snapshot(output) == before
+
+
 # --------------------------------------------------------------------------- processes
 
 
@@ -328,6 +344,12 @@ def signal_after(rank: int, step: int, *numbers: int) -> None:
         return original(self, *args)
 
     Trainer.step = wrapped  # type: ignore[method-assign]
+
+
+def signal_rank(rank: int, wanted: int, step: int, *numbers: int) -> None:
+    """The same for one rank alone."""
+    if rank == wanted:
+        signal_after(rank, step, *numbers)
 
 
 def scale_fp16(rank: int, scale: float) -> None:

@@ -1,7 +1,6 @@
 """Whole runs: killed, resumed elsewhere, stopped, poisoned, and started wrongly."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,27 +14,6 @@ from helpers import runs
 from accessory.errors import AccessoryError
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory) -> Path:
-    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="session")
-def whole(inputs, tmp_path_factory) -> Path:
-    """A run that nothing interrupts."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    runs.finetune(inputs, output, eval_data=str(inputs / "held.yaml"), eval_interval=5)
-    return output
-
-
-@pytest.fixture(scope="session")
-def part(inputs, tmp_path_factory) -> Path:
-    """A run that ended after 4 of its 12 steps; to be copied, not gone on with."""
-    output = tmp_path_factory.mktemp("part") / "run"
-    runs.finetune(inputs, output, max_steps=4)
-    return output
 
 
 def test_a_run_writes_all_that_it_promises(whole):
@@ -113,6 +91,16 @@ def test_sigterm_saves_and_ends_with_one_line(inputs, whole, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
     assert runs.start(fields).wait() == [0]
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(inputs, tmp_path):
+    fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=None, save_interval=0)
+    started = runs.start(fields, ranks=2, prepare=runs.signal_rank, arguments=(1, 2, signal.SIGTERM))
+    assert started.wait() == [1, 1]
+    (line,) = started.errors()
+    assert "stopped by a signal after step 2" in line
+    runs.check_folder(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
 
 
 def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
@@ -216,142 +204,25 @@ def test_another_runs_state_begins_a_new_folder(inputs, part, whole, tmp_path):
     runs.finetune(inputs, tmp_path / "run", resume=str(part))
     assert [row[0] for row in runs.curve(tmp_path / "run")] == list(range(5, 13))
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[4:])
-    refused(inputs, tmp_path / "other", "has made all of 12 steps", resume=str(tmp_path / "run"))
-
-
-# --------------------------------------------------------------------------- wrong from the start
-
-
-def refused(inputs, output, *words, **changes):
-    """The run ends with one line that holds `words`, and its folder is as it was."""
-    before = runs.snapshot(output)
-    with pytest.raises(AccessoryError) as caught:
-        runs.finetune(inputs, output, **changes)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    assert runs.snapshot(output) == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, ["output_dir", "holds a run already", "resume=auto", "overwrite=true"]),
-        ({"resume": "auto", "seed": 3}, ["learnt from other data"]),
-        ({"resume": "auto", "packing": True}, ["learnt from other data"]),
-        ({"resume": "auto", **LORA}, ["trained other adapters", "lora_rank"]),
-        ({"resume": "auto", "train_router": True}, ["router"]),
-        ({"resume": "auto", "model_parallel_size": 2}, ["model_parallel_size: got 2", "number of ranks, 1"]),
-        ({"overwrite": True, "data_config": "nowhere.yaml"}, ["nowhere.yaml"]),
-    ],
-)
-def test_a_run_is_not_spoiled_by_a_wrong_start(inputs, part, tmp_path, changes, words):
-    output = tmp_path / "run"
-    shutil.copytree(part, output)
-    refused(inputs, output, *words, **changes)
-
-
-def test_other_models_and_data_are_not_gone_on_with(inputs, part, tmp_path):
-    output = tmp_path / "run"
-    shutil.copytree(part, output)
-    other = runs.write_model(tmp_path / "weights", seed=1)
-    refused(inputs, output, "other weights", resume="auto", pretrained_path=[str(other)])
-    larger = runs.write_model(tmp_path / "sizes", hidden_dim=64)
-    refused(inputs, output, "hidden_dim 48 there, 64 here", resume="auto", pretrained_path=[str(larger)])
-    data = runs.write_data(tmp_path, runs.dialogues(seed=5))
-    refused(inputs, output, "other data", resume="auto", data_config=str(data))
-
-
-def test_another_rank_of_lora_is_refused(inputs, tmp_path):
-    output = tmp_path / "run"
-    runs.finetune(inputs, output, max_steps=1, **LORA)
-    refused(inputs, output, "lora_rank 4 there, 8 here", resume="auto", **LORA | {"lora_rank": 8})
-
-
-def test_a_damaged_state_is_named(inputs, part, tmp_path):
-    for number, harm in enumerate((Path.unlink, lambda file: os.truncate(file, file.stat().st_size - 8))):
-        output = tmp_path / f"run{number}"
-        shutil.copytree(part, output)
-        (file,) = (output / "states" / "step-00000004").glob("*.safetensors")
-        harm(file)
-        refused(inputs, output, str(file), "remove this state", resume="auto")
-        shutil.rmtree(file.parent)
-        runs.finetune(inputs, output, resume="auto", max_steps=4)
-        runs.same_curve(runs.curve(output), runs.curve(part))
-
-
-def test_a_folder_of_another_run_is_not_mixed_with(inputs, part, whole, tmp_path):
-    shutil.copytree(part, tmp_path / "run")
-    refused(inputs, tmp_path / "run", "holds another run", resume=str(whole))
-
-
-def test_overwriting_begins_anew(inputs, part, whole, tmp_path):
-    shutil.copytree(part, tmp_path / "run")
-    runs.finetune(inputs, tmp_path / "run", overwrite=True, max_steps=2)
-    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:2])
-    assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_output_folder_that_cannot_be_written(inputs, tmp_path, ranks):
-    (tmp_path / "file").write_text("in the way")
-    fields = runs.options(inputs, tmp_path / "run") | {"output_dir": str(tmp_path / "file" / "run")}
-    started = runs.start(fields, ranks=ranks, logs=tmp_path / "logs")
-    assert started.wait(60) == [1] * ranks
-    (line,) = started.errors()
-    assert "output_dir" in line
-    assert "cannot be written" in line
-
-
-BAD_LINES = {
-    "not JSON": ("{'conversations': []}", "not valid JSON"),
-    "unknown role": ('{"conversations": [{"from": "wizard", "value": "hello"}]}', "wizard"),
-    "empty conversation": ('{"conversations": []}', "empty"),
-    "missing image": (json.dumps(runs.dialogues(1)[0] | {"image": "there.png"}), "there.png"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_of_data(inputs, tmp_path, bad):
-    line, told = BAD_LINES[bad]
-    data = runs.write_data(tmp_path, [*runs.dialogues(), line, *runs.dialogues(3)])
-    with pytest.raises(AccessoryError, match=r"data\.jsonl:25") as caught:
-        runs.finetune(inputs, tmp_path / "run", data_config=str(data))
-    assert told in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not any((tmp_path / "run").iterdir())
-
-
-def test_ranks_end_together_on_a_bad_line(inputs, tmp_path):
-    data = runs.write_data(tmp_path, [*runs.dialogues(), BAD_LINES["unknown role"][0]])
-    fields = runs.options(inputs, tmp_path / "run", data_config=str(data), cache_ann_on_disk=True)
-    started = runs.start(fields, ranks=2)
-    assert started.wait(60) == [1, 1]
-    (line,) = started.errors()
-    assert "data.jsonl:25" in line
-
-
-def test_nothing_to_train(inputs, tmp_path):
-    with pytest.raises(AccessoryError, match="nothing would be trained"):
-        runs.finetune(inputs, tmp_path / "run", llama_type="mixtral_peft", norm_tuning=False)
+    runs.refused(inputs, tmp_path / "other", "has made all of 12 steps", resume=str(tmp_path / "run"))
 
 
 # --------------------------------------------------------------------------- not finite
 
 
-def poisoned(inputs, folder, value=float("inf")) -> tuple[Path, Path]:
-    """The model with an embedding row of infinities, and data whose one item uses it: (model, data)."""
+def poisoned(inputs, folder, times=1) -> tuple[Path, Path]:
+    """The model with an embedding row of infinities, and data of which one item, or three, use it: (model, data)."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     shutil.copytree(inputs / "model", folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     items = runs.dialogues()
-    items[3]["conversations"][1]["value"] += " ~"
+    for bad in (3, 10, 23)[:times]:
+        items[bad]["conversations"][1]["value"] += " ~"
     (token,) = set(tokenizer("~", add_special_tokens=False)["input_ids"])
     weights = load_file(folder / "model" / "model.safetensors")
-    weights["model.embed_tokens.weight"][token] = value
+    weights["model.embed_tokens.weight"][token] = float("inf")
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     return folder / "model", runs.write_data(folder, items)
 
@@ -371,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_onc
     assert step == 1 if at_once else step > 1, message
     assert "\n" not in message
     assert "is nan" in message
-    assert "data.jsonl:4" in message if not at_once else "and 16 more" in message
+    assert f"nan, in {data.with_suffix('.jsonl')}:4; the state" in message
     assert [row[0] for row in runs.curve(output)] == list(range(1, step))
     (state,) = (output / "states").iterdir()
     assert state.name == f"step-{step - 1:08d}"
@@ -382,6 +253,34 @@ def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_onc
             torch.testing.assert_close(runs.newest_state(output)[name], tensor, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(AccessoryError, match=f"step {step}: the loss is nan"):
         runs.finetune(inputs, output, **fields, resume="auto")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_item_at_fault_is_told_from_its_neighbours(inputs, tmp_path, packing):
+    model, data = poisoned(inputs, tmp_path, times=3)
+    changes = {"pretrained_path": [str(model)], "data_config": str(data), "packing": packing}
+    with pytest.raises(AccessoryError) as caught:
+        runs.finetune(inputs, tmp_path / "run", batch_size=24, accum_iter=1, **changes)
+    file = data.with_suffix(".jsonl")
+    assert f"in {file}:4, {file}:11, {file}:24; the state" in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_tells_the_steps_items(inputs, tmp_path, monkeypatch):
+    from accessory.train import trainer
+
+    monkeypatch.setattr(trainer, "squared_norm", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(AccessoryError, match=r"step 1: the gradient is inf, somewhere in .*data\.jsonl:\d+, "):
+        runs.finetune(inputs, tmp_path / "run")
+
+
+def test_ranks_stop_together_where_one_of_them_has_the_bad_item(inputs, tmp_path):
+    model, data = poisoned(inputs, tmp_path)
+    fields = runs.options(inputs, tmp_path / "run", pretrained_path=[str(model)], data_config=str(data))
+    started = runs.start(fields, ranks=2)
+    assert started.wait() == [1, 1]
+    (line,) = started.errors()
+    assert f"the loss is nan, in {data.with_suffix('.jsonl')}:4; " in line
+    runs.check_folder(tmp_path / "run")
 
 
 def test_fp16_skips_what_overflows(inputs, tmp_path):

@@ -1,0 +1,27 @@
+"""What tests of whole runs share: the files of a run, and two runs that nothing interrupts."""
+
+from pathlib import Path
+
+import pytest
+from helpers import runs
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def whole(inputs, tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    runs.finetune(inputs, output, eval_data=str(inputs / "held.yaml"), eval_interval=5)
+    return output
+
+
+@pytest.fixture(scope="session")
+def part(inputs, tmp_path_factory) -> Path:
+    """A run that ended after 4 of its 12 steps; to be copied, not gone on with."""
+    output = tmp_path_factory.mktemp("part") / "run"
+    runs.finetune(inputs, output, max_steps=4)
+    return output
