@@ -39,6 +39,7 @@ class Run:
     feed: Feed
     trainer: Trainer
     held_out: list[Batch]
+    identity: dict[str, Any]  # of model and data, which a state is written with; made once, since it reads them all
     resumed: Described | None = None
     tokens: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
@@ -53,8 +54,9 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     folder = Path(config.output_dir)
     resumed = grid.from_first(lambda: _open_folder(config, folder))
     source = open_source(config)
+    identity = {"model": source.identity()}
     if resumed is not None:
-        _check_same_model(resumed, source)
+        _check_same_model(resumed, identity["model"])
     split = Split(config.batch_size, config.accum_iter, grid.data_size)
     if resumed is not None:
         split = Split.keeping(resumed.values["rows"], config.batch_size, grid.data_size)
@@ -63,8 +65,9 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     tokenizer = _tokenizer(config, source)
     check_vocabulary(tokenizer, source.args.vocab_size)
     data = _open_data(config.data_config, config, tokenizer, grid)
+    identity["data"] = _data_identity(data, config)
     if resumed is not None:
-        _check_same_data(resumed, data, config)
+        _check_same_data(resumed, identity["data"])
     schedule = _schedule(config, data, split.rows, config.epochs, config.max_steps)
     if resumed is not None and resumed.step >= schedule.steps and not _is_of(resumed, folder):
         raise ConfigError(
@@ -76,7 +79,7 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     decoder = build(source, grid, device, progress=grid.first)
     weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
     trainer = Trainer(decoder, grid, weights, weight_decay=config.weight_decay, clip=config.clip_grad)
-    run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, resumed)
+    run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, identity, resumed)
     if resumed is not None:
         load_state(trainer, resumed.folder)
         run.tokens = resumed.values["tokens"]
@@ -137,8 +140,8 @@ def _state_to_resume(config: FinetuneConfig, folder: Path) -> Described | None:
     return describe(inside[-1] if inside else given)
 
 
-def _check_same_model(resumed: Described, source: Source) -> None:
-    before, now = resumed.values["model"], source.identity()
+def _check_same_model(resumed: Described, now: dict[str, Any]) -> None:
+    before = resumed.values["model"]
     for key, what in (
         ("sizes", "is of a model of other sizes"),
         ("peft", "trained other adapters"),
@@ -156,15 +159,15 @@ def _difference(before: Any, now: Any) -> str:
     return f"{before!r} there, {now!r} here"
 
 
-def _check_same_data(resumed: Described, data: FinetuneData, config: FinetuneConfig) -> None:
-    if resumed.values["data"] != data_identity(data, config):
+def _check_same_data(resumed: Described, now: dict[str, Any]) -> None:
+    if resumed.values["data"] != now:
         raise ConfigError(
             f"resume: {resumed.folder} learnt from other data, or the same in another order (items, max_words, packing,"
             " template or seed differ); resume with what it began with, or begin a new run from its final folder"
         )
 
 
-def data_identity(data: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:
+def _data_identity(data: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:
     return {
         "items": len(data),
         "digest": data.fingerprint(),

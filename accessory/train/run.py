@@ -27,7 +27,7 @@ from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.metrics import MetricsLog
 from accessory.train.optim import learning_rate, updates_made
-from accessory.train.prepare import FINAL, Run, data_identity, prepare
+from accessory.train.prepare import FINAL, Run, prepare
 from accessory.train.progress import Progress, RouterWatch
 from accessory.train.report import write_report
 from accessory.train.state import complete_states, save_state
@@ -148,8 +148,7 @@ def _save_is_due(run: Run, step: int) -> bool:
 
 def _save(run: Run, step: int) -> Path:
     values = {
-        "model": run.source.identity(),
-        "data": data_identity(run.data, run.config),
+        **run.identity,
         "rows": run.feed.split.rows,
         "tokens": run.tokens,
         "updates": updates_made(run.trainer.optimizer),
