@@ -104,6 +104,16 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(options: argparse.Namespace) -> int:
+    from accessory.adapt.quant import Quant
+    from accessory.checkpoint.quantize import quantize_checkpoint
+
+    quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
+    quantize_checkpoint(_resolved(options.src), options.dst, quant, overwrite=options.overwrite, verify=options.verify)
+    _wrote(options)
+    return 0
+
+
 def _merge(options: argparse.Namespace) -> int:
     from accessory.commands.adapters import merge
 
@@ -199,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", _info, "what a checkpoint is")
     info.add_argument("path", metavar="PATH", help="a checkpoint, complete or not")
 
+    quantize = _command(commands, "quantize", _quantize, "save a checkpoint quantised; it loads without --quant")
+    quantize.add_argument("src", metavar="SRC", help="the checkpoint to read")
+    quantize.add_argument("dst", metavar="DST", help="the folder to make")
+    _quant_arguments(quantize, required=True)
+    _folder_arguments(quantize)
+
     upcycle = _command(commands, "upcycle", _upcycle, "grow a mixture from a dense Llama or Mistral (arXiv 2212.05055)")
     upcycle.add_argument("src", metavar="SRC", help="a Hugging Face folder or a GGUF file")
     upcycle.add_argument("dst", metavar="DST", help="the folder to make")
@@ -290,9 +306,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
     )
-    command.add_argument("--quant", choices=QUANT, metavar="FORMAT", help="nf4, int4, int8 or fp8, while it is loaded")
-    command.add_argument("--quant-attention", "--quant_attention", choices=QUANT, metavar="FORMAT", help="or none")
-    command.add_argument("--quant-output", "--quant_output", choices=QUANT, metavar="FORMAT", help="or none: the head")
+    _quant_arguments(command)
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
         "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks that hold the model together; on a CPU, processes"
@@ -300,6 +314,14 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu-ids", "--gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
     command.add_argument("--master-addr", "--master_addr", metavar="HOST", help="where the ranks of --n-gpus meet")
     command.add_argument("--master-port", "--master_port", type=int, metavar="PORT", help="default: a free one")
+
+
+def _quant_arguments(command: argparse.ArgumentParser, required: bool = False) -> None:
+    when = "" if required else ", while it is loaded"
+    help_ = f"nf4, int4, int8 or fp8{when}"
+    command.add_argument("--quant", choices=QUANT, metavar="FORMAT", required=required, help=help_)
+    command.add_argument("--quant-attention", "--quant_attention", choices=QUANT, metavar="FORMAT", help="or none")
+    command.add_argument("--quant-output", "--quant_output", choices=QUANT, metavar="FORMAT", help="or none: the head")
 
 
 def _data_check_arguments(actions: Any) -> None:
@@ -341,6 +363,10 @@ def _writing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shards", type=int, metavar="N", help="files to split it into; not for torrent")
     command.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help="bf16, fp16, fp32; default: the source's")
     command.add_argument("--safetensors", action="store_true", help="instead of .pth, for base and sparse")
+    _folder_arguments(command)
+
+
+def _folder_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
     command.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-read what was written")
 

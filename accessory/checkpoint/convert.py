@@ -31,8 +31,9 @@ def convert(
 ) -> None:
     """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`.
 
-    Options are those of `write_checkpoint`. `dst` appears whole or not at all; `src` is never touched. Raises
-    CheckpointError and ConfigError as reading and writing do, and for a `dst` that is or holds `src`.
+    Options are those of `write_checkpoint`. `dst` appears whole or not at all; `src` is never touched. Of a quantised
+    `src`, what its numbers mean is written. Raises CheckpointError and ConfigError as reading and writing do, and for a
+    `dst` that is or holds `src`.
     """
     if "://" not in str(src):
         refuse_overlap(Path(src), Path(dst))
@@ -40,6 +41,7 @@ def convert(
     source = open_checkpoint(src, config_files)
     refuse_overlap(source.path, Path(dst))
     log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, to)
+    source.warn_of_dequantising()
     write_checkpoint(
         dst,
         source.tensors,

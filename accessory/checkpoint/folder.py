@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from accessory.adapt.quant import Quant
 from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, find_weights
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
 from accessory.checkpoint.names import expected_shapes, layer_numbers, shape_problem
+from accessory.checkpoint.packed import declared_quant, read_quantised, spell
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
@@ -28,7 +30,10 @@ _LISTED = 3  # problems and names that one message spells out
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened folder. `tensors` maps canonical names to whole, unsharded lazy tensors (q and k rows interleaved)."""
+    """An opened folder. `tensors` maps canonical names to whole, unsharded lazy tensors (q and k rows interleaved).
+
+    Of a quantised folder, those that `quant` names are `packed.Quantised`: what they mean, and how they lie.
+    """
 
     path: Path
     layout: Layout
@@ -39,6 +44,7 @@ class Checkpoint:
     resources: list[Path] = field(default_factory=list)  # tokenizer files and the like
     shards: int = 1  # model-parallel shards; 1 for layouts that have none
     partial: bool = False  # a save of the trained tensors only
+    quant: Quant | None = None  # the formats of a quantised folder
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +58,14 @@ class Checkpoint:
             count[tensor.dtype] += tensor.nbytes
         return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
 
+    def warn_of_dequantising(self) -> None:
+        """Say, where a dense layout is written out of a quantised folder, what its numbers are."""
+        if self.quant is not None:
+            kind = str(self.tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
+            log.warning(
+                "%s is quantised (%s): written is what its numbers mean, %s", self.path, spell(self.quant), kind
+            )
+
 
 @dataclass
 class Survey:
@@ -62,6 +76,7 @@ class Survey:
     layout: Layout | None = None
     llama_type: LlamaType | None = None
     args: ModelArgs | None = None
+    quant: Quant | None = None
     checkpoint: Checkpoint | None = None
     missing: list[str] = field(default_factory=list)
     problems: list[AccessoryError] = field(default_factory=list)
@@ -128,9 +143,27 @@ def survey_folder(
             found.insert(0, mixed)
     else:
         tensors = read_single(survey.layout, readable, found)
+        try:
+            tensors = _put_together(survey, tensors, found)
+        except ConfigError as error:
+            survey.problems.append(error)
+            return survey
     survey.problems += map(CheckpointError, found)
     _configure(survey, tensors, config_files, allow_partial)
     return survey
+
+
+def _put_together(survey: Survey, tensors: dict[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
+    """The pieces of quantised weights as the weights they are, by what config.json says; ConfigError if it does not."""
+    if survey.layout not in ("official", "quantized"):
+        return tensors
+    survey.quant = declared_quant(survey.path)
+    if survey.quant is not None:
+        survey.layout = "quantized"
+        return read_quantised(tensors, survey.quant, problems)
+    if survey.layout == "quantized":
+        raise ConfigError('config.json: has no "quantization", so nothing says in what formats these weights lie')
+    return tensors
 
 
 def _configure(
@@ -181,6 +214,7 @@ def _configure(
         resources=find_resources(folder),
         shards=len(survey.weights.paths) if survey.weights.sharded else 1,
         partial=bool(survey.missing),
+        quant=survey.quant,
     )
 
 

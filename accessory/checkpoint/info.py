@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accessory.checkpoint.folder import UNFINISHED, survey_folder
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
+from accessory.checkpoint.packed import Quantised, spell
 from accessory.config import LlamaType, ModelArgs
 
 
@@ -19,11 +22,12 @@ class Info:
     args: ModelArgs | None
     parameters: tuple[int, int] | None
     nbytes: int  # of the files that are there
-    dtype: str
+    dtype: str  # of most bytes; of a quantised folder, each format and dtype and how much there is of it
     shards: int
     files: list[Path]
     resources: list[Path]
     problems: list[str] = field(default_factory=list)
+    quant: Quant | None = None
 
     @property
     def complete(self) -> bool:
@@ -38,6 +42,8 @@ class Info:
         if self.parameters is not None:
             total, active = self.parameters
             out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
+        if self.quant is not None:
+            out.append(f"quantised       {spell(self.quant)}")
         out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")
         out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
         if self.args is not None:
@@ -60,12 +66,25 @@ def info(path: str | Path) -> Info:
         args=survey.args,
         parameters=survey.args.parameter_counts() if survey.args else None,
         nbytes=sum(p.stat().st_size for p in survey.weights.present),
-        dtype=str(checkpoint.dtype).removeprefix("torch.") if checkpoint else "unknown dtype",
+        dtype=_dtype(checkpoint) if checkpoint else "unknown dtype",
         shards=len(survey.weights.paths) if survey.weights.sharded else 1,
         files=survey.weights.present,
         resources=checkpoint.resources if checkpoint else [],
         problems=[UNFINISHED] * survey.unfinished + [str(p) for p in survey.problems],
+        quant=survey.quant,
     )
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    if checkpoint.quant is None:
+        return str(checkpoint.dtype).removeprefix("torch.")
+    nbytes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor, Quantised):
+            nbytes[tensor.format] += tensor.stored_bytes
+        else:
+            nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return ", ".join(f"{kind} {_count(size, 'B')}" for kind, size in nbytes.most_common())
 
 
 def _count(number: int, unit: str = "") -> str:

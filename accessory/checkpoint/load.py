@@ -14,18 +14,18 @@ from tqdm import tqdm
 from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
 from accessory.adapt.quant import Quant, quantize_skeleton
 from accessory.checkpoint.folder import Checkpoint
-from accessory.checkpoint.lazy import Computed, Constant, Lazy
+from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of
+from accessory.checkpoint.packed import Quantised, quantised_blocks, spell
 from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, ConfigError
 from accessory.nn.decoder import Decoder
-from accessory.ops.quantized import GROUP, Packed, quantize
+from accessory.ops.quantized import GROUP, Packed
 from accessory.parallel.apply import parallelize
 from accessory.parallel.held import Held, held_tensors
 from accessory.parallel.mesh import Ranks
 
 NAMES_SHOWN = 5
-BLOCK_NUMBERS = 2**24  # of a weight that is quantised at a time
 
 
 def load_decoder(
@@ -49,8 +49,9 @@ def load_decoder(
     more of them. What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and
     from `beside` (by canonical linear); what only the latter names starts with the values that change nothing, drawn
     from `seed`. Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype`
-    is still what the network computes in. `quant` says which weights are quantised: each on arrival, a block of rows
-    at a time, so that nothing of the network is ever held in 16 bits. `wrap` may cut the empty network further, as
+    is still what the network computes in. `quant` says which weights are quantised: copied as they lie where a
+    checkpoint holds them so, else on arrival, a block of rows at a time, so that nothing of the network is ever held in
+    16 bits. `wrap` may cut the empty network further, as
     data parallelism does. Values go from the file to their place in blocks, converted on the way: beside the
     parameters themselves, no tensor is held. Raises CheckpointError listing tensors that are missing, extra or of
     another shape than `args` says.
@@ -111,6 +112,22 @@ def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
     return args
 
 
+def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Quant | None:
+    """The formats to load checkpoints in, one over the other: those of a quantised folder, else what was `chosen`.
+
+    ConfigError where something else was chosen than the folder holds.
+    """
+    own = next((c for c in reversed(checkpoints) if c.quant is not None), None)
+    if own is None or own.quant is None:
+        return chosen
+    if chosen not in (None, own.quant):
+        raise ConfigError(
+            f"quant: {own.path} is quantised already ({spell(own.quant)}), so it cannot be loaded as "
+            f"{spell(chosen or own.quant)}; leave quant out, or give the folder that it was made from"
+        )
+    return own.quant
+
+
 def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them (a rank's part)."""
     for held in held_tensors(decoder):
@@ -143,33 +160,42 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
 
 
 def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
-    """Copy every tensor, or what is held of it, to its place: dense ones several at a time, as copies leave Python's
-    lock and overlap reading; quantised ones one after the other, so that only one is there in 16 bits."""
+    """Copy every tensor, or what is held of it, to its place: several at a time, as copies leave Python's lock and
+    overlap reading; those that have to be quantised one after the other, so that only one is there in 16 bits."""
     places = list(held_tensors(decoder))
-    dense = [held for held in places if isinstance(held.tensor, Tensor)]
+    copied = [held for held in places if _lies_as_wanted(tensors[held.name], held)]
+    arriving = [held for held in places if not _lies_as_wanted(tensors[held.name], held)]
     total = sum(held.tensor.nbytes for held in places)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False)
     workers = min(8, os.cpu_count() or 1)
 
     def copy(held: Held) -> int:
-        part_of(tensors[held.name], held).copy_to(held.tensor)
+        part = part_of(tensors[held.name], held)
+        if isinstance(held.tensor, Tensor):
+            part.copy_to(held.tensor)
+        elif isinstance(part, Quantised):
+            part.copy_pieces_to(held.tensor)
         return held.tensor.nbytes
 
     with bar, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(copy, held) for held in dense]
+        futures = [pool.submit(copy, held) for held in copied]
         try:
-            for held in places:
-                if not isinstance(held.tensor, Tensor):
-                    quantize_into(tensors[held.name], held)
-                    bar.update(held.tensor.nbytes)
+            for held in arriving:
+                quantize_into(tensors[held.name], held)
+                bar.update(held.tensor.nbytes)
             for future in futures:
                 bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    device = dense[0].tensor.device
+    device = decoder.tok_embeddings.weight.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _lies_as_wanted(tensor: Lazy, held: Held) -> bool:
+    """Whether nothing has to be quantised for it."""
+    return isinstance(held.tensor, Tensor) or (isinstance(tensor, Quantised) and tensor.format == held.tensor.format)
 
 
 def quantize_into(tensor: Lazy, held: Held) -> None:
@@ -183,17 +209,12 @@ def quantize_into(tensor: Lazy, held: Held) -> None:
     tensor = tensor.narrow(0, first_row, rows)
     if packed.format in GROUP:
         tensor, first_column = tensor.narrow(1, first_column, columns), 0
-    device = packed.data.device
-    step = max(1, BLOCK_NUMBERS // max(1, tensor.shape[1]))
-    if not tensor.piecewise:
-        tensor, step = Constant(tensor.load()), step if device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        block = tensor.narrow(0, start, min(step, rows - start))
-        values = torch.empty(block.shape, dtype=block.dtype, device=device)
-        block.copy_to(values)
-        done = quantize(values, packed.format).narrow(1, first_column, columns)
+    start = 0
+    for block in quantised_blocks(tensor, packed.format, packed.data.device):
+        done = block.narrow(1, first_column, columns)
         for name, part in packed.tensors().items():
-            part[start : start + len(values)].copy_(done.tensors()[name])
+            part.narrow(0, start, len(block.data)).copy_(done.tensors()[name])
+        start += len(block.data)
 
 
 def _listed(names: object) -> str:

@@ -254,8 +254,9 @@ def merge(
     checkpoints, args = open_chain(paths, config_files)
     for checkpoint in checkpoints:
         refuse_overlap(checkpoint.path, Path(dst))
+        checkpoint.warn_of_dequantising()
     base, where = checkpoints[0], ", ".join(str(c.path) for c in checkpoints[1:] or checkpoints)
-    layout: Target = to or ("torrent" if base.layout == "official" else base.layout)
+    layout: Target = to or _written_as(base)
     tensors = _overlaid(checkpoints)
     merged, changes = merge_tensors(tensors, args, target)
     biases = [name for name in merged if companion_of(name)]
@@ -289,6 +290,13 @@ def merge(
         progress=progress,
     )
     return report
+
+
+def _written_as(base: Checkpoint) -> Target:
+    """The layout of the base, or the one that is nearest to it."""
+    if base.layout == "quantized":
+        return base.llama_type.implementation
+    return "torrent" if base.layout == "official" else base.layout
 
 
 def _overlaid(checkpoints: Sequence[Checkpoint]) -> dict[str, Lazy]:

@@ -16,7 +16,7 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from accessory.checkpoint.folder import survey_folder
 from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, shape_problem
+from accessory.checkpoint.packed import Quantising
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, ConfigError
@@ -42,7 +43,7 @@ _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.flo
 _DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
 
 
-_Sum = tuple[int, torch.dtype]
+_Sum = tuple[tuple[int, ...], torch.dtype]  # CRC-32 of what went to each place
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ def write_checkpoint(
     plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors)
     if to == "hf":
         plan.documents["config.json"] |= _special_ids(resources)
+    write_folder(dst, tensors, plan, resources=resources, overwrite=overwrite, verify=verify, progress=progress)
+
+
+def write_folder(
+    dst: str | Path,
+    tensors: Mapping[str, Lazy],
+    plan: FolderPlan,
+    *,
+    resources: Sequence[Path] = (),
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+) -> None:
+    """Write canonical `tensors` as `plan` says; options and errors are those of `write_checkpoint`."""
     places: dict[str, list[_Place]] = {name: [] for name in tensors}
     with new_folder(Path(dst), overwrite=overwrite) as folder:
         check_free_space(folder, sum(file.nbytes for file in plan.files))
@@ -161,16 +176,19 @@ def _write(
 
 
 def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> _Sum:
-    """Write all parts of one canonical tensor; returns the CRC-32 over them in the order of `places`, and the dtype."""
-    source = tensor if tensor.piecewise else Constant(tensor.load())
-    crc = 0
-    for place in places:
-        offset = place.offset
-        for block in place.cut(source).blocks():
-            data = as_bytes(block)
-            crc = zlib.crc32(data, crc)
-            offset = _write_at(handles[place.file], data, offset)
-    return crc, tensor.dtype
+    """Write all parts of one canonical tensor, reading it once; returns the CRC-32 of each, and the dtype."""
+    if isinstance(tensor, Quantising):
+        sources: Iterable[Lazy] = tensor.blocks_of_rows()
+    else:
+        sources = [tensor if tensor.piecewise else Constant(tensor.load())]
+    sums, offsets = [0] * len(places), [place.offset for place in places]
+    for source in sources:
+        for n, place in enumerate(places):
+            for block in place.cut(source).blocks():
+                data = as_bytes(block)
+                sums[n] = zlib.crc32(data, sums[n])
+                offsets[n] = _write_at(handles[place.file], data, offsets[n])
+    return tuple(sums), tensor.dtype
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> int:
@@ -238,11 +256,13 @@ def _check_written(
     """Open the folder as anybody would, cut its tensors as they were cut, and compare the checksums."""
 
     def read(name: str, tensor: Lazy) -> _Sum:
-        crc = 0
+        sums = []
         for place in places.get(name, ()):
+            crc = 0
             for block in place.cut(tensor).blocks():
                 crc = zlib.crc32(as_bytes(block), crc)
-        return crc, tensor.dtype
+            sums.append(crc)
+        return tuple(sums), tensor.dtype
 
     survey = survey_folder(folder, allow_partial=True, thorough=True)
     survey.raise_problems()

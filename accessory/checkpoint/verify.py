@@ -8,26 +8,35 @@ from pathlib import Path
 
 from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash, names_of
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.packed import Quantised
 
 
 @dataclass(frozen=True)
 class Side:
-    """What was found in one folder. `hash` is "" when tensors are missing or broken, because there is no model then."""
+    """What was found in one folder. `hash` is "" when tensors are missing or broken, because there is no model then.
+
+    `digests` are of what quantised weights mean, so that the hash is that of the model they are; `pieces`, of the
+    tensors that these weights are made of.
+    """
 
     path: Path
     layout: str
     shards: int
     tensors: int
-    dtypes: dict[str, int]  # dtype → tensors
+    dtypes: dict[str, int]  # dtype, or format of a quantised weight → tensors
     problems: list[str]
     hash: str
     digests: dict[str, Digest] = field(repr=False, default_factory=dict)
+    pieces: dict[str, Digest] = field(repr=False, default_factory=dict)
 
     def lines(self) -> list[str]:
         shards = f", {self.shards} shards" if self.shards > 1 else ""
         dtypes = " + ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
         out = [f"{self.path}: {self.layout}{shards}, {self.tensors} tensors ({dtypes or 'none'})"]
-        if len(self.dtypes) > 1:
+        if self.pieces:
+            out.append("  note: quantised; the hash is that of what the numbers mean, as `accessory convert` writes it")
+        elif len(self.dtypes) > 1:
             out.append("  note: dtypes are mixed within this model")
         return out + [f"  problem: {problem}" for problem in self.problems]
 
@@ -78,8 +87,17 @@ def _look_at(path: str | Path, progress: bool) -> Side:
     problems = [str(p) for p in survey.problems]
     if survey.unfinished:
         problems.insert(0, UNFINISHED)
-    digests = digest_all(tensors, progress=progress, title=f"reading {survey.path.name}")
+    made_of = {
+        f"{name}.{piece}": lazy
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Quantised)
+        for piece, lazy in tensor.pieces.items()
+    }
+    found = digest_all({**tensors, **made_of}, progress=progress, title=f"reading {survey.path.name}")
+    digests, pieces = ({name: found[name] for name in names} for names in (tensors, made_of))
     infinite = [name for name, digest in digests.items() if not digest.finite]
+    # The scale is to blame, where it is one.
+    infinite = [f"{n}.scale" if f"{n}.scale" in pieces and not pieces[f"{n}.scale"].finite else n for n in infinite]
     if infinite:
         problems.append(f"NaN or infinity in {names_of(infinite)} ({len(infinite)} of {len(digests)} tensors)")
     return Side(
@@ -87,11 +105,16 @@ def _look_at(path: str | Path, progress: bool) -> Side:
         layout=survey.layout or "unknown layout",
         shards=checkpoint.shards if checkpoint else 1,
         tensors=len(tensors),
-        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values()).most_common()),
+        dtypes=dict(Counter(map(_kind, tensors.values())).most_common()),
         problems=problems,
         hash=model_hash(digests) if _is_model(survey) else "",
         digests=digests,
+        pieces=pieces,
     )
+
+
+def _kind(tensor: Lazy) -> str:
+    return tensor.format if isinstance(tensor, Quantised) else str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_model(survey: Survey) -> bool:
@@ -110,4 +133,9 @@ def _compare(a: Side, b: Side) -> list[str]:
         if differ:
             out.append(f"{what} differs: {names_of(differ)} ({len(differ)} of {len(shared)})")
             shared = [entry for entry in shared if entry[0] not in set(differ)]
+    alike = {name for name, _, _ in shared}
+    both = [name for name in a.pieces if name in b.pieces and name.rpartition(".")[0] in alike]
+    differ = [name for name in both if a.pieces[name] != b.pieces[name]]
+    if differ:  # so little that what they mean rounds to the same
+        out.append(f"stored content differs: {names_of(differ)} ({len(differ)} of {len(both)})")
     return out

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
-from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -84,7 +84,8 @@ class MetaModel(nn.Module):
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
         max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
         quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
-        and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none".
+        and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none". A folder
+        made by `accessory quantize` is loaded as it lies; leave all three out.
         mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
         with the same arguments and gets the same result.
 
@@ -112,6 +113,7 @@ class MetaModel(nn.Module):
             raise NotImplementedError(f"llama_type {kind}: images are not built yet")
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
         args = chained_args(checkpoints)
+        formats = chained_quant(checkpoints, chosen)
         check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
         ranks = None if mp_group is None else Ranks.of(mp_group)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +126,7 @@ class MetaModel(nn.Module):
             dtype=dtype,
             ranks=ranks,
             progress=progress,
-            quant=chosen,
+            quant=formats,
         )
         return cls(llma, tokenizer, max_seq_len, ranks)
 

@@ -15,7 +15,7 @@ from accessory.adapt.peft import Beside, besides_for, trainable_rule
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint, open_checkpoint
 from accessory.checkpoint.hub import resolve
-from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
@@ -37,6 +37,7 @@ class Source:
     args: ModelArgs
     kind: LlamaType
     config: FinetuneConfig
+    quant: Quant | None = None  # of the frozen base: what the config says, or the folder holds
 
     @property
     def trainable(self) -> Callable[[str], bool]:
@@ -86,12 +87,15 @@ def open_source(config: FinetuneConfig) -> Source:
         kind = LlamaType(kind.implementation, True, kind.image_views)
     if kind.image_views or not config.no_visual:
         raise NotImplementedError("no_visual: images are not built yet; leave it true")
-    if config.quant and not kind.peft:
+    quant = chained_quant(checkpoints, Quant.parse(config.quant))
+    if quant is not None and not kind.peft:
+        held = [str(c.path) for c in checkpoints if c.quant is not None]
+        given = f"{held[-1]} is quantised" if held else f"got {config.quant}"
         raise ConfigError(
-            f"quant: got {config.quant}, but quantised weights cannot be trained; set lora_rank, bias_tuning or "
-            "norm_tuning, or leave quant out"
+            f"quant: {given}, but quantised weights cannot be trained; set lora_rank, bias_tuning or norm_tuning, or "
+            + ("start from the folder that it was made from" if held else "leave quant out")
         )
-    source = Source(checkpoints, args, kind, config)
+    source = Source(checkpoints, args, kind, config, quant)
     if kind.peft and not (wants or args.norm_tuning or config.train_router):
         raise ConfigError(
             f"llama_type {kind}: nothing would be trained; set lora_rank, bias_tuning, norm_tuning or train_router"
@@ -119,7 +123,7 @@ def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> D
         trainable=source.trainable,
         seed=config.seed,
         wrap=wrap,
-        quant=Quant.parse(config.quant),
+        quant=source.quant,
     )
     for layer in decoder.layers:
         layer.recompute = config.checkpointing  # type: ignore[assignment]

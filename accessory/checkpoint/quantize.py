@@ -1,0 +1,123 @@
+"""`accessory quantize`: any layout in, a quantised folder out, which loads in either implementation on any ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.atomic import check_destination, refuse_overlap
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.packed import Quantised, Quantising, declaration, spell
+from accessory.checkpoint.save import write_folder
+from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
+from accessory.config import LlamaType, ModelArgs
+from accessory.errors import ConfigError
+from accessory.ops.quantized import FORMATS, packed_shapes
+
+log = logging.getLogger(__name__)
+
+FILE_BYTES = 5 * 10**9  # no file is larger
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    quant: Quant | None,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+    config_files: Sequence[str | Path] = (),
+) -> None:
+    """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`, quantised as `quant` says.
+
+    What `quant` leaves out stays what it is in `src`. Weights are read and quantised some rows at a time. `dst` appears
+    whole or not at all, and with `verify` only after it was read again and compared. Raises CheckpointError and
+    ConfigError as reading and writing do, for a `src` that is quantised already, and for rows without whole groups.
+    """
+    if quant is None:
+        raise ConfigError(f"quant: nothing is to be quantised; give one of {', '.join(FORMATS)}")
+    if "://" not in str(src):
+        refuse_overlap(Path(src), Path(dst))
+    check_destination(Path(dst), overwrite)
+    source = open_checkpoint(src, config_files)
+    refuse_overlap(source.path, Path(dst))
+    if source.quant is not None:
+        raise ConfigError(
+            f"{source.path}: is quantised already ({spell(source.quant)}); give the folder that it was made from"
+        )
+    tensors = quantised_tensors(source.tensors, quant)
+    log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, spell(quant))
+    write_folder(
+        dst,
+        tensors,
+        plan_quantized(tensors, source.args, source.llama_type, quant),
+        resources=source.resources,
+        overwrite=overwrite,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def quantised_tensors(tensors: Mapping[str, Lazy], quant: Quant) -> dict[str, Lazy]:
+    """Canonical tensors, those that `quant` names to be quantised when they are written. ConfigError naming a weight
+    whose rows have no whole groups."""
+    dtype = tensors["tok_embeddings.weight"].dtype  # what readers of the folder will be given
+    out: dict[str, Lazy] = {}
+    for name, tensor in tensors.items():
+        format = quant.format_of(name)
+        if format is None:
+            out[name] = tensor
+            continue
+        try:
+            packed_shapes(format, tensor.shape)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        out[name] = Quantising(tensor, format, dtype)
+    return out
+
+
+def plan_quantized(
+    tensors: Mapping[str, Lazy], args: ModelArgs, llama_type: LlamaType, quant: Quant, file_bytes: int = FILE_BYTES
+) -> FolderPlan:
+    """safetensors files of at most `file_bytes`, their index where there are several, config.json and meta.json."""
+    groups: list[dict[str, Slot]] = [{}]
+    size = total = 0
+    for canonical, tensor in tensors.items():
+        slots = {canonical: Slot(tensor.shape, tensor.dtype, [(canonical, _whole)])}
+        if isinstance(tensor, Quantising):
+            slots = {
+                f"{canonical}.{piece}": Slot(lazy.shape, lazy.dtype, [(canonical, partial(_piece, piece=piece))])
+                for piece, lazy in tensor.pieces.items()
+            }
+        nbytes = FilePlan("", slots).nbytes
+        if size and size + nbytes > file_bytes:
+            groups.append({})
+            size = 0
+        groups[-1].update(slots)
+        size, total = size + nbytes, total + nbytes
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    files = [FilePlan(name, group) for name, group in zip(names, groups, strict=True)]
+    documents = {
+        "config.json": {**args.to_dict(), "quantization": declaration(quant)},
+        "meta.json": {"llama_type": str(llama_type)},
+    }
+    if len(files) == 1:
+        files[0].name = "model.safetensors"
+    else:
+        weight_map = {name: file.name for file in files for name in file.slots}
+        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return FolderPlan(files, documents)
+
+
+def _whole(tensor: Lazy) -> Lazy:
+    return tensor
+
+
+def _piece(tensor: Lazy, piece: str) -> Lazy:
+    assert isinstance(tensor, Quantised | Quantising), "only these have pieces"
+    return tensor.pieces[piece]
