@@ -16,7 +16,7 @@ from accessory.checkpoint.save import write_folder
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs
 from accessory.errors import ConfigError
-from accessory.ops.quantized import FORMATS, packed_shapes
+from accessory.ops.quantized import FORMATS, GROUP
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,12 @@ def quantised_tensors(tensors: Mapping[str, Lazy], quant: Quant) -> dict[str, La
         if format is None:
             out[name] = tensor
             continue
-        try:
-            packed_shapes(format, tensor.shape)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
+        group = GROUP.get(format, 1)
+        if tensor.shape[1] % group:
+            raise ConfigError(
+                f"{name}: its rows of {tensor.shape[1]} numbers are no whole groups of {group}, which {format} scales "
+                "together; int8 and fp8 scale rows"
+            )
         out[name] = Quantising(tensor, format, dtype)
     return out
 

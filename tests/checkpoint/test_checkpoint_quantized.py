@@ -1,0 +1,439 @@
+"""Quantised folders: what is in them, that they load as quantising while loading does, and how they are broken."""
+
+import json
+import logging
+import shutil
+import struct
+from itertools import product
+
+import pytest
+import torch
+from helpers import checkpoints as make
+from helpers.adapters import peft_args, random_adapter, save_adapter
+from helpers.distributed import run_ranks
+from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.small_tokenizers import byte_level_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.convert import convert
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.info import info
+from accessory.checkpoint.lazy import Constant, Stored
+from accessory.checkpoint.load import load_decoder
+from accessory.checkpoint.merge import merge
+from accessory.checkpoint.packed import Quantised
+from accessory.checkpoint.quantize import FILE_BYTES, plan_quantized, quantised_tensors, quantize_checkpoint
+from accessory.checkpoint.save import write_folder
+from accessory.checkpoint.verify import verify
+from accessory.config import ModelArgs, MoEArgs
+from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.model.meta import MetaModel
+from accessory.ops.quantized import FORMATS, dequantize, quantize
+
+# Sizes whose groups survive four cuts.
+ARGS = ModelArgs(
+    dim=512,
+    hidden_dim=512,
+    n_layers=1,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=352,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=4),
+)
+CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4"}  # format → of attention
+QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
+IMPLEMENTATIONS = ("base", "sparse")
+EXPERT = "layers.0.feed_forward.experts.3.w1.weight"
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    found = {n: t.bfloat16() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+    return found | {n: t.float() for n, t in found.items() if n.endswith(("norm.weight", "gate.weight"))}
+
+
+@pytest.fixture(scope="module")
+def source(tensors, tmp_path_factory):
+    folder = make.write_accessory(tmp_path_factory.mktemp("source"), tensors, "sparse", ARGS, world=2)
+    return byte_level_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(source, tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantised")
+    for format, quant in QUANTS.items():
+        quantize_checkpoint(source, root / format, quant, progress=False)
+    return root
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    """int4 experts, int8 attention: to be broken."""
+    return shutil.copytree(folders / "int4", tmp_path / "int4")
+
+
+def rounded(tensors, quant):
+    """What each tensor means once it was quantised, in the embedding's dtype."""
+    return {
+        name: dequantize(quantize(t, quant.format_of(name)), torch.bfloat16) if quant.format_of(name) else t
+        for name, t in tensors.items()
+    }
+
+
+def load(folder, implementation, quant=None, ranks=None):
+    checkpoint = open_checkpoint(folder)
+    return load_decoder(
+        [checkpoint], checkpoint.args, implementation, quant=quant or checkpoint.quant, ranks=ranks, dtype=torch.float32
+    )
+
+
+def same_bytes(a, b):
+    one, other = dict(a.named_parameters()), dict(b.named_parameters())
+    assert one.keys() == other.keys()
+    return all(torch.equal(p.view(torch.uint8), other[n].view(torch.uint8)) for n, p in one.items())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_folder_holds(folders, source, tensors, format):
+    """Read with the safetensors package: each weight's pieces under its name, everything else as it was."""
+    folder, quant = folders / format, QUANTS[format]
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if quant.format_of(name) is None:
+            assert torch.equal(stored.pop(name), tensor), name
+            continue
+        for piece, part in quantize(tensor, quant.format_of(name)).tensors().items():
+            found = stored.pop(f"{name}.{piece}")
+            assert found.dtype == part.dtype
+            assert torch.equal(found.view(torch.uint8), part.view(torch.uint8)), name
+    assert not stored
+    config = json.loads((folder / "config.json").read_text())
+    said = {"format_version": 1, "experts": format, "attention": quant.attention, "output": quant.output}
+    assert config.pop("quantization") == said
+    assert config == json.loads(json.dumps(ARGS.to_dict(), default=dict))
+    assert json.loads((folder / "meta.json").read_text()) == {"llama_type": "mixtral_sparse"}
+    assert (folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "meta.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_loading_gives_the_bytes_of_quantising_while_loading(folders, source, format, implementation):
+    assert same_bytes(load(folders / format, implementation), load(source, implementation, QUANTS[format]))
+
+
+@pytest.mark.parametrize("to", ["base", "sparse", "hf", "torrent"])
+def test_every_layout_is_quantised_alike(folders, source, tmp_path, to):
+    convert(source, tmp_path / to, to=to, progress=False)
+    quantize_checkpoint(tmp_path / to, tmp_path / "out", QUANTS["int4"], progress=False)
+    one, other = (load_file(f / "model.safetensors") for f in (folders / "int4", tmp_path / "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(t.view(torch.uint8), other[n].view(torch.uint8)) for n, t in one.items())
+
+
+def on_ranks(rank, world, source, folders):
+    import torch.distributed as dist
+
+    out = {}
+    for format, implementation in product(FORMATS, IMPLEMENTATIONS):
+        kind = "mixtral_sparse" if implementation == "sparse" else "mixtral"
+        options = {"mp_group": dist.group.WORLD, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}
+        stored = MetaModel.from_pretrained(folders / format, kind, **options)
+        loaded = MetaModel.from_pretrained(source, kind, quant=format, quant_attention=CHOICES[format], **options)
+        assert same_bytes(stored.llma, loaded.llma), (format, implementation)
+        out[format, implementation] = stored.generate(["the cat sat"], max_gen_len=8)
+    return out
+
+
+def test_ranks_hold_slices_and_write_the_same_text(folders, source):
+    texts = [text for world in (1, 2, 4) for text in run_ranks(on_ranks, world, source, folders)]
+    assert all(text == texts[0] for text in texts)
+    assert len(set(map(tuple, texts[0].values()))) > 1  # the formats do not all round alike
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_rank_reads_its_slice_alone(folders, monkeypatch, format, implementation):
+    from accessory.parallel.mesh import Ranks
+
+    read, own = [], Stored.load
+
+    def counted(self):
+        read.append(self.nbytes)
+        return own(self)
+
+    checkpoint = open_checkpoint(folders / format)
+    monkeypatch.setattr(Stored, "load", counted)
+    options = {"quant": checkpoint.quant, "dtype": torch.bfloat16}
+    decoder = load_decoder([checkpoint], ARGS, implementation, ranks=Ranks(None, 1, 4), **options)
+    assert sum(read) == sum(p.nbytes for p in decoder.parameters())
+
+
+def test_a_size_that_ranks_cut_through_a_group_is_an_error(source, tmp_path, tensors):
+    from accessory.parallel.mesh import Ranks
+
+    quantize_checkpoint(source, tmp_path / "out", Quant("int4"), progress=False)
+    with pytest.raises(ConfigError, match=r"experts\.w2: quant: int4 scales 128 numbers together, so 64"):
+        load(tmp_path / "out", "sparse", ranks=Ranks(None, 1, 8))
+
+
+def test_another_quant_than_the_folders_is_refused(folders):
+    for other in ({"quant": "nf4"}, {"quant": "int4"}, {"quant_attention": "int8"}, {"quant": True}):
+        with pytest.raises(ConfigError) as error:
+            MetaModel.from_pretrained(folders / "int4", device="cpu", **other)
+        assert "is quantised already (experts int4, attention int8)" in str(error.value)
+        assert "leave quant out" in str(error.value)
+        assert "\n" not in str(error.value)
+    MetaModel.from_pretrained(folders / "int4", device="cpu", quant="int4", quant_attention="int8")
+    MetaModel.from_pretrained(folders / "int4", device="cpu", quant="none")
+
+
+@pytest.mark.parametrize("to", ["base", "sparse", "hf", "torrent"])
+def test_converting_writes_what_the_numbers_mean(folders, tensors, tmp_path, to, caplog):
+    with caplog.at_level(logging.WARNING):
+        convert(folders / "int4", tmp_path / to, to=to, progress=False)
+    assert "is quantised (experts int4, attention int8): written is what its numbers mean, bfloat16" in caplog.text
+    opened = open_checkpoint(tmp_path / to)
+    assert opened.quant is None
+    for name, tensor in rounded(tensors, QUANTS["int4"]).items():
+        assert torch.equal(opened.tensors[name].load(), tensor), name
+    report = verify(folders / "int4", tmp_path / to, progress=False)
+    assert report.ok, report.lines()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_cuts_are_cuts_of_what_it_means(data):
+    """Along both dimensions, one after the other, transposed, also through groups."""
+    format = data.draw(st.sampled_from(FORMATS))
+    weight = torch.randn(6, 384, generator=torch.Generator().manual_seed(0))
+    packed = quantize(weight, format)
+    lazy = Quantised(format, {n: Constant(t) for n, t in packed.tensors().items()}, torch.float32)
+    want = dequantize(packed)
+    for _ in range(data.draw(st.integers(1, 4))):
+        if data.draw(st.booleans()):
+            lazy, want = lazy.t(), want.t()
+        dim = data.draw(st.integers(0, 1))
+        start = data.draw(st.integers(0, want.shape[dim]))
+        length = data.draw(st.integers(0, want.shape[dim] - start))
+        lazy, want = lazy.narrow(dim, start, length), want.narrow(dim, start, length)
+    out = torch.empty(want.shape)
+    lazy.copy_to(out)
+    assert torch.equal(out, want)
+    assert torch.equal(lazy.load(), want)
+    assert torch.equal(torch.cat([*map(torch.clone, lazy.blocks(4096)), torch.empty(0)]).view(want.shape), want)
+
+
+def test_several_files_and_their_index(source, tmp_path):
+    opened = open_checkpoint(source)
+    assert FILE_BYTES == 5e9
+    tensors = quantised_tensors(opened.tensors, QUANTS["nf4"])
+    plan = plan_quantized(tensors, ARGS, opened.llama_type, QUANTS["nf4"], file_bytes=10**6)
+    write_folder(tmp_path / "out", tensors, plan, progress=False)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert max(sum(t.nbytes for t in load_file(f).values()) for f in files) <= 10**6
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(f).values())
+    assert same_bytes(load(tmp_path / "out", "base"), load(source, "base", QUANTS["nf4"]))
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=f"missing file {files[1].name}"):
+        open_checkpoint(tmp_path / "out")
+
+
+def edit(folder, change):
+    stored = load_file(folder / "model.safetensors")
+    stored = {n: t.clone() for n, t in stored.items()}
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+
+
+def reconfigure(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"].update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without_quantization(folder):
+    (folder / "config.json").write_text(json.dumps(ARGS.to_dict(), default=dict))
+
+
+def cut_columns(stored):
+    stored[EXPERT + ".zero"] = stored[EXPERT + ".zero"][:, :2].clone()
+
+
+def fewer_rows(stored):
+    for piece in ("data", "scale", "zero"):
+        stored[f"{EXPERT}.{piece}"] = stored[f"{EXPERT}.{piece}"][:256].clone()
+
+
+DAMAGE = {
+    "no scale": (lambda f: edit(f, lambda s: s.pop(EXPERT + ".scale")), rf"{EXPERT}\.scale: missing, though"),
+    "no zero": (lambda f: edit(f, lambda s: s.pop(EXPERT + ".zero")), rf"{EXPERT}\.zero: missing, though"),
+    "no data": (lambda f: edit(f, lambda s: s.pop(EXPERT + ".data")), rf"{EXPERT}\.data: missing, though its other"),
+    "no weight": (
+        lambda f: edit(f, lambda s: [s.pop(f"{EXPERT}.{p}") for p in ("data", "scale", "zero")]),
+        rf"missing tensors: {EXPERT} \(1 of",
+    ),
+    "short zero": (lambda f: edit(f, cut_columns), rf"{EXPERT}\.zero: is \(512, 2\) uint8, but int4 wants \(512, 4\)"),
+    "odd scale": (
+        lambda f: edit(f, lambda s: s.update({EXPERT + ".scale": s[EXPERT + ".scale"].float()})),
+        rf"{EXPERT}\.scale: is \(512, 4\) float32, but int4 wants \(512, 4\) bfloat16",
+    ),
+    "fewer rows": (
+        lambda f: edit(f, fewer_rows),
+        rf"{EXPERT}: shape \(256, 512\), but the configuration says \(512",
+    ),
+    "a dense expert": (
+        lambda f: edit(f, lambda s: s.update({EXPERT: torch.zeros(512, 512)})),
+        rf"{EXPERT}: is not quantised, but config\.json says int4",
+    ),
+    "another format": (lambda f: reconfigure(f, experts="nf4"), r"w1\.weight\.scale: is \(512, 4\) bfloat16, but nf4"),
+    "not quantised": (lambda f: reconfigure(f, attention=None), r"wq\.weight: is quantised, but config\.json says"),
+    "unknown format": (lambda f: reconfigure(f, experts="int3"), r"quantization\.experts: got 'int3'"),
+    "unknown part": (lambda f: reconfigure(f, router="int8"), r"unknown key 'router'"),
+    "later version": (lambda f: reconfigure(f, format_version=2), r"format_version: got 2, but only 1 is known"),
+    "no quantization": (without_quantization, r'config\.json: has no "quantization"'),
+    "no config": (lambda f: (f / "config.json").unlink(), r'config\.json: has no "quantization"'),
+    "truncated": (cut_short, r"model\.safetensors: truncated: tensor \S+ ends at byte"),
+    "half a header": (
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 10**6) + b"{}"),
+        r"model\.safetensors: truncated: its header",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_broken_is_one_line(copied, damage):
+    breaking, message = DAMAGE[damage]
+    breaking(copied)
+    with pytest.raises(AccessoryError, match=message) as error:
+        MetaModel.from_pretrained(copied, device="cpu")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+    report = verify(copied, progress=False)
+    assert not report.ok
+    assert not info(copied).complete
+
+
+def test_verify_looks_at_every_number(copied, folders):
+    def infinite(stored):
+        stored[EXPERT + ".scale"][3, 1] = float("inf")
+
+    edit(copied, infinite)
+    report = verify(copied, progress=False)
+    assert report.lines()[-2] == f"  problem: NaN or infinity in {EXPERT}.scale (1 of 22 tensors)"
+
+
+def test_verify_sees_what_rounding_hides(folders, tmp_path):
+    """The last bit of an fp32 scale does not show in bfloat16, and is a difference all the same."""
+    copied = shutil.copytree(folders / "nf4", tmp_path / "nf4")
+    assert verify(folders / "nf4", copied, progress=False).lines()[-1].startswith("equal: ")
+
+    def turn(stored):
+        stored[EXPERT + ".scale"].view(torch.int32)[3, 1] ^= 1
+
+    edit(copied, turn)
+    report = verify(folders / "nf4", copied, progress=False)
+    assert report.a.hash == report.b.hash
+    assert report.differences == [f"stored content differs: {EXPERT}.scale (1 of 32)"]
+    assert not report.ok
+
+
+def test_info_says_formats_and_bytes(folders):
+    lines = info(folders / "int4").lines()
+    assert "layout          quantized" in lines
+    assert "quantised       experts int4, attention int8" in lines
+    # 12 weights of 512² in 0.523 bytes a number; 768 × 1024 of a byte, and 1536 scales.
+    (files,) = (line for line in lines if line.startswith("files"))
+    assert files == "files           1, 3.18 MB, int4 1.65 MB, int8 793 kB, bfloat16 721 kB, float32 14.3 kB"
+    assert "complete        yes" in lines
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    tensors = random_adapter(ARGS, std=0.05)
+    return save_adapter(tmp_path_factory.mktemp("adapter"), tensors, peft_args(ARGS, norm_tuning=False))
+
+
+def test_adapters_chain_over_it(folders, source, adapter):
+    options = {"device": "cpu", "dtype": torch.float32, "max_seq_len": 64}
+    stored = MetaModel.from_pretrained([folders / "nf4", adapter], **options)
+    loaded = MetaModel.from_pretrained([source, adapter], quant="nf4", **options)
+    assert stored.llma.args.lora_rank == 4
+    assert same_bytes(stored.llma, loaded.llma)
+    plain = MetaModel.from_pretrained(folders / "nf4", **options)
+    one, other, without = (m.compute_logits(["the cat sat"])[0] for m in (stored, loaded, plain))
+    assert torch.equal(one, other)
+    assert not torch.allclose(one, without)
+
+
+def test_adapters_are_merged_into_what_it_means(folders, adapter, tmp_path, tensors):
+    merge([folders / "nf4", adapter], tmp_path / "out", dtype="fp32", progress=False)
+    merged = open_checkpoint(tmp_path / "out")
+    assert (merged.layout, merged.quant) == ("sparse", None)
+    lora = random_adapter(ARGS, std=0.05)
+    a, b = (lora[EXPERT.replace("weight", f"lora_{x}.weight")] for x in "ab")
+    want = rounded(tensors, QUANTS["nf4"])[EXPERT].float() + 1.5 * b @ a
+    torch.testing.assert_close(merged.tensors[EXPERT].load(), want)
+
+
+def test_what_cannot_be_quantised_leaves_nothing(folders, source, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"int4: is quantised already \(experts int4, attention int8\)"):
+        quantize_checkpoint(folders / "int4", tmp_path / "out", Quant("nf4"), progress=False)
+    with pytest.raises(ConfigError, match="quant: nothing is to be quantised; give one of int8, fp8, int4, nf4"):
+        quantize_checkpoint(source, tmp_path / "out", None, progress=False)
+    odd = make.write_hf(tmp_path / "odd", make.random_tensors())
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.attention\.wq\.weight: its rows of 48 numbers are no whole groups of 128"
+    ):
+        quantize_checkpoint(odd, tmp_path / "out", Quant.parse("int4"), progress=False)
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        quantize_checkpoint(source, source, Quant("int4"), progress=False)
+
+    def full(handle, data, offset):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accessory.checkpoint.save._write_at", full)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        quantize_checkpoint(source, tmp_path / "out", Quant("int4"), progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["odd"]
+
+
+def test_a_disk_that_lies_is_found_out(source, tmp_path, monkeypatch):
+    import accessory.checkpoint.save as save
+
+    written = save._write_at
+
+    def forgetful(handle, data, offset):
+        return written(handle, b"\0" * len(data), offset) if len(data) == 2048 else written(handle, data, offset)
+
+    monkeypatch.setattr(save, "_write_at", lambda h, d, o: forgetful(h, memoryview(d), o))
+    with pytest.raises(CheckpointError, match="reads back differently"):
+        quantize_checkpoint(source, tmp_path / "out", Quant("int8"), progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_lora_that_lies_beside_the_weights_stays(source, tmp_path, tensors):
+    lora = random_adapter(ARGS, targets=("w1",))
+    folder = make.write_accessory(
+        tmp_path / "both", {**tensors, **lora}, "base", peft_args(ARGS, lora_targets=("w1",)), world=1
+    )
+    make.write_json(folder / "meta.json", {"llama_type": "mixtral_peft"})
+    quantize_checkpoint(folder, tmp_path / "out", Quant("int8"), progress=False)
+    opened = open_checkpoint(tmp_path / "out")
+    assert str(opened.llama_type) == "mixtral_peft"
+    assert all(torch.equal(opened.tensors[n].load(), t) for n, t in lora.items())
+    assert same_bytes(load(tmp_path / "out", "sparse"), load(folder, "sparse", Quant("int8")))

@@ -1,0 +1,96 @@
+"""`accessory quantize`, and what every other command makes of its folder, finetuning included."""
+
+import pytest
+from helpers.runs import curve, dialogues, finetune, refused, write_data, write_model
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.cli import main
+
+SIZES = {"dim": 128, "hidden_dim": 128, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model", **SIZES)
+    write_data(folder, dialogues())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(inputs):
+    assert main(["quantize", str(inputs / "model"), str(inputs / "int4"), "--quant", "int4"]) == 0
+    return inputs / "int4"
+
+
+def said(capsys, *words):
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *words):
+    assert main([str(word) for word in words]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("accessory: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_folder_is_written_once_and_read_again(inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["quantize", inputs / "model", out, "--quant", "nf4", "--quant-attention", "int8", "--quant_output", "nf4"]
+    assert said(capsys, *words) == f"{out}: written, read again and equal\n"
+    assert open_checkpoint(out).quant == Quant("nf4", "int8", "nf4")
+    assert "is not empty; give --overwrite" in refusal(capsys, *words)
+    assert said(capsys, *words[:4], "fp8", "--overwrite", "--no-verify") == f"{out}: written\n"
+    assert open_checkpoint(out).quant == Quant("fp8", "fp8")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_refused(inputs, quantised, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "is quantised already" in refusal(capsys, "quantize", quantised, out, "--quant", "int8")
+    assert "nothing is to be quantised" in refusal(capsys, "quantize", inputs / "model", out, "--quant", "none")
+    with pytest.raises(SystemExit):
+        main(["quantize", str(inputs / "model"), str(out)])
+    assert "--quant" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_every_command_reads_it(inputs, quantised, tmp_path, capsys):
+    about = said(capsys, "info", quantised)
+    assert "quantised       experts int4, attention int4\n" in about
+    assert "complete        yes" in about
+    checked = said(capsys, "verify", quantised)
+    assert checked.splitlines()[0].endswith("(32 int4 + 9 float32)")
+    assert checked.splitlines()[-1].startswith("whole: ")
+    assert main(["convert", str(quantised), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert said(capsys, "verify", quantised, tmp_path / "hf").splitlines()[-1].startswith("equal: ")
+
+
+def test_it_generates_what_quantising_while_loading_generates(inputs, quantised, capsys):
+    words = ["--prompt", "the cat", "--max-gen-len", "6", "--dtype", "fp32", "--device", "cpu", "--max-seq-len", "64"]
+    stored = said(capsys, "generate", quantised, *words)
+    assert stored == said(capsys, "generate", inputs / "model", *words, "--quant", "int4")
+    assert "is quantised already (experts int4" in refusal(capsys, "generate", quantised, *words, "--quant", "nf4")
+
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "max_steps": 3, "only_save_trainable": True, "save_iteration_interval": None}
+
+
+def test_qlora_learns_beside_it_as_beside_quantising_while_loading(inputs, quantised, tmp_path):
+    final = finetune(inputs, tmp_path / "stored", **LORA, pretrained_path=[str(quantised)])
+    finetune(inputs, tmp_path / "loaded", **LORA, quant="int4")
+    assert curve(tmp_path / "stored") == curve(tmp_path / "loaded")
+    assert len(curve(tmp_path / "stored")) == 3
+    adapter = open_checkpoint(final, allow_partial=True)
+    assert adapter.quant is None
+    assert any(t.load().any() for n, t in adapter.tensors.items() if n.endswith("lora_b.weight"))
+
+
+def test_training_all_of_it_is_refused(inputs, quantised, tmp_path):
+    words = (f"quant: {quantised} is quantised, but quantised weights cannot be trained; set lora_rank",)
+    refused(inputs, tmp_path / "out", *words, pretrained_path=[str(quantised)])
+    changes = {"pretrained_path": [str(quantised)], "quant": "nf4", "lora_rank": 4}
+    refused(inputs, tmp_path / "out", "is quantised already (experts int4", **changes)
