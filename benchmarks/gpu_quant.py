@@ -1,0 +1,212 @@
+"""Quantised Mixtral-8x7B at its real size with random weights on one 80 GB card: loading, decoding, prompts, QLoRA.
+
+    python benchmarks/gpu_quant.py [--formats int8 int4 nf4 fp8] [--layers 32] [--qlora nf4 int4]
+
+The weights come as a stream of 16-bit tensors, one at a time, as from a checkpoint, and are quantised on arrival. The
+floor of a decoded token is the bytes it must read over the card's copy rate, measured in the same run; of a prompt or
+a QLoRA step, the products' operations (twice forward's for a frozen base) over the measured bf16 matmul rate. Prints
+Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu_train import forward_flops, matmul_rate, random_batch
+
+from accessory.adapt.peft import besides_for, trainable_rule
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import Checkpoint
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.load import load_decoder
+from accessory.checkpoint.names import expected_shapes
+from accessory.config import PRESETS, LlamaType, ModelArgs
+from accessory.engine.generate import Generation
+from accessory.engine.graphs import DecodeGraphs
+from accessory.nn.decoder import Decoder
+from accessory.parallel.fsdp import Grid
+from accessory.train.trainer import Trainer, Weights
+
+
+class Noise(Lazy):
+    """A bf16 tensor of normal numbers, drawn where it is copied to."""
+
+    def __init__(self, shape: Sequence[int], norm: bool = False) -> None:
+        self.shape, self.dtype, self.norm = tuple(shape), torch.bfloat16, norm
+
+    def load(self) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self._copy_to(out)
+        return out
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        return Noise((*self.shape[:dim], length, *self.shape[dim + 1 :]), self.norm)
+
+    def _copy_to(self, dst: torch.Tensor) -> None:
+        if self.norm:
+            dst.fill_(1.0)
+        else:
+            dst.normal_(0, 0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="8x7b", choices=PRESETS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--implementation", default="sparse")
+    parser.add_argument("--formats", nargs="*", default=["int8", "int4", "nf4", "fp8"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--generated", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--qlora", nargs="*", default=["nf4"])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    options.batch = 1
+    args = PRESETS[options.preset]
+    args = args.replace(n_layers=options.layers or args.n_layers)
+    copy, rate = copy_rate(options.device), matmul_rate(options.device)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}: copy {copy / 1e12:.2f} TB/s, bf16 matmul {rate / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n")
+    print("| format | what | value | tokens/s | times the floor |\n|---|---|---|---|---|")
+    for format in options.formats:
+        inference(args, format, options, copy, rate)
+        free()
+    for format in options.qlora:
+        qlora(args, format, options, rate)
+        free()
+
+
+def source(args: ModelArgs) -> Checkpoint:
+    tensors: dict[str, Lazy] = {n: Noise(s, n.endswith("norm.weight")) for n, s in expected_shapes(args).items()}
+    return Checkpoint(
+        path=Path("noise"), layout="hf", args=args, llama_type=LlamaType("sparse"), tensors=tensors, files=[]
+    )
+
+
+def inference(args: ModelArgs, format: str, options: argparse.Namespace, copy: float, rate: float) -> None:
+    quant = Quant.parse(format)
+    assert quant is not None
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    decoder = load_decoder(
+        [source(args)], args, options.implementation, device=options.device, dtype=torch.bfloat16, quant=quant
+    )
+    torch.cuda.synchronize()
+    seconds, resident = time.perf_counter() - began, torch.cuda.memory_allocated() / 1e9
+    row(format, "loaded and quantised, s", f"{seconds:.1f}")
+    wanted = quant.nbytes(args) / 1e9
+    row(format, "resident, GB (the arithmetic)", f"{resident:.2f} ({wanted:.2f})", ratio=resident / wanted)
+    row(format, "peak while loading, GB", f"{torch.cuda.max_memory_allocated() / 1e9:.2f}")
+    for batch in options.batches:
+        decode(decoder, args, quant, format, batch, options, copy)
+    tokens_BT = torch.randint(0, args.vocab_size, (1, options.prefill), device=options.device)
+    last_B = torch.zeros(1, dtype=torch.int64, device=options.device)
+    with torch.inference_mode():
+        seconds = timed(partial(decoder, tokens_BT, last_B=last_B))
+    floor = (forward_flops(args, 1, options.prefill) - 2 * args.vocab_size * args.dim * (options.prefill - 1)) / rate
+    row(format, f"prompt of {options.prefill}, ms", f"{seconds * 1e3:.1f}", options.prefill / seconds, seconds / floor)
+
+
+def decode(
+    decoder: Decoder, args: ModelArgs, quant: Quant, format: str, batch: int, options: argparse.Namespace, copy: float
+) -> None:
+    ids = torch.randint(0, args.vocab_size, (batch, options.prompt)).tolist()
+    graphs = DecodeGraphs(decoder)
+    times: list[float] = []
+    began, ready = time.perf_counter(), 0.0
+    for round_ in range(3):
+        last = None
+        for n, _ in enumerate(Generation(decoder, ids, max_gen_len=options.generated, max_seq_len=4096, graphs=graphs)):
+            now = time.perf_counter()
+            if round_ == 0 and n == 1:
+                ready = now - began
+            if round_ and n > 1 and last is not None:
+                times.append(now - last)
+            last = now
+    seconds = statistics.median(times)
+    E, K = args.moe.num_experts, args.moe.num_experts_per_tok
+    floor = bytes_read(args, quant, E * (1 - (1 - K / E) ** batch)) / copy
+    kind = "graph" if graphs.fits(batch) else "eager"
+    row(format, f"decode, batch {batch}, {kind}, ms", f"{seconds * 1e3:.2f}", batch / seconds, seconds / floor)
+    row(format, f"second token of the first call after, batch {batch}, s", f"{ready:.2f}")
+
+
+def bytes_read(args: ModelArgs, quant: Quant, experts: float) -> float:
+    """Of weights, when `experts` of each layer's are visited; the embedding is not read."""
+    whole, one_less = quant.nbytes(args), quant.nbytes(args.replace(moe={"num_experts": args.moe.num_experts - 1}))
+    per_expert = whole - one_less  # of all layers
+    return whole - args.vocab_size * args.dim * 2 - (args.moe.num_experts - experts) * per_expert
+
+
+def qlora(args: ModelArgs, format: str, options: argparse.Namespace, rate: float) -> None:
+    args = args.replace(lora_rank=16, lora_alpha=16.0, norm_tuning=False)
+    torch.cuda.reset_peak_memory_stats()
+    decoder = load_decoder(
+        [source(args)],
+        args,
+        options.implementation,
+        device=options.device,
+        dtype=torch.bfloat16,
+        quant=Quant.parse(format),
+        beside=besides_for(args),
+        trainable=trainable_rule(args, peft=True),
+    )
+    for layer in decoder.layers:
+        layer.recompute = True  # type: ignore[assignment]
+    row(f"QLoRA, {format}", "peak while loading, GB", f"{torch.cuda.max_memory_allocated() / 1e9:.2f}")
+    trainer = Trainer(decoder, Grid(), Weights(args.load_balancing_weight), clip=2.0)
+    batch = random_batch(args, options)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: trainer.step([batch], 1e-5), rounds=4, warm=2)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    trained = sum(p.numel() for _, p in trainer.named) / 1e6
+    row(f"QLoRA, {format}", f"{trained:.0f} million trained, peak, GB", f"{peak:.1f}")
+    floor = 2 * forward_flops(args, 1, options.tokens) / rate
+    row(
+        f"QLoRA, {format}",
+        f"step of {options.tokens} tokens, recomputing, ms",
+        f"{seconds * 1e3:.0f}",
+        options.tokens / seconds,
+        seconds / floor,
+    )
+
+
+def row(format: str, what: str, value: str, rate: float | None = None, ratio: float | None = None) -> None:
+    numbers = f"{'–' if rate is None else f'{rate:,.0f}'} | {'–' if ratio is None else f'{ratio:.2f}'}"
+    print(f"| {format} | {what} | {value} | {numbers} |", flush=True)
+
+
+def copy_rate(device: str) -> float:
+    n = 2**29 if device == "cuda" else 2**22
+    source, target = (torch.randn(n, device=device).to(torch.bfloat16) for _ in range(2))
+    return 4 * n / timed(lambda: target.copy_(source))
+
+
+def timed(function: object, rounds: int = 7, warm: int = 2) -> float:
+    times = []
+    for n in range(rounds + warm):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()  # type: ignore[operator]
+        torch.cuda.synchronize()
+        if n >= warm:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
