@@ -3,7 +3,7 @@
     python benchmarks/convert.py --dir /somewhere/roomy [--layers 3]
 
 Makes a synthetic checkpoint of real layer sizes (2.8 GB a layer) in the torrent layout, copies it with `cp`, converts
-it with and without checking what was written, verifies it, and prints a Markdown table. Needs three times the
+and quantises it with and without checking what was written, verifies it, and prints a Markdown table. Needs three times the
 checkpoint's size on the disk; leaves nothing behind. The source is dropped from the page cache before each run.
 """
 
@@ -23,9 +23,11 @@ from pathlib import Path
 
 import torch
 
+from accessory.adapt.quant import Quant
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import expected_shapes
+from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.save import write_checkpoint
 from accessory.checkpoint.verify import verify
 from accessory.config import MIXTRAL_8X7B, ModelArgs
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="where to work; a temporary folder is made in it")
     parser.add_argument("--layers", type=int, default=3, help="2.8 GB each")
     parser.add_argument("--to", nargs="+", default=["base", "sparse", "hf"])
+    parser.add_argument("--quant", nargs="*", default=["int4", "int8"], metavar="FORMAT")
     options = parser.parse_args()
     args = MIXTRAL_8X7B.replace(n_layers=options.layers)
     with tempfile.TemporaryDirectory(dir=options.dir) as work:
@@ -112,6 +115,11 @@ def main() -> None:
             for check in (False, True):
                 run = partial(convert, source, target, to=to, verify=check, progress=False)
                 timed(f"convert --to {to}{'' if check else ' --no-verify'}", run, reference)
+        for format in options.quant:
+            for check in (False, True):
+                quant = Quant.parse(format)
+                run = partial(quantize_checkpoint, source, target, quant, verify=check, progress=False)
+                timed(f"quantize --quant {format}{'' if check else ' --no-verify'}", run, reference)
         timed("verify", lambda: verify(source, progress=False), reference)
         timed("cp, synced, again", copy, reference)
 
