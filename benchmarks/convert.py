@@ -3,8 +3,8 @@
     python benchmarks/convert.py --dir /somewhere/roomy [--layers 3]
 
 Makes a synthetic checkpoint of real layer sizes (2.8 GB a layer) in the torrent layout, copies it with `cp`, converts
-and quantises it with and without checking what was written, verifies it, and prints a Markdown table. Needs three times the
-checkpoint's size on the disk; leaves nothing behind. The source is dropped from the page cache before each run.
+and quantises it with and without checking what was written, verifies it, and prints a Markdown table. Needs three times
+the checkpoint's size on the disk; leaves nothing behind. The source is dropped from the page cache before each run.
 """
 
 from __future__ import annotations
