@@ -94,9 +94,9 @@ def balance_by_definition(gate_NE: torch.Tensor, counted_BT: torch.Tensor) -> to
     return sum(E / (T * K) * counts[e] * p_TE[:, e].sum() / T for e in range(E))
 
 
-def oracle_tensors() -> dict[str, torch.Tensor]:
+def oracle_tensors(args: ModelArgs = ARGS) -> dict[str, torch.Tensor]:
     """The weights of transformers' model of `hf_losses` under canonical names."""
-    return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+    return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(args)).items()}
 
 
 def make_decoder(
@@ -108,20 +108,23 @@ def make_decoder(
     tensors: dict[str, torch.Tensor] | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    args: ModelArgs = ARGS,
+    quant: str | None = None,
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
     from accessory.adapt.peft import besides_for, trainable_rule
+    from accessory.adapt.quant import Quant
     from accessory.checkpoint.folder import Checkpoint
     from accessory.checkpoint.lazy import Constant
     from accessory.checkpoint.load import load_decoder
     from accessory.config import LlamaType
     from accessory.parallel.fsdp import shard
 
-    args = ARGS.replace(**(peft or {}))
-    values = {n: Constant(t) for n, t in (tensors or oracle_tensors()).items()}
+    values = {n: Constant(t) for n, t in (tensors or oracle_tensors(args)).items()}
     checkpoint = Checkpoint(
-        path="memory", layout="hf", args=ARGS, llama_type=LlamaType(implementation), tensors=values, files=[]
+        path="memory", layout="hf", args=args, llama_type=LlamaType(implementation), tensors=values, files=[]
     )
+    args = args.replace(**(peft or {}))
     decoder = load_decoder(
         [checkpoint],
         args,
@@ -131,6 +134,7 @@ def make_decoder(
         ranks=grid.model if grid else None,
         beside=besides_for(args) if peft else None,
         trainable=trainable_rule(args, bool(peft)),
+        quant=Quant.parse(quant),
         wrap=(lambda d: shard(d, grid, mode, dtype)) if grid else None,
     )
     for layer in decoder.layers:
@@ -152,13 +156,15 @@ def train(
     z: float = 0.0,
     global_statistics: bool = True,
     tensors: dict[str, torch.Tensor] | None = None,
+    args: ModelArgs = ARGS,
+    quant: str | None = None,
 ) -> list[tuple[float, float, float]]:
     """(cross-entropy, balance, gradient norm) of each step, by the project's trainer."""
     from accessory.parallel.fsdp import Grid
     from accessory.train.trainer import Trainer, Weights
 
     grid = grid or Grid()
-    decoder = make_decoder(implementation, grid, mode, checkpointing, peft, tensors)
+    decoder = make_decoder(implementation, grid, mode, checkpointing, peft, tensors, args=args, quant=quant)
     trainer = Trainer(decoder, grid, Weights(balance, z, global_statistics), weight_decay=DECAY, clip=CLIP)
     out = []
     for step in range(steps):

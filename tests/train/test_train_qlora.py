@@ -1,0 +1,65 @@
+"""LoRA over a quantised base: what it learns beside the dequantised weights, however the ranks share it."""
+
+import functools
+
+import pytest
+from helpers.distributed import run_ranks
+from helpers.training import ARGS, close, oracle_tensors, train
+
+from accessory.adapt.quant import Quant
+from accessory.ops.quantized import dequantize, quantize
+
+IMPLEMENTATIONS = ["base", "sparse"]
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
+SIZES = ARGS.replace(dim=256, hidden_dim=256, n_heads=8, n_kv_heads=4, head_dim=32)  # whole groups on two ranks
+STEPS = 6
+TWO = [((2, 1), "sdp", "nf4"), ((2, 1), "fsdp", "int4"), ((1, 2), "sdp", "nf4")]
+FOUR = [((2, 2), "fsdp", "nf4"), ((2, 2), "sdp", "int4"), ((4, 1), "fsdp", "int8")]
+
+
+@functools.cache
+def tensors():
+    return oracle_tensors(SIZES)
+
+
+@functools.cache
+def alone(implementation, quant):
+    return train(implementation, peft=LORA, steps=STEPS, args=SIZES, quant=quant, tensors=tensors())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int4"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_lora_beside_the_dequantised_weights(implementation, quant):
+    choice = Quant.parse(quant)
+    rounded = {n: dequantize(quantize(t, f)) if (f := choice.format_of(n)) else t for n, t in tensors().items()}
+    close(alone(implementation, quant), train(implementation, peft=LORA, steps=STEPS, args=SIZES, tensors=rounded))
+
+
+def on_grids(rank, world, cases, values):
+    import torch.distributed as dist
+
+    from accessory.parallel.fsdp import Grid
+    from accessory.parallel.mesh import Ranks
+
+    out = []
+    for (_, model), mode, quant in cases:
+        grid = Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
+        options = {"mode": mode, "quant": quant, "peft": LORA, "steps": STEPS, "args": SIZES, "tensors": values}
+        out.append([train(i, grid, **options) for i in IMPLEMENTATIONS])
+    return out
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(TWO, id="2 ranks"), pytest.param(FOUR, id="4 ranks", marks=pytest.mark.slow)]
+)
+def test_ranks_change_nothing(cases):
+    world = cases[0][0][0] * cases[0][0][1]
+    for rank, results in enumerate(run_ranks(on_grids, world, cases, tensors(), timeout=400)):
+        for (sizes, mode, quant), losses in zip(cases, results, strict=True):
+            for implementation, got in zip(IMPLEMENTATIONS, losses, strict=True):
+                try:
+                    close(got, alone(implementation, quant))
+                except AssertionError as error:
+                    raise AssertionError(
+                        f"{implementation}, {quant} on {sizes} {mode}, rank {rank}: {error}"
+                    ) from error
