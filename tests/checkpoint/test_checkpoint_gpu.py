@@ -1,11 +1,18 @@
-"""Lazy tensors go to a GPU in blocks, whatever their strides and dtypes."""
+"""Lazy tensors go to a GPU in blocks, whatever their strides and dtypes; quantised ones as they lie."""
 
 import pytest
 import torch
+from helpers.checkpoints import random_tensors, write_accessory
 
+from accessory.adapt.quant import Quant
 from accessory.checkpoint import copying
 from accessory.checkpoint.files import read_pickle
+from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import concat, rotary_to_interleaved
+from accessory.checkpoint.load import load_decoder
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.config import ModelArgs, MoEArgs
+from accessory.ops.quantized import FORMATS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -37,3 +44,26 @@ def test_copies_to_a_gpu_equal_the_file(tmp_path, dtype, block_bytes, monkeypatc
             turned = torch.empty(expected.shape[::-1], dtype=dtype, device="cuda")
             view.copy_to(turned.t())
             assert torch.equal(turned.cpu(), expected.t().to(dtype)), name
+
+
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantised_folder_is_what_quantising_on_the_gpu_gives(tmp_path, format, implementation):
+    """Written by the CPU, byte for byte what the GPU makes of the same weights while loading, and what they mean."""
+    args = ModelArgs(
+        dim=512, hidden_dim=768, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=64, moe=MoEArgs(num_experts=2)
+    )
+    tensors = random_tensors(args)
+    source = write_accessory(tmp_path / "source", tensors, "sparse", args, world=1)
+    quant = Quant.parse(format, output="int8")
+    quantize_checkpoint(source, tmp_path / "out", quant, progress=False)
+    opened, dense = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
+    stored = load_decoder([opened], args, implementation, device="cuda", quant=opened.quant)
+    arrived = load_decoder([dense], args, implementation, device="cuda", quant=quant)
+    for (name, one), (_, other) in zip(stored.named_parameters(), arrived.named_parameters(), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
+    meant = load_decoder([opened], args, implementation, device="cuda")
+    tokens_BT = torch.arange(40, device="cuda").view(2, 20)
+    with torch.inference_mode():
+        want, got = meant(tokens_BT).logits, stored(tokens_BT).logits
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
