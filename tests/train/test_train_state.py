@@ -222,8 +222,8 @@ def load_on_ranks(rank, world, folder, cases, tensors):
         save(trainer, Path(folder) / f"{number} again")
 
 
-THREE = [(1, "sparse", "fsdp", {}), (1, "base", "sdp", LORA)]  # nothing here divides by three
-TWO = [(2, "sparse", "sdp", {}), (1, "sparse", "sdp", LORA)]
+THREE, TWO = [(1, "sparse", "fsdp", {})], [(2, "sparse", "sdp", {})]  # hardly anything here divides by three
+MORE_OF_THREE, MORE_OF_TWO = [(1, "base", "sdp", LORA)], [(1, "sparse", "sdp", LORA)]
 FOUR = [(2, "base", "fsdp", {}), (4, "base", "sdp", LORA), (2, "base", "fsdp", LORA)]
 OTHERS = [(2, "sparse", "sdp", {}), (1, "sparse", "fsdp", LORA), (2, "sparse", "sdp", LORA)]
 
@@ -232,6 +232,7 @@ OTHERS = [(2, "sparse", "sdp", {}), (1, "sparse", "fsdp", LORA), (2, "sparse", "
     ("writers", "cases", "readers", "others"),
     [
         pytest.param(3, THREE, 2, TWO, id="3 ranks, then 2"),
+        pytest.param(3, MORE_OF_THREE, 2, MORE_OF_TWO, id="3 ranks, then 2, adapters", marks=pytest.mark.slow),
         pytest.param(4, FOUR, 2, OTHERS, id="4 ranks, then 2", marks=pytest.mark.slow),
     ],
 )
