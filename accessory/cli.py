@@ -114,6 +114,12 @@ def _quantize(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from accessory.commands.plan import plan
+
+    return plan(options)
+
+
 def _merge(options: argparse.Namespace) -> int:
     from accessory.commands.adapters import merge
 
@@ -171,6 +177,8 @@ def _dtype(name: str | None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from accessory.commands.plan_options import add_plan_arguments
+
     parser = argparse.ArgumentParser(
         prog="accessory", description="Run, finetune and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
     )
@@ -214,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("dst", metavar="DST", help="the folder to make")
     _quant_arguments(quantize, required=True)
     _folder_arguments(quantize)
+
+    plan = _command(commands, "plan", _plan, "what fits which GPUs, before anything is downloaded or loaded")
+    add_plan_arguments(plan)
 
     upcycle = _command(commands, "upcycle", _upcycle, "grow a mixture from a dense Llama or Mistral (arXiv 2212.05055)")
     upcycle.add_argument("src", metavar="SRC", help="a Hugging Face folder or a GGUF file")

@@ -112,15 +112,7 @@ def resolve(
             raise CheckpointError(f"{path}: no such file or folder (a repository on the Hub is spelled {SPELLING})")
         return local
     address = parse(path, revision)
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{address.url}: reading from the Hub needs huggingface_hub: pip install 'mixtral-accessory[hub]'"
-        ) from error
-    hub = _Hub(huggingface_hub, address, cache_dir, progress)
+    hub = _open(address, cache_dir, progress)
     names = hub.names()
     if names is None:
         return hub.from_cache()
@@ -129,6 +121,41 @@ def resolve(
     chosen = choose(_children(names, address), hub.read_index, address.url, _folders_with_checkpoints(names))
     folder = hub.fetch([address.path(name) for name in chosen])
     return _folder_or_gguf(folder, chosen)
+
+
+def fetch_configuration(path: str | Path, *, cache_dir: str | Path | None = None) -> list[Path]:
+    """The configuration files of an hf:// address, later ones more telling; nothing else is fetched.
+
+    Raises as `resolve` does, and CheckpointError for a folder that has none.
+    """
+    address = parse(path)
+    hub = _open(address, cache_dir, progress=False)
+    names = hub.names()
+    if names is None:
+        folder = hub.from_cache()
+        there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    else:
+        there = _children(names, address)
+    wanted = [name for name in ("params.json", "config.json") if name in there]
+    if not wanted:
+        raise CheckpointError(
+            f"{address.url}: has no config.json or params.json, only its weights would tell its sizes"
+        )
+    if names is not None:
+        folder = hub.fetch([address.path(name) for name in wanted])
+    return [folder / name for name in wanted]
+
+
+def _open(address: Address, cache_dir: str | Path | None, progress: bool) -> _Hub:
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{address.url}: reading from the Hub needs huggingface_hub: pip install 'mixtral-accessory[hub]'"
+        ) from error
+    return _Hub(huggingface_hub, address, cache_dir, progress)
 
 
 class _Hub:

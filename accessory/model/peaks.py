@@ -146,7 +146,7 @@ def _training(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
             **fixed,
             "gradients": max(grads, before) + extra.gradients,
             "16-bit copies of weights": copy + extra.copies,
-            "gathered weights": gathered + reduced,
+            "whole weights, summed gradients": gathered + reduced,
             "activations": kept_now + extra.activations,
             "logits": head_bytes,
         }

@@ -1,0 +1,272 @@
+"""`accessory plan`: what a task takes of GPUs, host and disk, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accessory.config import PRESETS, Implementation, ModelArgs
+from accessory.errors import ConfigError, InputError
+from accessory.model.memory import Formats, Inference, Setup, Training, disk_bytes, host_bytes
+from accessory.model.peaks import Estimate, estimate
+from accessory.model.setups import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned for: a preset, or what a path's headers or configuration say."""
+
+    name: str
+    args: ModelArgs
+    implementation: Implementation | None = None
+    formats: Formats | None = None  # of a quantised folder
+    nbytes: int | None = None  # of its files
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: Model
+    setup: Setup
+    estimate: Estimate
+    card: Card | None
+    setups: list[Fitting]
+    host: int
+    disk: dict[str, int]
+
+    @property
+    def margin(self) -> int | None:
+        return None if self.card is None else self.card.nbytes - self.estimate.total
+
+    @property
+    def fits(self) -> bool | None:
+        if self.card is None or self.margin is None:
+            return None
+        return self.margin >= 0 and (self.card.count is None or self.setup.gpus <= self.card.count)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the plan; 1 where the task does not fit the cards, else 0. Raises AccessoryError for wrong options."""
+    made = make_plan(options)
+    if options.json:
+        print(json.dumps(as_json(made), indent=1))
+    else:
+        from accessory.commands.plan_view import show
+
+        show(made)
+    return 1 if made.fits is False else 0
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    _check(options)
+    model = look_at(options.path)
+    card = _card(options)
+    setup = _setup(options, model)
+    found = estimate(setup)
+    setups = smallest(setup, card) if card is not None else smallest_of_each(setup, [card_of(name) for name in USUAL])
+    return Plan(model, setup, found, card, setups, host_bytes(setup), disk_bytes(setup, model.nbytes))
+
+
+def look_at(path: str) -> Model:
+    """A preset by its name; a JSON file; a folder, by its headers, or by its configuration while it has no weights;
+    an hf:// address, of which only the configuration is fetched."""
+    if path.lower() in PRESETS:
+        return Model(path.lower(), PRESETS[path.lower()])
+    if path.startswith(("hf://", "hf:/")):
+        from accessory.checkpoint.hub import fetch_configuration
+
+        files = fetch_configuration(path)
+        return Model(path, ModelArgs.from_files(*files))
+    file = Path(path)
+    if file.suffix == ".json" and file.is_file():
+        return Model(path, ModelArgs.from_files(file))
+    if not file.exists():
+        raise InputError(f"{path}: no such file or folder, and none of {', '.join(PRESETS)} or hf://owner/name")
+    configs = [file / name for name in ("params.json", "config.json") if (file / name).is_file()]
+    if configs and not any(p.suffix in (".safetensors", ".pth", ".pt", ".bin") for p in file.iterdir()):
+        return Model(path, ModelArgs.from_files(*configs))
+    from accessory.checkpoint.folder import open_checkpoint
+
+    checkpoint = open_checkpoint(file)
+    quant = checkpoint.quant
+    return Model(
+        path,
+        checkpoint.args,
+        checkpoint.llama_type.implementation,
+        Formats(quant.experts, quant.attention, quant.output) if quant is not None else None,
+        sum(p.stat().st_size for p in checkpoint.files),
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in (
+        "tp",
+        "dp",
+        "batch",
+        "context",
+        "prompt",
+        "lora_rank",
+        "batch_size",
+        "max_words",
+        "accum_iter",
+        "gpus",
+    ):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: got {value}, but it must be at least 1")
+    if options.memory is not None and not 0 < options.memory < float("inf"):
+        raise InputError(f"--memory: got {options.memory:g}, but it must be a number of GB above 0")
+    if options.card is not None and options.memory is not None:
+        raise InputError("--card, --memory: both say how large a card is; give one of them")
+    inference = ("batch", "context", "prompt")
+    training = ("lora_rank", "batch_size", "max_words", "accum_iter", "dp", "data_parallel", "checkpointing")
+    for name in training if options.finetune is None else inference:
+        if getattr(options, name) is not None:
+            spelled = name.replace("_", "-")
+            when = "is for --finetune" if options.finetune is None else "is for running a model, not for --finetune"
+            raise InputError(f"--{spelled}: {when}; leave it out")
+    for name in ("quant_attention", "quant_output") if options.finetune is not None else ():
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: finetuning has one format for all; give --quant alone")
+    formats = Formats.of(options.quant, options.quant_attention, options.quant_output)
+    if options.finetune in ("full", "lora") and formats.any:
+        raise InputError(
+            f"--quant: --finetune {options.finetune} keeps weights in 16 bits or more; use qlora for {formats}"
+        )
+    if options.finetune == "qlora" and options.quant == "none":
+        raise InputError("--quant: got none, but qlora stands on quantised weights; use --finetune lora")
+
+
+def _card(options: argparse.Namespace) -> Card | None:
+    """The card that is named, or those that are there; None: neither. `--gpus` says how many there are."""
+    if options.card is not None:
+        card = card_of(options.card)
+    elif options.memory is not None:
+        card = Card(f"{options.memory:g} GB", int(options.memory * GB))
+    else:
+        return _present(options.gpus)
+    return Card(card.name, card.nbytes, options.gpus)
+
+
+def _present(gpus: int | None) -> Card | None:
+    if not _has_driver():
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    least = min(cards, key=lambda c: c.total_memory)
+    return Card(least.name, least.total_memory, gpus or len(cards))
+
+
+def _has_driver() -> bool:
+    """Whether asking torch for cards, which takes seconds, can lead to any."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _setup(options: argparse.Namespace, model: Model) -> Setup:
+    tp, dp = _ranks(options)
+    args, formats = model.args, Formats.of(options.quant, options.quant_attention, options.quant_output)
+    if (options.quant, options.quant_attention, options.quant_output) == (None, None, None) and model.formats:
+        formats = model.formats
+    task: Inference | Training
+    if options.finetune is None:
+        context = options.context if options.context is not None else min(4096, args.max_seq_len)
+        if options.prompt is not None and options.prompt >= context:
+            raise InputError(
+                f"--prompt: got {options.prompt}, but it must be less than --context {context}, prompt and answer"
+            )
+        task = Inference(batch=options.batch or 1, context=context, prompt=options.prompt)
+    else:
+        if options.finetune == "full":
+            if formats.any:
+                raise ConfigError(
+                    f"quant: {model.name} is quantised ({formats}), and quantised weights cannot be trained"
+                )
+            args = args.replace(lora_rank=-1, bias_tuning=False)
+        else:
+            rank = options.lora_rank or (args.lora_rank if args.lora_rank > 0 else 16)
+            args = args.replace(lora_rank=rank)
+        if options.finetune == "qlora" and not formats.any:
+            formats = Formats.of("nf4")
+        task = Training(
+            kind="full" if options.finetune == "full" else "lora",
+            batch_size=options.batch_size or 4,
+            max_words=options.max_words or 4096,
+            accum_iter=options.accum_iter or 1,
+            checkpointing=bool(options.checkpointing),
+            data_parallel=options.data_parallel or "sdp",
+        )
+    implementation: Implementation = options.implementation or model.implementation or "sparse"
+    return Setup(args=args, task=task, implementation=implementation, formats=formats, tp=tp, dp=dp)
+
+
+def _ranks(options: argparse.Namespace) -> tuple[int, int]:
+    """(model-parallel, data-parallel) ranks. `--gpus` alone is model-parallel for running, else data-parallel."""
+    tp, dp, gpus = options.tp, options.dp, options.gpus
+    if gpus is None:
+        return tp or 1, dp or 1
+    if options.finetune is None:
+        tp, dp = tp or gpus, 1
+    else:
+        tp = tp or (gpus // dp if dp and gpus % dp == 0 else 1)
+        dp = dp or max(1, gpus // tp)
+    if tp * dp > gpus:
+        raise InputError(f"--gpus: got {gpus}, but --tp {tp}" + (f" × --dp {dp}" if dp > 1 else "") + " needs more")
+    return tp, dp
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """Everything in bytes."""
+    total, active = made.model.args.parameter_counts()
+    return {
+        "model": {"name": made.model.name, "parameters": total, "active_parameters": active},
+        "setup": describe(made.setup),
+        "gpu": {"moment": made.estimate.moment, "terms": made.estimate.terms, "total": made.estimate.total},
+        "allocated": made.estimate.allocated,
+        "card": None if made.card is None else vars(made.card),
+        "fits": made.fits,
+        "margin": made.margin,
+        "host": made.host,
+        "disk": made.disk,
+        "smallest_setups": [
+            {"card": f.card.name, **describe(f.setup), "total": f.estimate.total, "margin": f.margin}
+            for f in made.setups
+        ],
+    }
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """What distinguishes a set-up, in plain values."""
+    out: dict[str, Any] = {
+        "gpus": setup.gpus,
+        "model_parallel_size": setup.tp,
+        "implementation": setup.implementation,
+        "formats": vars(setup.formats),
+    }
+    task = setup.task
+    if isinstance(task, Inference):
+        return out | {"batch": task.batch, "context": task.context, "prompt": task.prompt}
+    rank = setup.args.lora_rank if task.kind == "lora" else None
+    return out | {
+        "finetune": "qlora" if setup.formats.any else task.kind,
+        "lora_rank": rank,
+        "data_parallel_size": setup.dp,
+        "data_parallel": task.data_parallel,
+        "checkpointing": task.checkpointing,
+        "batch_size": task.batch_size,
+        "max_words": task.max_words,
+        "accum_iter": task.accum_iter,
+    }

@@ -1,0 +1,31 @@
+"""The options of `accessory plan`; like `cli`, this imports only the standard library."""
+
+from __future__ import annotations
+
+import argparse
+
+FORMATS = ("nf4", "int4", "int8", "fp8", "none")
+
+
+def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("path", metavar="PATH", help="a checkpoint, its config.json, or 8x7b, 8x22b, tiny")
+    plan.add_argument("--card", metavar="NAME", help="H200, H100, A100-80, 4090, … (default: those that are here)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a card that has no name here")
+    plan.add_argument("--gpus", type=int, metavar="N", help="cards there are (default: as the ranks below need)")
+    plan.add_argument("--tp", type=int, metavar="N", help="ranks that hold the model together (1; to run it, --gpus)")
+    plan.add_argument("--implementation", choices=("base", "sparse"), help="default: PATH's, else sparse")
+    plan.add_argument("--quant", choices=FORMATS, metavar="FORMAT", help="nf4, int4, int8 or fp8 (default: PATH's)")
+    plan.add_argument("--quant-attention", "--quant_attention", choices=FORMATS, metavar="FORMAT", help="or none")
+    plan.add_argument("--quant-output", "--quant_output", choices=FORMATS, metavar="FORMAT", help="or none: the head")
+    plan.add_argument("--batch", type=int, metavar="B", help="to run it: sequences at once (1)")
+    plan.add_argument("--context", type=int, metavar="T", help="tokens of prompt and answer (4096)")
+    plan.add_argument("--prompt", type=int, metavar="P", help="tokens of the prompt (default: all but one)")
+    plan.add_argument("--finetune", choices=("full", "lora", "qlora"), help="a step of training instead")
+    plan.add_argument("--lora-rank", "--lora_rank", type=int, metavar="R", help="of LoRA (default: PATH's, else 16)")
+    plan.add_argument("--batch-size", "--batch_size", type=int, metavar="B", help="rows a GPU sees at once (4)")
+    plan.add_argument("--max-words", "--max_words", type=int, metavar="T", help="tokens of a row (4096)")
+    plan.add_argument("--accum-iter", "--accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
+    plan.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (--gpus divided by --tp)")
+    plan.add_argument("--data-parallel", "--data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
+    plan.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute layers again in backward")
+    plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes")

@@ -1,0 +1,124 @@
+"""How `accessory plan` looks: a table of one GPU, what else is needed, and the smallest set-ups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from accessory.model.memory import Inference, Setup, Training
+from accessory.model.setups import RESERVE, Fitting
+
+SHOWN = 5_000_000  # bytes; less is a row of noughts
+A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; for more there are torchrun and srun
+
+if TYPE_CHECKING:
+    from accessory.commands.plan import Plan
+
+
+def show(made: Plan) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    total, active = made.model.args.parameter_counts()
+    console.print(
+        f"[bold]{made.model.name}[/]: {total / 1e9:.4g} B parameters, of which a token uses {active / 1e9:.4g} B",
+    )
+    console.print(f"task      {task_line(made.setup)}")
+    console.print(f"set-up    {setup_line(made.setup)}")
+    console.print(gpu_table(made))
+    console.print(f"verdict   {verdict(made)}")
+    console.print(f"host      {gb(made.host)} a machine while loading, beside the files' pages")
+    console.print("disk      " + ", ".join(f"{name} {gb(n)}" for name, n in made.disk.items()))
+    console.print()
+    if made.setups:
+        console.print(setups_table(made.setups))
+    else:
+        console.print("[red]no set-up of this task fits such cards[/]; fewer tokens at once, or larger cards, would do")
+
+
+def gpu_table(made: Plan) -> Table:
+    table = Table(title=f"each GPU, at its largest moment: {made.estimate.moment}", title_justify="left")
+    table.add_column("what")
+    table.add_column("GB", justify="right")
+    for name, nbytes in sorted(made.estimate.terms.items(), key=lambda item: -item[1]):
+        if nbytes >= SHOWN:
+            table.add_row(name, f"{nbytes / 1e9:,.2f}")
+    table.add_section()
+    table.add_row("together", f"{made.estimate.total / 1e9:,.2f}", style="bold")
+    return table
+
+
+def verdict(made: Plan) -> str:
+    card = made.card
+    if card is None or made.margin is None:
+        return "no GPU is here and none is named (--card H100, --memory 80): see below what would do"
+    there = f"{card.name} with {gb(card.nbytes)}"
+    if card.count is not None and made.setup.gpus > card.count:
+        return f"[red]does not fit[/]: {made.setup.gpus} cards are wanted and {card.count} are there ({there})"
+    if made.margin < 0:
+        return f"[red]does not fit[/] {there}: {gb(-made.margin)} too much"
+    word = "[green]fits[/]" if made.margin >= RESERVE * card.nbytes else "[yellow]fits, barely,[/]"
+    return f"{word} {there}: {gb(made.margin)} to spare ({100 * made.margin / card.nbytes:.0f} %)"
+
+
+def setups_table(found: list[Fitting]) -> Table:
+    table = Table(title="the smallest set-ups that work", title_justify="left")
+    for name, justify in (("cards", "right"), ("card", "left"), ("weights", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("GB a GPU", "to spare"):
+        table.add_column(name, justify="right")
+    table.add_column("how")
+    for f in found:
+        table.add_row(
+            str(f.setup.gpus),
+            f.card.name,
+            str(f.setup.formats),
+            f"{f.estimate.total / 1e9:,.1f}",
+            f"{f.margin / 1e9:,.1f}",
+            how(f.setup),
+        )
+    return table
+
+
+def how(setup: Setup) -> str:
+    """The options that make it so: of `generate` and `chat`, or of `finetune`."""
+    task = setup.task
+    if isinstance(task, Inference):
+        words = [f"--n-gpus {setup.gpus}"] if setup.gpus > 1 else []
+        formats = setup.formats
+        words += [f"--quant {formats.experts or 'none'}"] if formats.any else []
+        if formats.any and str(formats) != formats.experts:
+            words.append(f"--quant-attention {formats.attention or 'none'} --quant-output {formats.output or 'none'}")
+        return " ".join(words) or "–"
+    words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
+    words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
+    words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
+    words += ["checkpointing=true"] if task.checkpointing else []
+    words += [f"quant={setup.formats.experts}"] if setup.formats.experts else []
+    return " ".join(words) or "–"
+
+
+def task_line(setup: Setup) -> str:
+    task = setup.task
+    if isinstance(task, Inference):
+        prompt = "any part" if task.prompt is None else f"{task.prompt:,}"
+        return f"{task.batch} sequence{'s' * (task.batch > 1)} of {task.context:,} tokens, {prompt} of them the prompt"
+    kind = "full" if task.kind == "full" else f"{'Q' * setup.formats.any}LoRA of rank {setup.args.lora_rank}"
+    rows = f"{task.batch_size} row{'s' * (task.batch_size > 1)} of {task.max_words:,} tokens a GPU at once"
+    more = f", {task.accum_iter} times a step" if task.accum_iter > 1 else ""
+    return f"finetuning, {kind}: {rows}{more}"
+
+
+def setup_line(setup: Setup) -> str:
+    parts = [f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}", setup.implementation, f"weights {setup.formats}"]
+    if setup.tp > 1:
+        parts.insert(1, f"{setup.tp} hold the model together")
+    if isinstance(setup.task, Training):
+        if setup.dp > 1:
+            parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")
+        parts.append("recomputing" if setup.task.checkpointing else "not recomputing")
+    return ", ".join(parts)
+
+
+def gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB"
