@@ -44,6 +44,7 @@ RESOURCES = frozenset(
 )
 _INDEXES = ("model.safetensors.index.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json")
 _TIMEOUT = 15.0  # seconds until the Hub counts as out of reach
+_AWAY = "the Hub cannot be reached and"
 _NOTHING = ["<none>"]  # a pattern that no file name can match
 
 ReadIndex = Callable[[str], Mapping[str, Any]]
@@ -132,7 +133,7 @@ def fetch_configuration(path: str | Path, *, cache_dir: str | Path | None = None
     hub = _open(address, cache_dir, progress=False)
     names = hub.names()
     if names is None:
-        folder = hub.from_cache()
+        folder = hub.cached_folder()
         there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     else:
         there = _children(names, address)
@@ -211,15 +212,21 @@ class _Hub:
                     raise
         raise AssertionError("unreachable")
 
-    def from_cache(self) -> Path:
-        """The folder as earlier downloads left it, if it is whole."""
-        missing = f"{self.address.url}: the Hub cannot be reached and"
+    def cached_folder(self) -> Path:
+        """Where earlier downloads lie, whatever they left."""
         try:
             # Nothing is asked for by name: huggingface_hub would take a partial download of other files for a failure.
             root = Path(self.module.snapshot_download(local_files_only=True, allow_patterns=_NOTHING, **self.common))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{missing} nothing of it is in the cache (is HF_HUB_OFFLINE set?)") from error
-        folder = root / self.address.folder
+            raise CheckpointError(
+                f"{self.address.url}: {_AWAY} nothing of it is in the cache (is HF_HUB_OFFLINE set?)"
+            ) from error
+        return root / self.address.folder
+
+    def from_cache(self) -> Path:
+        """The folder as earlier downloads left it, if it is whole."""
+        missing = f"{self.address.url}: {_AWAY}"
+        folder = self.cached_folder()
         if self.address.folder.endswith(".gguf") and folder.is_file():
             return folder
         if not folder.is_dir():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from accessory.model.activations import NOTHING, Bytes, Layer, Learning, layer_backward, layer_kept, prompt_passes
 from accessory.model.memory import (
+    FEW_PAIRS,
     Inference,
     Piece,
     Setup,
@@ -30,8 +31,9 @@ WORKSPACE = 70_000_000
 COLLECTIVES = 1_000_000_000
 # Of what is taken and given back in every step, the part that lies in holes of torch's allocator.
 FRAGMENTATION = 0.05
-# Rounding one block of a weight while it is loaded: 2²⁴ numbers, in 16 and 32 bits and as 64-bit places of a table.
-QUANTISING = 18 * 2**24
+# Rounding a weight while it is loaded, at most 2²⁴ numbers at a time: in 16 and 32 bits, as 64-bit places of a table.
+QUANTISING = 18
+BLOCK_NUMBERS = 2**24
 # Cross-entropy widens 1024 rows of logits to fp32 at a time (`ops.cross_entropy`), and holds so many such tensors.
 CE_ROWS, CE_TENSORS = 1024, 3
 
@@ -75,13 +77,14 @@ def _inference(setup: Setup) -> dict[str, dict[str, int]]:
     prompt = task.prompt if task.prompt is not None else task.context - 1
     layer = _layer(setup, task.batch * prompt)
     weights = weight_bytes(setup)
+    block = min(BLOCK_NUMBERS, max(p.rows * p.columns for p in pieces(setup) if p.role == "product"))
     logits = 4 * task.batch * args.vocab_size * 2  # in 16 bits and in fp32, twice: sampling sorts a copy
     return {
-        "loading": {"weights": weights, "quantising": QUANTISING if setup.formats.any else 0},
+        "loading": {"weights": weights, "quantising": QUANTISING * block if setup.formats.any else 0},
         "reading the prompt": {
             "weights": weights,
             "key/value cache": cache_bytes(setup),
-            "activations": prompt_passes(layer, setup.formats.experts is not None),
+            "activations": prompt_passes(layer, setup.formats.experts is not None and layer.pairs > FEW_PAIRS),
             "logits": logits,
         },
     }
