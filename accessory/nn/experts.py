@@ -67,13 +67,17 @@ class StackedExperts(nn.Module):
     def plain(self) -> bool:
         return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
 
+    @property
+    def quantised(self) -> bool:
+        return all(isinstance(w, PackedWeight) for w in (self.w1, self.w2, self.w3))
+
     def join(self) -> None:
         if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.joined.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
-        if self.plain and pairs_in_place(x_TD, expert_TK, self.joined.tensor):
+        if self.plain and pairs_in_place(x_TD, expert_TK, self.joined.tensor, quantised=self.quantised):
             w13 = self.joined.tensor
             w1, w2, w3 = (product_of(w) for w in (self.w1, self.w2, self.w3))
             return swiglu_pairs(x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
@@ -81,7 +85,7 @@ class StackedExperts(nn.Module):
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
-        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None)
+        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None, quantised=self.quantised)
 
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The implementation's own way, for prompts, batches and training."""

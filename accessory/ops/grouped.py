@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.ops.fp8 import fp8_grouped_linear, has_fp8
 from accessory.ops.linear import Weight, linear
 from accessory.ops.quantized import Packed, has_triton, packed_linear, unpacked
 
@@ -21,6 +22,8 @@ from accessory.ops.quantized import Packed, has_triton, packed_linear, unpacked
 FEW_PAIRS_CPU = 4
 # A GPU reads weights in place while that is no more reading than the grouped product's, which visits each expert once.
 FEW_PAIRS_GPU = 8
+# Quantised stacks have to be dequantised for the grouped product, which is more reading still.
+FEW_PAIRS_PACKED = 16
 
 
 def swiglu(x: Tensor, w1_FD: Tensor | Weight, w2_DF: Tensor | Weight, w3_FD: Tensor | Weight) -> Tensor:
@@ -79,6 +82,8 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: 
             y_NO = y_NO + bias_EO.repeat_interleave(count_E, dim=0, output_size=x_NI.shape[0])
         return y_NO
     if isinstance(weight_EOI, Packed):
+        if has_fp8(x_NI, weight_EOI):
+            return fp8_grouped_linear(x_NI, weight_EOI, count_E.cumsum(0).to(torch.int32))
         if x_NI.is_cuda:
             return _FrozenGrouped.apply(x_NI, weight_EOI, count_E)
         runs = x_NI.split(count_E.tolist())
@@ -128,12 +133,13 @@ def has_grouped_mm(x_NI: Tensor, shape_EOI: Sequence[int], dtype: torch.dtype) -
     )
 
 
-def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None) -> bool:
+def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None, *, quantised: bool = False) -> bool:
     """Whether `swiglu_pairs` is the way: decoding few tokens, no gradients kept, and what the device needs is there."""
     if torch.is_grad_enabled():
         return False
     if x_TD.is_cuda:
-        return expert_TK.numel() <= FEW_PAIRS_GPU and x_TD.dtype != torch.float32 and has_triton()
+        few = FEW_PAIRS_PACKED if quantised else FEW_PAIRS_GPU
+        return expert_TK.numel() <= few and x_TD.dtype != torch.float32 and has_triton()
     return expert_TK.numel() <= FEW_PAIRS_CPU and w13_EGD is not None
 
 

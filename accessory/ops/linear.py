@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.ops.quantized import Packed, packed_linear
+from accessory.ops.fp8 import fp8_linear, has_fp8
+from accessory.ops.quantized import FEW_ROWS_GPU, Packed, packed_linear
 
 
 class Weight(NamedTuple):
@@ -47,6 +48,10 @@ def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = 
         return y + linear(linear(x, weight.lora_a), weight.lora_b) * weight.lora_scale
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if isinstance(weight, Packed):
-        y = packed_linear(x, weight)
+        few = x.numel() <= FEW_ROWS_GPU * x.shape[-1]
+        if not few and has_fp8(x, weight):
+            y = fp8_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        else:
+            y = packed_linear(x, weight)
         return y if bias_O is None else y + bias_O
     return F.linear(x, weight.to(x.dtype), bias_O)

@@ -50,7 +50,7 @@ class FinetuneConfig:
     max_words: int = 4096  # tokens of a row
     packing: bool = True  # several documents in a row, which never see one another
     eval_data: str | None = None  # like data_config, held out
-    eval_interval: int = 0  # steps; 0: never
+    eval_interval: int = 0  # steps; 0: only before and after
     image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
     cache_ann_on_disk: bool = False
     num_workers: int = 0  # threads that prepare batches
