@@ -10,6 +10,8 @@ Legend: O out, I in features, G groups of a row, n columns of a block.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,12 @@ BLOCK = 128
 def gptq_int4(weight: Tensor, hessian_II: Tensor, tokens: int) -> Packed:
     """int4 of a weight (O, I) for inputs, `tokens` of them, with Σ x xᵀ = `hessian_II` of any scale; in fp32.
 
-    Weights of the same inputs are best given at once, one above the other. Where nothing came in (H = 0), scales are
-    searched and numbers rounded to the nearest. ConfigError where I has no whole groups.
+    Weights of the same inputs are best given at once, one above the other. Where nothing came in (H = 0), or what came is
+    not finite, scales are searched and numbers rounded to the nearest. ConfigError where I has no whole groups.
     """
     packed_shapes("int4", tuple(weight.shape))
     weight = weight.detach().float()
-    if not float(hessian_II.diagonal().sum()) > 0:
+    if not 0 < float(hessian_II.diagonal().sum()) < math.inf:
         return search_int4(weight, starts=MANY_STARTS, rounds=MANY_ROUNDS)
     order_I = hessian_II.diagonal().argsort(descending=True)
     upper_II = inverse_root(hessian_II[order_I][:, order_I], damping_for(weight.shape[1], tokens))
