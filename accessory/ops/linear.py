@@ -5,6 +5,7 @@ Legend: I in features, O out features, r LoRA's rank, E experts. A stack of weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -29,14 +30,15 @@ class Weight(NamedTuple):
 
     def unbind(self) -> list[Weight]:
         """The weights of a stack, one an expert."""
+        E = self.weight.shape[0]
 
-        def entry(stack: Tensor | None, e: int) -> Tensor | None:
-            return None if stack is None else stack[e]
+        def entries(stack: Tensor | None) -> Sequence[Tensor | None]:
+            # Not one by one: the gradient of each entry would then be a whole stack, zero but for that entry.
+            return [None] * E if stack is None else stack.unbind()
 
-        return [
-            Weight(self.weight[e], entry(self.bias, e), entry(self.lora_a, e), entry(self.lora_b, e), self.lora_scale)
-            for e in range(self.weight.shape[0])
-        ]
+        weights = self.weight.unbind() if isinstance(self.weight, Tensor) else [self.weight[e] for e in range(E)]
+        beside = zip(entries(self.bias), entries(self.lora_a), entries(self.lora_b), strict=True)
+        return [Weight(w, *b, lora_scale=self.lora_scale) for w, b in zip(weights, beside, strict=True)]
 
 
 def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = None) -> Tensor:
