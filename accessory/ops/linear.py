@@ -36,6 +36,7 @@ class Weight(NamedTuple):
             # Not one by one: the gradient of each entry would then be a whole stack, zero but for that entry.
             return [None] * E if stack is None else stack.unbind()
 
+        weights: Sequence[Tensor | Packed]
         weights = self.weight.unbind() if isinstance(self.weight, Tensor) else [self.weight[e] for e in range(E)]
         beside = zip(entries(self.bias), entries(self.lora_a), entries(self.lora_b), strict=True)
         return [Weight(w, *b, lora_scale=self.lora_scale) for w, b in zip(weights, beside, strict=True)]
