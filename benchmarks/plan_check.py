@@ -85,10 +85,12 @@ def measure(case: Case, device: str) -> float | None:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    # What earlier cases have left, but for the libraries' workspaces, which are part of every prediction.
+    left = max(0, torch.cuda.memory_allocated() - WORKSPACE) if cuda else 0
     try:
         predicted, moment = case.predict()
         held = case.run()
-        peak = torch.cuda.max_memory_allocated() if cuda else None
+        peak = torch.cuda.max_memory_allocated() - left if cuda else None
         reserved = torch.cuda.max_memory_reserved() if cuda else None
         del held
     except Exception as error:  # one line of a table says what could not be measured

@@ -1,6 +1,6 @@
 """The base implementation: whole experts, distributed over ranks. Written to be read.
 
-Legend: T tokens, n of them visit an expert, D dim, K experts a token.
+Legend: T tokens, K experts a token, n (token, k) pairs visit an expert, D dim.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.nn.experts import StackedExperts
-from accessory.ops.grouped import swiglu
+from accessory.ops.grouped import sort_by_expert, swiglu
 
 
 class BaseExperts(StackedExperts):
@@ -18,15 +18,16 @@ class BaseExperts(StackedExperts):
     def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         w1, w2, w3 = (self.weights(kind).unbind() for kind in ("w1", "w2", "w3"))
-        for e in self._experts_to_run(expert_TK):
-            token_n, k_n = torch.nonzero(expert_TK == self.first + e, as_tuple=True)
-            y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
-            y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK[token_n, k_n, None])
+        for e, pair_n in enumerate(self._visits(expert_TK)):
+            # While gradients are kept an idle expert runs too, on nothing: its gradient is then zero and not None.
+            if len(pair_n) or torch.is_grad_enabled():
+                token_n = pair_n // expert_TK.shape[1]
+                y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
+                y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK.flatten()[pair_n, None])
         return y_TD
 
-    def _experts_to_run(self, expert_TK: Tensor) -> list[int]:
-        """Those asked for; all while gradients are kept, so that an idle expert's gradient is zero and not None."""
-        held = range(len(self.w1))
-        if torch.is_grad_enabled():
-            return list(held)
-        return [e - self.first for e in expert_TK.unique().tolist() if e - self.first in held]
+    def _visits(self, expert_TK: Tensor) -> list[Tensor]:
+        """For each expert held here the pairs that visit it, by their number t · K + k, in order."""
+        order, count = sort_by_expert(expert_TK, self.first + len(self.w1))
+        counts = count.tolist()  # the one moment at which a GPU's host has to wait
+        return list(order[: sum(counts)].split(counts))[self.first :]

@@ -75,8 +75,8 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: 
         w = weight_EOI
         y_NO = grouped_linear(x_NI, w.weight, count_E)
         if w.lora_a is not None and w.lora_b is not None:
-            low_NR = grouped_linear(x_NI, w.lora_a, count_E)
-            y_NO = y_NO + grouped_linear(low_NR, w.lora_b, count_E) * w.lora_scale
+            low_NR = w.scaled(grouped_linear(x_NI, w.lora_a, count_E))
+            y_NO = y_NO + grouped_linear(low_NR, w.lora_b, count_E)
         if w.bias is not None:
             bias_EO = w.bias.to(x_NI.dtype)
             y_NO = y_NO + bias_EO.repeat_interleave(count_E, dim=0, output_size=x_NI.shape[0])

@@ -28,6 +28,10 @@ class Weight(NamedTuple):
     def plain(self) -> bool:
         return self.bias is None and self.lora_a is None
 
+    def scaled(self, low: Tensor) -> Tensor:
+        """A x (…, r) times LoRA's scale: here, where there are r numbers a token and not O."""
+        return low if self.lora_scale == 1.0 else low * self.lora_scale
+
     def unbind(self) -> list[Weight]:
         """The weights of a stack, one an expert."""
         E = self.weight.shape[0]
@@ -48,7 +52,7 @@ def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = 
         y = linear(x, weight.weight, weight.bias)
         if weight.lora_a is None or weight.lora_b is None:
             return y
-        return y + linear(linear(x, weight.lora_a), weight.lora_b) * weight.lora_scale
+        return y + linear(weight.scaled(linear(x, weight.lora_a)), weight.lora_b)
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if isinstance(weight, Packed):
         few = x.numel() <= FEW_ROWS_GPU * x.shape[-1]

