@@ -58,7 +58,13 @@ class Source:
                 for block in checkpoint.tensors[name].to(torch.float32).blocks():
                     digest.update(name.encode() + block.numpy().tobytes())
         peft = {f: _plain(getattr(self.args, f)) for f in PEFT_FIELDS} if self.kind.peft else None
-        return {"sizes": told, "peft": peft, "train_router": self.config.train_router, "weights": digest.hexdigest()}
+        return {
+            "sizes": told,
+            "peft": peft,
+            "train_router": self.config.train_router,
+            "quant": None if self.quant is None else self.quant.to_dict(),
+            "weights": digest.hexdigest(),
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -52,6 +52,7 @@ def export(
     tensors: dict[str, Lazy] = {}
     if not only_trained:
         for checkpoint in checkpoints:
+            checkpoint.warn_of_dequantising()
             tensors |= checkpoint.tensors
     tensors |= trained
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}

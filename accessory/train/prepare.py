@@ -146,10 +146,11 @@ def _check_same_model(resumed: Described, now: dict[str, Any]) -> None:
         ("sizes", "is of a model of other sizes"),
         ("peft", "trained other adapters"),
         ("train_router", "differs in whether the router is trained"),
+        ("quant", "stands on a base quantised otherwise"),
         ("weights", "stands on other weights than pretrained_path holds"),
     ):
-        if before[key] != now[key]:
-            told = "" if key == "weights" else f": {_difference(before[key], now[key])}"
+        if before.get(key) != now[key]:
+            told = "" if key == "weights" else f": {_difference(before.get(key), now[key])}"
             raise ConfigError(f"resume: {resumed.folder} {what}{told}")
 
 
