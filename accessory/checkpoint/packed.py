@@ -75,12 +75,20 @@ class Quantised(Lazy):
 class Quantising(Lazy):
     """A dense weight on its way into a quantised folder: `blocks_of_rows` reads and quantises it once, row by row."""
 
-    def __init__(self, base: Lazy, format: Format, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: Lazy,
+        format: Format,
+        dtype: torch.dtype,
+        search: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.base, self.format, self.dtype, self.shape = base, format, dtype, base.shape
+        self.search, self.device = search, device
 
     def blocks_of_rows(self) -> Iterator[Quantised]:
-        for packed in quantised_blocks(self.base, self.format):
-            yield Quantised(self.format, {n: Constant(t) for n, t in packed.tensors().items()}, self.dtype)
+        for packed in quantised_blocks(self.base, self.format, self.device, self.search):
+            yield Quantised(self.format, {n: Constant(t.cpu()) for n, t in packed.tensors().items()}, self.dtype)
 
     def load(self) -> Tensor:
         return torch.cat([block.load() for block in self.blocks_of_rows()])
@@ -92,7 +100,9 @@ class Quantising(Lazy):
         return {n: Constant(torch.empty(size, dtype=dtype, device="meta")) for n, (size, dtype) in shapes.items()}
 
 
-def quantised_blocks(tensor: Lazy, format: Format, device: torch.device | str = "cpu") -> Iterator[Packed]:
+def quantised_blocks(
+    tensor: Lazy, format: Format, device: torch.device | str = "cpu", search: bool = False
+) -> Iterator[Packed]:
     """A dense weight quantised on `device`, some rows at a time: of what comes from a file, no more is held."""
     on_cpu = torch.device(device).type == "cpu"
     rows, columns = tensor.shape
@@ -103,7 +113,7 @@ def quantised_blocks(tensor: Lazy, format: Format, device: torch.device | str = 
         block = tensor.narrow(0, start, min(step, rows - start))
         values = torch.empty(block.shape, dtype=block.dtype, device=device)
         block.copy_to(values)
-        yield quantize(values, format)
+        yield quantize(values, format, search)
 
 
 def declared_quant(folder: Path) -> Quant | None:

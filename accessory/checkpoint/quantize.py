@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.atomic import check_destination, refuse_overlap
+from accessory.checkpoint.atomic import check_destination, check_free_space, refuse_overlap
+from accessory.checkpoint.calibrate import Calibration, Reached
+from accessory.checkpoint.files import read_safetensors
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantised, Quantising, declaration, spell
 from accessory.checkpoint.save import write_folder
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs
-from accessory.errors import ConfigError
+from accessory.errors import CheckpointError, ConfigError
 from accessory.ops.quantized import FORMATS, GROUP
 
 log = logging.getLogger(__name__)
@@ -32,12 +41,22 @@ def quantize_checkpoint(
     verify: bool = True,
     progress: bool = True,
     config_files: Sequence[str | Path] = (),
-) -> None:
+    search: bool = True,
+    calibrate: Tensor | None = None,
+    allow_unreached: bool = False,
+    device: torch.device | str = "cpu",
+) -> Reached | None:
     """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`, quantised as `quant` says.
 
     What `quant` leaves out stays what it is in `src`. Weights are read and quantised some rows at a time. `dst` appears
-    whole or not at all, and with `verify` only after it was read again and compared. Raises CheckpointError and
-    ConfigError as reading and writing do, for a `src` that is quantised already, and for rows without whole groups.
+    whole or not at all, and with `verify` only after it was read again and compared.
+
+    On `device`, int4's scales are searched for the smallest error unless `search` is False, or with `calibrate`, a
+    text's token ids (B, T), its numbers are chosen for what the text sends through the network; which experts that
+    reached is returned, and written to calibration.json. `allow_unreached`: search for those that it did not reach.
+
+    Raises CheckpointError and ConfigError as reading, writing and calibrating do, for a `src` that is quantised
+    already, and for rows without whole groups.
     """
     if quant is None:
         raise ConfigError(f"quant: nothing is to be quantised; give one of {', '.join(FORMATS)}")
@@ -50,20 +69,57 @@ def quantize_checkpoint(
         raise ConfigError(
             f"{source.path}: is quantised already ({spell(source.quant)}); give the folder that it was made from"
         )
-    tensors = quantised_tensors(source.tensors, quant)
+    tensors = quantised_tensors(source.tensors, quant, search, device)
     log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, spell(quant))
-    write_folder(
-        dst,
-        tensors,
-        plan_quantized(tensors, source.args, source.llama_type, quant),
-        resources=source.resources,
-        overwrite=overwrite,
-        verify=verify,
-        progress=progress,
-    )
+    reached: Reached | None = None
+    with ExitStack() as stack:
+        if calibrate is not None:
+            calibration = Calibration(
+                source.tensors, source.args, quant, calibrate, device=device, allow_unreached=allow_unreached
+            )
+            tensors |= stack.enter_context(_set_aside(calibration, tensors, Path(dst), progress))
+            reached = calibration.reached
+        plan = plan_quantized(tensors, source.args, source.llama_type, quant)
+        if reached is not None:
+            plan.documents["calibration.json"] = reached.to_dict()
+        write_folder(
+            dst,
+            tensors,
+            plan,
+            resources=source.resources,
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+        )
+    return reached
 
 
-def quantised_tensors(tensors: Mapping[str, Lazy], quant: Quant) -> dict[str, Lazy]:
+@contextmanager
+def _set_aside(
+    calibration: Calibration, tensors: Mapping[str, Lazy], dst: Path, progress: bool
+) -> Iterator[dict[str, Lazy]]:
+    """The calibrated weights, each in a file of its own beside `dst` as soon as it is chosen, and read from there: so
+    that memory holds one layer's, and the folder itself is written as any other."""
+    wanted = {n: t for n, t in tensors.items() if isinstance(t, Quantising) and t.format == "int4"}
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{dst.name}.calibrating-", dir=dst.parent))
+    except OSError as error:
+        raise CheckpointError(f"{dst}: cannot be written beside ({error.strerror})") from error
+    try:
+        check_free_space(scratch, 2 * sum(p.nbytes for t in wanted.values() for p in t.pieces.values()))
+        out: dict[str, Lazy] = {}
+        for name, packed in calibration.weights(progress):
+            save_file(packed.tensors(), scratch / name)
+            out[name] = Quantised(packed.format, read_safetensors(scratch / name), wanted[name].dtype)
+        yield out
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def quantised_tensors(
+    tensors: Mapping[str, Lazy], quant: Quant, search: bool = True, device: torch.device | str = "cpu"
+) -> dict[str, Lazy]:
     """Canonical tensors, those that `quant` names to be quantised when they are written. ConfigError naming a weight
     whose rows have no whole groups."""
     dtype = tensors["tok_embeddings.weight"].dtype  # what readers of the folder will be given
@@ -79,7 +135,7 @@ def quantised_tensors(tensors: Mapping[str, Lazy], quant: Quant) -> dict[str, La
                 f"{name}: its rows of {tensor.shape[1]} numbers are no whole groups of {group}, which {format} scales "
                 "together; int8 and fp8 scale rows"
             )
-        out[name] = Quantising(tensor, format, dtype)
+        out[name] = Quantising(tensor, format, dtype, search, device)
     return out
 
 
@@ -91,7 +147,7 @@ def plan_quantized(
     size = total = 0
     for canonical, tensor in tensors.items():
         slots = {canonical: Slot(tensor.shape, tensor.dtype, [(canonical, _whole)])}
-        if isinstance(tensor, Quantising):
+        if isinstance(tensor, Quantising | Quantised):
             slots = {
                 f"{canonical}.{piece}": Slot(lazy.shape, lazy.dtype, [(canonical, partial(_piece, piece=piece))])
                 for piece, lazy in tensor.pieces.items()

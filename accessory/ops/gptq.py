@@ -27,8 +27,8 @@ BLOCK = 128
 def gptq_int4(weight: Tensor, hessian_II: Tensor, tokens: int) -> Packed:
     """int4 of a weight (O, I) for inputs, `tokens` of them, with Σ x xᵀ = `hessian_II` of any scale; in fp32.
 
-    Weights of the same inputs are best given at once, one above the other. Where nothing came in (H = 0), or what came is
-    not finite, scales are searched and numbers rounded to the nearest. ConfigError where I has no whole groups.
+    Weights of the same inputs are best given at once, one above the other. Where nothing came in (H = 0), or what came
+    is not finite, scales are searched and numbers rounded to the nearest. ConfigError where I has no whole groups.
     """
     packed_shapes("int4", tuple(weight.shape))
     weight = weight.detach().float()

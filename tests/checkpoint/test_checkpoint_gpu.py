@@ -56,7 +56,7 @@ def test_a_quantised_folder_is_what_quantising_on_the_gpu_gives(tmp_path, format
     tensors = random_tensors(args)
     source = write_accessory(tmp_path / "source", tensors, "sparse", args, world=1)
     quant = Quant.parse(format, output="int8")
-    quantize_checkpoint(source, tmp_path / "out", quant, progress=False)
+    quantize_checkpoint(source, tmp_path / "out", quant, search=False, progress=False)
     opened, dense = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
     stored = load_decoder([opened], args, implementation, device="cuda", quant=opened.quant)
     arrived = load_decoder([dense], args, implementation, device="cuda", quant=quant)

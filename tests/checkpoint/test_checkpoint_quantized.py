@@ -66,7 +66,7 @@ def source(tensors, tmp_path_factory):
 def folders(source, tmp_path_factory):
     root = tmp_path_factory.mktemp("quantised")
     for format, quant in QUANTS.items():
-        quantize_checkpoint(source, root / format, quant, progress=False)
+        quantize_checkpoint(source, root / format, quant, search=False, progress=False)
     return root
 
 
@@ -131,7 +131,7 @@ def test_loading_gives_the_bytes_of_quantising_while_loading(folders, source, fo
 @pytest.mark.parametrize("to", ["base", "sparse", "hf", "torrent"])
 def test_every_layout_is_quantised_alike(folders, source, tmp_path, to):
     convert(source, tmp_path / to, to=to, progress=False)
-    quantize_checkpoint(tmp_path / to, tmp_path / "out", QUANTS["int4"], progress=False)
+    quantize_checkpoint(tmp_path / to, tmp_path / "out", QUANTS["int4"], search=False, progress=False)
     one, other = (load_file(f / "model.safetensors") for f in (folders / "int4", tmp_path / "out"))
     assert one.keys() == other.keys()
     assert all(torch.equal(t.view(torch.uint8), other[n].view(torch.uint8)) for n, t in one.items())

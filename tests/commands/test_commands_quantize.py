@@ -1,5 +1,7 @@
 """`accessory quantize`, and what every other command makes of its folder, finetuning included."""
 
+import json
+
 import pytest
 from helpers.runs import curve, dialogues, finetune, refused, write_data, write_model
 
@@ -20,7 +22,8 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantised(inputs):
-    assert main(["quantize", str(inputs / "model"), str(inputs / "int4"), "--quant", "int4"]) == 0
+    plain = ["--quant", "int4", "--no-quant-search"]
+    assert main(["quantize", str(inputs / "model"), str(inputs / "int4"), *plain]) == 0
     return inputs / "int4"
 
 
@@ -74,6 +77,62 @@ def test_it_generates_what_quantising_while_loading_generates(inputs, quantised,
     stored = said(capsys, "generate", quantised, *words)
     assert stored == said(capsys, "generate", inputs / "model", *words, "--quant", "int4")
     assert "is quantised already (experts int4" in refusal(capsys, "generate", quantised, *words, "--quant", "nf4")
+
+
+@pytest.fixture
+def text(inputs):
+    """Enough for some rows, in words that the tokenizer knows."""
+    path = inputs / "text.txt"
+    path.write_text("the cat sat on the mat and the dog ran to the house. " * 400, encoding="utf-8")
+    return path
+
+
+def test_int4_is_searched_for_unless_told_otherwise(inputs, quantised, tmp_path, capsys):
+    said(capsys, "quantize", inputs / "model", tmp_path / "searched", "--quant", "int4", "--device", "cpu")
+    right = open_checkpoint(inputs / "model").tensors
+    errors = []
+    for folder in (tmp_path / "searched", quantised):
+        tensors = open_checkpoint(folder).tensors
+        errors.append(
+            sum(float((t.load().float() - right[n].load().float()).square().sum()) for n, t in tensors.items())
+        )
+    assert 0 < errors[0] < 0.95 * errors[1]
+
+
+def test_a_text_to_calibrate_on(inputs, quantised, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["quantize", inputs / "model", out, "--quant", "int4", "--device", "cpu", "--calibrate", text]
+    lines = said(capsys, *words, "--calibrate-tokens", "1024", "--allow-unreached").splitlines()
+    assert lines[0].startswith("calibrated on 1024 tokens, of which an expert got ")
+    assert lines[-1] == f"{out}: written, read again and equal"
+    told = json.loads((out / "calibration.json").read_text())
+    args = open_checkpoint(out).args
+    assert told["tokens"] == 1024
+    assert [sum(layer) for layer in told["tokens_of_experts"]] == [1024 * args.moe.num_experts_per_tok] * args.n_layers
+    assert open_checkpoint(out).quant == Quant("int4", "int4")
+    assert said(capsys, "verify", out).splitlines()[-1].startswith("whole: ")
+    assert "quantised       experts int4, attention int4\n" in said(capsys, "info", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing left beside it
+
+
+def test_what_calibrating_refuses(inputs, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["quantize", inputs / "model", out, "--quant", "int4", "--device", "cpu"]
+    assert "there is no text; give --calibrate FILE" in refusal(capsys, *words, "--allow-unreached")
+    assert "there is no text; give --calibrate FILE" in refusal(capsys, *words, "--calibrate-tokens", "99")
+    assert "missing.txt: cannot be read (No such file" in refusal(
+        capsys, *words, "--calibrate", tmp_path / "missing.txt"
+    )
+    (tmp_path / "latin").write_bytes(b"caf\xe9 " * 9)
+    assert "latin: cannot be read (is no UTF-8 text)" in refusal(capsys, *words, "--calibrate", tmp_path / "latin")
+    (tmp_path / "short").write_text("the cat")
+    assert "of one row; give a longer text" in refusal(capsys, *words, "--calibrate", tmp_path / "short")
+    few = refusal(capsys, *words, "--calibrate", text, "--calibrate-tokens", "3")
+    assert "--calibrate-tokens: got 3, but it must be at least" in few
+    words[4] = "nf4"
+    said = refusal(capsys, *words, "--calibrate", text, "--calibrate-tokens", "1024")
+    assert "quant has none; give --quant int4" in said
+    assert not out.exists()
 
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "max_steps": 3, "only_save_trainable": True, "save_iteration_interval": None}

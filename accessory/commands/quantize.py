@@ -1,0 +1,54 @@
+"""`accessory quantize`: any checkpoint into a quantised folder, int4 chosen with a text at hand if there is one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.data.plain_text import token_rows
+from accessory.data.tokenizer import check_vocabulary
+from accessory.errors import InputError
+from accessory.model.meta import tokenizer_of
+
+ROW = 512  # tokens of the text that are read in one go
+TOKENS = 128 * ROW
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """Run the command; prints which experts the text reached, and that the folder is there."""
+    quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
+    src, calibrate = resolve(options.src), None
+    if options.calibrate is not None:
+        source = open_checkpoint(src)
+        tokenizer = tokenizer_of([source.path])
+        check_vocabulary(tokenizer, source.args.vocab_size)
+        length, wanted = min(ROW, source.args.max_seq_len), options.calibrate_tokens or TOKENS
+        if wanted < length:
+            raise InputError(f"--calibrate-tokens: got {wanted}, but it must be at least {length}")
+        calibrate = token_rows(options.calibrate, tokenizer, tokens=wanted, length=length)
+        if calibrate.numel() < wanted // length * length:
+            print(f"{options.calibrate}: has {calibrate.numel()} tokens only", file=sys.stderr)
+    elif options.calibrate_tokens is not None or options.allow_unreached:
+        which = "--allow-unreached" if options.allow_unreached else "--calibrate-tokens"
+        raise InputError(f"{which}: says how to calibrate, but there is no text; give --calibrate FILE")
+    reached = quantize_checkpoint(
+        src,
+        options.dst,
+        quant,
+        overwrite=options.overwrite,
+        verify=options.verify,
+        search=options.quant_search,
+        calibrate=calibrate,
+        allow_unreached=options.allow_unreached,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if reached is not None:
+        print("\n".join(reached.lines()))
+    print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
+    return 0
