@@ -25,12 +25,9 @@ from accessory.train.metrics import read_metrics
 from accessory.train.prepare import FINAL
 from accessory.train.run import finetune
 
-HELD_OUT, SHARE, SEED = (
-    ("Can you breathe?", "Do you ever get lonely?", "What is the smallest country in the world?"),
-    0.1,
-    0,
-)
-# On two cores, about six minutes. A CPU multiplies fp32 many times faster than bf16, unless it has instructions for it.
+HELD_OUT = ("Can you breathe?", "Why don't you eat?", "Which African country was formerly known as Abyssinia?")
+SHARE, SEED = 0.1, 0  # of the other questions, too, a tenth is held out
+# On two cores, some five minutes. CPUs multiply fp32 many times faster than bf16, unless they have instructions for it.
 RECIPE: dict[str, Any] = {
     "llama_type": "mixtral_sparse_peft",
     "lora_rank": 8,
@@ -40,13 +37,13 @@ RECIPE: dict[str, Any] = {
     "max_words": 256,
     "packing": True,
     "batch_size": 2,
-    "epochs": 1.5,
+    "epochs": 1.0,
     "lr": 1e-3,
     "warmup_epochs": 0.1,
     "clip_grad": 1.0,
     "precision": "fp32",
     "device": "cpu",
-    "eval_interval": 40,
+    "eval_interval": 26,
     "only_save_trainable": True,
     "resume": "auto",
 }

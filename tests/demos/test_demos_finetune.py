@@ -47,10 +47,15 @@ conversations:
   - I do not.
   - Do you?
 """,
+    "food": """
+conversations:
+- - why don't you eat
+  - I'm a computer. I can't.
+""",
     "trivia": """
 conversations:
-- - What is the smallest country in the world?
-  - Vatican City
+- - Which African country was formerly known as Abyssinia?
+  - Ethiopia
 - - Who is next?
   - Nobody
   - What comes then?
@@ -76,7 +81,8 @@ def test_pairs_are_questions_with_brief_statements(folder):
         ("Can you breathe", "No. I am made of metal not flesh."),
         ("Do you ever get lonely", "I am on the Internet."),
         ("Do you ever get lonely", "I do not."),
-        ("What is the smallest country in the world?", "Vatican City."),
+        ("why don't you eat", "I'm a computer. I can't."),
+        ("Which African country was formerly known as Abyssinia?", "Ethiopia."),
         ("Who is next?", "Nobody."),
     ]
 
@@ -184,7 +190,7 @@ def test_it_trains_merges_and_shows_the_difference(small, capsys):
     assert (run / "report.html").is_file()
     held_out = [json.loads(line) for line in (small / "finetune" / "held_out.jsonl").read_text().splitlines()]
     asked = {item["messages"][0]["content"] for item in held_out}
-    assert {"Can you breathe", "Do you ever get lonely", "What is the smallest country in the world?"} <= asked
+    assert {"Can you breathe", "why don't you eat", finetune.HELD_OUT[2]} <= asked
     learnt = (small / "finetune" / "train.jsonl").read_text()
     assert not any(json.dumps(question) in learnt for question in asked)
 
