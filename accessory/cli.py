@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,6 +150,8 @@ def _report(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     if options.finetune:
+        # Before torch reads it: threads that spin while others work waste most of a machine that is busy anyway.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from accessory.demos.finetune import finetune_demo
 
         return finetune_demo(Path(options.dir), options.question, options.max_gen_len)
