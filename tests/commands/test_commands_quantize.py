@@ -138,6 +138,7 @@ def test_what_calibrating_refuses(inputs, text, tmp_path, capsys):
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "max_steps": 3, "only_save_trainable": True, "save_iteration_interval": None}
 
 
+@pytest.mark.slow
 def test_qlora_learns_beside_it_as_beside_quantising_while_loading(inputs, quantised, tmp_path):
     final = finetune(inputs, tmp_path / "stored", **LORA, pretrained_path=[str(quantised)])
     finetune(inputs, tmp_path / "loaded", **LORA, quant="int4")

@@ -63,6 +63,7 @@ def test_n_gpus_starts_ranks_itself(folder, expected):
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_prints_once_and_shares_standard_input(folder, expected):
     done = run(torchrun("generate", folder, "--prompt", PROMPT, "--stream", *HOW))
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
@@ -89,6 +90,7 @@ def test_srun_ranks_meet_by_slurms_variables(folder, expected):
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(folder):
     done = run(torchrun("generate", folder, "--prompt", PROMPT, *HOW[2:], "--max-gen-len", "0"))
     told = [line for line in done.stderr.splitlines() if line.startswith("accessory: error:")]

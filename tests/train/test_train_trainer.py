@@ -84,7 +84,7 @@ def test_both_implementations_learn_adapters_alike():
     "cases",
     [
         pytest.param(TWO, id="2 ranks"),
-        pytest.param(FOUR, id="4 ranks"),
+        pytest.param(FOUR, id="4 ranks", marks=pytest.mark.slow),
         pytest.param(MORE_OF_TWO, id="2 ranks, more", marks=pytest.mark.slow),
         pytest.param(MORE_OF_FOUR, id="4 ranks, more", marks=pytest.mark.slow),
     ],
