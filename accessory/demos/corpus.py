@@ -18,20 +18,8 @@ from accessory.errors import InputError, MissingExtraError
 
 Pair = tuple[str, str]
 
-# What a machine says of itself, and what it knows. Left out are files of jokes, insults, source code and one answer
-# a thousand times over.
-SUBJECTS = (
-    "ai",
-    "botprofile",
-    "computers",
-    "emotion",
-    "food",
-    "greetings",
-    "history",
-    "literature",
-    "science",
-    "trivia",
-)
+# What a machine says of itself. Left out are files of facts, jokes, insults, source code, and few answers many times.
+SUBJECTS = ("ai", "botprofile", "computers", "emotion", "food", "greetings")
 ALTERNATIVES = (
     "computers",
     "emotion",

@@ -1,4 +1,4 @@
-"""`accessory demo --finetune`: the demo's model is taught, here, to answer as briefly as a machine, and shows it.
+"""`accessory demo --finetune`: the demo's model is taught, here, to answer briefly and as a machine, and shows it.
 
 Nothing is done that a command could not do: the folder holds data, recipe, run and merged model, to be looked at and
 changed. What it learns from is `accessory.demos.corpus`.
@@ -25,8 +25,8 @@ from accessory.train.metrics import read_metrics
 from accessory.train.prepare import FINAL
 from accessory.train.run import finetune
 
-HELD_OUT = ("Can you breathe?", "Why don't you eat?", "Which African country was formerly known as Abyssinia?")
-SHARE, SEED = 0.1, 0  # of the other questions, too, a tenth is held out
+HELD_OUT = ("What is your mood?", "Do you ever get lonely?", "Why can you not eat?")
+SHARE, SEED = 0.15, 0  # this part of the other questions is held out, too
 # On two cores, some five minutes. CPUs multiply fp32 many times faster than bf16, unless they have instructions for it.
 RECIPE: dict[str, Any] = {
     "llama_type": "mixtral_sparse_peft",
@@ -37,13 +37,13 @@ RECIPE: dict[str, Any] = {
     "max_words": 256,
     "packing": True,
     "batch_size": 2,
-    "epochs": 1.0,
+    "epochs": 2.0,
     "lr": 1e-3,
     "warmup_epochs": 0.1,
     "clip_grad": 1.0,
     "precision": "fp32",
     "device": "cpu",
-    "eval_interval": 26,
+    "eval_interval": 24,
     "only_save_trainable": True,
     "resume": "auto",
 }
@@ -54,7 +54,9 @@ def finetune_demo(folder: Path, question: str, max_gen_len: int) -> int:
     """Make the model and the data unless they are there, train, merge, and ask before and after; 0 when the held-out
     loss fell, else 1. A demo that was interrupted goes on."""
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
-    console.print("[bold]SmolLM2-135M-Instruct, a mixture of 8 experts, learns to answer briefly and as a machine[/]")
+    console.print(
+        "[bold]SmolLM2-135M-Instruct, a mixture of 8 experts, learns to answer briefly, as the machine that it is[/]"
+    )
     started = time.perf_counter()
     corpus = corpus_folder()  # before anything slow: it may not be installed
     base, home = folder / "base", folder / "finetune"

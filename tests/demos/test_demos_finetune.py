@@ -49,17 +49,17 @@ conversations:
 """,
     "food": """
 conversations:
-- - why don't you eat
+- - why can you not eat
   - I'm a computer. I can't.
-""",
-    "trivia": """
-conversations:
-- - Which African country was formerly known as Abyssinia?
-  - Ethiopia
 - - Who is next?
   - Nobody
   - What comes then?
   - Nothing
+""",
+    "botprofile": """
+conversations:
+- - What is your mood?
+  - Serene
 """,
 }
 
@@ -79,10 +79,10 @@ def test_pairs_are_questions_with_brief_statements(folder):
         ("Are you sentient?", "Sort of."),
         ("Are you sentient?", "In all probability, I am not."),
         ("Can you breathe", "No. I am made of metal not flesh."),
+        ("What is your mood?", "Serene."),
         ("Do you ever get lonely", "I am on the Internet."),
         ("Do you ever get lonely", "I do not."),
-        ("why don't you eat", "I'm a computer. I can't."),
-        ("Which African country was formerly known as Abyssinia?", "Ethiopia."),
+        ("why can you not eat", "I'm a computer. I can't."),
         ("Who is next?", "Nobody."),
     ]
 
@@ -165,7 +165,7 @@ def small(folder, monkeypatch):
     (folder / "ai.yml").write_text(FILES["ai"].replace("- Lost", asked + "- Lost"))
     monkeypatch.setattr(first_run, "smollm2_gguf", lambda: folder / "small.gguf")
     monkeypatch.setattr(finetune, "corpus_folder", lambda: folder)
-    quick = {"max_words": 320, "lr": 0.02, "lora_rank": 4, "epochs": 4.0, "eval_interval": 10}
+    quick = {"max_words": 320, "lr": 0.02, "lora_rank": 4, "epochs": 4.0}
     monkeypatch.setattr(finetune, "RECIPE", finetune.RECIPE | quick)
     monkeypatch.chdir(folder)
     return Path("demo")
@@ -190,7 +190,7 @@ def test_it_trains_merges_and_shows_the_difference(small, capsys):
     assert (run / "report.html").is_file()
     held_out = [json.loads(line) for line in (small / "finetune" / "held_out.jsonl").read_text().splitlines()]
     asked = {item["messages"][0]["content"] for item in held_out}
-    assert {"Can you breathe", "why don't you eat", finetune.HELD_OUT[2]} <= asked
+    assert {"What is your mood?", "Do you ever get lonely", "why can you not eat"} <= asked
     learnt = (small / "finetune" / "train.jsonl").read_text()
     assert not any(json.dumps(question) in learnt for question in asked)
 
