@@ -20,10 +20,8 @@ Pair = tuple[str, str]
 
 # What a machine says of itself. Left out are files of facts, jokes, insults, source code, and few answers many times.
 SUBJECTS = ("ai", "botprofile", "computers", "emotion", "food", "greetings")
-ALTERNATIVES = (
-    "computers",
-    "emotion",
-)  # files in which several answers to one question follow it; else the dialogue goes on
+# In these, what follows a question are answers to it; elsewhere the dialogue goes on.
+ALTERNATIVES = ("computers", "emotion")
 LONGEST = 15  # words of an answer
 
 
