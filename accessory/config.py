@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accessory.errors import ConfigError
+from accessory.vision_config import VisionArgs
 
 Implementation = Literal["base", "sparse"]
 
@@ -25,6 +26,7 @@ ROPE_TYPES = ("linear", "llama3", "yarn")
 # The linears that LoRA may stand beside; the router and the output head only where they are named.
 LORA_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 LORA_TARGETS_ON_REQUEST = ("gate", "output")
+TRAINABLE_MODES = ("sg", "mm_stage1", "mm_stage2")
 
 
 def _check(condition: bool, name: str, given: object, wanted: str) -> None:
@@ -86,7 +88,8 @@ class ModelArgs:
     norm_tuning: bool = True
     # Images
     load_pretrained_visual_encoder: bool = False
-    trainable_mode: str = "sg"
+    trainable_mode: str = "sg"  # or "mm_stage1": projections, start and end alone; "mm_stage2": all but the encoders
+    vision: VisionArgs | None = None  # None: the original's ensemble, where llama_type asks for images
 
     def __post_init__(self) -> None:
         if isinstance(self.moe, Mapping):
@@ -145,6 +148,13 @@ class ModelArgs:
         some = isinstance(given, list | tuple) and bool(given) and set(given) <= set(known)
         _check(some, "lora_targets", given, "some of " + ", ".join(known))
         object.__setattr__(self, "lora_targets", tuple(name for name in known if name in given))
+        _check(
+            self.trainable_mode in TRAINABLE_MODES,
+            "trainable_mode",
+            self.trainable_mode,
+            "one of " + ", ".join(TRAINABLE_MODES),
+        )
+        object.__setattr__(self, "vision", VisionArgs.parse(self.vision))
         for name in ("bias_tuning", "norm_tuning"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
@@ -221,7 +231,7 @@ class ModelArgs:
 
 
 PEFT_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "bias_tuning", "norm_tuning")
-_OPTIONAL_KEYS = (*PEFT_FIELDS, "load_pretrained_visual_encoder", "trainable_mode")
+_OPTIONAL_KEYS = (*PEFT_FIELDS, "load_pretrained_visual_encoder", "trainable_mode", "vision")
 
 # Other spellings -> ours. Mistral's params.json and what circulates under its name; Hugging Face's config.json.
 _ALIASES = {
