@@ -1,0 +1,254 @@
+"""Images to tokens: every encoder looks at every view, and what it saw of an image is kept.
+
+Letters of shapes: I images, P pixels of an image each way, V views (of all images), S pixels of a view each way,
+T tokens, C channels, Q queries.
+
+An image comes as (3, P, P) in fp32, normalised as CLIP wants it (`data.transform`). One view: the whole image, at each
+encoder's own size S. Five: the whole, then the quarters of the image at 2S, top left, top right, bottom left, bottom
+right. Features are in the tower's dtype and never need gradients: the encoders are frozen.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.errors import ConfigError, InputError
+from accessory.nn.vision_encoders import build_encoder, run_encoder
+from accessory.vision_config import CLIP_MEAN, CLIP_STD, VIEWS, EncoderArgs, VisionArgs
+
+CACHE_BYTES = 256 * 2**20
+VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
+
+
+class Features(NamedTuple):
+    """What a tower saw: `visual_VTC`, all encoders' channels side by side, and the query's tokens if it has one.
+
+    V = images × views, image by image, the whole before the quarters.
+    """
+
+    visual_VTC: Tensor
+    query_VQC: Tensor | None
+
+    def to(self, device: torch.device | str) -> Features:
+        return Features(self.visual_VTC.to(device), None if self.query_VQC is None else self.query_VQC.to(device))
+
+    def narrow(self, start: int, length: int) -> Features:
+        """`length` views from `start` on, not copied."""
+        query_VQC = self.query_VQC
+        return Features(
+            self.visual_VTC.narrow(0, start, length), None if query_VQC is None else query_VQC.narrow(0, start, length)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.visual_VTC.nbytes + (0 if self.query_VQC is None else self.query_VQC.nbytes)
+
+
+class VisionTower(nn.Module):
+    """The encoders of `args`, for images of `pixels` × `pixels` that are looked at as `views` views.
+
+    Built on the meta device, it wants `to_empty` and then its weights (`checkpoint.vision.load_tower`). Always in
+    evaluation mode. `runs` counts the images that encoders were run on, `cache_bytes` bounds what is kept of them.
+    Raises ConfigError for configurations that cannot be built, MissingExtraError without transformers.
+    """
+
+    def __init__(self, args: VisionArgs, views: int, *, cache_bytes: int = CACHE_BYTES) -> None:
+        super().__init__()
+        if views not in VIEWS:
+            raise ConfigError(f"vision: views: got {views!r}, but it must be one of {', '.join(map(str, VIEWS))}")
+        self.args, self.views, self.pixels = args, views, args.pixels(views)
+        self.encoders = nn.ModuleDict()
+        for encoder in args.all:
+            if hasattr(self.encoders, encoder.name):
+                raise ConfigError(f"vision: name: {encoder.name!r} is taken by torch; call the encoder something else")
+            self.encoders[encoder.name] = build_encoder(encoder)
+        self.requires_grad_(False)
+        self.train(False)
+        self.kept = Kept(cache_bytes)
+        self.runs = 0
+        self.register_load_state_dict_post_hook(lambda tower, _: tower.kept.clear())
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in evaluation mode whatever `mode` says."""
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
+        self.kept.clear()  # of another device, dtype or content
+        super()._apply(fn, recurse)
+        return self
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> VisionTower:
+        super().to_empty(device=device, recurse=recurse)
+        # No state dict holds these, so nothing that is loaded would fill them.
+        for name, buffer in self.named_buffers():
+            if name.endswith(".position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def encode(
+        self,
+        pixels_I3PP: Tensor,
+        *,
+        agree: Callable[[list[bool]], list[bool]] | None = None,
+        run: Callable[[Tensor], Features] | None = None,
+    ) -> Features:
+        """What the encoders see in images; those of the same content as kept ones are not looked at again.
+
+        `agree` may add to the images that have to be run (true: not kept here), and `run` run them another way than
+        this tower alone: `parallel.images` shares the work so. InputError for a tensor of another shape or kind.
+        """
+        self._check(pixels_I3PP)
+        keys = [content_of(pixels_3PP) for pixels_3PP in pixels_I3PP]
+        if not keys:
+            return self.empty()
+        found = {key: features for key in keys if (features := self.kept.get(key)) is not None}
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # an image given twice is run once
+        different = sorted(first.values())
+        missing = [keys[i] not in found for i in different]
+        if agree is not None:
+            missing = agree(missing)
+        todo = [i for i, lacks in zip(different, missing, strict=True) if lacks]
+        if todo:
+            new = (run or self.run)(pixels_I3PP if len(todo) == len(keys) else pixels_I3PP[todo])
+            for n, i in enumerate(todo):
+                found[keys[i]] = new.narrow(n * self.views, self.views)
+                self.kept.put(keys[i], found[keys[i]])
+            if len(todo) == len(keys):
+                return new
+        return _joined([found[key] for key in keys])
+
+    def run(self, pixels_I3PP: Tensor, first: int = 0, count: int | None = None) -> Features:
+        """Run the encoders, whatever is kept, on all views of the images or on `count` of them from the `first` on."""
+        total = len(pixels_I3PP) * self.views
+        last = total if count is None else first + count
+        # Neither the caller's autocast nor its inference mode may show in what is kept for others.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = [
+                self._run_some(pixels_I3PP, start, min(start + VIEWS_AT_ONCE, last))
+                for start in range(first, last, VIEWS_AT_ONCE)
+            ]
+        self.runs += -(-last // self.views) - first // self.views if last > first else 0
+        return _joined(parts) if parts else self.empty()
+
+    def empty(self, views: int = 0) -> Features:
+        """Features of so many views, not filled."""
+        args, query, like = self.args, self.args.query, next(self.parameters())
+        return Features(
+            like.new_empty(views, args.encoders[0].tokens, args.channels),
+            None if query is None else like.new_empty(views, query.tokens, query.channels),
+        )
+
+    def _run_some(self, pixels_I3PP: Tensor, first: int, last: int) -> Features:
+        images = slice(first // self.views, -(-last // self.views))
+        pixels_I3PP = pixels_I3PP[images].to(self.device, torch.float32)
+        start = first - images.start * self.views
+        seen: dict[int, Tensor] = {}
+        tokens: list[Tensor] = []
+        for encoder in self.args.all:
+            if encoder.size not in seen:
+                seen[encoder.size] = views_of(pixels_I3PP, encoder.size, self.views)[start : start + last - first]
+            x_V3SS = normalised(seen[encoder.size], encoder).to(self.dtype)
+            tokens.append(run_encoder(encoder.kind, self.encoders[encoder.name], x_V3SS))
+        query_VQC = None if self.args.query is None else tokens.pop()
+        return Features(torch.cat(tokens, dim=-1), query_VQC)
+
+    def _check(self, pixels_I3PP: Tensor) -> None:
+        wanted = (3, self.pixels, self.pixels)
+        if pixels_I3PP.dim() != 4 or tuple(pixels_I3PP.shape[1:]) != wanted:
+            raise InputError(
+                f"images: got a tensor of shape {tuple(pixels_I3PP.shape)}, but it must be (images, "
+                f"{', '.join(map(str, wanted))}): accessory.data.transform makes such"
+            )
+        if not pixels_I3PP.is_floating_point():
+            raise InputError(f"images: got {pixels_I3PP.dtype}, but pixels must be floating-point, normalised for CLIP")
+
+
+class Kept:
+    """Features by the content of their image; where `limit` bytes are exceeded, the least recently used are dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._features: OrderedDict[bytes, Features] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def get(self, key: bytes) -> Features | None:
+        features = self._features.get(key)
+        if features is not None:
+            self._features.move_to_end(key)
+        return features
+
+    def put(self, key: bytes, features: Features) -> None:
+        """Keep a copy: `features` may be a part of something larger, which would be kept with it."""
+        if key in self._features:
+            self.nbytes -= self._features.pop(key).nbytes
+        if features.nbytes > self.limit:
+            return
+        query_VQC = features.query_VQC
+        self._features[key] = Features(features.visual_VTC.clone(), None if query_VQC is None else query_VQC.clone())
+        self.nbytes += features.nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self._features.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        self._features.clear()
+        self.nbytes = 0
+
+
+def content_of(pixels_3PP: Tensor) -> bytes:
+    """A digest of an image's pixels: equal for equal pixels, wherever they lie."""
+    pixels = pixels_3PP.detach().to("cpu", torch.float32).contiguous()
+    return blake2b(pixels.numpy().data, digest_size=16).digest()
+
+
+def views_of(pixels_I3PP: Tensor, size: int, views: int) -> Tensor:
+    """(I·views, 3, size, size): of each image the whole, and with five views its quarters at twice the size."""
+    whole_I3SS = resized(pixels_I3PP, size)
+    if views == 1:
+        return whole_I3SS
+    double = resized(pixels_I3PP, 2 * size)
+    rows = double[:, :, :size], double[:, :, size:]
+    quarters = [half[..., side] for half in rows for side in (slice(None, size), slice(size, None))]
+    return torch.stack([whole_I3SS, *quarters], dim=1).flatten(0, 1)
+
+
+def resized(pixels_I3PP: Tensor, size: int) -> Tensor:
+    """Bicubic and not smoothed first, as the ensemble's encoders were fed in training."""
+    if pixels_I3PP.shape[-1] == size:
+        return pixels_I3PP
+    return F.interpolate(pixels_I3PP, size=(size, size), mode="bicubic", align_corners=False)
+
+
+def normalised(pixels_V3SS: Tensor, encoder: EncoderArgs) -> Tensor:
+    """CLIP's normalisation exchanged for the encoder's own."""
+    mean, std = encoder.normalisation
+    if (mean, std) == (CLIP_MEAN, CLIP_STD):
+        return pixels_V3SS
+    clip_mean, clip_std, own_mean, own_std = (
+        torch.tensor(v, dtype=pixels_V3SS.dtype, device=pixels_V3SS.device).view(3, 1, 1)
+        for v in (CLIP_MEAN, CLIP_STD, mean, std)
+    )
+    return (pixels_V3SS * clip_std + clip_mean - own_mean) / own_std
+
+
+def _joined(parts: list[Features]) -> Features:
+    if len(parts) == 1:
+        return parts[0]
+    queries = [part.query_VQC for part in parts if part.query_VQC is not None]
+    return Features(torch.cat([part.visual_VTC for part in parts]), torch.cat(queries) if queries else None)

@@ -1,0 +1,232 @@
+"""The image encoders, each built from its configuration and called for the tokens that it gives of a view.
+
+Letters of shapes: V views, S pixels of a view each way, T tokens, C channels, h positions each way, Q queries.
+
+The networks are transformers' own classes, but for EfficientNet-Lite0. Two things that those classes do differently
+from the libraries that the published weights were trained with are keys of the configuration:
+
+* convnext `norm_eps`: the epsilon of every LayerNorm but the last. transformers always takes 1e-6; timm's
+  convnext_xxlarge takes 1e-5, there too. (`layer_norm_eps` is the last one's.)
+* dinov2 `interpolate_offset`: the position embeddings, learnt for `image_size` pixels, are resampled to `size` pixels.
+  DINOv2's hub models do that with the scale (h + 0.1) / h₀, transformers with h / h₀; neither smooths them first
+  (antialias). Absent: as transformers.
+
+CLIP's `hidden_act` matters likewise: OpenAI's weights were trained with quick_gelu, LAION's of the same size with gelu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.errors import ConfigError, MissingExtraError
+from accessory.vision_config import EncoderArgs, Kind
+
+_STRIDE = 32  # of the convolutional encoders: positions are so many pixels apart
+
+
+class Blip2(nn.Module):
+    """BLIP-2's image encoder and Q-Former, arXiv 2301.12597, under the names they have in transformers' Blip2Model."""
+
+    def __init__(self, encoder: EncoderArgs) -> None:
+        super().__init__()
+        transformers = _transformers(encoder)
+        vision = _configuration(encoder, transformers.Blip2VisionConfig, "vision", image_size=encoder.size)
+        _check_size(encoder, vision.image_size, "vision.image_size")
+        query = _configuration(encoder, transformers.Blip2QFormerConfig, "qformer")
+        if query.encoder_hidden_size != vision.hidden_size:
+            raise ConfigError(
+                f"vision: encoder {encoder.name}: config.qformer.encoder_hidden_size: got {query.encoder_hidden_size}, "
+                f"but it must be vision.hidden_size, {vision.hidden_size}"
+            )
+        self.query_tokens = nn.Parameter(torch.zeros(1, encoder.tokens, query.hidden_size))
+        self.vision_model = transformers.Blip2VisionModel(vision)
+        self.qformer = transformers.Blip2QFormerModel(query)
+
+    def forward(self, pixels_V3SS: Tensor) -> Tensor:
+        image_VTC = self.vision_model(pixel_values=pixels_V3SS).last_hidden_state
+        query_VQC = self.query_tokens.expand(len(image_VTC), -1, -1)
+        return self.qformer(query_embeds=query_VQC, encoder_hidden_states=image_VTC).last_hidden_state
+
+
+def build_encoder(encoder: EncoderArgs) -> nn.Module:
+    """An encoder with random weights, or with none under `torch.device("meta")`; its state dict has the names of
+    transformers' class, of EfficientNetLite0's, or of Blip2Model's parts that see.
+
+    Raises ConfigError for a configuration that its class does not take, MissingExtraError without transformers.
+    """
+    try:
+        return _BUILD[encoder.kind](encoder)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"vision: encoder {encoder.name}: config: cannot be built ({reason[:200]})") from error
+
+
+def run_encoder(kind: Kind, module: nn.Module, pixels_V3SS: Tensor) -> Tensor:
+    """Tokens (V, T, C) of views that are normalised as the encoder wants them, in the dtype of both.
+
+    clip and dinov2: class token, then patches in reading order, after the final LayerNorm, without a projection.
+    convnext and efficientnet_lite0: the last feature map (convnext's after its LayerNorm), its mean in front as class
+    token. blip2: the Q-Former's queries.
+    """
+    return _RUN[kind](module, pixels_V3SS)
+
+
+def _build_clip(encoder: EncoderArgs) -> nn.Module:
+    transformers = _transformers(encoder)
+    config = _configuration(encoder, transformers.CLIPVisionConfig, image_size=encoder.size)
+    _check_size(encoder, config.image_size, "image_size")
+    return transformers.CLIPVisionModel(config)
+
+
+def _build_convnext(encoder: EncoderArgs) -> nn.Module:
+    transformers = _transformers(encoder)
+    config = _configuration(encoder, transformers.ConvNextConfig)
+    stride = config.patch_size * 2 ** (len(config.depths) - 1)
+    if stride != _STRIDE or len(config.hidden_sizes) != len(config.depths):
+        raise ConfigError(
+            f"vision: encoder {encoder.name}: config: got depths {config.depths}, hidden_sizes {config.hidden_sizes} "
+            f"and patch_size {config.patch_size}, but there must be four stages and a patch_size of 4"
+        )
+    model = transformers.ConvNextModel(config)
+    eps = _number(encoder, "norm_eps")
+    for name, module in model.named_modules():
+        if eps is not None and isinstance(module, nn.LayerNorm) and name != "layernorm":
+            module.eps = eps
+    return model
+
+
+def _build_dinov2(encoder: EncoderArgs) -> nn.Module:
+    transformers = _transformers(encoder)
+    # What stands for hidden patches in pretraining is of no use here, and not every file of weights has it.
+    config = _configuration(encoder, transformers.Dinov2Config, image_size=encoder.size, use_mask_token=False)
+    model = transformers.Dinov2Model(config)
+    offset = _number(encoder, "interpolate_offset")
+    if offset:
+
+        def positions(embeddings: Any, x_VTC: Tensor, height: int, width: int) -> Tensor:
+            sizes = height // config.patch_size, width // config.patch_size
+            return resampled_positions(embeddings.position_embeddings, sizes, offset)
+
+        model.embeddings.interpolate_pos_encoding = MethodType(positions, model.embeddings)
+    return model
+
+
+def _build_efficientnet(encoder: EncoderArgs) -> nn.Module:
+    from accessory.nn.efficientnet import EfficientNetLite0
+
+    if encoder.config:
+        raise ConfigError(f"vision: encoder {encoder.name}: config: got {encoder.config!r:.60}, but it has none")
+    return EfficientNetLite0()
+
+
+def resampled_positions(positions_1TC: Tensor, sizes: tuple[int, int], offset: float) -> Tensor:
+    """Learnt position embeddings, a class token's in front, resampled bicubically (in fp32) to `sizes` = (h, w).
+
+    The scale is (h + offset) / h₀, so that sampling points lie a little closer together than h / h₀ would set them.
+    """
+    old = math.isqrt(positions_1TC.shape[1] - 1)
+    if sizes == (old, old):
+        return positions_1TC
+    class_11C, patch_1TC = positions_1TC[:, :1], positions_1TC[:, 1:]
+    grid_1Chh = patch_1TC.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    scale = [(n + offset) / old for n in sizes]
+    grid_1Chw = F.interpolate(grid_1Chh, scale_factor=scale, mode="bicubic", align_corners=False)
+    return torch.cat([class_11C, grid_1Chw.flatten(2).transpose(1, 2).to(positions_1TC.dtype)], dim=1)
+
+
+def _run_clip(module: Any, pixels_V3SS: Tensor) -> Tensor:
+    return module.post_layernorm(module(pixel_values=pixels_V3SS).last_hidden_state)
+
+
+def _run_convnext(module: Any, pixels_V3SS: Tensor) -> Tensor:
+    map_VChh = module(pixel_values=pixels_V3SS).last_hidden_state
+    return _mean_in_front(module.layernorm(map_VChh.flatten(2).transpose(1, 2)))
+
+
+def _run_dinov2(module: Any, pixels_V3SS: Tensor) -> Tensor:
+    return module(pixel_values=pixels_V3SS).last_hidden_state
+
+
+def _run_efficientnet(module: Any, pixels_V3SS: Tensor) -> Tensor:
+    return _mean_in_front(module(pixels_V3SS).flatten(2).transpose(1, 2))
+
+
+def _run_blip2(module: Any, pixels_V3SS: Tensor) -> Tensor:
+    return module(pixels_V3SS)
+
+
+def _mean_in_front(tokens_VTC: Tensor) -> Tensor:
+    return torch.cat([tokens_VTC.mean(dim=1, keepdim=True), tokens_VTC], dim=1)
+
+
+_BUILD: dict[Kind, Callable[[EncoderArgs], nn.Module]] = {
+    "clip": _build_clip,
+    "convnext": _build_convnext,
+    "dinov2": _build_dinov2,
+    "blip2": Blip2,
+    "efficientnet_lite0": _build_efficientnet,
+}
+_RUN: dict[Kind, Callable[[Any, Tensor], Tensor]] = {
+    "clip": _run_clip,
+    "convnext": _run_convnext,
+    "dinov2": _run_dinov2,
+    "blip2": _run_blip2,
+    "efficientnet_lite0": _run_efficientnet,
+}
+# Keys of `config` that are not transformers'.
+_OWN_KEYS: dict[Kind, frozenset[str]] = {
+    "convnext": frozenset(["norm_eps"]),
+    "dinov2": frozenset(["interpolate_offset"]),
+}
+
+
+def _transformers(encoder: EncoderArgs) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            f"vision: encoder {encoder.name} needs transformers: pip install 'mixtral-accessory[vision]'"
+        ) from error
+    return transformers
+
+
+def _configuration(encoder: EncoderArgs, config_class: Any, part: str | None = None, **otherwise: Any) -> Any:
+    """transformers' configuration of the values given, `otherwise` where they are absent; unknown keys are refused.
+
+    transformers itself would keep a misspelt key and go on with the default of the one that was meant.
+    """
+    values = encoder.config if part is None else encoder.config.get(part, {})
+    where = f"vision: encoder {encoder.name}: config" + (f".{part}" if part else "")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: got {values!r:.60}, but it must be an object of keys and values")
+    own = _OWN_KEYS.get(encoder.kind, frozenset())
+    theirs = {key: value for key, value in values.items() if key not in own}
+    unknown = sorted(theirs.keys() - config_class().to_dict().keys())
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; it takes those of {config_class.__name__}")
+    return config_class(**{**otherwise, **theirs})
+
+
+def _check_size(encoder: EncoderArgs, image_size: object, key: str) -> None:
+    if image_size != encoder.size:
+        raise ConfigError(
+            f"vision: encoder {encoder.name}: config.{key}: got {image_size!r}, but it must be its size, {encoder.size}"
+        )
+
+
+def _number(encoder: EncoderArgs, key: str) -> float | None:
+    value = encoder.config.get(key)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ConfigError(
+        f"vision: encoder {encoder.name}: config.{key}: got {value!r}, but it must be a number, 0 or more"
+    )

@@ -1,0 +1,119 @@
+"""Ensembles of a few dozen channels, with random weights, and the images they look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.nn.vision import VisionTower
+from accessory.vision_config import EncoderArgs, VisionArgs
+
+CLIP = EncoderArgs(
+    name="clip",
+    kind="clip",
+    size=28,
+    config={
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+)
+CONVNEXT = EncoderArgs(
+    name="convnext",
+    kind="convnext",
+    size=64,
+    config={"depths": [1, 2, 1, 1], "hidden_sizes": [8, 16, 24, 40], "layer_norm_eps": 1e-5, "norm_eps": 1e-5},
+)
+DINOV2 = EncoderArgs(
+    name="dinov2",
+    kind="dinov2",
+    size=28,
+    config={
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "mlp_ratio": 4,
+        "image_size": 70,
+        "patch_size": 14,
+        "use_swiglu_ffn": True,
+        "layer_norm_eps": 1e-6,
+        "interpolate_offset": 0.1,
+    },
+)
+QFORMER = EncoderArgs(
+    name="qformer",
+    kind="blip2",
+    size=28,
+    config={
+        "num_query_tokens": 3,
+        "vision": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "qformer": {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "encoder_hidden_size": 32,
+            "cross_attention_frequency": 2,
+        },
+    },
+)
+
+
+def tiny_sphinx() -> VisionArgs:
+    """SPHINX's four encoders, small: 5 tokens of 32 + 40 + 48 channels and 3 queries of 24 a view; 64 × 64 pixels."""
+    return VisionArgs(encoders=(CLIP, CONVNEXT, DINOV2), query=QFORMER)
+
+
+def tiny_clip() -> VisionArgs:
+    """One small encoder and no query: 5 tokens of 32 channels of 28 × 28 pixels."""
+    return VisionArgs(encoders=(CLIP,))
+
+
+def random_tower(
+    args: VisionArgs | None = None,
+    views: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    cache_bytes: int = 2**20,
+) -> VisionTower:
+    """A tower whose weights all are random and matter: none is the zero or one that it is initialised with."""
+    tower = VisionTower(args or tiny_sphinx(), views, cache_bytes=cache_bytes)
+    randomise(tower, seed)
+    return tower.to(dtype)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Weights around zero, those that multiply (norms, layer scales) around one; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(module.state_dict(keep_vars=True).items()):
+            if not p.is_floating_point():
+                continue
+            noise = torch.randn(p.shape, generator=generator)
+            scales = p.dim() == 1 and name.endswith(("weight", "gamma", "lambda1", "layer_scale_parameter"))
+            fan_in = p[0].numel() if p.dim() > 1 else 1
+            if name.endswith("running_var"):
+                p.copy_(noise.abs() + 0.5)
+            else:
+                p.copy_(1 + 0.1 * noise if scales else noise * (0.1 if p.dim() == 1 else fan_in**-0.5))
+
+
+def random_pixels(args: VisionArgs, images: int = 1, views: int = 1, seed: int = 0) -> Tensor:
+    """(images, 3, P, P) fp32, smooth enough that resizing keeps something of it, about as CLIP normalises."""
+    generator = torch.Generator().manual_seed(seed)
+    size = args.pixels(views)
+    coarse = torch.randn(images, 3, 9, 9, generator=generator)
+    fine = torch.randn(images, 3, size, size, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") + 0.2 * fine
