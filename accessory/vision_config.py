@@ -6,7 +6,8 @@ channels stand side by side, and BLIP-2's Q-Former with an image encoder of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -18,6 +19,18 @@ VIEWS = (1, 5)
 
 # Stands in a row of token ids where a position of an image is: never an id that a tokenizer knows.
 IMAGE_ID = -1
+
+# What is trained of a model that sees, beside its decoder, and how the names of its frozen encoders' tensors begin:
+# ours, and those of the original's checkpoints.
+PROJECTION = re.compile(r"(visual_proj|qformer_proj)\.[01]\.(weight|bias)|(start|end)_img")
+ENCODER_PREFIXES = ("vision.", "clip.", "openclip_convnext_xxl.", "dinov2_vitg14.", "qformer.")
+
+
+def with_image(ids: Sequence[int], words: int, bos_id: int | None) -> list[int]:
+    """`ids` with the places of an image: behind the beginning-of-sequence token, where there is one."""
+    begins = 1 if len(ids) and ids[0] == bos_id else 0
+    return [*ids[:begins], *[IMAGE_ID] * words, *ids[begins:]]
+
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +44,9 @@ class EncoderArgs:
 
     config: of clip CLIPVisionConfig's keys, of dinov2 Dinov2Config's, of convnext ConvNextConfig's (transformers); of
     blip2 "vision" (Blip2VisionConfig's), "qformer" (Blip2QFormerConfig's) and "num_query_tokens"; nothing of
-    efficientnet_lite0. path: a folder or hf:// address with its weights, for checkpoints that hold none.
+    efficientnet_lite0. Two keys are not transformers', `norm_eps` of convnext and `interpolate_offset` of dinov2:
+    nn/vision_encoders.py says what they are. path: a folder or hf:// address with its weights, for checkpoints that
+    hold none.
     """
 
     name: str
@@ -185,7 +200,12 @@ SPHINX = VisionArgs(
             name="convnext",
             kind="convnext",
             size=512,
-            config={"depths": [3, 4, 30, 3], "hidden_sizes": [384, 768, 1536, 3072], "layer_norm_eps": 1e-5},
+            config={
+                "depths": [3, 4, 30, 3],
+                "hidden_sizes": [384, 768, 1536, 3072],
+                "layer_norm_eps": 1e-5,
+                "norm_eps": 1e-5,
+            },
         ),
         EncoderArgs(
             name="dinov2",
@@ -200,6 +220,7 @@ SPHINX = VisionArgs(
                 "patch_size": 14,
                 "use_swiglu_ffn": True,
                 "layer_norm_eps": 1e-6,
+                "interpolate_offset": 0.1,
             },
         ),
     ),

@@ -21,6 +21,7 @@ from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear
+from accessory.vision_config import PROJECTION
 
 _BESIDE = re.compile(r"(.+)\.(bias|lora_a\.weight|lora_b\.weight)")
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w[123])")
@@ -70,7 +71,7 @@ def besides_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Beside]:
     found: dict[str, Beside] = {}
     for name, shape in shapes.items():
         match = _BESIDE.fullmatch(name)
-        if match is None:
+        if match is None or PROJECTION.fullmatch(name):
             continue
         before = found.get(match[1], Beside())
         rank = {"lora_a.weight": 0, "lora_b.weight": -1}.get(match[2])
@@ -114,14 +115,20 @@ def _submodule(decoder: Decoder, name: str) -> object:
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """What canonical tensor `name` beside a linear starts as, fp32: LoRA's A uniform as peft draws it, the rest zero.
+    """What canonical tensor `name` beside a linear starts as, fp32: LoRA's A uniform as peft draws it, the rest zero;
+    and of what images need: a linear as A, its norm one and zero, start and end normal.
 
     Each tensor has numbers of its own, which depend on `seed` and its name alone and not on who draws them.
     """
-    if not name.endswith("lora_a.weight"):
+    if name.endswith("_proj.1.weight"):
+        return torch.ones(shape)
+    drawn = name.endswith(("lora_a.weight", "_proj.0.weight", "_img"))
+    if not drawn:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if name.endswith("_img"):
+        return torch.empty(shape).normal_(generator=generator)  # of the size that the norm gives the words between
     bound = 1 / math.sqrt(shape[-1])  # Kaiming's uniform with a = √5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
@@ -129,8 +136,11 @@ def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 def trainable_rule(args: ModelArgs, peft: bool, train_router: bool = False) -> Callable[[str], bool]:
     """Which of a network's parameters, by name, are trained: all of them, or with `peft` what `args` asks for.
 
-    The router learns in full finetuning, and else only with `train_router` or LoRA of its own.
+    The router learns in full finetuning, and else only with `train_router` or LoRA of its own. What makes words of
+    images learns too, and in stage 1 (`trainable_mode` mm_stage1) it alone.
     """
+    if args.trainable_mode == "mm_stage1":
+        return lambda name: PROJECTION.fullmatch(name) is not None
     if not peft:
         return lambda name: True
     kinds = [
@@ -139,4 +149,5 @@ def trainable_rule(args: ModelArgs, peft: bool, train_router: bool = False) -> C
         *(["norm"] if args.norm_tuning else []),
         *(["router"] if train_router else []),
     ]
-    return lambda name: any(_TRAINED[kind].fullmatch(name) for kind in kinds)
+    patterns = [PROJECTION, *(_TRAINED[kind] for kind in kinds)]
+    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)

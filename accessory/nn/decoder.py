@@ -1,11 +1,11 @@
-"""The decoder: token ids in, logits and the routers' statistics out.
+"""The decoder: token ids in, and what was seen of images; logits and the routers' statistics out.
 
 Legend: B batch, T tokens, S keys, D dim, V vocabulary, c = head_dim/2.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,14 @@ from accessory.nn.cache import ContiguousCache
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
+from accessory.nn.multimodal import ImageWords, place
 from accessory.ops.attention import Documents, has_varlen
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
+from accessory.vision_config import SPHINX
+
+if TYPE_CHECKING:
+    from accessory.nn.vision import Features
 
 
 class DecoderOutput(NamedTuple):
@@ -66,19 +71,22 @@ class Layer(nn.Module):
         return x_BTD + y_TD.view_as(x_BTD), stats
 
 
-class Decoder(nn.Module):
+class Decoder(ImageWords):
     """Mixtral's network in either implementation; the state dict's names and shapes are the same for both.
 
-    Made without values: `checkpoint.load` or `init_weights` fills it.
+    Made without values: `checkpoint.load` or `init_weights` fills it. `sees`: with what images need, see
+    `nn.multimodal`; their encoders are a network of their own (`nn.vision`).
     """
 
-    def __init__(self, args: ModelArgs, implementation: Implementation) -> None:
+    def __init__(self, args: ModelArgs, implementation: Implementation, *, sees: bool = False) -> None:
         super().__init__()
         self.args, self.implementation = args, implementation
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Layer(args, implementation, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
+        if sees:
+            self.add_images(args.vision or SPHINX, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
         # Of parameters cut over ranks, the whole shape and where this rank's part begins; who cuts, notes it here.
         self.cuts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -103,7 +111,7 @@ class Decoder(nn.Module):
         """The products in `dtype`; norms and routers stay, or become, fp32, which costs nothing and rounds nothing."""
         self.to(dtype)
         for name, module in self.named_modules():
-            if isinstance(module, RMSNorm) or name.endswith(".gate"):
+            if isinstance(module, RMSNorm | nn.LayerNorm) or name.endswith(".gate"):
                 module.float()
         return self
 
@@ -132,6 +140,7 @@ class Decoder(nn.Module):
         statistics: bool = False,
         last_B: Tensor | None = None,
         rows_N: Tensor | None = None,
+        images: Features | None = None,
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
@@ -139,7 +148,8 @@ class Decoder(nn.Module):
         announced the same positions. documents_BT: without a cache, tokens see only earlier tokens of equal document
         number (packed batches, or padding given a number of its own); documents lie in one piece each. counted_BT
         (bool): tokens that enter the router statistics, which are gathered when `statistics`. last_B: return logits of
-        just this index of each row, (B, V); rows_N: of just these places of the flattened batch, (N, V).
+        just this index of each row, (B, V); rows_N: of just these places of the flattened batch, (N, V). images: what
+        the encoders gave of the images whose places bear `IMAGE_ID`, in the order of the flattened batch; as many.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -151,7 +161,11 @@ class Decoder(nn.Module):
 
         # The residual stream is kept in fp32: some networks carry activations of tens of thousands in it, beside which
         # 16 bits would round away what the layers add.
-        x_BTD = self.tok_embeddings(tokens_BT).float()
+        x_BTD = self.tok_embeddings(tokens_BT.clamp_min(0) if self.sees else tokens_BT).float()
+        # In training, projections take part in every step, with an empty product where there is no image: their
+        # gradient is then zero and not None, which collectives rely on.
+        if self.sees and (images is not None or torch.is_grad_enabled()):
+            x_BTD = place(x_BTD, tokens_BT, self.image_words(images, self.products_in))
         router = []
         for layer in self.layers:
             x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)
@@ -181,7 +195,7 @@ def init_weights(decoder: Decoder, seed: int = 0, std: float = 0.02) -> None:
     device = next(decoder.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in decoder.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "_proj.1.weight")):
             p.fill_(1.0)
         else:
             p.normal_(0.0, std, generator=generator)

@@ -119,7 +119,8 @@ def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch
     """
     if grid.data is None:
         return
-    alone = {p for m in decoder.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
+    alone = {p for m in decoder.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
+    alone |= {p for name, p in decoder.named_parameters() if name.endswith("_img")}
     alone |= {p for name, m in decoder.named_modules() if name.endswith(".gate") for p in m.parameters()}
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}

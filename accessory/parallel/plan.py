@@ -15,6 +15,7 @@ from typing import Literal
 
 from accessory.config import Implementation, ModelArgs
 from accessory.errors import ConfigError
+from accessory.vision_config import ENCODER_PREFIXES, PROJECTION
 
 # (names, dimension cut in base, in sparse); None: every rank holds the whole tensor. Column-parallel linears cut their
 # rows, biases and lora_b; row-parallel ones their columns and lora_a. In base an expert is whole: it lives on one rank.
@@ -34,6 +35,8 @@ _TABLE: tuple[tuple[re.Pattern[str], int | None, int | None], ...] = tuple(
         (r"feed_forward\.experts\.\d+\.w[13]\.lora_a\.weight", None, None),
         (r"feed_forward\.experts\.\d+\.w2\.(weight|lora_a\.weight)", None, 1),
         (r"feed_forward\.experts\.\d+\.w2\.(bias|lora_b\.weight)", None, None),
+        (PROJECTION.pattern, None, None),
+        (rf"({'|'.join(map(re.escape, ENCODER_PREFIXES))}).*", None, None),
     )
 )
 _EXPERT = re.compile(r"feed_forward\.experts\.(\d+)\.")
@@ -156,6 +159,8 @@ def gradient_sharers(name: str, args: ModelArgs, implementation: Implementation,
         return 1
     if match and match[1] in "kv" and match[2] != "lora_a.weight" and mode == "kv replicated":
         return world // args.n_kv_heads
+    if PROJECTION.fullmatch(name):
+        return 1  # what comes into the residual stream has its whole gradient on every rank
     beside = name.endswith((".bias", ".lora_a.weight", ".lora_b.weight")) and ".gate." not in name
     return world if beside and is_replicated(name, implementation) else 1
 
