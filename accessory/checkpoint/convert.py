@@ -54,4 +54,5 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        image_views=source.llama_type.image_views,
     )

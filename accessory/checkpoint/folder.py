@@ -16,7 +16,7 @@ from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, f
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
-from accessory.checkpoint.names import expected_shapes, layer_numbers, shape_problem
+from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, layer_numbers, shape_problem
 from accessory.checkpoint.packed import declared_quant, read_quantised, spell
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
@@ -49,6 +49,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def vision(self) -> dict[str, Lazy]:
+        """The tensors of image encoders among `tensors`, under their file's own names."""
+        return {name: tensor for name, tensor in self.tensors.items() if is_encoder_tensor(name)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +114,24 @@ def open_checkpoint(
     survey.raise_problems()
     assert survey.checkpoint is not None  # or there was a problem
     return survey.checkpoint
+
+
+def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] = ()) -> list[Checkpoint]:
+    """Open folders (or hf:// addresses) that are loaded one over the other; the first one is a whole model.
+
+    Errors are those of `open_checkpoint`.
+    """
+    folders = [Path(resolve(path)) for path in paths]
+    checkpoints = [open_checkpoint(folders[0], config_files)]
+    for folder in folders[1:]:
+        # A save of what was trained may come without a configuration; it then belongs to the first folder's.
+        own = _configs_in(folder) or _configs_in(folders[0])
+        checkpoints.append(open_checkpoint(folder, [*own, *config_files], allow_partial=True))
+    return checkpoints
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
 
 
 def survey_folder(
@@ -186,6 +209,8 @@ def _configure(
     if tied and "tok_embeddings.weight" in tensors:
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     expected = expected_shapes(args)
+    if any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
+        expected |= image_shapes(args)
     if disagreements:
         survey.problems += map(ConfigError, disagreements)
     else:

@@ -15,7 +15,7 @@ from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
 from accessory.adapt.quant import Quant, quantize_skeleton
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.names import companion_of
+from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_tensor, is_of_images
 from accessory.checkpoint.packed import Quantised, quantised_blocks, spell
 from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
@@ -42,6 +42,7 @@ def load_decoder(
     seed: int = 0,
     wrap: Callable[[Decoder], None] | None = None,
     quant: Quant | None = None,
+    sees: bool = False,
 ) -> Decoder:
     """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
 
@@ -50,18 +51,21 @@ def load_decoder(
     from `beside` (by canonical linear); what only the latter names starts with the values that change nothing, drawn
     from `seed`. Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype`
     is still what the network computes in. `quant` says which weights are quantised: copied as they lie where a
-    checkpoint holds them so, else on arrival, a block of rows at a time, so that nothing of the network is ever held in
-    16 bits. `wrap` may cut the empty network further, as
-    data parallelism does. Values go from the file to their place in blocks, converted on the way: beside the
-    parameters themselves, no tensor is held. Raises CheckpointError listing tensors that are missing, extra or of
-    another shape than `args` says.
+    checkpoint holds them so, else on arrival, a block of rows at a time, so that nothing of the network is ever held
+    in 16 bits. `wrap` may cut the empty network further, as data parallelism does. `sees`: with projections for
+    images, which start with values drawn from `seed` where they are to be trained and no checkpoint has them; without
+    it, whatever is of images is left out. Values go from the file to their place in blocks, converted on the way:
+    beside the parameters themselves, no tensor is held. Raises CheckpointError listing tensors that are missing, extra
+    or of another shape than `args` says.
     """
     tensors: dict[str, Lazy] = {}
     for checkpoint in checkpoints:
         tensors.update(checkpoint.tensors)
+    left_out = is_encoder_tensor if sees else is_of_images
+    tensors = {name: tensor for name, tensor in tensors.items() if not left_out(name)}
     where = ", ".join(str(c.path) for c in checkpoints)
     with torch.device("meta"):
-        decoder = Decoder(args, implementation)
+        decoder = Decoder(args, implementation, sees=sees)
         present = besides_of({name: tensor.shape for name, tensor in tensors.items()})
         wanted = {name: present.get(name, Beside()) | b for name, b in {**present, **(beside or {})}.items()}
         add_beside(decoder, wanted, args.lora_scale)
@@ -75,6 +79,10 @@ def load_decoder(
             if name not in tensors and companion_of(name) is not None:
                 shape = tuple(place.shape)
                 tensors[name] = Computed(shape, torch.float32, partial(initial_tensor, name, shape, seed))
+    if sees and trainable is not None:
+        for name, shape in image_shapes(args).items():
+            if trainable(name):
+                tensors.setdefault(name, Computed(shape, torch.float32, partial(initial_tensor, name, shape, seed)))
     check_tensors(decoder, tensors, where)
     if ranks is not None and ranks.size > 1:
         parallelize(decoder, ranks)
@@ -94,6 +102,8 @@ def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
     CheckpointError where adapters that stay beside one another scale their LoRA differently.
     """
     args = checkpoints[0].args
+    vision = next((c.args.vision for c in reversed(checkpoints) if c.args.vision is not None), None)
+    args = args.replace(vision=vision)
     adapter: Checkpoint | None = None
     for checkpoint in checkpoints:
         lora = {name for name in checkpoint.tensors if name.endswith(".lora_a.weight")}
@@ -201,20 +211,21 @@ def _lies_as_wanted(tensor: Lazy, held: Held) -> bool:
 def quantize_into(tensor: Lazy, held: Held) -> None:
     """Quantise what `held` holds of a whole canonical tensor, some rows at a time, where it is to lie.
 
-    Formats that scale rows need whole rows for it, even where only a part of each is kept: a rank's numbers are then
-    those of the quantised whole.
+    Formats that scale rows need whole rows for it, even where only a part of each is kept, and nf4-dq, which centres
+    its scales, the whole tensor: a rank's numbers are then those of the quantised whole.
     """
     packed: Packed = held.tensor
     (rows, columns), (first_row, first_column) = packed.shape, held.offsets
-    tensor = tensor.narrow(0, first_row, rows)
-    if packed.format in GROUP:
-        tensor, first_column = tensor.narrow(1, first_column, columns), 0
+    if packed.format != "nf4-dq":
+        tensor, first_row = tensor.narrow(0, first_row, rows), 0
+        if packed.format in GROUP:
+            tensor, first_column = tensor.narrow(1, first_column, columns), 0
     start = 0
     for block in quantised_blocks(tensor, packed.format, packed.data.device):
-        done = block.narrow(1, first_column, columns)
+        done = block.narrow(0, first_row, min(rows, block.shape[0] - first_row)).narrow(1, first_column, columns)
         for name, part in packed.tensors().items():
-            part.narrow(0, start, len(block.data)).copy_(done.tensors()[name])
-        start += len(block.data)
+            part.narrow(0, start, len(done.data)).copy_(done.tensors()[name])
+        start += len(done.data)
 
 
 def _listed(names: object) -> str:

@@ -21,7 +21,7 @@ from accessory.checkpoint.hashing import each_tensor, names_of
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.load import chained_args
-from accessory.checkpoint.names import companion_of
+from accessory.checkpoint.names import companion_of, is_of_images
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target
 from accessory.config import LORA_TARGETS, ModelArgs
@@ -273,6 +273,7 @@ def merge(
             "stored": merged,
             "base": {name: tensor for name, tensor in base.tensors.items() if companion_of(name) is None},
         }
+        networks = {kind: {n: t for n, t in own.items() if not is_of_images(n)} for kind, own in networks.items()}
         implementation = checkpoints[-1].llama_type.implementation
         stored = target or base.dtype
         report.certificate = certify(networks, args, implementation, dtype=stored, device=device, progress=progress)
@@ -288,6 +289,7 @@ def merge(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        image_views=max(c.llama_type.image_views for c in checkpoints),
     )
     return report
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from accessory.checkpoint.lazy import Lazy
 from accessory.config import ModelArgs
+from accessory.vision_config import ENCODER_PREFIXES, PROJECTION, SPHINX
 
 COMPANIONS = ("bias", "lora_a.weight", "lora_b.weight")
 _LINEAR = re.compile(r"(.*\.w[qkvo123]|.*\.gate|output)\.weight")
@@ -58,6 +59,29 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def image_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """What a network of these sizes that sees has beside `expected_shapes`: projections, start and end."""
+    vision = args.vision or SPHINX
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = {"visual_proj": vision.channels}
+    if vision.query is not None:
+        channels["qformer_proj"] = vision.query.channels
+    for name, C in channels.items():
+        shapes |= {f"{name}.0.weight": (args.dim, C), f"{name}.0.bias": (args.dim,)}
+        shapes |= {f"{name}.1.weight": (args.dim,), f"{name}.1.bias": (args.dim,)}
+    return shapes | {"start_img": (1, 1, args.dim), "end_img": (1, 1, args.dim)}
+
+
+def is_encoder_tensor(name: str) -> bool:
+    """Whether a tensor is of an image encoder: frozen, whole everywhere, under its file's own name."""
+    return name.startswith(ENCODER_PREFIXES)
+
+
+def is_of_images(name: str) -> bool:
+    """Whether only a model that sees has this tensor: an encoder's, or what makes its output words."""
+    return is_encoder_tensor(name) or PROJECTION.fullmatch(name) is not None
+
+
 def companion_of(name: str) -> tuple[str, str] | None:
     """(the weight it belongs to, "bias" | "lora_a.weight" | "lora_b.weight"), or None for another name."""
     match = _COMPANION.fullmatch(name)
@@ -68,6 +92,8 @@ def companion_of(name: str) -> tuple[str, str] | None:
 
 def shape_problem(name: str, tensor: Lazy, expected: Mapping[str, tuple[int, ...]]) -> str | None:
     """What is wrong with a tensor of this name and shape in a network of the `expected` tensors; None: nothing."""
+    if is_encoder_tensor(name):
+        return None  # its own network says what it should be
     if name in expected:
         wanted: tuple[int | str, ...] = expected[name]
     else:
@@ -119,6 +145,8 @@ def sizes_from_shapes(tensors: Mapping[str, Lazy]) -> dict[str, tuple[int, str]]
 
     for name, tensor in tensors.items():
         shape, rest = tensor.shape, _LAYER.sub("", name, count=1)
+        if is_of_images(name):
+            continue
         if rest.endswith("norm.weight") and len(shape) == 1:
             vote("dim", shape[0], name)
         if len(shape) != 2:

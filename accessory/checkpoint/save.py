@@ -30,7 +30,7 @@ from accessory.checkpoint.files import SAFETENSORS_DTYPES, read_pickle
 from accessory.checkpoint.folder import survey_folder
 from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
-from accessory.checkpoint.names import expected_shapes, shape_problem
+from accessory.checkpoint.names import expected_shapes, image_shapes, shape_problem
 from accessory.checkpoint.packed import Quantising
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
 from accessory.config import ModelArgs, read_json
@@ -78,12 +78,14 @@ def write_checkpoint(
     verify: bool = True,
     progress: bool = True,
     allow_partial: bool = False,
+    image_views: int = 0,
 ) -> None:
     """Write canonical `tensors` as a folder of layout `to`.
 
     `shards`: model-parallel shards (base, sparse; by default 8, or as many below that as the sizes divide into), or
     files (hf; by default of 5 GB each). `dtype` converts every tensor. `resources` are copied along. With `verify` the
-    folder is opened again before it gets its name, and every tensor read again and compared.
+    folder is opened again before it gets its name, and every tensor read again and compared. `image_views`: of a model
+    that sees, how many of an image, which its meta.json has to say.
 
     Raises ConfigError for sizes that do not divide, CheckpointError for tensors that are missing (unless
     `allow_partial`), extra or misshapen, a destination that is in the way, and a disk that is full or fails.
@@ -92,7 +94,7 @@ def write_checkpoint(
     if target is not None:
         tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
     _check_tensors(tensors, args, allow_partial)
-    plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors)
+    plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors, image_views=image_views)
     if to == "hf":
         plan.documents["config.json"] |= _special_ids(resources)
     write_folder(dst, tensors, plan, resources=resources, overwrite=overwrite, verify=verify, progress=progress)
@@ -126,6 +128,8 @@ def write_folder(
 
 def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: bool) -> None:
     expected = expected_shapes(args)
+    if "start_img" in tensors:
+        expected |= image_shapes(args)
     missing = [name for name in expected if name not in tensors]
     if missing and not allow_partial:
         raise CheckpointError(f"missing tensors: {names_of(missing)} ({len(missing)} of {len(expected)})")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from accessory.checkpoint.lazy import Lazy, rotary_to_half
-from accessory.checkpoint.names import companion_of, layer_numbers, to_hf
+from accessory.checkpoint.names import companion_of, is_of_images, layer_numbers, to_hf
 from accessory.config import Implementation, LlamaType, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.plan import Slice, check_world, cut_dim, expert_of, largest_world, rank_slice
@@ -54,7 +54,13 @@ class FolderPlan:
 
 
 def plan_folder(
-    to: Target, tensors: Mapping[str, Lazy], args: ModelArgs, *, shards: int | None = None, safetensors: bool = False
+    to: Target,
+    tensors: Mapping[str, Lazy],
+    args: ModelArgs,
+    *,
+    shards: int | None = None,
+    safetensors: bool = False,
+    image_views: int = 0,
 ) -> FolderPlan:
     """ConfigError for a target or a number of shards that cannot be; CheckpointError for tensors it cannot express."""
     if to not in TARGETS:
@@ -62,7 +68,13 @@ def plan_folder(
     if shards is not None and shards < 1:
         raise ConfigError(f"shards: got {shards}, but it must be at least 1")
     if to == "base" or to == "sparse":
-        return _plan_accessory(to, tensors, args, shards, safetensors)
+        return _plan_accessory(to, tensors, args, shards, safetensors, image_views)
+    seeing = [name for name in tensors if is_of_images(name)]
+    if seeing:
+        raise CheckpointError(
+            f"{seeing[0]}: the {to} layout has no place for what a model sees with ({len(seeing)} such tensors); write "
+            "base or sparse"
+        )
     foreign = [name for name in tensors if companion_of(name)]
     if foreign:
         raise CheckpointError(
@@ -98,7 +110,10 @@ def _plan_accessory(
     args: ModelArgs,
     shards: int | None,
     safetensors: bool,
+    image_views: int,
 ) -> FolderPlan:
+    if "start_img" in tensors and not image_views:
+        raise ConfigError("image_views: got 0, but there are tensors of a model that sees; say how many it has, 1 or 5")
     world = largest_world(args, implementation) if shards is None else shards
     check_world(args, implementation, world)
     ending = "safetensors" if safetensors else "pth"
@@ -117,7 +132,7 @@ def _plan_accessory(
     peft = any(companion_of(name) for name in tensors)
     documents = {
         "config.json": args.to_dict(),
-        "meta.json": {"llama_type": str(LlamaType(implementation, peft=peft))},
+        "meta.json": {"llama_type": str(LlamaType(implementation, peft, image_views))},
     }
     return FolderPlan(files, documents)
 
