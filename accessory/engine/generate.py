@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
 from accessory.parallel.collectives import decide
 from accessory.parallel.mesh import Ranks
+from accessory.vision_config import IMAGE_ID
+
+if TYPE_CHECKING:
+    from accessory.nn.vision import Features
 
 # Keys are read in steps of this many slots: a CPU does not pay for the whole context, and shapes change rarely.
 EXTENT_STEP = 64
@@ -29,6 +34,7 @@ class Generation:
 
     Each step yields a list with a row's new token, or None where the row had ended: by a token of `stop_ids` (which is
     yielded as its last), by `max_gen_len`, or by a call of `finish(row)`. Rows do not depend on their neighbours.
+    `images`: what was seen of the images that have places (`IMAGE_ID`) in the prompts, in their order.
 
     With `ranks`, all of them run the same generation; the first one samples and asks `cancelled` once a step, the
     others do as it says. When it is true, all rows end.
@@ -47,8 +53,10 @@ class Generation:
         graphs: DecodeGraphs | None = None,
         ranks: Ranks | None = None,
         cancelled: Callable[[], bool] | None = None,
+        images: Features | None = None,
     ) -> None:
-        check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size)
+        check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size, images is not None)
+        self.images = images
         self.decoder, self.prompts = decoder.join(), prompts
         self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
         # Collectives stay out of graphs: one rank's end must not leave the others waiting inside a replay.
@@ -100,7 +108,7 @@ class Generation:
             cache = ContiguousCache(args, len(lengths), slots, weight.device, self.decoder.products_in, kv_heads)
         positions_BT = torch.arange(longest, device=weight.device).expand_as(tokens_BT)
         cache.begin(positions_BT, fresh=True)
-        logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1).logits
+        logits_BV = self.decoder(tokens_BT, positions_BT, cache=cache, last_B=length_B - 1, images=self.images).logits
         return self._choose(logits_BV), length_B, cache, longest
 
     def _choose(self, logits_BV: Tensor) -> Tensor:
@@ -126,7 +134,9 @@ class Generation:
         return step
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, vocab_size: int) -> None:
+def check_lengths(
+    prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, vocab_size: int, images: bool = False
+) -> None:
     """Raise InputError for what no cache and no network could take."""
     if not isinstance(max_gen_len, int) or max_gen_len < 1:
         raise InputError(f"max_gen_len: got {max_gen_len!r}, but it must be a whole number of at least 1")
@@ -140,5 +150,5 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_le
                 f"prompts[{row}]: {len(prompt)} tokens and max_gen_len = {max_gen_len} "
                 f"do not fit max_seq_len = {max_seq_len}"
             )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        if not (IMAGE_ID if images else 0) <= min(prompt) <= max(prompt) < vocab_size:
             raise InputError(f"prompts[{row}]: token ids must lie in 0 … {vocab_size - 1} (vocab_size = {vocab_size})")

@@ -1,4 +1,4 @@
-"""`MetaModel`: a checkpoint folder in, text out.
+"""`MetaModel`: a checkpoint folder in, text out; with images too, where the model sees.
 
 Legend: T tokens, V vocabulary.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.folder import open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
@@ -23,9 +22,13 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
-from accessory.errors import InputError
+from accessory.errors import ConfigError, InputError
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import Ranks
+from accessory.vision_config import SPHINX, with_image
+
+if TYPE_CHECKING:
+    from accessory.model.eyes import Eyes, Image, Images
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +42,32 @@ class StreamItem(TypedDict):
 
 
 class MetaModel(nn.Module):
-    """A decoder (`llma`) and its `tokenizer`; made by `from_pretrained`."""
+    """A decoder (`llma`), its `tokenizer`, and its `eyes` where it takes images; made by `from_pretrained`."""
 
     def __init__(
-        self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int = 4096, ranks: Ranks | None = None
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int = 4096,
+        ranks: Ranks | None = None,
+        eyes: Eyes | None = None,
     ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self._graphs = DecodeGraphs(llma)
         self._ranks = ranks
+        self.eyes = eyes
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may bring images."""
+        return self.eyes is not None
+
+    @property
+    def image_words(self) -> int:
+        """Positions that an image takes."""
+        return 0 if self.eyes is None else self.eyes.words
 
     @property
     def args(self) -> ModelArgs:
@@ -74,6 +93,7 @@ class MetaModel(nn.Module):
         *,
         quant_attention: str | None = None,
         quant_output: str | None = None,
+        image_transform: str = "padded_resize",
         progress: bool = False,
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
@@ -86,14 +106,15 @@ class MetaModel(nn.Module):
         quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
         and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none". A folder
         made by `accessory quantize` is loaded as it lies; leave all three out.
+        with_visual: load what the model sees with too; `llama_type`, or the folder, must then end in _ens or _ens5.
+        Without it, such a model answers to text alone. image_transform: what images are made square by, see
+        `data.transform.get_transform`. Encoders whose weights the folders lack come from where the configuration says.
         mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
         with the same arguments and gets the same result.
 
         Raises CheckpointError and ConfigError, each naming the file, tensor or field.
         """
         chosen = Quant.parse(quant, quant_attention, quant_output)
-        if with_visual:
-            raise NotImplementedError("with_visual: images are not built yet; leave it False")
         if not isinstance(max_seq_len, int) or max_seq_len < 2:
             raise InputError(f"max_seq_len: got {max_seq_len!r}, but it must be a whole number of at least 2")
         given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
@@ -102,15 +123,14 @@ class MetaModel(nn.Module):
         configs = (
             [] if llama_config is None else [llama_config] if isinstance(llama_config, str | Path) else llama_config
         )
-        folders = [Path(resolve(p)) for p in given]
-        checkpoints = [open_checkpoint(folders[0], configs)]
-        for folder in folders[1:]:
-            # A save of what was trained may come without a configuration; it then belongs to the first folder's.
-            own = _configs_in(folder) or _configs_in(folders[0])
-            checkpoints.append(open_checkpoint(folder, [*own, *configs], allow_partial=True))
+        checkpoints = open_chain(given, configs)
         kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
-        if kind.image_views:
-            raise NotImplementedError(f"llama_type {kind}: images are not built yet")
+        views = max(kind.image_views, 0 if llama_type else max(c.llama_type.image_views for c in checkpoints))
+        if with_visual and not views:
+            raise ConfigError(
+                f"with_visual: got True, but {kind} takes no images; give llama_type {kind}_ens or {kind}_ens5, or "
+                "leave it out"
+            )
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
         args = chained_args(checkpoints)
         formats = chained_quant(checkpoints, chosen)
@@ -127,13 +147,23 @@ class MetaModel(nn.Module):
             ranks=ranks,
             progress=progress,
             quant=formats,
+            sees=with_visual,
         )
-        return cls(llma, tokenizer, max_seq_len, ranks)
+        eyes = None
+        if with_visual:
+            # Here, so that text alone starts without them.
+            from accessory.checkpoint.vision import load_tower
+            from accessory.model.eyes import Eyes
+
+            held = {name: tensor for c in checkpoints for name, tensor in c.vision.items()}
+            tower = load_tower(args.vision or SPHINX, views, held, device=device, dtype=dtype, progress=progress)
+            eyes = Eyes(tower, image_transform, ranks)
+        return cls(llma, tokenizer, max_seq_len, ranks, eyes)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        images: Any = None,
+        images: Images = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
@@ -142,6 +172,9 @@ class MetaModel(nn.Module):
         cancelled: Callable[[], bool] | None = None,
     ) -> list[str]:
         """What the model writes after each prompt, a string or token ids (taken as they are).
+
+        images: one a prompt, each a path, a PIL image or a tensor of (3, P, P) pixels as `eyes.open` makes them, and
+        None for a prompt without; or a tensor (prompts, 3, P, P). An image takes `image_words` positions.
 
         A generation ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after
         `max_gen_len` tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room
@@ -158,7 +191,7 @@ class MetaModel(nn.Module):
     def stream_generate(
         self,
         prompt: Prompt,
-        image: Any = None,
+        image: Image | None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
@@ -183,7 +216,7 @@ class MetaModel(nn.Module):
     def _stream(
         self,
         prompts: Sequence[Prompt],
-        images: Any,
+        images: Images,
         max_gen_len: int,
         temperature: float,
         top_p: float,
@@ -192,12 +225,13 @@ class MetaModel(nn.Module):
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[tuple[int, str, bool]]:
         """(row, new text, whether the row has ended), as the text becomes certain."""
-        if images is not None:
-            raise InputError("images: this model is text only")
+        pixels = self._pixels(images, len(prompts), "prompt")
         stops = [stops] if isinstance(stops, str) else list(stops)
+        words = [0 if p is None else self.image_words for p in pixels]
+        prompt_ids = [self._prompt_ids(p, n, max_gen_len, words[n]) for n, p in enumerate(prompts)]
         generation = Generation(
             self.llma,
-            prompt_ids := [self._prompt_ids(p, n, max_gen_len) for n, p in enumerate(prompts)],
+            [with_image(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, words, strict=True)],
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
             sampling=Sampling(temperature, top_p, seed),
@@ -206,6 +240,7 @@ class MetaModel(nn.Module):
             graphs=self._graphs,
             ranks=self._ranks,
             cancelled=cancelled,
+            images=None if self.eyes is None else self.eyes.features(pixels),
         )
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]
@@ -223,7 +258,14 @@ class MetaModel(nn.Module):
                     text += scanners[row].flush()
                 yield row, text, ended
 
-    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int) -> list[int]:
+    def _pixels(self, images: Images, count: int, of: str) -> list[Tensor | None]:
+        if images is None:
+            return [None] * count
+        if self.eyes is None:
+            raise InputError("images: this model is text only; one that sees is loaded with with_visual=True")
+        return self.eyes.open_all(images, count, of)
+
+    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, words: int = 0) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(f"prompts[{row}]: is empty; give at least one character")
@@ -237,11 +279,16 @@ class MetaModel(nn.Module):
                 f"max_gen_len: got {max_gen_len!r}, but it must be a whole number from 1 to "
                 f"max_seq_len - 1 = {self.max_seq_len - 1}"
             )
-        room = self.max_seq_len - max_gen_len
+        room = self.max_seq_len - max_gen_len - words
+        if words and room < 2:
+            raise InputError(
+                f"prompts[{row}]: its image takes {words} positions, and with max_gen_len = {max_gen_len} that leaves "
+                f"no room in max_seq_len = {self.max_seq_len}; give at least {words + max_gen_len + 2}"
+            )
         if len(ids) > room:
             log.warning(
                 "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
-                row, len(ids), max_gen_len, self.max_seq_len, len(ids) - room,
+                row, len(ids) + words, max_gen_len, self.max_seq_len, len(ids) - room,
             )  # fmt: skip
             begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
             ids = ids[:begins] + ids[len(ids) - room + begins :]
@@ -249,37 +296,42 @@ class MetaModel(nn.Module):
 
     @torch.inference_mode()
     def compute_logits(
-        self, examples: Sequence[Prompt], images: Any = None, bos: bool = True, eos: bool = False
+        self, examples: Sequence[Prompt], images: Images = None, bos: bool = True, eos: bool = False
     ) -> list[Tensor]:
         """The logits after each token of each example: a list of (T, V), fp32, on the model's device.
 
         Strings get BOS and EOS as asked for; token ids are taken as they are. An example longer than `max_seq_len` is
-        an InputError: here nothing may be cut.
+        an InputError: here nothing may be cut. images: as `generate` takes them; the logits after BOS are then those
+        after BOS and the image behind it.
         """
-        if images is not None:
-            raise InputError("images: this model is text only")
-        _count(examples)
-        rows = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
+        pixels = self._pixels(images, _count(examples), "example")
+        words = [0 if p is None else self.image_words for p in pixels]
+        rows = [self._example_ids(e, n, bos, eos, words[n]) for n, e in enumerate(examples)]
         out = []
         step = self.args.max_batch_size
-        for batch in (rows[i : i + step] for i in range(0, len(rows), step)):
-            tokens_BT = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
-            for n, ids in enumerate(batch):
+        for first in range(0, len(rows), step):
+            here = slice(first, first + step)
+            placed = [with_image(ids, w, self.tokenizer.bos_id) for ids, w in zip(rows[here], words[here], strict=True)]
+            tokens_BT = torch.zeros(len(placed), max(map(len, placed)), dtype=torch.int64)
+            for n, ids in enumerate(placed):
                 tokens_BT[n, : len(ids)] = torch.tensor(ids)
+            images_here = None if self.eyes is None else self.eyes.features(pixels[here])
             # Padding stands on the right and attention is causal: no token that counts can see it.
-            logits_BTV = self.llma(tokens_BT.to(self.device)).logits
-            out += [logits_BTV[n, : len(ids)].float() for n, ids in enumerate(batch)]
+            logits_BTV = self.llma(tokens_BT.to(self.device), images=images_here).logits
+            lengths = zip(words[here], map(len, placed), strict=True)
+            out += [logits_BTV[n, skipped:end].float() for n, (skipped, end) in enumerate(lengths)]
         return out
 
     def _encode(self, text: Prompt, bos: bool, eos: bool) -> list[int]:
         return self.tokenizer.encode(text, bos=bos, eos=eos, special=True) if isinstance(text, str) else list(text)
 
-    def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool) -> list[int]:
+    def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool, words: int = 0) -> list[int]:
         ids = self._encode(example, bos, eos)
         if not ids:
             raise InputError(f"examples[{row}]: has no tokens")
-        if len(ids) > self.max_seq_len:
-            raise InputError(f"examples[{row}]: {len(ids)} tokens, but max_seq_len is {self.max_seq_len}")
+        if len(ids) + words > self.max_seq_len:
+            image = f" and an image of {words} positions" if words else ""
+            raise InputError(f"examples[{row}]: {len(ids)} tokens{image}, but max_seq_len is {self.max_seq_len}")
         if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
             raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.args.vocab_size - 1}")
         return ids
@@ -288,7 +340,7 @@ class MetaModel(nn.Module):
         self,
         examples: Sequence[Prompt],
         contexts: Sequence[Prompt] | None = None,
-        images: Any = None,
+        images: Images = None,
         bos: bool = True,
         eos: bool = False,
     ) -> dict[str, list]:
@@ -329,10 +381,6 @@ class MetaModel(nn.Module):
         if begins is False or (begins is None and shared < len(context_ids)):
             raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
         return max(1, min(shared, len(ids)))
-
-
-def _configs_in(folder: Path) -> list[Path]:
-    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
 
 
 def _count(prompts: Sequence[Prompt]) -> int:

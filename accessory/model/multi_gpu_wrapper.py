@@ -19,13 +19,13 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from accessory.checkpoint.hub import resolve
 from accessory.data.tokenizer import Tokenizer, load_tokenizer
-from accessory.errors import InputError, RankError
+from accessory.errors import AccessoryError, InputError, RankError
+from accessory.model.messages import arguments_to_send, from_plain
 from accessory.model.meta import PathLike, Prompt, StreamItem, tokenizer_of
 from accessory.model.rank_link import GRACE, LOOPBACK, POLL, Rank, host_store, start_ranks
 
@@ -236,7 +236,9 @@ class MultiGpuWrapper:
 
     def _begin(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> _Call:
         try:
-            message = ForkingPickler.dumps((method, {name: to_ids(value) for name, value in arguments.items()}))
+            message = ForkingPickler.dumps((method, arguments_to_send(arguments)))
+        except AccessoryError:
+            raise
         except Exception as error:
             raise InputError(f"{method}: got an argument that cannot be sent to other processes ({error})") from error
         while True:
@@ -383,18 +385,3 @@ def _sampling(max_gen_len: int, temperature: float, top_p: float, stops: Iterabl
         # A draw of our own where none is given, so that torch.manual_seed in this process makes ranks repeat.
         "seed": int(torch.randint(2**62, ())) if seed is None and temperature else seed,
     }
-
-
-def to_ids(value: Any) -> Any:
-    """Prompts as strings and lists: an array or tensor of ids would be shared with the ranks, not sent."""
-    if isinstance(value, list | tuple):
-        return [to_ids(v) for v in value]
-    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
-
-
-def from_plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: from_plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [from_plain(v) for v in value]
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

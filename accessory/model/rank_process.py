@@ -92,7 +92,9 @@ def _load(where: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def _do(connection: Connection, model: Any, method: str, arguments: dict[str, Any], rank: int) -> Any:
     """Every rank computes; the first one tells."""
-    result = getattr(model, method)(**arguments)
+    from accessory.model.messages import arguments_received, to_plain
+
+    result = getattr(model, method)(**arguments_received(arguments))
     if method != "stream_generate":
         return to_plain(result) if rank == 0 else None
     for item in result:
@@ -116,15 +118,6 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> bool:
         text = str(error).splitlines()[0] if str(error) else ""
         connection.send(("failed", f"{type(error).__name__}: {text}", traceback.format_exc()))
     return False
-
-
-def to_plain(value: Any) -> Any:
-    """Tensors as arrays, which need nothing shared between processes to be sent."""
-    if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [to_plain(v) for v in value]
-    return value.cpu().numpy() if hasattr(value, "cpu") else value
 
 
 if __name__ == "__main__":
