@@ -85,6 +85,7 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
             prompt_type=choices.prompt_type,
             seed=choices.seed,
             problems=problems,
+            image_words=None,
         )
     except InputError:
         if not problems:

@@ -3,14 +3,15 @@
 Rows are made of items: one each, or with packing as many documents as fit, which never see one another. What a step
 holds follows from the data, the seed and the number of rows a step; it knows nothing of ranks.
 
-Legend: B rows, T tokens of the longest one.
+Legend: B rows, T tokens of the longest one, I images, 3 colours, P pixels each way.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +32,14 @@ class Batch:
     labels_BT: Tensor  # int64: the next token, where it is learnt and of the same document; else -100
     positions_BT: Tensor  # int64, from 0 in each document
     documents_BT: Tensor  # int64: 0, 1, 2 … in a row; padding has a number of its own
-    counted_BT: Tensor  # bool: no padding
+    counted_BT: Tensor  # bool: no padding, places of images included
     items: tuple[int, ...]
+    pixels_I3PP: Tensor | None = None  # fp32, in the order of their places (IMAGE_ID) in the flattened tokens
 
-    def _mapped(self, function: object) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "items"}
-        return replace(self, **{name: function(t) for name, t in tensors.items()})  # type: ignore[operator]
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {name: function(t) for name, t in values.items() if isinstance(t, Tensor)}
+        return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:
         return self._mapped(lambda t: t.to(device, non_blocking=True))
@@ -46,12 +49,20 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], items: Sequence[int], pad_id: int = 0, length: int | None = None
+    rows: Sequence[Sequence[Example]],
+    items: Sequence[int],
+    pad_id: int = 0,
+    length: int | None = None,
+    pixels: Sequence[Tensor] = (),
 ) -> Batch:
     """Lay documents one behind the other in each row, padded on the right to the longest row, or to `length`.
 
-    An empty row is all padding. InputError when a row is longer than `length`.
+    pixels: (3, P, P) of each document's image, in their order; documents without one bring none. An empty row is all
+    padding. InputError when a row is longer than `length`, and when there are not as many images as places for them.
     """
+    wanted = sum(example.places > 0 for row in rows for example in row)
+    if len(pixels) != wanted:
+        raise InputError(f"pixels: got {len(pixels)} images, but there are places for {wanted}")
     longest = max((sum(len(e.ids) for e in row) for row in rows), default=0)
     T = max(longest, 1) if length is None else length
     if longest > T:
@@ -73,7 +84,8 @@ def collate(
         documents[b, at:], positions[b, at:] = len(row), np.arange(T - at)
     tensors = [torch.from_numpy(a) for a in (tokens, labels, positions, documents, counted)]
     tokens_BT, labels_BT, positions_BT, documents_BT, counted_BT = tensors
-    return Batch(tokens_BT, labels_BT, positions_BT, documents_BT, counted_BT, tuple(items))
+    pixels_I3PP = torch.stack(list(pixels)) if pixels else None
+    return Batch(tokens_BT, labels_BT, positions_BT, documents_BT, counted_BT, tuple(items), pixels_I3PP)
 
 
 class EpochPlan:

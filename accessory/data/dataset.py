@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from accessory.data import token_cache
 from accessory.data.conversation import get_template
-from accessory.data.encoding import Encoded, Encoding, encode_source, find_image
+from accessory.data.encoding import Encoded, Encoding, encode_source, image_path
+from accessory.data.image_check import broken_headers
+from accessory.data.images import MAX_PIXELS, image_place
 from accessory.data.records import Records, Source, open_records, place, read_meta
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
+from accessory.vision_config import IMAGE_ID
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 3  # broken images that a warning names
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Example:
     learn: list[bool]  # of each id, whether a model learns to write it
     truncated: bool = False
     image: str | None = None
+    places: int = 0  # how many of `ids` are the image's positions (IMAGE_ID)
 
 
 @dataclass(frozen=True)
@@ -39,28 +47,36 @@ class DataFile:
     items: int
     taken: int
     encoded: Encoded
+    broken: frozenset[int] = frozenset()  # encoded items left out because of their images
 
 
 class FinetuneData:
     """The items of all files of a META list, in order, cut on the right to `max_words` tokens.
 
+    An item with an image has `image_words` tokens more, the image's places (IMAGE_ID): behind `bos_id` where it begins
+    so, else in front. They are never learnt, and never cut.
+
     Attributes: `files`; `group_names`, the files' types; of each item: `lengths` and `whole` (tokens with and without
-    the cut, int32), `groups` (number in `group_names`, int32; items of a group share batches), `file_of` and `index`
-    (number in `files`, and which of the file's encoded items it is); `truncated`, how many items were cut, and
-    `dropped`, how many more were left out, because the cut left nothing to learn of them.
+    the cut, int32), `places` (how many of them are an image's, int32), `groups` (number in `group_names`, int32; items
+    of a group share batches), `file_of` and `index` (number in `files`, and which of the file's encoded items it is);
+    `truncated`, how many items were cut, `dropped`, how many more were left out, because the cut left nothing to learn
+    of them, and `broken`, how many because of their images.
     """
 
-    def __init__(self, files: Sequence[DataFile], max_words: int) -> None:
+    def __init__(
+        self, files: Sequence[DataFile], max_words: int, image_words: int = 0, bos_id: int | None = None
+    ) -> None:
         self.files = list(files)
-        self.max_words = max_words
+        self.max_words, self.image_words, self.bos_id = max_words, image_words, bos_id
         self.group_names = list(dict.fromkeys(f.source.group for f in files))
-        # With max_words ids, the last one that can be learnt is number max_words - 1.
-        kept = [np.flatnonzero(f.encoded.first < max_words) for f in files]
-        self.dropped = sum(len(f.encoded.first) - len(k) for f, k in zip(files, kept, strict=True))
+        kept = [self._kept(f) for f in files]
+        self.broken = sum(len(f.broken) for f in files)
+        self.dropped = sum(len(f.encoded.first) - len(k) for f, k in zip(files, kept, strict=True)) - self.broken
         self.index = np.concatenate(kept)
         self.file_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(k) for k in kept])
+        self.places = np.concatenate([self._places(f)[k] for f, k in zip(files, kept, strict=True)])
         self.whole = np.concatenate([np.diff(f.encoded.start)[k] for f, k in zip(files, kept, strict=True)])
-        self.whole = self.whole.astype(np.int32)
+        self.whole = self.whole.astype(np.int32) + self.places
         self.lengths = np.minimum(self.whole, np.int32(max_words))
         numbers = [self.group_names.index(f.source.group) for f in files]
         self.groups = np.asarray(numbers, np.int32)[self.file_of]
@@ -81,6 +97,10 @@ class FinetuneData:
         seed: int = 0,
         progress: bool = True,
         problems: list[str] | None = None,
+        image_words: int | None = 0,
+        broken_images: Literal["fail", "skip"] | None = "fail",
+        max_pixels: int = MAX_PIXELS,
+        once: Callable[[Callable[[], Any]], Any] = lambda look: look(),
     ) -> FinetuneData:
         """Read and encode every item.
 
@@ -90,13 +110,19 @@ class FinetuneData:
         cache_ann_on_disk: keep what was encoded in `cache_dir`, by default beside the files, and take it from there as
         long as nothing has changed that it depends on. seed: decides which items a file's `ratio` takes.
 
+        image_words: positions of an image; 0: an item with an image is an InputError; None: images take none, as far
+        as anyone knows. broken_images: of items whose image cannot be used, as its header tells: fail, or skip them
+        with a warning; None: images are not looked at. max_pixels: of an image that can be used. once: has one of
+        several processes look at images, and gives all of them what it found.
+
         InputError names file and line of the first item that cannot be used; given a list of `problems`, all of them
         are told there and left out. Else a warning tells how many items are cut, and how many dropped.
         """
         sources = [replace(s, prompt_type=s.prompt_type or prompt_type) for s in read_meta(meta)]
         how = Encoding(tokenizer, get_template(template or "default", tokenizer), dialog)
         folder = None if cache_dir is None else Path(cache_dir)
-        files = []
+        files: list[DataFile] = []
+        told: list[str] = []
         for number, source in enumerate(sources):
             try:
                 records = open_records(source.path)
@@ -113,41 +139,67 @@ class FinetuneData:
                 selection = "" if source.ratio == 1 else f"{source.ratio} {seed} {number}"
                 kept = token_cache.cache_folder(source, how, selection, folder)
             encoded = token_cache.load(kept) if kept is not None else None
-            if encoded is not None:
-                _check_images(encoded, source, records, problems)
-            else:
+            if encoded is None:
                 encoded = encode_source(source, records, chosen, how, problems=problems, progress=progress)
                 if kept is not None and not (problems and len(problems) > before) and token_cache.store(encoded, kept):
                     encoded = token_cache.load(kept) or encoded
-            files.append(DataFile(source, len(records), len(chosen), encoded))
-        if not sum(len(f.encoded.lines) for f in files):
-            if problems:
-                more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-                raise InputError(f"{problems[0]}{more}")
+            found: dict[int, str] = {}
+            if encoded.images and image_words == 0:
+                _refuse_images(encoded, records, problems)
+            elif encoded.images and broken_images is not None:
+                first_only = broken_images == "fail" and problems is None
+                look = partial(_broken_images, encoded, source, records, max_pixels, first_only, progress)
+                found = once(look)
+                if problems is not None:
+                    problems += found.values()
+                told += found.values()
+            files.append(DataFile(source, len(records), len(chosen), encoded, frozenset(found)))
+        if not sum(len(f.encoded.lines) - len(f.broken) for f in files):
+            told = problems or told
+            if told:
+                more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
+                raise InputError(f"{told[0]}{more}")
             raise InputError(f"data_config: there are no items in {', '.join(str(s.path) for s in sources)}")
-        data = cls(files, max_words)
-        if data.truncated and problems is None:
-            log.warning("max_words: %d of %d items are longer than %d and cut", data.truncated, len(data), max_words)
-        if data.dropped and problems is None:
-            log.warning(
-                "max_words: %d items are left out: their first %d tokens hold nothing to learn", data.dropped, max_words
-            )
+        data = cls(files, max_words, image_words or 0, tokenizer.bos_id)
+        if problems is None:
+            data._warn(told)
         if not len(data):
-            raise InputError(f"max_words: got {max_words}, but no item has anything to learn in so few tokens")
+            least = f", of which an image takes {image_words}" if image_words and max(map(_images, files)) else ""
+            raise InputError(
+                f"max_words: got {max_words}, but no item has anything to learn in so few tokens{least}; give more"
+            )
         return data
+
+    def _warn(self, told: Sequence[str]) -> None:
+        if told:
+            shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
+            log.warning("broken_images: %d of %d items are left out: %s", len(told), len(told) + len(self), shown)
+        if self.truncated:
+            log.warning(
+                "max_words: %d of %d items are longer than %d and cut", self.truncated, len(self), self.max_words
+            )
+        if self.dropped:
+            log.warning(
+                "max_words: %d items are left out: their first %d tokens hold nothing to learn",
+                self.dropped,
+                self.max_words,
+            )
 
     def __len__(self) -> int:
         return len(self.index)
 
     def example(self, item: int) -> Example:
         encoded, at = self._place(item)
-        begin = int(encoded.start[at])
-        here = slice(begin, begin + int(self.lengths[item]))
+        begin, places = int(encoded.start[at]), int(self.places[item])
+        here = slice(begin, begin + int(self.lengths[item]) - places)
+        ids, learn = encoded.ids[here].tolist(), encoded.learn[here].tolist()
         image = encoded.images.get(at)
         if image is not None:
-            image = find_image(image, self.files[self.file_of[item]].source)
-        truncated = bool(self.whole[item] > self.max_words)
-        return Example(encoded.ids[here].tolist(), encoded.learn[here].tolist(), truncated, image)
+            image = image_path(image, self.source_of(item))
+            behind = image_place(ids, self.bos_id)
+            ids[behind:behind] = [IMAGE_ID] * places
+            learn[behind:behind] = [False] * places
+        return Example(ids, learn, bool(self.whole[item] > self.max_words), image, places)
 
     def where(self, item: int) -> str:
         """The item's file and line."""
@@ -163,10 +215,24 @@ class FinetuneData:
         for file in self.files:
             digest.update(file.encoded.ids.data)
             digest.update(file.encoded.learn.data)
+            if self.image_words and file.encoded.images:
+                digest.update(json.dumps([self.image_words, sorted(file.encoded.images.items())]).encode())
         return digest.hexdigest()
 
     def _place(self, item: int) -> tuple[Encoded, int]:
         return self.files[self.file_of[item]].encoded, int(self.index[item])
+
+    def _places(self, file: DataFile) -> np.ndarray:
+        """Of each encoded item, how many positions an image takes in it (N,)."""
+        places = np.zeros(len(file.encoded.lines), np.int32)
+        places[list(file.encoded.images)] = self.image_words
+        return places
+
+    def _kept(self, file: DataFile) -> np.ndarray:
+        # With max_words ids, the last one that can be learnt is number max_words - 1.
+        keep = file.encoded.first + self._places(file) < self.max_words
+        keep[list(file.broken)] = False
+        return np.flatnonzero(keep)
 
 
 def _chosen(items: int, ratio: float, seed: Sequence[int]) -> np.ndarray:
@@ -177,13 +243,34 @@ def _chosen(items: int, ratio: float, seed: Sequence[int]) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(items)[:count])
 
 
-def _check_images(encoded: Encoded, source: Source, records: Records, problems: list[str] | None) -> None:
-    """Images may have gone since the file was encoded."""
-    for item, image in encoded.images.items():
-        try:
-            find_image(image, source)
-        except InputError as error:
-            message = f"{records.place(int(encoded.lines[item]))}: {error}"
-            if problems is None:
-                raise InputError(message) from error
-            problems.append(message)
+def _images(file: DataFile) -> int:
+    return len(file.encoded.images)
+
+
+def _refuse_images(encoded: Encoded, records: Records, problems: list[str] | None) -> None:
+    """A run that does not look at images must not take their items for text."""
+    where = records.place(int(encoded.lines[min(encoded.images)]))
+    more = f" (and {len(encoded.images) - 1} items more)" if len(encoded.images) > 1 else ""
+    message = (
+        f"{where}: image: this item has one{more}, and the model looks at none; set no_visual=false with a llama_type "
+        "that does, as mixtral_ens, or take image out of the items"
+    )
+    if problems is None:
+        raise InputError(message)
+    problems.append(message)
+
+
+def _broken_images(
+    encoded: Encoded, source: Source, records: Records, max_pixels: int, first_only: bool, progress: bool
+) -> dict[int, str]:
+    """Item -> what is wrong with its image, with file and line; InputError for the first one, when that is enough."""
+    showing: dict[str, list[int]] = {}
+    for item, image in sorted(encoded.images.items()):
+        showing.setdefault(image_path(image, source), []).append(item)
+    found: dict[int, str] = {}
+    for path, error in broken_headers(showing, max_pixels=max_pixels, progress=progress):
+        for item in showing[path]:
+            found[item] = f"{records.place(int(encoded.lines[item]))}: image: {error}"
+            if first_only:
+                raise InputError(f"{found[item]}; broken_images=skip leaves such items out")
+    return dict(sorted(found.items()))

@@ -25,6 +25,7 @@ from accessory.errors import InputError
 
 _PIECE = 128  # items that a thread encodes at a time
 _PLAIN = get_template("none")
+IMAGE_TAG = "<image>"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
         item = _preprocessed(item, source.preprocess, index)
     image = item.get("image") or None
     if image is not None:
-        find_image(image, source)
+        image_path(image, source)
+        item = _without_tags(item)
     turns = next((item[key] for key in ("conversations", "messages") if item.get(key) is not None), None)
     if turns is not None:
         ids, learn = how.template.encode(turns, how.tokenizer)
@@ -77,14 +79,22 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
     return ids, learn, image
 
 
-def find_image(image: Any, source: Source) -> str:
-    """The image's path below the file's `root`. InputError when it does not exist."""
+def image_path(image: Any, source: Source) -> str:
+    """The image's path below the file's `root`, whether or not it is there. InputError for what is no path."""
     if not isinstance(image, str):
         raise InputError(f"image: got {image!r:.60}, but it must be a path")
-    path = os.path.join(source.root, image)
-    if not os.path.isfile(path):
-        raise InputError(f"image: {path}: no such file")
-    return path
+    return os.path.join(source.root, image)
+
+
+def _without_tags(value: Any, depth: int = 5) -> Any:
+    """Texts that do not say where the item's image is: that is behind BOS, as in the original."""
+    if isinstance(value, str) and IMAGE_TAG in value:
+        return value.replace(IMAGE_TAG, "").strip()
+    if isinstance(value, list) and depth:
+        return [_without_tags(v, depth - 1) for v in value]
+    if isinstance(value, Mapping) and depth:
+        return {key: v if key == "image" else _without_tags(v, depth - 1) for key, v in value.items()}
+    return value
 
 
 def _single_turn(item: Mapping[str, Any], source: Source, how: Encoding) -> tuple[list[int], list[bool]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -72,10 +72,15 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[i
         return image.size
 
 
-def with_places(ids: list[int], words: int, bos_id: int | None) -> list[int]:
-    """Token ids with `words` places of an image: behind the BOS they begin with, else in front."""
-    behind = 1 if ids and ids[0] == bos_id else 0
-    return [*ids[:behind], *[IMAGE_ID] * words, *ids[behind:]]
+def image_place(ids: Sequence[int], bos_id: int | None) -> int:
+    """Where an image's places belong in token ids: behind the BOS they begin with, else in front."""
+    return 1 if ids and ids[0] == bos_id else 0
+
+
+def with_places(ids: Sequence[int], words: int, bos_id: int | None) -> list[int]:
+    """Token ids with `words` places of an image (IMAGE_ID)."""
+    at = image_place(ids, bos_id)
+    return [*ids[:at], *[IMAGE_ID] * words, *ids[at:]]
 
 
 # --------------------------------------------------------------------------- opening

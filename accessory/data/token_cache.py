@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".accessory-cache"
 _IMAGES = "images.json"
+_WRITTEN = 2  # raised when the same item becomes other ids than before, but for what _PROBE shows
 _DEAD = 86400  # seconds after which nobody is writing any more
 _ARRAYS = tuple(f.name for f in fields(Encoded) if f.name != "images")
 # Everything a template does to a dialogue shows in these, so templates need no version of their own.
@@ -50,6 +51,7 @@ def cache_folder(source: Source, how: Encoding, selection: str, folder: Path | N
     parts = [
         how.template.name, tokenizer.chat_template, probe, how.dialog, source.preprocess, source.prompt_type, selection,
         tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_id, sorted(tokenizer.special_tokens.items()), _ARRAYS,
+        _WRITTEN,
     ]  # fmt: skip
     digest.update(json.dumps(parts).encode())
     return (folder or source.path.parent / FOLDER) / f"{source.path.name}-{digest.hexdigest()[:24]}"
