@@ -39,9 +39,9 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
         )  # fmt: skip
     for name, module in decoder.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):
-            whole, rank = tuple(parameter.shape), ranks.rank
-            offsets, shape = local_part(f"{name}.{kind}", whole, args, implementation, rank, ranks.size)
-            decoder.cuts[f"{name}.{kind}"] = (whole, offsets)
+            whole, full = tuple(parameter.shape), f"{name}.{kind}" if name else kind
+            offsets, shape = local_part(full, whole, args, implementation, ranks.rank, ranks.size)
+            decoder.cuts[full] = (whole, offsets)
             if shape != whole:
                 empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                 module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))

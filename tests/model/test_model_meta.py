@@ -258,12 +258,6 @@ def test_a_group_without_torch_distributed_is_refused(folders):
         load(folders / "hf", mp_group=object())
 
 
-@pytest.mark.parametrize("option", [{"with_visual": True}, {"llama_type": "mixtral_ens"}])
-def test_what_is_not_built_says_so(folders, option):
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
-        load(folders / "hf", **option)
-
-
 def test_an_unknown_llama_type_lists_what_would_do(folders):
     with pytest.raises(ConfigError, match="llama_type: got 'llama'"):
         load(folders / "hf", llama_type="llama")
