@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from accessory.adapt.peft import Beside, besides_for, trainable_rule
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.folder import Checkpoint, open_checkpoint
-from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.folder import Checkpoint, open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
+from accessory.checkpoint.packed import spell
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
@@ -23,6 +23,10 @@ from accessory.parallel.fsdp import Grid, shard
 from accessory.parallel.held import held_parameters
 from accessory.parallel.plan import check_ranks
 from accessory.train.config import FinetuneConfig
+from accessory.vision_config import SPHINX, VisionArgs
+
+if TYPE_CHECKING:
+    from accessory.nn.vision import VisionTower
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,16 @@ class Source:
     kind: LlamaType
     config: FinetuneConfig
     quant: Quant | None = None  # of the frozen base: what the config says, or the folder holds
+    views: int = 0  # of an image; 0: the run is of text alone
+
+    @property
+    def vision(self) -> VisionArgs:
+        return self.args.vision or SPHINX
+
+    @property
+    def image_words(self) -> int:
+        """Positions that an image takes; 0 where there are none."""
+        return self.vision.words(self.views) if self.views else 0
 
     @property
     def trainable(self) -> Callable[[str], bool]:
@@ -57,10 +71,14 @@ class Source:
             for name in sorted(n for n in checkpoint.tensors if n.endswith(("norm.weight", "gate.weight"))):
                 for block in checkpoint.tensors[name].to(torch.float32).blocks():
                     digest.update(name.encode() + block.numpy().tobytes())
+        images = None
+        if self.views:
+            images = {"views": self.views, "trainable_mode": self.args.trainable_mode, **self.vision.to_dict()}
         peft = {f: _plain(getattr(self.args, f)) for f in PEFT_FIELDS} if self.kind.peft else None
         return {
             "sizes": told,
             "peft": peft,
+            "images": json.loads(json.dumps(images)),
             "train_router": self.config.train_router,
             "quant": None if self.quant is None else self.quant.to_dict(),
             "weights": digest.hexdigest(),
@@ -76,33 +94,33 @@ def open_source(config: FinetuneConfig) -> Source:
 
     Raises CheckpointError and ConfigError as opening does, and ConfigError for adapters with nothing to train.
     """
-    folders = [Path(resolve(p)) for p in config.pretrained_path]
-    checkpoints = [open_checkpoint(folders[0], config.llama_config)]
-    for folder in folders[1:]:
-        own = [folder / n for n in ("params.json", "config.json") if (folder / n).is_file()]
-        own = own or [folders[0] / n for n in ("params.json", "config.json") if (folders[0] / n).is_file()]
-        checkpoints.append(open_checkpoint(folder, [*own, *config.llama_config], allow_partial=True))
+    checkpoints = open_chain(config.pretrained_path, config.llama_config)
     args = chained_args(checkpoints)
     changes = {f: getattr(config, f) for f in PEFT_FIELDS if getattr(config, f) is not None}
-    if config.load_balancing_weight is not None:
-        changes["load_balancing_weight"] = config.load_balancing_weight
+    for field in ("load_balancing_weight", "trainable_mode"):
+        if getattr(config, field) is not None:
+            changes[field] = getattr(config, field)
     args = args.replace(**changes)
     kind = LlamaType.parse(config.llama_type) if config.llama_type else checkpoints[-1].llama_type
     wants = args.lora_rank > 0 or args.bias_tuning
     if wants and not kind.peft and any(getattr(config, f) is not None for f in ("lora_rank", "bias_tuning")):
         kind = LlamaType(kind.implementation, True, kind.image_views)
-    if kind.image_views or not config.no_visual:
-        raise NotImplementedError("no_visual: images are not built yet; leave it true")
-    quant = chained_quant(checkpoints, Quant.parse(config.quant))
-    if quant is not None and not kind.peft:
+    views = 0 if config.no_visual else kind.image_views
+    if args.trainable_mode == "mm_stage1" and not views:
+        raise ConfigError(
+            f"trainable_mode: got mm_stage1, which trains only what makes words of images, but {kind} takes none; give "
+            f"llama_type {kind}_ens, or leave it out"
+        )
+    quant = chained_quant(checkpoints, Quant.parse(config.quant, config.quant_attention, config.quant_output))
+    if quant is not None and not kind.peft and args.trainable_mode != "mm_stage1":
         held = [str(c.path) for c in checkpoints if c.quant is not None]
-        given = f"{held[-1]} is quantised" if held else f"got {config.quant}"
+        given = f"{held[-1]} is quantised" if held else f"got {spell(quant)}"
         raise ConfigError(
             f"quant: {given}, but quantised weights cannot be trained; set lora_rank, bias_tuning or norm_tuning, or "
             + ("start from the folder that it was made from" if held else "leave quant out")
         )
-    source = Source(checkpoints, args, kind, config, quant)
-    if kind.peft and not (wants or args.norm_tuning or config.train_router):
+    source = Source(checkpoints, args, kind, config, quant, views)
+    if kind.peft and not (views or wants or args.norm_tuning or config.train_router):
         raise ConfigError(
             f"llama_type {kind}: nothing would be trained; set lora_rank, bias_tuning, norm_tuning or train_router"
         )
@@ -130,10 +148,22 @@ def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> D
         seed=config.seed,
         wrap=wrap,
         quant=source.quant,
+        sees=source.views > 0,
     )
     for layer in decoder.layers:
         layer.recompute = config.checkpointing  # type: ignore[assignment]
     return decoder
+
+
+def build_tower(source: Source, device: torch.device, progress: bool) -> VisionTower | None:
+    """The frozen encoders of a run with images, whole on every rank, in what the network computes in."""
+    if not source.views:
+        return None
+    from accessory.checkpoint.vision import load_tower
+
+    held = {name: tensor for c in source.checkpoints for name, tensor in c.vision.items()}
+    dtype = COMPUTE[source.config.precision]
+    return load_tower(source.vision, source.views, held, device=device, dtype=dtype, progress=progress)
 
 
 def counts(decoder: Decoder) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -39,8 +39,11 @@ class FinetuneConfig:
     llama_type: str | None = None  # None: what the folders say
     llama_config: list[str] = field(default_factory=list)  # JSON files; their keys win over the folders' own
     tokenizer_path: str | None = None  # None: that of the folders
-    no_visual: bool = True
-    quant: Literal[False, "nf4", "int4", "int8", "fp8"] = False  # true is nf4, as in the original
+    no_visual: bool = False  # train a model that sees (llama_type …_ens, …_ens5) on text alone, and without its eyes
+    trainable_mode: Literal["sg", "mm_stage1", "mm_stage2"] | None = None  # mm_stage1: of images only what is projected
+    quant: Literal[False, "nf4", "nf4-dq", "int4", "int8", "fp8"] = False  # true is nf4, as in the original
+    quant_attention: str | None = None  # attention's own format, or none; None: as quant says
+    quant_output: str | None = None  # the output head's; None: int8 with int8, else 16 bits
 
     # The data
     data_config: str  # YAML with META, a list of files
@@ -52,6 +55,7 @@ class FinetuneConfig:
     eval_data: str | None = None  # like data_config, held out
     eval_interval: int = 0  # steps; 0: only before and after
     image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
+    broken_images: Literal["fail", "skip"] = "fail"  # what becomes of items whose image cannot be read
     cache_ann_on_disk: bool = False
     num_workers: int = 0  # threads that prepare batches
     pin_mem: bool = True
@@ -117,6 +121,10 @@ class FinetuneConfig:
         for name, known in (("template", TEMPLATES), ("prompt_type", SYSTEM_PROMPTS)):
             value = getattr(self, name)
             check(value is None or value in known, name, value, "one of " + ", ".join(known))
+        formats = [*filter(None, get_args(field_types()["quant"])), "none"]
+        for name in ("quant_attention", "quant_output"):
+            value = getattr(self, name)
+            check(value is None or value in formats, name, value, "one of " + ", ".join(formats))
         for name in self.loggers:
             check(name in LOGGERS, "loggers", name, "one of " + ", ".join(LOGGERS))
         device = self.device or "cpu"

@@ -10,10 +10,12 @@ import torch
 from accessory.checkpoint.discover import find_resources
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.save import write_checkpoint
 from accessory.config import Implementation, ModelArgs
 from accessory.parallel.plan import expert_tensor, largest_world
 from accessory.train.state import trained_tensors
+from accessory.vision_config import SPHINX
 
 
 def canonical_tensors(state: Path) -> dict[str, Lazy]:
@@ -38,6 +40,7 @@ def export(
     only_trained: bool = False,
     dtype: torch.dtype | None = None,
     shards: int = 1,
+    image_views: int = 0,
     tokenizer: Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -55,6 +58,11 @@ def export(
             checkpoint.warn_of_dequantising()
             tensors |= checkpoint.tensors
     tensors |= trained
+    if image_views and not only_trained and not any(map(is_encoder_tensor, tensors)):
+        # From where the configuration says; with them the folder stands for itself.
+        from accessory.checkpoint.vision import encoder_tensors
+
+        tensors |= encoder_tensors(args.vision or SPHINX, {})
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
     if tokenizer is not None:
         own = find_resources(tokenizer) if tokenizer.is_dir() else [tokenizer]
@@ -71,5 +79,6 @@ def export(
         overwrite=overwrite,
         progress=progress,
         allow_partial=only_trained,
+        image_views=max(image_views, *(c.llama_type.image_views for c in checkpoints)),
     )
     return dst

@@ -15,7 +15,7 @@ from accessory.data.dataset import FinetuneData
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.errors import ConfigError
 from accessory.parallel.fsdp import Grid
-from accessory.train.build import Source, build, open_source, warn_of_biases
+from accessory.train.build import Source, build, build_tower, open_source, warn_of_biases
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.feed import Feed, Schedule, Split
 from accessory.train.metrics import METRICS_FILE, write_whole
@@ -78,7 +78,8 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
     held_out = _held_out(config, tokenizer, grid) if config.eval_data else []
     decoder = build(source, grid, device, progress=grid.first)
     weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
-    trainer = Trainer(decoder, grid, weights, weight_decay=config.weight_decay, clip=config.clip_grad)
+    tower = build_tower(source, device, progress=grid.first)
+    trainer = Trainer(decoder, grid, weights, weight_decay=config.weight_decay, clip=config.clip_grad, tower=tower)
     run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, identity, resumed)
     if resumed is not None:
         load_state(trainer, resumed.folder)
@@ -145,6 +146,7 @@ def _check_same_model(resumed: Described, now: dict[str, Any]) -> None:
     for key, what in (
         ("sizes", "is of a model of other sizes"),
         ("peft", "trained other adapters"),
+        ("images", "saw images otherwise, or none"),
         ("train_router", "differs in whether the router is trained"),
         ("quant", "stands on a base quantised otherwise"),
         ("weights", "stands on other weights than pretrained_path holds"),

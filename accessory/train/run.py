@@ -174,6 +174,7 @@ def _finish(run: Run) -> Path:
             only_trained=only,
             dtype=None if only else COMPUTE[config.precision],
             shards=config.model_parallel_size,
+            image_views=source.views,
             tokenizer=Path(config.tokenizer_path) if config.tokenizer_path else None,
             overwrite=True,
         )

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from accessory.ops.cross_entropy import cross_entropy_sum
 from accessory.ops.routing import RouterStatistics, balance_loss
 from accessory.parallel.fsdp import Grid, finish_gradients, squared_norm
 from accessory.train.optim import LossScale, make_optimizer, scale_gradients
+
+if TYPE_CHECKING:
+    from accessory.nn.vision import Features, VisionTower
 
 IGNORED = -100
 
@@ -52,9 +55,16 @@ class Trainer:
     """
 
     def __init__(
-        self, decoder: Decoder, grid: Grid, weights: Weights, *, weight_decay: float = 0.0, clip: float = 0.0
+        self,
+        decoder: Decoder,
+        grid: Grid,
+        weights: Weights,
+        *,
+        weight_decay: float = 0.0,
+        clip: float = 0.0,
+        tower: VisionTower | None = None,
     ) -> None:
-        self.decoder, self.grid, self.weights, self.clip = decoder, grid, weights, clip
+        self.decoder, self.grid, self.weights, self.clip, self.tower = decoder, grid, weights, clip, tower
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.named, weight_decay)
         self.device = next(decoder.parameters()).device
@@ -123,7 +133,16 @@ class Trainer:
             counted_BT=batch.counted_BT.to(self.device, non_blocking=True),
             statistics=statistics,
             rows_N=rows_N.to(self.device, non_blocking=True),
+            images=self._features(batch),
         )
+
+    def _features(self, batch: Batch) -> Features | None:
+        """What the encoders see of a batch's images; model-parallel ranks, who bring the same ones, share the work."""
+        if self.tower is None or batch.pixels_I3PP is None:
+            return None
+        from accessory.parallel.images import encode_shared
+
+        return encode_shared(self.tower, batch.pixels_I3PP, self.grid.model)
 
     def _totals(self, batches: Sequence[Batch]) -> _Totals:
         """Learnt tokens of the step, and counted tokens of each micro-step, on all data-parallel ranks."""
