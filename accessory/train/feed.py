@@ -1,20 +1,29 @@
-"""Which rows a run learns from, step by step, and this rank's share of each step.
+"""Which rows a run learns from, step by step, and this rank's share of each step, images included.
 
 What a step learns from follows from data, seed and the number of rows a step alone. Ranks only divide it: a run that
-goes on with other ranks, or other micro-batches, sees the same steps.
+goes on with other ranks, or other micro-batches, sees the same steps, and of each image the same crop.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal, overload
+
+from torch import Tensor
 
 from accessory.data.batches import Batch, EpochPlan, collate
-from accessory.data.dataset import FinetuneData
-from accessory.errors import ConfigError
+from accessory.data.dataset import Example, FinetuneData
+from accessory.data.transform import ImageLoader
+from accessory.errors import ConfigError, InputError
 from accessory.parallel.fsdp import Grid
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Schedule:
             part = min(1.0, epochs - epoch)
             self.plans.append(plan)
             self.lengths.append(max(1, round(plan.steps * part)))
-        self.epochs = epochs
+        self.epochs, self.seed = epochs, seed
         self.steps = sum(self.lengths)
         if max_steps is not None:
             self.steps = min(self.steps, max_steps)
@@ -102,27 +111,69 @@ class Schedule:
 
 
 class Feed:
-    """This rank's micro-batches of each step; `workers` threads prepare the next ones meanwhile."""
+    """This rank's micro-batches of each step; `workers` threads prepare the next ones meanwhile.
+
+    load: makes pixels of the images of items that have places for them; needed where there are any. What a random crop
+    shows follows from the schedule's seed, the epoch and the item: not from the rank, nor from the thread. broken:
+    what becomes of an image that cannot be decoded: fail, an InputError with file and line, or skip: the item stays,
+    so that all ranks go on with the same steps, but with a grey image, and nothing is learnt of it.
+    """
 
     def __init__(
-        self, data: FinetuneData, schedule: Schedule, split: Split, grid: Grid, *, workers: int = 0, pin: bool = False
+        self,
+        data: FinetuneData,
+        schedule: Schedule,
+        split: Split,
+        grid: Grid,
+        *,
+        workers: int = 0,
+        pin: bool = False,
+        load: ImageLoader | None = None,
+        broken: Literal["fail", "skip"] = "fail",
     ) -> None:
         self.data, self.schedule, self.split, self.grid = data, schedule, split, grid
-        self.workers, self.pin = workers, pin
+        self.workers, self.pin, self.load, self.broken = workers, pin, load, broken
+        self._warned: set[int] = set()
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of step `step` (from 0)."""
-        rows, B = self.schedule.rows(step), self.split.batch_size
-        out = []
-        for micro in range(self.split.accum_iter):
-            first = (micro * self.split.data_size + self.grid.data_rank) * B
-            out.append(self._collate(rows[first : first + B]))
-        return out
+        return [self.batch(step, micro) for micro in range(self.split.accum_iter)]
 
-    def _collate(self, rows: list[tuple[int, ...]]) -> Batch:
-        items = [item for row in rows for item in row]
-        batch = collate([[self.data.example(i) for i in row] for row in rows], items)
+    def batch(self, step: int, micro: int) -> Batch:
+        """Micro-batch number `micro` of a step."""
+        first = (micro * self.split.data_size + self.grid.data_rank) * self.split.batch_size
+        return self._collate(step, self.schedule.rows(step)[first : first + self.split.batch_size])
+
+    def alone(self, step: int, item: int) -> Batch:
+        """One item in a batch of its own, as it is in step `step`."""
+        return self._collate(step, [(item,)])
+
+    def _collate(self, step: int, rows: Sequence[tuple[int, ...]]) -> Batch:
+        pixels: list[Tensor] = []
+        examples = [[self._example(step, item, pixels) for item in row] for row in rows]
+        batch = collate(examples, [item for row in rows for item in row], pixels=pixels)
         return batch.pin_memory() if self.pin else batch
+
+    def _example(self, step: int, item: int, pixels: list[Tensor]) -> Example:
+        """An item; the pixels of its image, if it has one, go behind `pixels`."""
+        example = self.data.example(item)
+        if not example.places or example.image is None:
+            return example
+        if self.load is None:
+            raise InputError(f"{self.data.where(item)}: image: there is nothing that loads it; give the feed a loader")
+        epoch, _ = self.schedule.place(step)
+        try:
+            pixels.append(self.load(example.image, Random(f"{self.schedule.seed} {epoch} {item}")))
+        except InputError as error:
+            told = f"{self.data.where(item)}: image: {error}"
+            if self.broken == "fail":
+                raise InputError(f"{told}; broken_images=skip goes on without it") from error
+            if item not in self._warned:
+                self._warned.add(item)
+                log.warning("broken_images: %s; nothing is learnt of this item", told)
+            pixels.append(self.load.grey())
+            return replace(example, learn=[False] * len(example.learn))
+        return example
 
     def steps(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, its micro-batches) from step `first` to the last one."""
@@ -130,17 +181,42 @@ class Feed:
             for step in range(first, self.schedule.steps):
                 yield step, self.batches(step)
             return
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead: list[Future[list[Batch]]] = []
-            upcoming = iter(range(first, self.schedule.steps))
+        micros = self.split.accum_iter
+        upcoming = ((step, micro) for step in range(first, self.schedule.steps) for micro in range(micros))
+        ahead: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             for step in range(first, self.schedule.steps):
-                while len(ahead) <= self.workers and (following := next(upcoming, None)) is not None:
-                    ahead.append(pool.submit(self.batches, following))
-                yield step, ahead.pop(0).result()
+                # By micro-batches, not by steps: what lies ready is bounded, however much a step holds.
+                while len(ahead) < micros + self.workers and (following := next(upcoming, None)) is not None:
+                    ahead.append(pool.submit(self.batch, *following))
+                yield step, [ahead.popleft().result() for _ in range(micros)]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def all_batches(self) -> list[Batch]:
+    def all_batches(self) -> AllBatches:
         """Everything once, for evaluation; every data-parallel rank gets as many batches."""
-        out: list[Batch] = []
-        for step in range(self.schedule.steps):
-            out += self.batches(step)
-        return out
+        return AllBatches(self)
+
+
+class AllBatches(Sequence[Batch]):
+    """The batches of a feed, made anew whenever they are gone through: the pixels of a whole set fit into no memory."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def __len__(self) -> int:
+        return self.feed.schedule.steps * self.feed.split.accum_iter
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.feed.batch(*divmod(range(len(self))[index], self.feed.split.accum_iter))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _, batches in self.feed.steps(0):
+            yield from batches
