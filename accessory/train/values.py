@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -25,7 +25,7 @@ def check(condition: bool, name: str, given: object, wanted: str) -> None:
 
 def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type that the annotation `hint` names, read from text where it is text."""
-    optional = get_origin(hint) is types.UnionType
+    optional = get_origin(hint) in (types.UnionType, Union)  # the latter of a Literal and None
     if optional:
         hint = next(t for t in get_args(hint) if t is not types.NoneType)
         if value is None or value == "":
