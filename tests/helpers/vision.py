@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -117,3 +125,60 @@ def random_pixels(args: VisionArgs, images: int = 1, views: int = 1, seed: int =
     coarse = torch.randn(images, 3, 9, 9, generator=generator)
     fine = torch.randn(images, 3, size, size, generator=generator)
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") + 0.2 * fine
+
+
+def import_foreign(name: str) -> ModuleType:
+    """A library that weights were published with, or a skip naming it.
+
+    They import torchvision, of which nothing here is needed: where it is not there, or does not fit this torch, names
+    stand in for it while they are imported, and are gone afterwards.
+    """
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    finder = _StandIn()
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        for key in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
+            del sys.modules[key]
+        sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+            for key in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
+                del sys.modules[key]
+
+
+class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds every module of torchvision: an `_Anything`."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Anything(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _Anything(ModuleType):
+    """A module that has every name: a class of its own each."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Names(name, (torch.nn.Module,), {})
+
+
+class _Names(type):
+    """Of a class that may be an enumeration: its members are their names."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return name

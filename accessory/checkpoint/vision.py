@@ -1,0 +1,119 @@
+"""Image encoders from a checkpoint's tensors, or from the weights that their configuration names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from accessory.checkpoint.discover import find_weights
+from accessory.checkpoint.files import read_file
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.vision_names import canonical, canonical_of, destinations
+from accessory.errors import AccessoryError, CheckpointError
+from accessory.nn.vision import CACHE_BYTES, VisionTower
+from accessory.vision_config import EncoderArgs, VisionArgs
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def load_tower(
+    args: VisionArgs,
+    views: int,
+    tensors: Mapping[str, Lazy],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> VisionTower:
+    """The encoders of `args` on `device` in `dtype`, each from `tensors` if they hold any of it, else from its `path`.
+
+    `tensors` are a checkpoint's, names in any spelling without `llma.` in front; others than encoders' are ignored.
+    Values go from the files to their places block by block, converted on the way: nothing is held twice.
+    Raises CheckpointError naming the encoder whose weights are incomplete, of the wrong shapes, or nowhere.
+    """
+    with torch.device("meta"):
+        tower = VisionTower(args, views, cache_bytes=cache_bytes).to(dtype)
+    found = _find(tower, tensors, progress)
+    tower.to_empty(device=device)
+    fill(destinations(tower), found, progress=progress)
+    return tower
+
+
+def encoder_tensors(args: VisionArgs, tensors: Mapping[str, Lazy], *, progress: bool = False) -> dict[str, Lazy]:
+    """All tensors that `load_tower` would fill a tower with, from where it takes them, under our names."""
+    with torch.device("meta"):
+        tower = VisionTower(args, 1)
+    return _find(tower, tensors, progress)
+
+
+def _find(tower: VisionTower, tensors: Mapping[str, Lazy], progress: bool) -> dict[str, Lazy]:
+    args = tower.args
+    shapes = {name: tuple(place.shape) for name, place in destinations(tower).items()}
+    found = canonical(tensors, args, shapes)
+    lacking = [e for e in args.all if not any(name.startswith(f"vision.{e.name}.") for name in found)]
+    nowhere = [e.name for e in lacking if e.path is None]
+    if nowhere:
+        raise CheckpointError(
+            f"vision: no weights of encoder {', '.join(nowhere)}: the checkpoint holds none, and its path is not set; "
+            "name a folder or an hf:// address as its path in the configuration's vision"
+        )
+    for encoder in lacking:
+        found.update(_from_path(encoder, shapes, progress))
+    return found
+
+
+def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
+    """Copy every tensor to its place, several at a time."""
+    total = sum(place.nbytes for place in places.values())
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="loading the image encoders", disable=not progress, leave=False
+    )
+
+    def copy(name: str) -> int:
+        tensors[name].copy_to(places[name])
+        return places[name].nbytes
+
+    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for nbytes in pool.map(copy, places):
+                bar.update(nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for device in {place.device for place in places.values() if place.is_cuda}:
+        torch.cuda.synchronize(device)
+
+
+def _from_path(encoder: EncoderArgs, shapes: Mapping[str, tuple[int, ...]], progress: bool) -> dict[str, Lazy]:
+    assert encoder.path is not None  # what `load_tower` has made sure of
+    try:
+        return canonical_of(encoder, _read(resolve(encoder.path, progress=progress)), shapes)
+    except AccessoryError as error:
+        named = str(error) if str(error).startswith("vision: encoder") else f"vision: encoder {encoder.name}: {error}"
+        raise CheckpointError(named if encoder.path in named else f"{named} (in {encoder.path})") from error
+
+
+def _read(place: Path) -> dict[str, Lazy]:
+    """The tensors of a file, or of a folder that holds one model, under whatever names."""
+    if not place.is_dir():
+        return read_file(place)
+    others = sorted(p for p in place.iterdir() if p.suffix in _WEIGHTS and p.is_file())
+    try:
+        weights = find_weights(place)
+    except CheckpointError:
+        # timm, open_clip and DINOv2's hub call their files as they like.
+        if len(others) != 1:
+            raise
+        return read_file(others[0])
+    files = weights.read()
+    if weights.problems:
+        raise CheckpointError(f"{place}: " + "; ".join(weights.problems[:3]))
+    return {name: tensor for tensors in files.values() if tensors is not None for name, tensor in tensors.items()}
