@@ -113,9 +113,19 @@ class VisionTower(nn.Module):
         this tower alone: `parallel.images` shares the work so. InputError for a tensor of another shape or kind.
         """
         self._check(pixels_I3PP)
-        keys = [content_of(pixels_3PP) for pixels_3PP in pixels_I3PP]
-        if not keys:
+        if not len(pixels_I3PP):
             return self.empty()
+        # Neither the caller's autocast nor its inference mode may show in what is kept for others.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self._encode(pixels_I3PP, agree, run or self.run)
+
+    def _encode(
+        self,
+        pixels_I3PP: Tensor,
+        agree: Callable[[list[bool]], list[bool]] | None,
+        run: Callable[[Tensor], Features],
+    ) -> Features:
+        keys = [content_of(pixels_3PP) for pixels_3PP in pixels_I3PP]
         found = {key: features for key in keys if (features := self.kept.get(key)) is not None}
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # an image given twice is run once
         different = sorted(first.values())
@@ -124,7 +134,7 @@ class VisionTower(nn.Module):
             missing = agree(missing)
         todo = [i for i, lacks in zip(different, missing, strict=True) if lacks]
         if todo:
-            new = (run or self.run)(pixels_I3PP if len(todo) == len(keys) else pixels_I3PP[todo])
+            new = run(pixels_I3PP if len(todo) == len(keys) else pixels_I3PP[todo])
             for n, i in enumerate(todo):
                 found[keys[i]] = new.narrow(n * self.views, self.views)
                 self.kept.put(keys[i], found[keys[i]])
@@ -132,16 +142,15 @@ class VisionTower(nn.Module):
                 return new
         return _joined([found[key] for key in keys])
 
+    @torch.no_grad()
     def run(self, pixels_I3PP: Tensor, first: int = 0, count: int | None = None) -> Features:
         """Run the encoders, whatever is kept, on all views of the images or on `count` of them from the `first` on."""
         total = len(pixels_I3PP) * self.views
         last = total if count is None else first + count
-        # Neither the caller's autocast nor its inference mode may show in what is kept for others.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            parts = [
-                self._run_some(pixels_I3PP, start, min(start + VIEWS_AT_ONCE, last))
-                for start in range(first, last, VIEWS_AT_ONCE)
-            ]
+        parts = [
+            self._run_some(pixels_I3PP, start, min(start + VIEWS_AT_ONCE, last))
+            for start in range(first, last, VIEWS_AT_ONCE)
+        ]
         self.runs += -(-last // self.views) - first // self.views if last > first else 0
         return _joined(parts) if parts else self.empty()
 
@@ -248,7 +257,6 @@ def normalised(pixels_V3SS: Tensor, encoder: EncoderArgs) -> Tensor:
 
 
 def _joined(parts: list[Features]) -> Features:
-    if len(parts) == 1:
-        return parts[0]
+    """One below the other, as a copy."""
     queries = [part.query_VQC for part in parts if part.query_VQC is not None]
     return Features(torch.cat([part.visual_VTC for part in parts]), torch.cat(queries) if queries else None)

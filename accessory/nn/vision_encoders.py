@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.errors import ConfigError, MissingExtraError
+from accessory.errors import AccessoryError, ConfigError, MissingExtraError
 from accessory.vision_config import EncoderArgs, Kind
 
 _STRIDE = 32  # of the convolutional encoders: positions are so many pixels apart
@@ -63,9 +63,9 @@ def build_encoder(encoder: EncoderArgs) -> nn.Module:
     """
     try:
         return _BUILD[encoder.kind](encoder)
-    except ConfigError:
+    except (AccessoryError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
+    except Exception as error:  # transformers' checks raise whatever their parts do
         reason = " ".join(str(error).split())
         raise ConfigError(f"vision: encoder {encoder.name}: config: cannot be built ({reason[:200]})") from error
 
