@@ -25,8 +25,8 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Biases and norms are not pulled towards zero."""
-    return not (name.endswith(("norm.weight", "bias")) or parameter.dim() < 2)
+    """Biases, norms, and an image's start and end are not pulled towards zero."""
+    return not (name.endswith(("norm.weight", "bias", "_img")) or parameter.dim() < 2)
 
 
 def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> torch.optim.AdamW:
