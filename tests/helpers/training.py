@@ -110,6 +110,7 @@ def make_decoder(
     dtype: torch.dtype = torch.float32,
     args: ModelArgs = ARGS,
     quant: str | None = None,
+    sees: bool = False,
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
     from accessory.adapt.peft import besides_for, trainable_rule
@@ -136,6 +137,7 @@ def make_decoder(
         trainable=trainable_rule(args, bool(peft)),
         quant=Quant.parse(quant),
         wrap=(lambda d: shard(d, grid, mode, dtype)) if grid else None,
+        sees=sees,
     )
     for layer in decoder.layers:
         layer.recompute = checkpointing
