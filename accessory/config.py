@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accessory.errors import ConfigError
-from accessory.vision_config import VisionArgs
+from accessory.vision_config import SPHINX, VisionArgs
 
 Implementation = Literal["base", "sparse"]
 
@@ -209,6 +209,13 @@ class ModelArgs:
             if out[name] == type(self).__dataclass_fields__[name].default:
                 del out[name]
         return out
+
+    @property
+    def sees_with(self) -> VisionArgs:
+        """The image encoders of a model that has any; `load_pretrained_visual_encoder`: from where they are published,
+        unless a checkpoint holds them or their own path says otherwise."""
+        vision = self.vision or SPHINX
+        return vision.published() if self.load_pretrained_visual_encoder else vision
 
     @property
     def lora_scale(self) -> float:

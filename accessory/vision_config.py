@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from accessory.errors import ConfigError
@@ -137,6 +137,12 @@ class VisionArgs:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def published(self) -> VisionArgs:
+        """With addresses for SPHINX's encoders where they have no path of their own."""
+        found = {e.name: replace(e, path=PUBLISHED[e.name]) for e in self.all if not e.path and e in SPHINX.all}
+        query = None if self.query is None else found.get(self.query.name, self.query)
+        return VisionArgs(encoders=tuple(found.get(e.name, e) for e in self.encoders), query=query)
+
     @property
     def all(self) -> tuple[EncoderArgs, ...]:
         return self.encoders if self.query is None else (*self.encoders, self.query)
@@ -249,6 +255,12 @@ SPHINX = VisionArgs(
         },
     ),
 )
+PUBLISHED = {
+    "clip": "hf://openai/clip-vit-large-patch14",
+    "convnext": "hf://laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+    "dinov2": "hf://facebook/dinov2-giant",
+    "qformer": "hf://Salesforce/blip2-opt-2.7b",
+}
 VISION_PRESETS: dict[str, VisionArgs] = {
     "sphinx": SPHINX,
     # One small encoder, pretrained on photographs: for CPUs.

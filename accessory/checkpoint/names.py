@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from accessory.checkpoint.lazy import Lazy
 from accessory.config import ModelArgs
-from accessory.vision_config import ENCODER_PREFIXES, PROJECTION, SPHINX
+from accessory.vision_config import ENCODER_PREFIXES, PROJECTION
 
 COMPANIONS = ("bias", "lora_a.weight", "lora_b.weight")
 _LINEAR = re.compile(r"(.*\.w[qkvo123]|.*\.gate|output)\.weight")
@@ -61,7 +61,7 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 def image_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """What a network of these sizes that sees has beside `expected_shapes`: projections, start and end."""
-    vision = args.vision or SPHINX
+    vision = args.sees_with
     shapes: dict[str, tuple[int, ...]] = {}
     channels = {"visual_proj": vision.channels}
     if vision.query is not None:

@@ -25,7 +25,7 @@ from accessory.engine.sampling import Sampling
 from accessory.errors import ConfigError, InputError
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import Ranks
-from accessory.vision_config import SPHINX, with_image
+from accessory.vision_config import with_image
 
 if TYPE_CHECKING:
     from accessory.model.eyes import Eyes, Image, Images
@@ -156,7 +156,7 @@ class MetaModel(nn.Module):
             from accessory.model.eyes import Eyes
 
             held = {name: tensor for c in checkpoints for name, tensor in c.vision.items()}
-            tower = load_tower(args.vision or SPHINX, views, held, device=device, dtype=dtype, progress=progress)
+            tower = load_tower(args.sees_with, views, held, device=device, dtype=dtype, progress=progress)
             eyes = Eyes(tower, image_transform, ranks)
         return cls(llma, tokenizer, max_seq_len, ranks, eyes)
 

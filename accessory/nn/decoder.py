@@ -22,7 +22,6 @@ from accessory.nn.multimodal import ImageWords, place
 from accessory.ops.attention import Documents, has_varlen
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
-from accessory.vision_config import SPHINX
 
 if TYPE_CHECKING:
     from accessory.nn.vision import Features
@@ -86,7 +85,7 @@ class Decoder(ImageWords):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         if sees:
-            self.add_images(args.vision or SPHINX, args.dim)
+            self.add_images(args.sees_with, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
         # Of parameters cut over ranks, the whole shape and where this rank's part begins; who cuts, notes it here.
         self.cuts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}

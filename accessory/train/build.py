@@ -23,7 +23,7 @@ from accessory.parallel.fsdp import Grid, shard
 from accessory.parallel.held import held_parameters
 from accessory.parallel.plan import check_ranks
 from accessory.train.config import FinetuneConfig
-from accessory.vision_config import SPHINX, VisionArgs
+from accessory.vision_config import VisionArgs
 
 if TYPE_CHECKING:
     from accessory.nn.vision import VisionTower
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def vision(self) -> VisionArgs:
-        return self.args.vision or SPHINX
+        return self.args.sees_with
 
     @property
     def image_words(self) -> int:

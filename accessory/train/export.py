@@ -15,7 +15,6 @@ from accessory.checkpoint.save import write_checkpoint
 from accessory.config import Implementation, ModelArgs
 from accessory.parallel.plan import expert_tensor, largest_world
 from accessory.train.state import trained_tensors
-from accessory.vision_config import SPHINX
 
 
 def canonical_tensors(state: Path) -> dict[str, Lazy]:
@@ -62,7 +61,7 @@ def export(
         # From where the configuration says; with them the folder stands for itself.
         from accessory.checkpoint.vision import encoder_tensors
 
-        tensors |= encoder_tensors(args.vision or SPHINX, {})
+        tensors |= encoder_tensors(args.sees_with, {})
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
     if tokenizer is not None:
         own = find_resources(tokenizer) if tokenizer.is_dir() else [tokenizer]
