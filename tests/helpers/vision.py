@@ -130,8 +130,8 @@ def random_pixels(args: VisionArgs, images: int = 1, views: int = 1, seed: int =
 def import_foreign(name: str) -> ModuleType:
     """A library that weights were published with, or a skip naming it.
 
-    `pip install --no-deps --target FOLDER timm open_clip_torch ftfy wcwidth`, and FOLDER in PYTHONPATH for the tests that
-    want them only: where torchvision is missing, transformers believes in a timm that it then cannot import.
+    `pip install --no-deps --target FOLDER timm open_clip_torch ftfy wcwidth`, and FOLDER in PYTHONPATH for the tests
+    that want them only: where torchvision is missing, transformers believes in a timm that it then cannot import.
 
     They import torchvision, of which nothing here is needed: where it is not there, or does not fit this torch, names
     stand in for it while they are imported, and are gone afterwards.
