@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from accessory.data.batches import Batch
 from accessory.data.dataset import FinetuneData
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError
 from accessory.parallel.fsdp import Grid
 from accessory.train.build import Source, build, build_tower, open_source, warn_of_biases
@@ -38,7 +41,7 @@ class Run:
     schedule: Schedule
     feed: Feed
     trainer: Trainer
-    held_out: list[Batch]
+    held_out: Sequence[Batch]
     identity: dict[str, Any]  # of model and data, which a state is written with; made once, since it reads them all
     resumed: Described | None = None
     tokens: int = 0
@@ -64,7 +67,7 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
         warn_of_biases(source)
     tokenizer = _tokenizer(config, source)
     check_vocabulary(tokenizer, source.args.vocab_size)
-    data = _open_data(config.data_config, config, tokenizer, grid)
+    data = _open_data(config.data_config, config, tokenizer, grid, source.image_words)
     identity["data"] = _data_identity(data, config)
     if resumed is not None:
         _check_same_data(resumed, identity["data"])
@@ -74,8 +77,14 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
             f"resume: {resumed.folder} has made all of {schedule.steps} steps; give more epochs or max_steps"
         )
     pin = config.pin_mem and device.type == "cuda"
-    feed = Feed(data, schedule, split, grid, workers=config.num_workers, pin=pin)
-    held_out = _held_out(config, tokenizer, grid) if config.eval_data else []
+    load = ImageLoader.of(config.image_transform, source.vision.pixels(source.views)) if source.views else None
+    make_feed = partial(Feed, grid=grid, workers=config.num_workers, pin=pin, load=load, broken=config.broken_images)
+    feed = make_feed(data, schedule, split)
+    held_out: Sequence[Batch] = []
+    if config.eval_data:
+        others = _open_data(config.eval_data, config, tokenizer, grid, source.image_words)
+        each = Split(config.batch_size, 1, grid.data_size)
+        held_out = make_feed(others, _schedule(config, others, each.rows, 1.0), each).all_batches()
     decoder = build(source, grid, device, progress=grid.first)
     weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
     tower = build_tower(source, device, progress=grid.first)
@@ -171,13 +180,14 @@ def _check_same_data(resumed: Described, now: dict[str, Any]) -> None:
 
 
 def _data_identity(data: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:
-    return {
+    identity = {
         "items": len(data),
         "digest": data.fingerprint(),
         "max_words": config.max_words,
         "packing": config.packing,
         "seed": config.seed,
     }
+    return identity | ({"image_transform": config.image_transform} if data.image_words else {})
 
 
 def _tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
@@ -189,8 +199,8 @@ def _tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
     return load_tokenizer(source.checkpoints[0].path)
 
 
-def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid) -> FinetuneData:
-    def opened() -> FinetuneData:
+def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid, image_words: int) -> FinetuneData:
+    def opened(broken_images: Literal["fail", "skip"] | None) -> FinetuneData:
         return FinetuneData.open(
             Path(path),
             tokenizer,
@@ -201,11 +211,14 @@ def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Gr
             cache_ann_on_disk=config.cache_ann_on_disk,
             seed=config.seed,
             progress=grid.first,
+            image_words=image_words,
+            broken_images=broken_images,
+            once=grid.from_first,
         )
 
     if config.cache_ann_on_disk:  # the others read what the first one has written
-        grid.from_first(lambda: len(opened()))
-    return opened()
+        grid.from_first(lambda: len(opened(None)))
+    return opened(config.broken_images)
 
 
 def _schedule(
@@ -220,9 +233,3 @@ def _schedule(
         epochs=epochs,
         max_steps=max_steps,
     )
-
-
-def _held_out(config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid) -> list[Batch]:
-    data = _open_data(str(config.eval_data), config, tokenizer, grid)
-    split = Split(config.batch_size, 1, grid.data_size)
-    return Feed(data, _schedule(config, data, split.rows, 1.0), split, grid).all_batches()
