@@ -15,7 +15,7 @@ from accessory.config import SHORT_DTYPES
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
-QUANT = ("nf4", "int4", "int8", "fp8", "none")
+QUANT = ("nf4", "nf4-dq", "int4", "int8", "fp8", "none")
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
@@ -343,7 +343,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 
 def _quant_arguments(command: argparse.ArgumentParser, required: bool = False) -> None:
     when = "" if required else ", while it is loaded"
-    help_ = f"nf4, int4, int8 or fp8{when}"
+    help_ = f"nf4, nf4-dq, int4, int8 or fp8{when}"
     command.add_argument("--quant", choices=QUANT, metavar="FORMAT", required=required, help=help_)
     command.add_argument("--quant-attention", "--quant_attention", choices=QUANT, metavar="FORMAT", help="or none")
     command.add_argument("--quant-output", "--quant_output", choices=QUANT, metavar="FORMAT", help="or none: the head")

@@ -1,7 +1,8 @@
 """Quantised weights in files: read as what they mean or as they lie, and made out of dense ones.
 
 A quantised folder holds, where a weight would be, the tensors that it is made of: `<canonical name>.data`, `.scale`
-and, of int4, `.zero`. Readers get one lazy tensor for them, so that whatever takes dense tensors takes these too.
+and, of int4, `.zero`, of nf4-dq `.nested` and `.offset`. Readers get one lazy tensor for them, so that whatever takes
+dense tensors takes these too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from accessory.adapt.quant import PARTS, Quant
 from accessory.checkpoint.copying import copy_dense
-from accessory.checkpoint.lazy import Constant, Lazy
+from accessory.checkpoint.lazy import Computed, Constant, Lazy
 from accessory.config import read_json
 from accessory.errors import ConfigError
-from accessory.ops.quantized import GROUP, Format, Packed, dequantize, packed_shapes, quantize
+from accessory.ops.quantized import GROUP, PIECES, Format, Packed, dequantize, doubled, packed_shapes, quantize
 
-PIECES = ("data", "scale", "zero")
 VERSION = 1
 # Numbers of a weight that are quantised at a time: what a CPU's cache holds, and enough to keep a GPU busy.
 BLOCK_CPU, BLOCK_GPU = 2**20, 2**24
@@ -68,8 +68,19 @@ class Quantised(Lazy):
         group = GROUP.get(self.format, 1) if dim == 1 else 1
         first, last = start // group * group, -(-(start + length) // group) * group
         if (first, last) == (start, start + length):
-            return Quantised(self.format, self.packed.narrow(dim, start, length).tensors(), self.dtype)
+            return Quantised(self.format, self._cut(dim, start, length), self.dtype)
         return Lazy._narrow(self.narrow(dim, first, last - first), dim, start - first, length)
+
+    def _cut(self, dim: int, start: int, length: int) -> dict[str, Lazy]:
+        """The pieces of a cut at whole groups."""
+        pieces = self.pieces
+        if dim == 0 or "nested" not in pieces:
+            return self.packed.narrow(dim, start, length).tensors()
+        # A lazy tensor can be cut but not picked from; this one is a two thousandth of the weight.
+        nested, columns = pieces.pop("nested"), self.packed.columns_of_nested(start, length)
+        picked = Computed((self.shape[0], len(columns)), nested.dtype, lambda: nested.load()[:, columns])
+        rest = Packed("nf4", pieces["data"], pieces["scale"]).narrow(1, start, length)  # type: ignore[arg-type]
+        return {"data": rest.data, "scale": rest.scale, "nested": picked, "offset": pieces["offset"]}  # type: ignore[dict-item]
 
 
 class Quantising(Lazy):
@@ -103,7 +114,14 @@ class Quantising(Lazy):
 def quantised_blocks(
     tensor: Lazy, format: Format, device: torch.device | str = "cpu", search: bool = False
 ) -> Iterator[Packed]:
-    """A dense weight quantised on `device`, some rows at a time: of what comes from a file, no more is held."""
+    """A dense weight quantised on `device`, some rows at a time: of what comes from a file, no more is held.
+
+    nf4-dq comes in one piece, as its scales' mean is over all of them; no more than that and some rows is held.
+    """
+    if format == "nf4-dq":
+        blocks = [block.tensors() for block in quantised_blocks(tensor, "nf4", device)]
+        yield doubled(Packed("nf4", **{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}))
+        return
     on_cpu = torch.device(device).type == "cpu"
     rows, columns = tensor.shape
     step = max(1, (BLOCK_CPU if on_cpu else BLOCK_GPU) // max(1, columns))

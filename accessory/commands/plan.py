@@ -130,15 +130,12 @@ def _check(options: argparse.Namespace) -> None:
             spelled = name.replace("_", "-")
             when = "is for --finetune" if options.finetune is None else "is for running a model, not for --finetune"
             raise InputError(f"--{spelled}: {when}; leave it out")
-    for name in ("quant_attention", "quant_output") if options.finetune is not None else ():
-        if getattr(options, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')}: finetuning has one format for all; give --quant alone")
     formats = Formats.of(options.quant, options.quant_attention, options.quant_output)
     if options.finetune in ("full", "lora") and formats.any:
         raise InputError(
             f"--quant: --finetune {options.finetune} keeps weights in 16 bits or more; use qlora for {formats}"
         )
-    if options.finetune == "qlora" and options.quant == "none":
+    if options.finetune == "qlora" and options.quant == "none" and not formats.any:
         raise InputError("--quant: got none, but qlora stands on quantised weights; use --finetune lora")
 
 
@@ -199,8 +196,8 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
         else:
             rank = options.lora_rank or (args.lora_rank if args.lora_rank > 0 else 16)
             args = args.replace(lora_rank=rank)
-        if options.finetune == "qlora" and not formats.any:
-            formats = Formats.of("nf4")
+        if options.finetune == "qlora" and options.quant is None and formats.experts is None and not model.formats:
+            formats = Formats.of("nf4", options.quant_attention, options.quant_output)
         task = Training(
             kind="full" if options.finetune == "full" else "lora",
             batch_size=options.batch_size or 4,

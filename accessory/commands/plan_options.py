@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("nf4", "int4", "int8", "fp8", "none")
+FORMATS = ("nf4", "nf4-dq", "int4", "int8", "fp8", "none")
 
 
 def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=int, metavar="N", help="cards there are (default: as the ranks below need)")
     plan.add_argument("--tp", type=int, metavar="N", help="ranks that hold the model together (1; to run it, --gpus)")
     plan.add_argument("--implementation", choices=("base", "sparse"), help="default: PATH's, else sparse")
-    plan.add_argument("--quant", choices=FORMATS, metavar="FORMAT", help="nf4, int4, int8 or fp8 (default: PATH's)")
+    plan.add_argument("--quant", choices=FORMATS, metavar="FORMAT", help="nf4, nf4-dq, int4, int8, fp8 (PATH's)")
     plan.add_argument("--quant-attention", "--quant_attention", choices=FORMATS, metavar="FORMAT", help="or none")
     plan.add_argument("--quant-output", "--quant_output", choices=FORMATS, metavar="FORMAT", help="or none: the head")
     plan.add_argument("--batch", type=int, metavar="B", help="to run it: sequences at once (1)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from accessory.model.memory import Inference, Setup, Training
+from accessory.model.memory import Formats, Inference, Setup, Training
 from accessory.model.setups import RESERVE, Fitting
 
 SHOWN = 5_000_000  # bytes; less is a row of noughts
@@ -95,6 +95,10 @@ def how(setup: Setup) -> str:
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
     words += ["checkpointing=true"] if task.checkpointing else []
     words += [f"quant={setup.formats.experts}"] if setup.formats.experts else []
+    usual = Formats.of(setup.formats.experts)
+    for part in ("attention", "output"):
+        format = getattr(setup.formats, part)
+        words += [f"quant_{part}={format or 'none'}"] if format != getattr(usual, part) else []
     return " ".join(words) or "–"
 
 

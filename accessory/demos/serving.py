@@ -55,7 +55,9 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
     add("max_seq_len", type=int, default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)")
     add("dtype", choices=(*SHORT_DTYPES, *SHORT_DTYPES.values()), default="bf16", metavar="TYPE",
         help="bf16 (the default), fp16, fp32")  # fmt: skip
-    add("quant", nargs="?", const=True, default=False, help="quantise while loading: nf4 (alone), int4, int8, fp8")
+    add("quant", nargs="?", const=True, default=False, help="while loading: nf4 (alone), nf4-dq, int4, int8, fp8")
+    add("quant_attention", metavar="FORMAT", help="attention's own, or none")
+    add("quant_output", metavar="FORMAT", help="the output head's own, or none")
     add("gpu_ids", type=int, nargs="+", metavar="ID", help="the GPUs to use (default: the first ones)")
     add("master_addr", metavar="HOST", help="where the ranks meet, unless the launcher says it")
     add("master_port", type=_port, metavar="PORT", help="the port they meet on, unless the launcher says it")
@@ -226,7 +228,8 @@ def _start_alone(options: argparse.Namespace, serve: Serve) -> int:
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", "quant")
+    formats = ("quant", "quant_attention", "quant_output")
+    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
     dtype = getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype))
     return {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
 

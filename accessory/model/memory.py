@@ -6,6 +6,7 @@ passes need. GB are 10⁹ bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,7 +26,9 @@ PACKED: dict[str, tuple[float, int, int]] = {
     "fp8": (1, 0, 4),
     "nf4": (0.5, 64, 4),
     "int4": (0.5, 128, 3),
+    "nf4-dq": (0.5, 64, 1),
 }
+DOUBLED = 256  # scales that nf4-dq scales again, 4 bytes for as many as are sure to be together, and 4 a row
 
 
 def packed_bytes(format: str, rows: int, columns: int) -> int:
@@ -36,7 +39,9 @@ def packed_bytes(format: str, rows: int, columns: int) -> int:
             f"quant: {format} scales {group} numbers together, but a row, or what a rank holds of it, has {columns}; "
             "use fewer ranks, or int8"
         )
-    return int(rows * columns * number) + rows * (columns // group if group else 1) * shared
+    groups = columns // group if group else 1
+    more = 4 * (groups // math.gcd(groups, DOUBLED) + 1) if format == "nf4-dq" else 0
+    return int(rows * columns * number) + rows * (groups * shared + more)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantised weights: four formats, what they mean (`dequantize`), and their products.
+"""Quantised weights: five formats, what they mean (`dequantize`), and their products.
 
 A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in bytes a number:
 
@@ -6,6 +6,7 @@ A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in
     fp8    1     per row: w = q · scale, q in float8 e4m3
     int4   0.523 groups of 128 along I: w = (q - zero/16) · scale, q in 0 … 15, scale bf16, zero uint8
     nf4    0.563 blocks of 64 along I: w = table[q] · scale, scale fp32: the largest magnitude (arXiv 2305.14314)
+    nf4-dq 0.518 the same blocks and numbers; scales in 8 bits, centred and scaled again by 256 (`ops.double`)
 
 Two 4-bit numbers share a byte, the even one in its high half, as bitsandbytes packs nf4. Groups lie inside rows, so a
 cut along O or, at multiples of the group, along I leaves a weight's numbers what they are.
@@ -26,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.errors import ConfigError
+from accessory.ops import double
 
-Format = Literal["int8", "fp8", "int4", "nf4"]
-FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4")
-GROUP = {"int4": 128, "nf4": 64}  # the others scale whole rows
+Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
+FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4", "nf4-dq")
+GROUP = {"int4": 128, "nf4": 64, "nf4-dq": 64}  # the others scale whole rows
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
 FP8_LARGEST = 448.0
 # Up to so many rows of input a GPU reads a quantised weight once a row; beyond, dequantising it first is quicker.
@@ -43,14 +45,19 @@ NF4 = (
 )  # fmt: skip
 
 
+PIECES = ("data", "scale", "zero", "nested", "offset")
+
+
 @dataclass(frozen=True)
 class Packed:
     """A quantised weight (O, I), or a stack (E, O, I), as the tensors it is made of."""
 
     format: Format
     data: Tensor  # int8, float8 (…, O, I); uint8 (…, O, I/2)
-    scale: Tensor  # fp32 (…, O) or (…, O, G); bf16 (…, O, G) of int4
+    scale: Tensor  # fp32 (…, O) or (…, O, G); bf16 (…, O, G) of int4, uint8 of nf4-dq
     zero: Tensor | None = None  # uint8 (…, O, G) of int4
+    nested: Tensor | None = None  # fp32 (…, O, H) of nf4-dq, and
+    offset: Tensor | None = None  # fp32 (…, O)
 
     @property
     def shape(self) -> torch.Size:
@@ -62,7 +69,7 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"data": self.data, "scale": self.scale, "zero": self.zero}
+        found = {name: getattr(self, name) for name in PIECES}
         return {name: t for name, t in found.items() if t is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
@@ -82,7 +89,21 @@ class Packed:
         check_cut(self.format, start, length)
         groups = (start // group, length // group)
         zero = None if self.zero is None else self.zero.narrow(1, *groups)
-        return Packed(self.format, self.data.narrow(1, start // 2, length // 2), self.scale.narrow(1, *groups), zero)
+        nested = None if self.nested is None else self.nested[:, self.columns_of_nested(start, length)]
+        data, scale = self.data.narrow(1, start // 2, length // 2), self.scale.narrow(1, *groups)
+        return Packed(self.format, data, scale, zero, nested, self.offset)
+
+    def columns_of_nested(self, start: int, length: int) -> list[int]:
+        """Of an nf4-dq weight, which columns of `nested` belong to a cut along I at whole groups."""
+        assert self.nested is not None, "only nf4-dq has nested scales"
+        group = GROUP[self.format]
+        return double.columns_of_nested(self.scale.shape[1], self.nested.shape[1], start // group, length // group)
+
+    def with_plain_scales(self) -> Packed:
+        """The same weight as nf4 where it is nf4-dq, for kernels that read scales as they are; else itself."""
+        if self.nested is None or self.offset is None:
+            return self
+        return Packed("nf4", self.data, double.expand(self.scale, self.nested, self.offset))
 
 
 def check_cut(format: Format, start: int, length: int) -> None:
@@ -106,6 +127,10 @@ def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tup
     shapes = {"data": ((*rows, I // 2), torch.uint8)}
     if format == "nf4":
         return {**shapes, "scale": ((*rows, I // group), torch.float32)}
+    if format == "nf4-dq":
+        H = I // group // double.step(I // group)
+        nested = {"nested": ((*rows, H), torch.float32), "offset": ((*rows,), torch.float32)}
+        return {**shapes, "scale": ((*rows, I // group), torch.uint8), **nested}
     return {**shapes, "scale": ((*rows, I // group), torch.bfloat16), "zero": ((*rows, I // group), torch.uint8)}
 
 
@@ -166,7 +191,19 @@ def _nf4(weight: Tensor) -> Packed:
     return Packed("nf4", _pack(q.flatten(-2).to(torch.uint8)), scale)
 
 
-_QUANTIZE: dict[Format, Callable[[Tensor], Packed]] = {"int8": _int8, "fp8": _fp8, "int4": _int4, "nf4": _nf4}
+def doubled(nf4: Packed) -> Packed:
+    """nf4-dq of a whole matrix, or a stack of such, that is nf4: its scales' mean is over the matrix."""
+    code, nested, offset = double.compress(nf4.scale)
+    return Packed("nf4-dq", nf4.data, code, None, nested, offset)
+
+
+_QUANTIZE: dict[Format, Callable[[Tensor], Packed]] = {
+    "int8": _int8,
+    "fp8": _fp8,
+    "int4": _int4,
+    "nf4": _nf4,
+    "nf4-dq": lambda weight: doubled(_nf4(weight)),
+}
 
 
 @cache
@@ -193,6 +230,7 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """What a quantised weight means, (…, O, I): computed in fp32, rounded once to `dtype`. The formats' reference."""
     if packed.format in ("int8", "fp8"):
         return (packed.data.to(torch.float32) * packed.scale[..., None]).to(dtype)
+    packed = packed.with_plain_scales()
     q = unpack(packed.data).unflatten(-1, (-1, GROUP[packed.format]))
     if packed.format == "nf4":
         value = nf4_table(packed.data.device)[q.int()] * packed.scale[..., None]

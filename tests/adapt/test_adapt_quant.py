@@ -72,8 +72,9 @@ def test_every_expert_is_quantised_and_the_router_never(tensors, format, impleme
         gate = decoder.get_parameter(f"layers.{i}.feed_forward.gate.weight")
         assert torch.equal(gate, tensors[f"layers.{i}.feed_forward.gate.weight"])
     experts = sum(m.packed().nbytes for name, m in packed.items() if ".experts." in name)
-    per_number = {"int8": 1 + 4 / 512, "fp8": 1 + 4 / 512, "int4": 0.5 + 3 / 128, "nf4": 0.5 + 4 / 64}[format]
-    assert experts == 2 * 4 * 3 * 512 * 512 * per_number
+    per_number = {"int8": 1 + 4 / 512, "fp8": 1 + 4 / 512, "int4": 0.5 + 3 / 128, "nf4": 0.5 + 4 / 64}
+    per_number["nf4-dq"] = 0.5 + 1 / 64 + 2 * 4 / 512
+    assert experts == 2 * 4 * 3 * 512 * 512 * per_number[format]
     held = sum(p.numel() * p.element_size() for p in decoder.parameters())
     assert held == Quant.parse(format).nbytes(ARGS, bytes_16=4)
 
@@ -137,6 +138,8 @@ def test_the_real_sizes_come_to_the_arithmetic():
     """8x7B in GB: a byte a number beside the embedding (int8), or 0.523 with groups of 128 and a 16-bit head (int4)."""
     assert Quant.parse("int8").nbytes(ModelArgs()) / 1e9 == pytest.approx(46.9, abs=0.1)
     assert Quant.parse("int4").nbytes(ModelArgs()) / 1e9 == pytest.approx(24.83, abs=0.03)
+    assert Quant.parse("nf4").nbytes(ModelArgs()) / 1e9 == pytest.approx(26.65, abs=0.03)
+    assert Quant.parse("nf4-dq").nbytes(ModelArgs()) / 1e9 == pytest.approx(24.57, abs=0.03)
     assert Quant().nbytes(ModelArgs()) / 1e9 == pytest.approx(93.4, abs=0.1)
 
 

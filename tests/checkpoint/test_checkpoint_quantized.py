@@ -44,7 +44,7 @@ ARGS = ModelArgs(
     max_seq_len=64,
     moe=MoEArgs(num_experts=4),
 )
-CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4"}  # format → of attention
+CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}  # format → of attention
 QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
 IMPLEMENTATIONS = ("base", "sparse")
 EXPERT = "layers.0.feed_forward.experts.3.w1.weight"

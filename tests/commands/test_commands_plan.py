@@ -140,6 +140,12 @@ def test_cards_that_are_here_are_found(as_json, monkeypatch):
     assert found["fits"] is True
     assert {s["gpus"] for s in found["smallest_setups"]} <= {1, 2}
     assert as_json("8x7b", "--quant", "int4", "--card", "A100-80")["card"]["name"] == "A100-80"
+    dense = as_json("8x7b", "--finetune", "qlora", "--quant", "none", "--quant-attention", "int8", "--card", "H100")
+    parts = as_json("8x7b", "--finetune", "qlora", "--quant-attention", "int8", "--card", "H100")
+    assert (dense["setup"]["formats"], parts["setup"]["formats"]) == (
+        {"experts": None, "attention": "int8", "output": None},
+        {"experts": "nf4", "attention": "int8", "output": None},
+    )
     assert as_json("8x7b", "--quant", "int4", "--tp", 4)["fits"] is False  # there are two
 
 
@@ -179,7 +185,6 @@ def test_how_gpus_become_ranks(as_json, words, ranks):
         (("8x7b", "--finetune", "full", "--quant", "nf4"), "--quant: --finetune full keeps weights in 16 bits"),
         (("8x7b", "--finetune", "lora", "--quant", "nf4"), "use qlora for nf4"),
         (("8x7b", "--finetune", "qlora", "--quant", "none"), "use --finetune lora"),
-        (("8x7b", "--finetune", "qlora", "--quant-attention", "int8"), "--quant-attention: finetuning has one format"),
         (("tiny", "--quant", "int4"), "quant: int4 scales 128 numbers together"),
     ],
 )

@@ -7,7 +7,11 @@ from helpers.runs import curve, dialogues, finetune, refused, write_data, write_
 
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.packed import spell
 from accessory.cli import main
+from accessory.errors import ConfigError
+from accessory.train.build import open_source
+from accessory.train.config import FinetuneConfig
 
 SIZES = {"dim": 128, "hidden_dim": 128, "head_dim": 32}
 
@@ -147,6 +151,24 @@ def test_qlora_learns_beside_it_as_beside_quantising_while_loading(inputs, quant
     adapter = open_checkpoint(final, allow_partial=True)
     assert adapter.quant is None
     assert any(t.load().any() for n, t in adapter.tensors.items() if n.endswith("lora_b.weight"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "quant"),
+    [
+        ({"quant": "nf4-dq", "quant_attention": "int8", "quant_output": "nf4"}, Quant("nf4-dq", "int8", "nf4")),
+        ({"quant": "int8", "quant_attention": "none", "quant_output": "none"}, Quant("int8")),
+        ({"quant_attention": "int8"}, Quant(attention="int8")),
+    ],
+    ids=str,
+)
+def test_finetuning_chooses_part_by_part(inputs, tmp_path, chosen, quant):
+    where = {"pretrained_path": [inputs / "model"], "data_config": "unread", "output_dir": tmp_path}
+    source = open_source(FinetuneConfig(**where, **chosen, lora_rank=4))
+    assert source.quant == quant
+    assert source.identity()["quant"] == quant.to_dict()
+    with pytest.raises(ConfigError, match=f"quant: got {spell(quant)}, but quantised weights cannot be trained"):
+        open_source(FinetuneConfig(**where, **chosen))
 
 
 def test_training_all_of_it_is_refused(inputs, quantised, tmp_path):

@@ -62,13 +62,15 @@ def test_multi_turn_is_not_for_torchrun(signals, tmp_path, monkeypatch, capsys):
 def test_the_pages_flags_in_both_spellings(dash):
     line = (
         "--pretrained_path a b --llama_type mixtral --llama_config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 "
-        "--quant --gpu_ids 0 1 --master_port 23560 --master_addr h --host 0.0.0.0 --port 0 --share"
+        "--quant --quant_attention int8 --gpu_ids 0 1 --master_port 23560 --master_addr h --host 0.0.0.0 --port 0 "
+        "--share"
     )
     words = [word.replace("_", dash) if word.startswith("--") else word for word in line.split()]
     options = vars(serving.parser("demo", "").parse_args(words))
     assert options == {
         "pretrained_path": ["a", "b"], "llama_type": "mixtral", "llama_config": ["c", "d"], "tokenizer_path": "t",
-        "max_seq_len": 9, "dtype": "fp16", "quant": True, "gpu_ids": [0, 1], "master_port": 23560, "master_addr": "h",
+        "max_seq_len": 9, "dtype": "fp16", "quant": True, "quant_attention": "int8",
+        "quant_output": None, "gpu_ids": [0, 1], "master_port": 23560, "master_addr": "h",
         "host": "0.0.0.0", "port": 0, "share": True, "debug": False,
     }  # fmt: skip
     defaults = serving.parser("demo", "").parse_args(["--pretrained_path", "a"])

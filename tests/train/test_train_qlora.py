@@ -13,8 +13,8 @@ IMPLEMENTATIONS = ["base", "sparse"]
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 SIZES = ARGS.replace(dim=256, hidden_dim=256, n_heads=8, n_kv_heads=4, head_dim=32)  # whole groups on two ranks
 STEPS = 6
-TWO = [((2, 1), "sdp", "nf4"), ((2, 1), "fsdp", "int4"), ((1, 2), "sdp", "nf4")]
-FOUR = [((2, 2), "fsdp", "nf4"), ((2, 2), "sdp", "int4"), ((4, 1), "fsdp", "int8")]
+TWO = [((2, 1), "sdp", "nf4"), ((2, 1), "fsdp", "int4"), ((1, 2), "sdp", "nf4-dq")]
+FOUR = [((2, 2), "fsdp", "nf4-dq"), ((2, 2), "sdp", "int4"), ((4, 1), "fsdp", "int8")]
 
 
 @functools.cache
