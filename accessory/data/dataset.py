@@ -17,11 +17,11 @@ from accessory.data import token_cache
 from accessory.data.conversation import get_template
 from accessory.data.encoding import Encoded, Encoding, encode_source, image_path
 from accessory.data.image_check import broken_headers
-from accessory.data.images import MAX_PIXELS, image_place
+from accessory.data.images import MAX_PIXELS
 from accessory.data.records import Records, Source, open_records, place, read_meta
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
-from accessory.vision_config import IMAGE_ID
+from accessory.vision_config import IMAGE_ID, with_image
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +196,9 @@ class FinetuneData:
         image = encoded.images.get(at)
         if image is not None:
             image = image_path(image, self.source_of(item))
-            behind = image_place(ids, self.bos_id)
-            ids[behind:behind] = [IMAGE_ID] * places
+        if places:
+            ids = with_image(ids, places, self.bos_id)
+            behind = ids.index(IMAGE_ID)
             learn[behind:behind] = [False] * places
         return Example(ids, learn, bool(self.whole[item] > self.max_words), image, places)
 

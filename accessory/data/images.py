@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from accessory.errors import AccessoryError, InputError, MissingExtraError
-from accessory.vision_config import IMAGE_ID
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,17 +69,6 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[i
     """Width and height as stored. Decodes nothing, and raises all of `open_image`'s errors that need no decoding."""
     with _opened(source, max_pixels) as (_, image):
         return image.size
-
-
-def image_place(ids: Sequence[int], bos_id: int | None) -> int:
-    """Where an image's places belong in token ids: behind the BOS they begin with, else in front."""
-    return 1 if ids and ids[0] == bos_id else 0
-
-
-def with_places(ids: Sequence[int], words: int, bos_id: int | None) -> list[int]:
-    """Token ids with `words` places of an image (IMAGE_ID)."""
-    at = image_place(ids, bos_id)
-    return [*ids[:at], *[IMAGE_ID] * words, *ids[at:]]
 
 
 # --------------------------------------------------------------------------- opening

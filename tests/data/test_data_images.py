@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from accessory.data.images import MAX_PIXELS, open_image, read_header, with_places
+from accessory.data.images import MAX_PIXELS, open_image, read_header
 from accessory.errors import InputError, MissingExtraError
-from accessory.vision_config import IMAGE_ID
 
 
 def pixels(image):
@@ -254,15 +253,3 @@ def test_files_are_closed(tmp_path, monkeypatch):
             open_image(tmp_path / name)
     assert len(os.listdir("/proc/self/fd")) == before
     assert kept[0].getpixel((0, 0))
-
-
-# --------------------------------------------------------------------------- places
-
-
-def test_places_are_behind_bos():
-    i = IMAGE_ID
-    assert with_places([1, 5, 6], 3, bos_id=1) == [1, i, i, i, 5, 6]
-    assert with_places([5, 1, 6], 2, bos_id=1) == [i, i, 5, 1, 6]
-    assert with_places([5, 6], 2, bos_id=None) == [i, i, 5, 6]
-    assert with_places([], 2, bos_id=1) == [i, i]
-    assert with_places([1], 0, bos_id=1) == [1]
