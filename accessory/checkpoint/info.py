@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Info:
     resources: list[Path]
     problems: list[str] = field(default_factory=list)
     quant: Quant | None = None
+    encoders: int = 0  # parameters of the image encoders that lie in it
 
     @property
     def complete(self) -> bool:
@@ -44,6 +46,8 @@ class Info:
             out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
         if self.quant is not None:
             out.append(f"quantised       {spell(self.quant)}")
+        if self.args is not None and self.llama_type is not None and self.llama_type.image_views:
+            out.append(f"images          {_spell_images(self.args, self.llama_type.image_views, self.encoders)}")
         out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")
         out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
         if self.args is not None:
@@ -72,6 +76,7 @@ def info(path: str | Path) -> Info:
         resources=checkpoint.resources if checkpoint else [],
         problems=[UNFINISHED] * survey.unfinished + [str(p) for p in survey.problems],
         quant=survey.quant,
+        encoders=sum(math.prod(t.shape) for t in checkpoint.vision.values()) if checkpoint else 0,
     )
 
 
@@ -95,9 +100,19 @@ def _count(number: int, unit: str = "") -> str:
     return f"{number} {unit}".strip()
 
 
+def _spell_images(args: ModelArgs, views: int, parameters: int) -> str:
+    vision = args.sees_with
+    names = ", ".join(f"{e.name} ({e.size} px)" for e in vision.all)
+    held = f"{_count(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
+    seen = f"{views} view" + "s" * (views > 1)
+    return f"{vision.words(views)} positions each, {seen} of {vision.pixels(views)} px by {names}; {held}"
+
+
 def _spell(args: ModelArgs) -> str:
     parts = []
     for key, value in args.to_dict().items():
+        if key == "vision":
+            continue
         if isinstance(value, dict):
             value = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
         parts.append(f"{key} {value}")

@@ -103,7 +103,8 @@ def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
     """
     args = checkpoints[0].args
     vision = next((c.args.vision for c in reversed(checkpoints) if c.args.vision is not None), None)
-    args = args.replace(vision=vision)
+    published = any(c.args.load_pretrained_visual_encoder for c in checkpoints)
+    args = args.replace(vision=vision, load_pretrained_visual_encoder=published)
     adapter: Checkpoint | None = None
     for checkpoint in checkpoints:
         lora = {name for name in checkpoint.tensors if name.endswith(".lora_a.weight")}

@@ -70,7 +70,7 @@ def export(
     write_checkpoint(
         dst,
         tensors,
-        args,
+        args.replace(trainable_mode=ModelArgs.trainable_mode),  # of this run: a later one says its own
         to=implementation,
         shards=largest_world(args, implementation, at_most=shards),
         dtype=dtype,

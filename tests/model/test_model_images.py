@@ -10,8 +10,12 @@ from helpers.seeing import ARGS, seeing_tensors, write_seeing
 from helpers.vision import random_tower, tiny_clip, tiny_sphinx
 from PIL import Image
 
+from accessory.adapt.quant import Quant
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.info import info
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.checkpoint.verify import verify
 from accessory.data.transform import get_transform
 from accessory.errors import CheckpointError, ConfigError, InputError
 from accessory.model.meta import MetaModel
@@ -256,3 +260,22 @@ def test_eyes_that_are_not_there(folder, tmp_path):
 def test_ids_of_a_prompt_cannot_claim_an_images_places(model):
     with pytest.raises(InputError, match="token ids must lie in"):
         model.generate([[1, IMAGE_ID, 5]], **GENERATE)
+
+
+def test_info_verify_and_quantize_know_what_a_model_sees_with(folder, path, model, tmp_path):
+    lines = info(folder).lines()
+    (line,) = [line for line in lines if line.startswith("images")]
+    tensors = seeing_tensors(ARGS.replace(vision=tiny_sphinx()))
+    held = sum(t.numel() for name, t in tensors.items() if name.startswith("vision."))
+    told = "10 positions each, 1 view of 64 px by clip (28 px), convnext (64 px), dinov2 (28 px), qformer (28 px); "
+    assert line == f"images          {told}{held / 1e3:.3g} k parameters of encoders here"
+    assert "llama_type mixtral_sparse_ens" in "\n".join(lines)
+    quantize_checkpoint(folder, tmp_path / "int8", Quant.parse("int8"), progress=False)
+    assert str(info(tmp_path / "int8").llama_type) == "mixtral_sparse_ens"
+    small, on_arrival = load(tmp_path / "int8"), load(folder, quant="int8")
+    got, expected = (m.compute_logits(PROMPTS[:1], [path])[0] for m in (small, on_arrival))
+    equal(got, expected)
+    convert(folder, tmp_path / "base", to="base", shards=2, progress=False)
+    report = verify(folder, tmp_path / "base", progress=False)
+    assert report.ok
+    assert report.a.tensors == len(tensors)
