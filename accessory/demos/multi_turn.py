@@ -46,13 +46,13 @@ DEMO = Demo(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, demo: Demo = DEMO, program: str = "multi_turn.py") -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
-    parser = serving.parser("multi_turn.py", "Talk to a model on a web page.")
+    parser = serving.parser(program, "Talk to a model on a web page.", images=demo.images)
     parser.add_argument(
         "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks to start (default: as many as --gpu_ids, else 1)"
     )
-    return serving.run(DEMO, parser.parse_args(argv), serving.start_own)
+    return serving.run(demo, parser.parse_args(argv), serving.start_own)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The web page of both demos: one builder, one wiring of events, from a description of what is asked and shown.
+"""The web page of all demos: one builder, one wiring of events, from a description of what is asked and shown.
 
 The page knows a model by two things only: `tokenizer`, and `stream_generate` as `MetaModel` has it. It is built with
 Gradio, fetches nothing from the network, and reports nothing to anybody.
@@ -13,8 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accessory.data.images import open_image
+from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, str]
+Message = dict[str, str]  # role, content; of the first one perhaps image, a file
+Upload = dict[str, Any]  # Gradio's words about a file; path
 SHOW_EVERY = 0.05  # seconds; a page drawn for every token would slow a fast model down
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 CPP = re.compile(r"^([ >]*```)(?:cpp|c\+\+)(?=\s)", re.MULTILINE | re.IGNORECASE)
@@ -42,6 +46,7 @@ CSS = """
 footer { display: none !important; }
 .about p, .status p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .status { min-height: 1.5em; }
+#output .message-buttons { display: none; }  /* of images: one would send them to Gradio's forum */
 """
 
 
@@ -59,6 +64,7 @@ class Demo:
     """What tells one page from another.
 
     chat: rounds are kept, shown as a dialogue and can be taken back; otherwise each question stands alone.
+    images: a question may be about an image; a dialogue is about one from its beginning.
     beside, settings: make the fields below the question and among the settings, given the tokenizer.
     ask: from the tokenizer, the messages (the last one is the question) and the values of those fields, in that order.
     """
@@ -69,6 +75,7 @@ class Demo:
     settings: Callable[[Any], list[Any]]
     ask: Callable[..., Ask]
     beside: Callable[[Any], list[Any]] = lambda tokenizer: []
+    images: bool = False
 
 
 def import_gradio() -> Any:
@@ -93,6 +100,7 @@ class Page:
         self.gr = import_gradio()
         self.demo, self.model, self.max_seq_len = demo, model, max_seq_len
         self._stops: dict[str, threading.Event] = {}  # of each visitor who waits for an answer
+        self._uploads = Uploads()
         self.blocks = self._build(about_model)
 
     def launch(self, host: str, port: int, share: bool) -> tuple[str, str | None]:
@@ -101,6 +109,7 @@ class Page:
         _, url, public = self.blocks.launch(
             server_name=host, server_port=port, share=share, theme=theme, css=CSS, show_error=True, quiet=True,
             prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], pwa=False,
+            max_file_size=LARGEST,
         )  # fmt: skip
         return url, public
 
@@ -111,6 +120,7 @@ class Page:
             server.force_exit = True  # without waiting for browsers to let their connections go …
             logging.getLogger("uvicorn.error").disabled = True  # … and without a traceback about that
         self.blocks.close(verbose=False)
+        self._uploads.close()
 
     # ------------------------------------------------------------------ what is on the page
 
@@ -144,11 +154,18 @@ class Page:
                         )  # fmt: skip
                     self.status = gr.Markdown("", elem_id="status", elem_classes="status")
                 with gr.Column(scale=1, min_width=260):
+                    self.image = self._image_box() if demo.images else None
                     own += demo.settings(self.model.tokenizer)
                     sampling = self._sampling()
             self._wire([*sampling, *own])
             blocks.unload(self._leave)
         return blocks
+
+    def _image_box(self) -> Any:
+        return self.gr.Image(
+            label="Image", elem_id="image", type="filepath", sources=["upload", "clipboard"], height=220, buttons=[],
+            placeholder="Drop or choose an image; a question may also do without",
+        )  # fmt: skip
 
     def _sampling(self) -> list[Any]:
         gr = self.gr
@@ -161,12 +178,16 @@ class Page:
         return [length, temperature, top_p]
 
     def _wire(self, fields: list[Any]) -> None:
+        """preprocess=False: Gradio checks that an image was uploaded, but leaves its file as it came. Else it would
+        decode it, without our limits, and say in its own words what is wrong with it."""
         gr = self.gr
         asked = [self.send.click, self.question.submit]
         view = [self.history, self.output, self.question, self.status, self.send, self.stop, self.undo, self.clear]
+        image = [] if self.image is None else [self.image]
+        view += image
         begun = gr.on(
-            asked, self._begin, [self.history, self.question], view,
-            queue=False, show_progress="hidden", api_visibility="private",
+            asked, self._begin, [self.history, self.question, *image], view,
+            queue=False, show_progress="hidden", api_visibility="private", preprocess=False,
         )  # fmt: skip
         begun.then(
             self._answer, [self.history, *fields], view,
@@ -177,6 +198,11 @@ class Page:
         self._on(self.clear.click, self._clear, None, view)
         if self.demo.chat:  # the dialogue has a clear button of its own
             self._on(self.output.clear, self._clear, None, view)
+        if self.image is not None:
+            gr.on(  # in a queue, which notes need
+                [self.image.upload, self.image.clear], self._look, [self.history, self.image], view,
+                concurrency_limit=2, show_progress="hidden", api_visibility="private", preprocess=False,
+            )  # fmt: skip
 
     def _on(self, event: Any, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
         event(function, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
@@ -186,7 +212,7 @@ class Page:
     ) -> dict[Any, Any]:
         """All that changes on the page; `question`: what stands in its box, None leaves it alone."""
         gr = self.gr
-        shown: Any = [{**message, "content": _markdown(message["content"])} for message in history]
+        shown: Any = [_shown(message) for message in history]
         if not self.demo.chat:
             shown = next((m["content"] for m in history if m["role"] == "assistant"), "")
         view = {self.history: history, self.output: shown, self.status: status}
@@ -198,17 +224,42 @@ class Page:
 
     # ------------------------------------------------------------------ what happens on it
 
-    def _begin(self, history: list[Message], question: str, request: gr.Request) -> dict[Any, Any]:
+    def _look(self, history: list[Message], upload: Upload | None, request: gr.Request) -> dict[Any, Any]:
+        """An image was chosen or taken away: say at once whether it is one, and what comes of it."""
+        image, of_dialogue = _file(upload), _image_of(history)
+        self._uploads.need(str(request.session_hash), image, of_dialogue)
+        if image is not None:
+            try:
+                open_image(image)
+            except AccessoryError as error:
+                self._warn(error, image)  # its file stays for the moment: the browser may still be fetching it
+                return {self.image: None, self.status: "No image"}
+        if self.demo.chat and history and image != of_dialogue:
+            about = "without an image" if image is None else "about this image"
+            return {self.status: f"The next message begins a new dialogue, {about}"}
+        return {self.status: ""}
+
+    def _begin(
+        self, history: list[Message], question: str, request: gr.Request, upload: Upload | None = None
+    ) -> dict[Any, Any]:
         """At once, before the queue: show the question, and make Stop work from now on."""
-        visitor = str(request.session_hash)
+        visitor, image = str(request.session_hash), _file(upload)
         if visitor in self._stops:
             return {self.status: "Still answering; press Stop to ask something else"}
-        if not question.strip():
+        if not question.strip() and (self.demo.chat or image is None):  # an image alone asks for a caption
             return {self.status: "Nothing was asked"}
         self._stops[visitor] = threading.Event()
-        asked = [*(_rounds(history) if self.demo.chat else []), {"role": "user", "content": question}]
+        self._uploads.need(visitor, image)
+        before = _rounds(history) if self.demo.chat else []
+        if image != _image_of(before):
+            before = []
+        asked = {"role": "user", "content": question}
+        if image is not None and not before:
+            asked["image"] = image
         # A lone question stays in its box, to be changed and asked again.
-        return self._view(asked, "Waiting for the model …", busy=True, question="" if self.demo.chat else None)
+        return self._view(
+            [*before, asked], "Waiting for the model …", busy=True, question="" if self.demo.chat else None
+        )
 
     def _answer(self, history: list[Message], request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
         if not history or history[-1]["role"] != "user":  # nothing was asked
@@ -235,9 +286,7 @@ class Page:
                 log.exception("an answer failed")
             self._stops.pop(visitor, None)
             yield self._view(before, "Not answered", question=question)
-            words = str(error) if expected else f"{type(error).__name__}: {error}"
-            # Not raised as Gradio's error, which would hide the dialogue behind the word "Error".
-            self.gr.Warning(_plain(words), duration=None)
+            self._warn(error if expected else f"{type(error).__name__}: {error}", _image_of(history))
         finally:
             self._stops.pop(visitor, None)
 
@@ -245,10 +294,12 @@ class Page:
         """The answer so far, again and again; the last one is given however soon it follows."""
         max_gen_len, temperature, top_p, *own = fields
         ask = self.demo.ask(self.model.tokenizer, history, *own)
-        self._warn_of_cut(ask, max_gen_len)
+        image = _image_of(history)
+        self._warn_of_cut(ask, max_gen_len, 0 if image is None else getattr(self.model, "image_words", 0))
         stream = self.model.stream_generate(
             ask.prompt, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p,
             additional_stop_symbols=list(ask.stops), cancelled=stop.is_set,
+            **({} if image is None else {"image": image}),
         )  # fmt: skip
         try:
             text, shown = "", 0.0
@@ -261,8 +312,15 @@ class Page:
         finally:
             stream.close()  # also when the visitor has gone: the model goes on to the next one
 
-    def _warn_of_cut(self, ask: Ask, max_gen_len: Any) -> None:
-        tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0)
+    def _warn(self, problem: Exception | str, image: str | None) -> None:
+        """A note of one line. Not Gradio's error, which would hide the dialogue behind the word "Error"."""
+        words = str(problem)
+        if image is not None:  # by the name that it was uploaded under
+            words = words.replace(image, Path(image).name)
+        self.gr.Warning(_plain(words), duration=None)
+
+    def _warn_of_cut(self, ask: Ask, max_gen_len: Any, image_words: int) -> None:
+        tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0) - image_words
         ids = ask.prompt
         if isinstance(ids, str):
             ids = tokenizer.encode(ids, bos=tokenizer.add_bos, special=True)
@@ -277,8 +335,10 @@ class Page:
             stop.set()  # the answer itself then says on the page that it was stopped
 
     def _leave(self, request: gr.Request) -> None:
-        if (stop := self._stops.pop(str(request.session_hash), None)) is not None:
+        visitor = str(request.session_hash)
+        if (stop := self._stops.pop(visitor, None)) is not None:
             stop.set()
+        self._uploads.need(visitor)
 
     def _undo(self, history: list[Message]) -> dict[Any, Any]:
         rounds = _rounds(history)
@@ -290,12 +350,31 @@ class Page:
         if str(request.session_hash) in self._stops:
             self._stop(request)
             return {self.status: self.gr.skip()}
-        return self._view([], "", question="")
+        self._uploads.need(str(request.session_hash))
+        empty = {} if self.image is None else {self.image: None}
+        return self._view([], "", question="") | empty
 
 
 def _rounds(history: list[Message]) -> list[Message]:
     """Without a question that was never answered, because its visitor was away."""
     return history[: len(history) // 2 * 2]
+
+
+def _file(upload: Upload | None) -> str | None:
+    return None if upload is None else upload["path"]
+
+
+def _image_of(history: list[Message]) -> str | None:
+    """The file that a dialogue, or a lone question, is about."""
+    return history[0].get("image") if history else None
+
+
+def _shown(message: Message) -> dict[str, Any]:
+    """A message as Gradio's dialogue takes it."""
+    text = _markdown(message["content"])
+    if "image" not in message:
+        return {"role": message["role"], "content": text}
+    return {"role": message["role"], "content": [{"path": message["image"], "alt_text": "The image"}, text]}
 
 
 def _reply(text: str) -> Message:

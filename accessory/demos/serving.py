@@ -1,4 +1,4 @@
-"""What both demos share besides their page: arguments, starting a model on one rank or several, serving, ending."""
+"""What all demos share besides their page: arguments, starting a model on one rank or several, serving, ending."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from accessory.parallel.mesh import Ranks, from_environment, launch_of
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
+IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
 GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended
 
 Serve = Callable[[Any, str], int]  # (model, a line about it) -> exit status
@@ -38,8 +39,8 @@ Start = Callable[[argparse.Namespace, Serve], int]
 # --------------------------------------------------------------------------- arguments
 
 
-def parser(program: str, about: str) -> argparse.ArgumentParser:
-    """Every option of both demos; dashes and underscores are one."""
+def parser(program: str, about: str, images: bool = False) -> argparse.ArgumentParser:
+    """Every option of all demos, and of those with images theirs; dashes and underscores are one."""
     p = argparse.ArgumentParser(prog=program, description=about)
 
     def add(name: str, **how: Any) -> None:
@@ -58,6 +59,9 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
     add("quant", nargs="?", const=True, default=False, help="while loading: nf4 (alone), nf4-dq, int4, int8, fp8")
     add("quant_attention", metavar="FORMAT", help="attention's own, or none")
     add("quant_output", metavar="FORMAT", help="the output head's own, or none")
+    if images:
+        add("image_transform", choices=IMAGE_TRANSFORMS, default=IMAGE_TRANSFORMS[0], metavar="NAME",
+            help="how an image becomes a square: padded_resize (the default) or resized_center_crop")  # fmt: skip
     add("gpu_ids", type=int, nargs="+", metavar="ID", help="the GPUs to use (default: the first ones)")
     add("master_addr", metavar="HOST", help="where the ranks meet, unless the launcher says it")
     add("master_port", type=_port, metavar="PORT", help="the port they meet on, unless the launcher says it")
@@ -231,7 +235,10 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
     formats = ("quant", "quant_attention", "quant_output")
     names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
     dtype = getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype))
-    return {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
+    how = {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
+    if "image_transform" in options:
+        how |= {"with_visual": True, "image_transform": options.image_transform}
+    return how
 
 
 def _check_gpus(ids: list[int] | None) -> list[str] | None:
@@ -293,13 +300,14 @@ class Leader:
 
     def __init__(self, model: MetaModel, commands: Ranks) -> None:
         self.tokenizer, self.llma = model.tokenizer, model.llma
+        self.image_words = model.image_words
         self.broken = threading.Event()  # set after a failure that the other ranks may not share
         self._model, self._commands = model, commands
         self._turn = threading.Lock()
         self._closing = False
 
     def stream_generate(
-        self, prompt: Any, *, cancelled: Callable[[], bool] | None = None, **how: Any
+        self, prompt: Any, image: Any = None, *, cancelled: Callable[[], bool] | None = None, **how: Any
     ) -> Iterator[StreamItem]:
         """As `MetaModel.stream_generate`; closing it ends the answer on all ranks after their present step."""
         left = False
@@ -312,8 +320,10 @@ class Leader:
                 raise InputError("the demo is ending")
             stream: Iterator[StreamItem] = iter(())
             try:
-                share((prompt, how), self._commands)
-                stream = self._model.stream_generate(prompt, **how, cancelled=ended)
+                if image is not None and self._model.eyes is not None:
+                    image = self._model.eyes.open(image)  # here, where its file is; the other ranks get its pixels
+                share((prompt, image, how), self._commands)
+                stream = self._model.stream_generate(prompt, image, **how, cancelled=ended)
                 for item in stream:  # noqa: UP028 (`yield from` would close the stream together with its reader)
                     yield item
             except (AccessoryError, NotImplementedError):  # the same on every rank, before its first step
@@ -337,12 +347,12 @@ class Leader:
 def follow(model: MetaModel, commands: Ranks) -> None:
     """On every rank but the first: do what it does until it says that it ends."""
     while True:
-        command: tuple[Any, Mapping[str, Any]] | None = share(None, commands)
+        command: tuple[Any, Any, Mapping[str, Any]] | None = share(None, commands)
         if command is None:
             return
-        prompt, how = command
+        prompt, image, how = command
         try:
-            for _ in model.stream_generate(prompt, **how):
+            for _ in model.stream_generate(prompt, image, **how):
                 pass
         except (AccessoryError, NotImplementedError):
             pass  # the first rank meets it too, and shows it

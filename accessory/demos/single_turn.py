@@ -49,10 +49,11 @@ DEMO = Demo(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, demo: Demo = DEMO, program: str = "single_turn.py") -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
-    parser = serving.parser("single_turn.py", "Answer single questions on a web page; start it with torchrun.")
-    return serving.run(DEMO, parser.parse_args(argv), serving.start_launched)
+    about = "Answer single questions on a web page; start it with torchrun."
+    parser = serving.parser(program, about, images=demo.images)
+    return serving.run(demo, parser.parse_args(argv), serving.start_launched)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 
@@ -160,9 +161,29 @@ class Visitor:
         return self.page.input_value("#output textarea")
 
     def rounds(self) -> list[tuple[str, str]]:
-        """(who, what) of a dialogue; Markdown has been made of what."""
+        """(who, what) of a dialogue; Markdown has been made of what. Images are left out."""
         shown = self.page.locator("#output [data-testid=user], #output [data-testid=bot]").all()
-        return [(m.get_attribute("data-testid"), (m.text_content() or "").strip()) for m in shown]
+        said = [m for m in shown if not m.locator("img").count()]
+        return [(m.get_attribute("data-testid"), (m.text_content() or "").strip()) for m in said]
+
+    def pictures(self) -> list[str]:
+        """The names of the images in a dialogue."""
+        shown = self.page.locator("#output [data-testid=user] img").all()
+        return [unquote(image.get_attribute("src")).rpartition("/")[2] for image in shown]
+
+    def upload(self, path: Path, wait: bool = True) -> None:
+        """Choose an image; wait until the page shows it."""
+        self.page.set_input_files("#image input[type=file]", path)
+        if wait:
+            self.page.wait_for_selector("#image img")
+
+    def drop_image(self) -> None:
+        self.page.click("#image button[title='Remove Image']")
+        self.expect(self.page.locator("#image img")).to_have_count(0)
+
+    def says(self, text: str) -> None:
+        """Wait until this, and no more, is the status."""
+        self.expect(self.page.locator("#status")).to_have_text(re.compile(rf"^\s*{re.escape(text)}\s*$"))
 
     def complaint(self) -> str:
         """The text of the note that popped up; closes it."""
@@ -177,7 +198,7 @@ class Visitor:
         self.expect(self.page.locator("#question textarea")).to_have_value("")
         self.page.wait_for_function(
             "!document.querySelector('#output [data-testid=user]')"
-            " && !document.querySelector('#output textarea')?.value"
+            " && !document.querySelector('#output textarea')?.value && !document.querySelector('#image img')"
         )
         self.fetched.clear()
 
