@@ -177,6 +177,7 @@ def _dtype(name: str | None) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     from accessory.commands.plan_options import add_plan_arguments
+    from accessory.commands.text_options import add_image_arguments, add_sampling_arguments
 
     parser = argparse.ArgumentParser(
         prog="accessory", description="Run, finetune and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
@@ -190,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
     generate.add_argument("--lines", action="store_true", help="every line of --prompt-file or stdin is a prompt")
-    _sampling_arguments(generate)
+    add_image_arguments(generate, several=True)
+    add_sampling_arguments(generate)
     generate.add_argument("--stream", action="store_true", help="show the text while it is written")
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
@@ -200,7 +202,8 @@ def _parser() -> argparse.ArgumentParser:
         "--template", choices=TEMPLATES, help="default: the tokenizer's own, else the original's dialogue"
     )
     chat.add_argument("--system", metavar="TEXT", help="a system message")
-    _sampling_arguments(chat)
+    add_image_arguments(chat, several=False)
+    add_sampling_arguments(chat)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")
@@ -365,23 +368,6 @@ def _data_check_arguments(actions: Any) -> None:
     check.add_argument(
         "--tokens-per-second", "--tokens_per_second", type=float, metavar="X", help="of all GPUs together"
     )
-
-
-def _sampling_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--max-gen-len",
-        "--max_gen_len",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens an answer may have (default: 512)",
-    )
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    command.add_argument(
-        "--top-p", "--top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)"
-    )
-    command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
-    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
 
 def _writing_arguments(command: argparse.ArgumentParser) -> None:

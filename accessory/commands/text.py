@@ -1,13 +1,16 @@
-"""`accessory generate` and `accessory chat`: a model on one rank or several, prompts in, text out."""
+"""`accessory generate` and `accessory chat`: a model on one rank or several, prompts and images in, text out."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,29 @@ import torch.distributed as dist
 
 from accessory.config import SHORT_DTYPES
 from accessory.data.conversation import Conversation, get_template
-from accessory.errors import InputError
+from accessory.data.images import open_image
+from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.parallel.collectives import share
 from accessory.parallel.mesh import Ranks, from_environment, launch_of
 
+NO_IMAGE = ("none", "-")
+
 
 def generate(options: argparse.Namespace) -> int:
     """Continue the prompts and print what was written; under a launcher, the first rank reads and prints."""
     launch = launch_of(dict(os.environ))
-    prompts = _prompts(options) if launch is None or launch.rank == 0 else []
+    first = launch is None or launch.rank == 0
+    prompts = _prompts(options) if first else []
     if options.stream and len(prompts) > 1:
         raise InputError(f"--stream: got {len(prompts)} prompts, but only one can be streamed")
+    images = _images(options.image, len(prompts)) if first else []
     with open_model(options) as (model, ranks):
-        return _print_answers(options, model, share(prompts, ranks))
+        return _print_answers(options, model, *share((prompts, images), ranks))
 
 
-def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str]) -> int:
+def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any]) -> int:
     how = {
         "max_gen_len": options.max_gen_len,
         "temperature": options.temperature,
@@ -42,12 +50,13 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str]) 
         "seed": options.seed,
     }
     if options.stream:
-        _show(model.stream_generate(prompts[0], **how))
+        _show(model.stream_generate(prompts[0], images[0] if images else None, **how))
         return 0
-    texts = model.generate(prompts, **how)
+    texts = model.generate(prompts, images or None, **how)
     for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
         if options.json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            image = {"image": options.image[n - 1]} if images else {}
+            print(json.dumps({"prompt": prompt, **image, "text": text}, ensure_ascii=False))
         else:
             if len(prompts) > 1:
                 last = (prompt.splitlines() or [""])[-1]
@@ -75,6 +84,16 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _images(names: list[str], count: int) -> list[Any]:
+    """What was asked to be seen, one a prompt, opened before minutes of loading; nothing where nothing was."""
+    if names and len(names) != count:
+        raise InputError(
+            f"--image: got {len(names)} for {count} prompts; give one each, in their order, and none for those without"
+        )
+    images = [None if name in NO_IMAGE else open_image(os.path.expanduser(name)) for name in names]
+    return images if any(image is not None for image in images) else []
+
+
 def chat(options: argparse.Namespace) -> int:
     """Talk in the terminal until the input ends."""
     if launch_of(dict(os.environ)) is not None:
@@ -87,7 +106,12 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
     template = get_template(options.template, model.tokenizer)
     conversation = Conversation(template, options.system)
     fixed = len(conversation.messages)
-    print(f"Template {template.name}. /undo takes the last round back, /clear all; /quit or Ctrl-D ends.")
+    visual = _visual(options)
+    seen = _see(options.image, visual) if options.image else None
+    print(
+        f"Template {template.name}. /undo takes the last round back, /clear all; "
+        f"{'/image PATH begins a dialogue about an image; ' if visual else ''}/quit or Ctrl-D ends."
+    )
     while True:
         try:
             text = input("\n> ").strip()
@@ -96,7 +120,19 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
             return 0
         if text in ("/quit", "/exit"):
             return 0
+        if text.split(maxsplit=1)[:1] == ["/image"]:
+            try:
+                now = _see(words, visual) if (words := text.removeprefix("/image").strip()) else seen
+            except AccessoryError as error:
+                print(f"({error})")
+                continue
+            if now is not seen:  # it stands before the first question, so what was said was not about it
+                del conversation.messages[fixed:]
+            seen = now
+            print("(no image)" if seen is None else f"({seen.path}: the dialogue is about this image)")
+            continue
         if text in ("/undo", "/clear"):
+            seen = None if text == "/clear" else seen
             keep = fixed if text == "/clear" else max(fixed, len(conversation.messages) - 2)
             del conversation.messages[keep:]
             print("(forgotten)")
@@ -109,6 +145,7 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
             answer = _show(
                 model.stream_generate(
                     conversation.prompt_ids(model.tokenizer),
+                    image=None if seen is None else seen.picture,
                     max_gen_len=options.max_gen_len,
                     temperature=options.temperature,
                     top_p=options.top_p,
@@ -124,6 +161,26 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
         conversation.add("assistant", answer)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    path: Path
+    picture: Any  # Pillow's, decoded
+
+
+def _see(words: str, visual: bool) -> _Seen | None:
+    """The image at a path as people type it, or a terminal that a file is dropped on: quoted, escaped, with ~."""
+    if words in NO_IMAGE:
+        return None
+    if not visual:
+        raise InputError("/image: this chat is text only; start it with --with-visual")
+    path = Path(os.path.expanduser(words))
+    if not path.exists():
+        with contextlib.suppress(ValueError):
+            if len(parts := shlex.split(words)) == 1:
+                path = Path(os.path.expanduser(parts[0]))
+    return _Seen(path, open_image(path))
+
+
 def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
     """Print a stream as it grows; returns the whole text."""
     shown = whole = ""
@@ -133,6 +190,12 @@ def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
         shown = whole
     print()
     return whole
+
+
+def _visual(options: argparse.Namespace) -> bool:
+    """Whether the model is to see."""
+    images = [options.image] if isinstance(options.image, str) else options.image or []
+    return options.with_visual or any(name not in NO_IMAGE for name in images)
 
 
 @contextmanager
@@ -150,6 +213,8 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
         "device": _device(options.device),
         "progress": sys.stderr.isatty(),
     }
+    if _visual(options):
+        loading |= {"with_visual": True, "image_transform": options.image_transform}
     own = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
     asked = options.n_gpus is not None or options.gpu_ids is not None
     if launch_of(dict(os.environ)) is not None:
