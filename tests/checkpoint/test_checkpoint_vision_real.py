@@ -1,4 +1,4 @@
-"""The real ensemble's names and shapes, without its weights: every tensor of the original's checkpoints has its place."""
+"""Names and shapes of the real ensemble, without weights: all tensors of the original's checkpoints have a place."""
 
 from __future__ import annotations
 
