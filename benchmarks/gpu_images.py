@@ -1,0 +1,160 @@
+"""SPHINX's ensemble at its real size before Mixtral-8x7B at its real size, on one 80 GB card, with random weights.
+
+    python benchmarks/gpu_images.py [--quant int8] [--images 1 4] [--views 1 5] [--layers 32]
+
+Encoders in bf16, the network quantised. The floor of encoding is its operations, counted by torch, over the measured
+bf16 matmul rate. Images are new in every run, so nothing is kept of them; "again" is the same image a second time.
+Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+
+import torch
+from gpu_quant import free, source, timed
+from gpu_train import matmul_rate
+from torch.utils.flop_counter import FlopCounterMode
+
+from accessory.adapt.peft import trainable_rule
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.load import load_decoder
+from accessory.checkpoint.names import image_shapes
+from accessory.config import PRESETS, ModelArgs
+from accessory.data.batches import collate
+from accessory.data.dataset import Example
+from accessory.engine.generate import Generation
+from accessory.nn.decoder import Decoder
+from accessory.nn.vision import Features, VisionTower
+from accessory.parallel.fsdp import Grid
+from accessory.train.trainer import Trainer, Weights
+from accessory.vision_config import SPHINX, with_image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quant", default="int8")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--step-images", type=int, default=8, help="of a stage 1 step, 128 tokens of text each")
+    options = parser.parse_args()
+    args = PRESETS["8x7b"].replace(vision=SPHINX)
+    args = args.replace(n_layers=options.layers or args.n_layers)
+    rate = matmul_rate("cuda")
+    print(f"{torch.cuda.get_device_name()}: bf16 matmul {rate / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n")
+    print("| what | value | images/s | times the floor |\n|---|---|---|---|")
+    for views in options.views:
+        tower = random_tower(views)
+        if views == options.views[0]:
+            row("encoders resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
+        for images in options.images:
+            encoding(tower, images, rate)
+        if views == options.views[-1]:
+            answering(args, tower, options)
+        del tower
+        free()
+    stage_1(args, options)
+
+
+def random_tower(views: int) -> VisionTower:
+    with torch.device("meta"):
+        tower = VisionTower(SPHINX, views).to(torch.bfloat16)
+    tower.to_empty(device="cuda")
+    for parameter in tower.parameters():
+        parameter.data.normal_(0, 0.02)
+    return tower
+
+
+def pixels(tower: VisionTower, images: int) -> torch.Tensor:
+    return torch.randn(images, 3, tower.pixels, tower.pixels, device="cuda")
+
+
+def encoding(tower: VisionTower, images: int, rate: float) -> None:
+    with FlopCounterMode(display=False) as counter:
+        tower.run(pixels(tower, images))
+    floor = counter.get_total_flops() / rate
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x_I3PP = pixels(tower, images)
+    seconds = timed(partial(tower.run, x_I3PP))
+    more = (torch.cuda.max_memory_allocated() - before) / 1e9
+    what = f"encoding {images} × {tower.views} views, ms (memory beside, GB)"
+    row(what, f"{seconds * 1e3:.1f} ({more:.2f})", images / seconds, seconds / floor)
+
+
+def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) -> None:
+    checkpoint = source(args)
+    checkpoint.tensors.update(_projections(args))
+    quant = Quant.parse(options.quant)
+    decoder = load_decoder([checkpoint], args, "sparse", device="cuda", dtype=torch.bfloat16, quant=quant, sees=True)
+    row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
+    ids = torch.randint(3, args.vocab_size, (options.prompt,)).tolist()
+    placed = with_image([1, *ids], SPHINX.words(tower.views), 1)
+    images = pixels(tower, 8).cpu()
+    first(decoder, [1, *ids], None)
+    first(decoder, placed, tower.encode(images[:1]))
+    for what, image in (("new", images[1:2]), ("again", images[1:2]), ("another, new", images[2:3])):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        first(decoder, placed, tower.encode(image))
+        row(f"first token, {len(placed)} positions, image {what}, ms", f"{(time.perf_counter() - began) * 1e3:.0f}")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    first(decoder, [1, *ids], None)
+    row(f"first token, {len(ids) + 1} positions, no image, ms", f"{(time.perf_counter() - began) * 1e3:.0f}")
+
+
+def first(decoder: Decoder, ids: list[int], features: Features | None) -> None:
+    next(iter(Generation(decoder, [ids], max_gen_len=2, max_seq_len=4096, images=features)))
+
+
+def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
+    """Projections, start and end learn; network and encoders are frozen; images of one view, 128 tokens each."""
+    args = args.replace(trainable_mode="mm_stage1")
+    tower = random_tower(1)
+    torch.cuda.reset_peak_memory_stats()
+    decoder = load_decoder(
+        [source(args)],
+        args,
+        "sparse",
+        device="cuda",
+        dtype=torch.bfloat16,
+        quant=Quant.parse("nf4"),
+        trainable=trainable_rule(args, peft=False),
+        sees=True,
+    )
+    for layer in decoder.layers:
+        layer.recompute = True  # type: ignore[assignment]
+    trainer = Trainer(decoder, Grid(), Weights(0.0), clip=2.0, tower=tower)
+    words, n = SPHINX.words(1), options.step_images
+
+    def batch() -> object:
+        ids = [with_image([1, *torch.randint(3, args.vocab_size, (128,)).tolist()], words, 1) for _ in range(n)]
+        examples = [[Example(i, [False] * (words + 1) + [True] * 128, places=words)] for i in ids]
+        return collate(examples, list(range(n)), pixels=list(pixels(tower, n).cpu()))
+
+    batches = [batch() for _ in range(8)]
+    seconds = timed(lambda: trainer.step([batches.pop()], 1e-4), rounds=5, warm=2)  # type: ignore[list-item]
+    trained = sum(p.numel() for _, p in trainer.named) / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    row(f"stage 1 over nf4, {trained:.0f} million trained, peak, GB", f"{peak:.1f}")
+    row(f"stage 1 step, {n} new images of {words} + 128 tokens, recomputing, ms", f"{seconds * 1e3:.0f}", n / seconds)
+
+
+def _projections(args: ModelArgs) -> dict[str, object]:
+    from gpu_quant import Noise
+
+    return {name: Noise(shape, name.endswith(".1.weight")) for name, shape in image_shapes(args).items()}
+
+
+def row(what: str, value: str, rate: float | None = None, ratio: float | None = None) -> None:
+    numbers = f"{'–' if rate is None else f'{rate:,.1f}'} | {'–' if ratio is None else f'{ratio:.2f}'}"
+    print(f"| {what} | {value} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
