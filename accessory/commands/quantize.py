@@ -1,4 +1,4 @@
-"""`accessory quantize`: any checkpoint into a quantised folder, int4 chosen with a text at hand if there is one."""
+"""`accessory quantize`: any checkpoint into a quantised folder, int4 and int8 chosen with a text at hand if there is one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.data.plain_text import token_rows
-from accessory.data.tokenizer import check_vocabulary
+from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError
-from accessory.model.meta import tokenizer_of
 
 ROW = 512  # tokens of the text that are read in one go
 TOKENS = 128 * ROW

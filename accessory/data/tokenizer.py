@@ -137,6 +137,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
+    """The last folder's that has one: a trainable-only save comes without."""
+    for folder in reversed(folders[1:]):
+        if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():
+            return load_tokenizer(folder)
+    return load_tokenizer(folders[0])
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ConfigError when a network with `vocab_size` embedding rows cannot go with the tokenizer.
 

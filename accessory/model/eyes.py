@@ -5,6 +5,7 @@ Legend: I images, P pixels each way, V views of all images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from accessory.data.encoding import IMAGE_TAG
 from accessory.data.images import open_image
 from accessory.data.transform import get_transform
 from accessory.errors import InputError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 else:
     Picture = Any
 
+_TAG = re.compile(rf"{IMAGE_TAG}\s*")
 Image = str | Path | Picture | Tensor
 Images = Tensor | Sequence[Image | None] | None
 
@@ -52,6 +55,13 @@ class Eyes:
         if len(images) != count:
             raise InputError(f"images: got {len(images)} for {count} {of}s; give one each, None where there is none")
         return [None if i is None else self.open(i, f"images[{n}]") for n, i in enumerate(images)]
+
+    def without_tags(self, prompts: Sequence[Any], pixels: Sequence[Tensor | None], of: str = "prompt") -> list[Any]:
+        """Prompts that do not say where their image is: that is behind BOS. InputError for one that has none."""
+        for n, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
+            if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
+                raise InputError(f"{of}s[{n}]: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
+        return [_TAG.sub("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def features(self, pixels: Sequence[Tensor | None]) -> Features | None:
         """What the encoders see of those that are there, in order; None where none is."""

@@ -18,7 +18,7 @@ from accessory.checkpoint.folder import open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
-from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PathLike = str | Path
 Prompt = str | Sequence[int]
+Pixels = list[Tensor | None]
 
 
 class StreamItem(TypedDict):
@@ -225,7 +226,7 @@ class MetaModel(nn.Module):
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[tuple[int, str, bool]]:
         """(row, new text, whether the row has ended), as the text becomes certain."""
-        pixels = self._pixels(images, len(prompts), "prompt")
+        prompts, pixels = self._pixels(images, prompts, "prompt")
         stops = [stops] if isinstance(stops, str) else list(stops)
         words = [0 if p is None else self.image_words for p in pixels]
         prompt_ids = [self._prompt_ids(p, n, max_gen_len, words[n]) for n, p in enumerate(prompts)]
@@ -258,12 +259,15 @@ class MetaModel(nn.Module):
                     text += scanners[row].flush()
                 yield row, text, ended
 
-    def _pixels(self, images: Images, count: int, of: str) -> list[Tensor | None]:
-        if images is None:
-            return [None] * count
-        if self.eyes is None:
+    def _pixels(self, images: Images, prompts: Sequence[Prompt], of: str) -> tuple[Sequence[Prompt], Pixels]:
+        """The prompts and, for each, its image's pixels."""
+        none: Pixels = [None] * len(prompts)
+        if self.eyes is None and images is not None:
             raise InputError("images: this model is text only; one that sees is loaded with with_visual=True")
-        return self.eyes.open_all(images, count, of)
+        if self.eyes is None:
+            return prompts, none
+        pixels = none if images is None else self.eyes.open_all(images, len(prompts), of)
+        return self.eyes.without_tags(prompts, pixels, of), pixels
 
     def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, words: int = 0) -> list[int]:
         if isinstance(prompt, str):
@@ -304,7 +308,8 @@ class MetaModel(nn.Module):
         an InputError: here nothing may be cut. images: as `generate` takes them; the logits after BOS are then those
         after BOS and the image behind it.
         """
-        pixels = self._pixels(images, _count(examples), "example")
+        _count(examples)
+        examples, pixels = self._pixels(images, examples, "example")
         words = [0 if p is None else self.image_words for p in pixels]
         rows = [self._example_ids(e, n, bos, eos, words[n]) for n, e in enumerate(examples)]
         out = []
@@ -354,13 +359,16 @@ class MetaModel(nn.Module):
         _count(examples)
         if contexts is not None and len(contexts) != len(examples):
             raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
+        examples, pixels = self._pixels(images, examples, "example")
+        contexts = contexts if contexts is None or self.eyes is None else self.eyes.without_tags(contexts, pixels)
         ids = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
         starts = [
             self._context_length(contexts[n], e, ids[n], n, bos) if contexts is not None else 1
             for n, e in enumerate(examples)
         ]
+        logits = self.compute_logits(ids, None if images is None else pixels)
         result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        for n, (logits_TV, start) in enumerate(zip(self.compute_logits(ids, images), starts, strict=True)):
+        for n, (logits_TV, start) in enumerate(zip(logits, starts, strict=True)):
             if start >= len(ids[n]):
                 raise InputError(f"examples[{n}]: nothing follows its context, so there is nothing to judge")
             judged_TV, label_T = logits_TV[start - 1 : -1], torch.tensor(ids[n][start:], device=logits_TV.device)
@@ -389,11 +397,3 @@ def _count(prompts: Sequence[Prompt]) -> int:
     if len(prompts) == 0:
         raise InputError("prompts: got an empty list, but at least one is needed")
     return len(prompts)
-
-
-def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
-    """The last folder's that has one: a trainable-only save comes without."""
-    for folder in reversed(folders[1:]):
-        if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():
-            return load_tokenizer(folder)
-    return load_tokenizer(folders[0])

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.hub import resolve
-from accessory.data.tokenizer import Tokenizer, load_tokenizer
+from accessory.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from accessory.errors import AccessoryError, InputError, RankError
 from accessory.model.messages import arguments_to_send, from_plain
-from accessory.model.meta import PathLike, Prompt, StreamItem, tokenizer_of
+from accessory.model.meta import PathLike, Prompt, StreamItem
 from accessory.model.rank_link import GRACE, LOOPBACK, POLL, Rank, host_store, start_ranks
 
 Replies = Generator[Any, None, Any]

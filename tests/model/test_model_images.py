@@ -233,6 +233,16 @@ def test_images_that_do_not_fit(model, images, said):
         model.generate(PROMPTS[:2], images, **GENERATE)
 
 
+def test_a_prompt_that_speaks_of_its_image(model, path):
+    """As data of other projects writes it; where the image stands is settled, and one that is not there is missed."""
+    plain = model.compute_logits(["What is it?"], [path])[0]
+    assert torch.equal(model.compute_logits(["<image>\nWhat is it?"], [path])[0], plain)
+    with pytest.raises(InputError, match=r"prompts\[1\]: speaks of an <image>, but images has none for it"):
+        model.generate(["<image>\nWhat is it?"] * 2, [path, None], **GENERATE)
+    with pytest.raises(InputError, match=r"prompts\[0\]: speaks of an <image>"):
+        model.generate(["<image>\nWhat is it?"], **GENERATE)
+
+
 def test_a_context_too_small_for_the_image(folder, path):
     model = load(folder, max_seq_len=18)
     with pytest.raises(InputError, match=r"its image takes 10 positions, and with max_gen_len = 8 .*give at least 20"):
