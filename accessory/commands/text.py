@@ -98,16 +98,16 @@ def chat(options: argparse.Namespace) -> int:
     """Talk in the terminal until the input ends."""
     if launch_of(dict(os.environ)) is not None:
         raise InputError("chat: started as one of several ranks, which share no terminal; use --n-gpus N instead")
+    seen = _see(options.image, visual=True) if options.image else None
     with open_model(options) as (model, _):
-        return _talk(options, model)
+        return _talk(options, model, seen)
 
 
-def _talk(options: argparse.Namespace, model: Any) -> int:
+def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
     template = get_template(options.template, model.tokenizer)
     conversation = Conversation(template, options.system)
     fixed = len(conversation.messages)
     visual = _visual(options)
-    seen = _see(options.image, visual) if options.image else None
     print(
         f"Template {template.name}. /undo takes the last round back, /clear all; "
         f"{'/image PATH begins a dialogue about an image; ' if visual else ''}/quit or Ctrl-D ends."
@@ -121,15 +121,9 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
         if text in ("/quit", "/exit"):
             return 0
         if text.split(maxsplit=1)[:1] == ["/image"]:
-            try:
-                now = _see(words, visual) if (words := text.removeprefix("/image").strip()) else seen
-            except AccessoryError as error:
-                print(f"({error})")
-                continue
-            if now is not seen:  # it stands before the first question, so what was said was not about it
+            before, seen = seen, _change(seen, text.removeprefix("/image").strip(), visual)
+            if seen is not before:  # it stands before the first question, so what was said was not about it
                 del conversation.messages[fixed:]
-            seen = now
-            print("(no image)" if seen is None else f"({seen.path}: the dialogue is about this image)")
             continue
         if text in ("/undo", "/clear"):
             seen = None if text == "/clear" else seen
@@ -163,7 +157,7 @@ def _talk(options: argparse.Namespace, model: Any) -> int:
 
 @dataclass(frozen=True)
 class _Seen:
-    path: Path
+    path: str
     picture: Any  # Pillow's, decoded
 
 
@@ -173,12 +167,22 @@ def _see(words: str, visual: bool) -> _Seen | None:
         return None
     if not visual:
         raise InputError("/image: this chat is text only; start it with --with-visual")
-    path = Path(os.path.expanduser(words))
-    if not path.exists():
+    path = os.path.expanduser(words)
+    if not os.path.exists(path):
         with contextlib.suppress(ValueError):
             if len(parts := shlex.split(words)) == 1:
-                path = Path(os.path.expanduser(parts[0]))
+                path = os.path.expanduser(parts[0])
     return _Seen(path, open_image(path))
+
+
+def _change(seen: _Seen | None, words: str, visual: bool) -> _Seen | None:
+    """What `/image` with these words leaves the dialogue to be about; says so, or why it is what it was."""
+    try:
+        seen = _see(words, visual) if words else seen
+        print("(no image)" if seen is None else f"({seen.path}: the dialogue is about this image)")
+    except AccessoryError as error:
+        print(f"({error})")
+    return seen
 
 
 def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -98,13 +99,20 @@ def test_images_that_are_all_none_need_no_model_that_sees(text_only, here, capsy
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_same(seeing, here, model):
-    expected = model.generate([PROMPT], ["a cat.png"], max_gen_len=6)[0]
-    command = [sys.executable, "-m", "accessory", "generate", str(seeing), *HOW, "--max-gen-len", "6", "--n-gpus", "2"]
-    done = subprocess.run(
-        [*command, "--prompt", PROMPT, "--image", "a cat.png"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, expected + "\n"), done.stderr
+@pytest.mark.parametrize("launcher", ["our own", "torchrun"])
+def test_two_ranks_see_the_same(seeing, here, model, launcher):
+    prompts = ["--prompt", PROMPT, "--image", "a cat.png", "--prompt", "One", "--image", "none"]
+    first, second = model.generate([PROMPT, "One"], ["a cat.png", None], max_gen_len=6)
+    words = ["accessory", "generate", str(seeing), *HOW, "--max-gen-len", "6", *prompts]
+    if launcher == "torchrun":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", *words]
+    else:
+        words += ["--n-gpus", "2"]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout) == (0, f"# 1/2: {PROMPT}\n{first}\n# 2/2: One\n{second}\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -126,8 +134,9 @@ def test_a_mistake_is_one_line(seeing, here, capsys, options, words):
     assert captured.out == ""
 
 
-def test_a_broken_image_is_told_before_a_model_is_opened(here, capsys):
-    assert main(["generate", "no such model", "--prompt", PROMPT, "--image", "text.png"]) == 1
+@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["chat"]], ids=lambda c: c[0])
+def test_a_broken_image_is_told_before_a_model_is_opened(here, capsys, command):
+    assert main([command[0], "no such model", *command[1:], "--image", "text.png"]) == 1
     assert "text.png: is not an image" in capsys.readouterr().err
 
 
@@ -209,10 +218,12 @@ def test_a_file_whose_name_needs_no_undoing_wins(chat, here):
 
 
 def test_a_broken_image_leaves_the_dialogue_as_it_was(chat):
-    out, asked = chat("/image dog.png", "One", "/image text.png", "/image absent.png", "/image it's", "Two")
+    long = "/image " + "x" * 5000
+    out, asked = chat("/image dog.png", "One", "/image text.png", "/image absent.png", "/image it's", long, "Two")
     assert "(text.png: is not an image" in out
     assert "(absent.png: no such file)" in out
     assert "(it's: no such file)" in out
+    assert "x: cannot be read (File name too long)" in out
     assert [size for _, size in asked] == [DOG, DOG]
     assert "One" in asked[1][0]
 

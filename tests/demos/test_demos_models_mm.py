@@ -15,7 +15,7 @@ from helpers.seeing import write_seeing
 
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import format_prompt
-from accessory.demos import multi_turn_mm
+from accessory.demos import multi_turn_mm, serving
 from accessory.demos.serving import ENDING, _free_port
 from accessory.model.meta import MetaModel
 
@@ -125,3 +125,16 @@ def test_a_model_of_text_alone_is_one_line(seeing, signals, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: with_visual: got True, but mixtral_sparse takes no images")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--image_transform", "--image-transform"])
+def test_the_pages_with_images_have_an_option_more(flag, capsys):
+    words = ["--pretrained_path", "a"]
+    seeing = vars(serving.parser("demo", "", images=True).parse_args([*words, flag, "resized_center_crop"]))
+    assert seeing.pop("image_transform") == "resized_center_crop"
+    assert seeing == vars(serving.parser("demo", "").parse_args(words))
+    assert serving.parser("demo", "", images=True).parse_args(words).image_transform == "padded_resize"
+    for parser, value in ((serving.parser("demo", ""), "padded_resize"), (serving.parser("demo", "", True), "fold")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*words, flag, value])
+    capsys.readouterr()
