@@ -16,14 +16,17 @@ from torch import Tensor
 
 from accessory.ops.fp8 import fp8_grouped_linear, has_fp8
 from accessory.ops.linear import Weight, linear
-from accessory.ops.quantized import Packed, has_triton, packed_linear, unpacked
+from accessory.ops.quantized import Packed, dequantises_in_tiles, has_triton, packed_linear, unpacked
 
 # Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
-# A GPU reads weights in place while that is no more reading than the grouped product's, which visits each expert once.
+# A GPU reads weights in place while that is no more reading than the grouped product's, which visits each expert once;
+# quantised ones take longer to multiply than to read, and so gain more.
 FEW_PAIRS_GPU = 8
-# Quantised stacks have to be dequantised for the grouped product, which is more reading still.
-FEW_PAIRS_PACKED = 16
+FEW_PAIRS_PACKED = 12
+# Rows an expert up to which a GPU dequantises a stack tile by tile inside the product; with more, each tile would be
+# dequantised so often that it is quicker to dequantise the whole stack first.
+TILED_ROWS = 256
 
 
 def swiglu(x: Tensor, w1_FD: Tensor | Weight, w2_DF: Tensor | Weight, w3_FD: Tensor | Weight) -> Tensor:
@@ -97,16 +100,28 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: 
 
 
 class _FrozenGrouped(torch.autograd.Function):
-    """A grouped product with a quantised stack, dequantised for the product alone, forward and backward."""
+    """A grouped product with a quantised stack, dequantised for the product alone, forward and backward.
+
+    Tile by tile inside the product where that is quicker, else the whole stack before it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
         ctx.packed, ctx.count_E, ctx.dtype = packed, count_E, x_NI.dtype
+        if dequantises_in_tiles(x_NI) and len(x_NI) <= TILED_ROWS * len(count_E):
+            from accessory.ops.triton import packed_grouped as kernels
+
+            return kernels.product(x_NI, packed, count_E)
         return grouped_linear(x_NI, unpacked(packed, x_NI.dtype), count_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        weight_EOI, dy_NO = unpacked(ctx.packed, ctx.dtype), grads[0].contiguous()
+        dy_NO = grads[0].contiguous()
+        if dequantises_in_tiles(dy_NO) and len(dy_NO) <= TILED_ROWS * len(ctx.count_E):
+            from accessory.ops.triton import packed_grouped as kernels
+
+            return kernels.gradient(dy_NO, ctx.packed, ctx.count_E), None, None
+        weight_EOI = unpacked(ctx.packed, ctx.dtype)
         if has_grouped_mm(dy_NO, weight_EOI.shape, weight_EOI.dtype):
             end_E = ctx.count_E.cumsum(0).to(torch.int32)
             return F.grouped_mm(dy_NO, weight_EOI, offs=end_E), None, None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops.fp8 import fp8_linear, has_fp8
-from accessory.ops.quantized import FEW_ROWS_GPU, Packed, packed_linear
+from accessory.ops.quantized import TILED_ROWS_GPU, Packed, packed_linear
 
 
 class Weight(NamedTuple):
@@ -55,8 +55,8 @@ def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = 
         return y + linear(weight.scaled(linear(x, weight.lora_a)), weight.lora_b)
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if isinstance(weight, Packed):
-        few = x.numel() <= FEW_ROWS_GPU * x.shape[-1]
-        if not few and has_fp8(x, weight):
+        tiled = x.numel() <= TILED_ROWS_GPU * x.shape[-1]
+        if not tiled and has_fp8(x, weight):
             y = fp8_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
         else:
             y = packed_linear(x, weight)

@@ -34,8 +34,9 @@ FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4", "nf4-dq")
 GROUP = {"int4": 128, "nf4": 64, "nf4-dq": 64}  # the others scale whole rows
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
 FP8_LARGEST = 448.0
-# Up to so many rows of input a GPU reads a quantised weight once a row; beyond, dequantising it first is quicker.
-FEW_ROWS_GPU = 8
+# Up to so many rows of input a GPU reads a quantised weight once a row, up to so many it dequantises it tile by tile
+# inside one product; beyond, dequantising it first is quicker.
+FEW_ROWS_GPU, TILED_ROWS_GPU = 4, 128
 
 # The quantiles of a normal distribution that nf4 rounds to; constants of the format.
 NF4 = (
@@ -158,7 +159,8 @@ def _int8(weight: Tensor) -> Packed:
 
 
 def _fp8(weight: Tensor) -> Packed:
-    scale = weight.abs().amax(-1) / FP8_LARGEST
+    # Times the inverse: a GPU divides by a number so, and would else round differently from a CPU.
+    scale = weight.abs().amax(-1) * (1.0 / FP8_LARGEST)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     q = (weight * inverse[..., None]).clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
     return Packed("fp8", q, scale)
@@ -255,11 +257,27 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
         ctx.packed, ctx.dtype = packed, x.dtype
+        rows = x.numel() // x.shape[-1]
+        if 0 < rows <= TILED_ROWS_GPU and dequantises_in_tiles(x):
+            from accessory.ops.triton import packed_grouped as kernels
+
+            y = kernels.product(x.reshape(rows, -1), packed)
+            return y.view(*x.shape[:-1], -1)
         return F.linear(x, unpacked(packed, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] @ unpacked(ctx.packed, ctx.dtype), None
+
+
+def dequantises_in_tiles(x: Tensor) -> bool:
+    """Whether `ops.triton.packed_grouped` is there for x: 16 bits, on a card with bf16 tensor cores."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and has_triton()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:

@@ -10,6 +10,7 @@ out and IN in features, G groups of a row.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,15 +18,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.ops import double
 from accessory.ops.quantized import GROUP, ZERO_STEPS, Packed, nf4_table
+from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
 
-CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3}
+CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}
+
+
+# A thread sums so many numbers, 16 bytes of them, before it scales: no group is shorter.
+CHUNK = tl.constexpr(32)
+
+
+@triton.jit
+def _input_pairs(x_ptr, pair, mask):
+    """(even, odd), fp32: the numbers 2·pair and 2·pair + 1 of x. 16 bits each are loaded as one word."""
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        word = tl.load(x_ptr.to(tl.pointer_type(tl.uint32)) + pair, mask=mask, other=0)
+        if x_ptr.dtype.element_ty == tl.bfloat16:  # an fp32 number's upper half
+            return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            even = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+            return even.to(tl.float32), (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        even = tl.load(x_ptr + 2 * pair, mask=mask, other=0.0).to(tl.float32)
+        return even, tl.load(x_ptr + 2 * pair + 1, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _row_dot(
-    x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, rows, OUT: tl.constexpr, IN: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, rows, OUT: tl.constexpr, IN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """(ROWS,) fp32: rows of one weight (OUT, IN), which `data_ptr` and the others point to, times x (IN,)."""
     inside = rows < OUT
@@ -40,52 +63,61 @@ def _row_dot(
         dot = tl.sum(acc, 1) * tl.load(scale_ptr + rows, mask=inside, other=0.0)
     else:
         HALF: tl.constexpr = COLS // 2
-        GROUPS: tl.constexpr = COLS // GROUP
-        sums = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
+        CHUNKS: tl.constexpr = COLS // CHUNK
+        sums = tl.zeros((ROWS, CHUNKS), dtype=tl.float32)
         for start in range(0, IN // 2, HALF):
             pair = start + tl.arange(0, HALF)
-            even = tl.load(x_ptr + 2 * pair, mask=pair < IN // 2, other=0.0).to(tl.float32)
-            odd = tl.load(x_ptr + 2 * pair + 1, mask=pair < IN // 2, other=0.0).to(tl.float32)
+            even, odd = _input_pairs(x_ptr, pair, pair < IN // 2)
             at = data_ptr + rows[:, None].to(tl.int64) * (IN // 2) + pair[None, :]
             byte = tl.load(at, mask=inside[:, None] & (pair[None, :] < IN // 2), other=0)
-            group = start // (GROUP // 2) + tl.arange(0, GROUPS)
+            group = (start * 2) // GROUP + tl.arange(0, CHUNKS) // (GROUP // CHUNK)
             at_group = rows[:, None].to(tl.int64) * (IN // GROUP) + group[None, :]
             held = inside[:, None] & (group[None, :] < IN // GROUP)
-            scale = tl.load(scale_ptr + at_group, mask=held, other=0.0).to(tl.float32)
-            if CODE == 2:
-                part = (byte >> 4).to(tl.float32) * even[None, :] + (byte & 15).to(tl.float32) * odd[None, :]
-                by_group = tl.sum(tl.reshape(part, (ROWS, GROUPS, GROUP // 2)), 2)
-                x_sum = tl.sum(tl.reshape(even + odd, (GROUPS, GROUP // 2)), 1)
-                zero = tl.load(zero_ptr + at_group, mask=held, other=0).to(tl.float32) * (1.0 / STEPS)
-                sums += scale * (by_group - zero * x_sum[None, :])
+            if CODE == 4:
+                scale = nested_scale(
+                    scale_ptr, zero_ptr, offset_ptr, table_ptr, rows[:, None], group[None, :], held, IN // GROUP, NESTED
+                )
             else:
-                high = tl.load(table_ptr + (byte >> 4).to(tl.int32))
-                low = tl.load(table_ptr + (byte & 15).to(tl.int32))
-                part = high * even[None, :] + low * odd[None, :]
-                sums += scale * tl.sum(tl.reshape(part, (ROWS, GROUPS, GROUP // 2)), 2)
+                scale = tl.load(scale_ptr + at_group, mask=held, other=0.0).to(tl.float32)
+            if CODE == 2:
+                high, low = int4_values(byte, PERMUTE)
+            else:
+                high, low = nf4_values(byte, table_ptr, PERMUTE)
+            part = high * even[None, :] + low * odd[None, :]
+            by_chunk = tl.sum(tl.reshape(part, (ROWS, CHUNKS, CHUNK // 2)), 2)
+            if CODE == 2:
+                x_sum = tl.sum(tl.reshape(even + odd, (CHUNKS, CHUNK // 2)), 1)
+                zero = tl.load(zero_ptr + at_group, mask=held, other=0).to(tl.float32) * (1.0 / STEPS)
+                by_chunk -= (zero + int4_bias(PERMUTE)) * x_sum[None, :]
+            sums += scale * by_chunk
         dot = tl.sum(sums, 1)
     return dot
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, y_ptr, OUT: tl.constexpr, IN: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, y_ptr, OUT: tl.constexpr, IN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """y_TO = x_TI Wᵀ, ROWS outputs of one token."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1)
     x_ptr += token * IN
-    y = _row_dot(x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, rows, OUT, IN, ROWS, COLS, CODE, GROUP, STEPS)
+    y = _row_dot(
+        x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, rows,
+        OUT, IN, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
+    )  # fmt: skip
     tl.store(y_ptr + token * OUT + rows, y.to(y_ptr.dtype.element_ty), mask=rows < OUT)
 
 
 @triton.jit
 def _up_kernel(
-    x_ptr, d1_ptr, s1_ptr, z1_ptr, d3_ptr, s3_ptr, z3_ptr, table_ptr, expert_ptr, h_ptr,
+    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, expert_ptr, h_ptr,
     first, experts, data_e, scale_e,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair; pairs with experts held elsewhere write nothing."""
     pair = tl.program_id(1)
@@ -94,13 +126,14 @@ def _up_kernel(
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         x_ptr += (pair // K) * D
         at, at_scale = e.to(tl.int64) * data_e, e.to(tl.int64) * scale_e
+        at_zero = at_scale // NESTED
         gate = _row_dot(
-            x_ptr, d1_ptr + at, s1_ptr + at_scale, z1_ptr + at_scale, table_ptr, rows,
-            F, D, ROWS, COLS, CODE, GROUP, STEPS,
+            x_ptr, d1_ptr + at, s1_ptr + at_scale, z1_ptr + at_zero, o1_ptr + e * F, table_ptr, rows,
+            F, D, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
         up = _row_dot(
-            x_ptr, d3_ptr + at, s3_ptr + at_scale, z3_ptr + at_scale, table_ptr, rows,
-            F, D, ROWS, COLS, CODE, GROUP, STEPS,
+            x_ptr, d3_ptr + at, s3_ptr + at_scale, z3_ptr + at_zero, o3_ptr + e * F, table_ptr, rows,
+            F, D, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
         h = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(h_ptr + pair * F + rows, h.to(h_ptr.dtype.element_ty), mask=rows < F)
@@ -108,9 +141,10 @@ def _up_kernel(
 
 @triton.jit
 def _down_kernel(
-    h_ptr, d2_ptr, s2_ptr, z2_ptr, table_ptr, expert_ptr, weight_ptr, y_ptr, first, experts, data_e, scale_e,
+    h_ptr, d2_ptr, s2_ptr, z2_ptr, o2_ptr, table_ptr, expert_ptr, weight_ptr, y_ptr, first, experts, data_e, scale_e,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """y_TD = Σ_k weight · (w2 h) for ROWS outputs of one token, always in the order of k."""
     token = tl.program_id(1)
@@ -121,9 +155,10 @@ def _down_kernel(
         e = tl.load(expert_ptr + pair) - first
         if (e >= 0) & (e < experts):
             at, at_scale = e.to(tl.int64) * data_e, e.to(tl.int64) * scale_e
+            at_zero = at_scale // NESTED
             part = _row_dot(
-                h_ptr + pair * F, d2_ptr + at, s2_ptr + at_scale, z2_ptr + at_scale, table_ptr, rows,
-                D, F, ROWS, COLS, CODE, GROUP, STEPS,
+                h_ptr + pair * F, d2_ptr + at, s2_ptr + at_scale, z2_ptr + at_zero, o2_ptr + e * D, table_ptr, rows,
+                D, F, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
             )  # fmt: skip
             y += tl.load(weight_ptr + pair) * part
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
@@ -131,8 +166,9 @@ def _down_kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    data_ptr, scale_ptr, zero_ptr, table_ptr, out_ptr, n_bytes, IN: tl.constexpr,
+    data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, out_ptr, n_bytes, IN: tl.constexpr,
     BLOCK: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """Every number of a weight or stack, in fp32 and rounded once; BLOCK bytes a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -145,49 +181,60 @@ def _dequantize_kernel(
     else:
         byte = tl.load(data_ptr + at, mask=mask, other=0)
         group = at // (GROUP // 2)
-        scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
+        if CODE == 4:
+            row = group // (IN // GROUP)
+            scale = nested_scale(
+                scale_ptr, zero_ptr, offset_ptr, table_ptr, row, group % (IN // GROUP), mask, IN // GROUP, NESTED
+            )
+        else:
+            scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
         if CODE == 2:
             zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * (1.0 / STEPS)
             high, low = (byte >> 4).to(tl.float32) - zero, (byte & 15).to(tl.float32) - zero
         else:
-            high = tl.load(table_ptr + (byte >> 4).to(tl.int32))
-            low = tl.load(table_ptr + (byte & 15).to(tl.int32))
+            high, low = nf4_values(byte, table_ptr, False)  # exactly: this pass is bound by memory anyway
         both = tl.interleave((high * scale).to(kind), (low * scale).to(kind))
         out = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
         tl.store(out_ptr + out, both, mask=out < 2 * n_bytes)
 
 
-def _pointers(p: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    return p.data, p.scale, p.scale if p.zero is None else p.zero
+def pointers(p: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What kernels are given of a weight: data, scale, zero points or nested scales, offset, and the tables of nf4."""
+    zero, offset = p.nested if p.zero is None else p.zero, p.offset
+    zero, offset = p.scale if zero is None else zero, p.scale if offset is None else offset
+    return p.data, p.scale, zero, offset, _tables(p.data.device)
 
 
-def _constants(p: Packed) -> dict[str, Any]:
-    return {"CODE": CODES[p.format], "GROUP": GROUP.get(p.format, 0), "STEPS": ZERO_STEPS}
+@cache
+def _tables(device: torch.device) -> Tensor:
+    return torch.cat([nf4_table(device), double.values(device)])
+
+
+def constants(p: Packed) -> dict[str, Any]:
+    fixed = {"CODE": CODES[p.format], "GROUP": GROUP.get(p.format, 0), "STEPS": ZERO_STEPS, "PERMUTE": permutes()}
+    return {**fixed, "NESTED": 1 if p.nested is None else p.scale.shape[-1] // p.nested.shape[-1]}
 
 
 def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
     """`ops.quantized.dequantize`, one pass over memory."""
     out = torch.empty(p.shape, dtype=dtype, device=p.data.device)
     n, block = p.data.numel(), 1024
-    _dequantize_kernel[(triton.cdiv(n, block),)](
-        *_pointers(p), nf4_table(p.data.device), out, n, IN=p.shape[-1], BLOCK=block, **_constants(p)
-    )
+    _dequantize_kernel[(triton.cdiv(n, block),)](*pointers(p), out, n, IN=p.shape[-1], BLOCK=block, **constants(p))
     return out
 
 
 # (rows, columns, warps) of a program, by format and kernel: the best of 24 on an H100 at Mixtral-8x7B's sizes, in µs
-# (floor): int8 92, 59, 13 (78, 39, 6); fp8 90, 59, 13 (the same); int4 89, 57, 14 (41, 21, 3), bound by arithmetic;
-# nf4 219, 122, 22 (44, 22, 3), bound by looking up its table.
+# (floor): int8 92, 59, 9 (78, 39, 6); fp8 90, 59, 9 (the same); int4 64, 45, 7 (41, 21, 3); nf4 87, 54, 9 (44, 22, 3).
 TILES = {
     "int8": {"up": (4, 2048, 4), "down": (1, 1024, 4), "linear": (1, 1024, 4)},
     "fp8": {"up": (2, 2048, 4), "down": (1, 1024, 4), "linear": (2, 4096, 4)},
-    "int4": {"up": (4, 4096, 4), "down": (8, 2048, 4), "linear": (4, 4096, 4)},
-    "nf4": {"up": (1, 4096, 4), "down": (1, 2048, 4), "linear": (1, 4096, 4)},
+    "int4": {"up": (8, 2048, 2), "down": (8, 2048, 2), "linear": (8, 2048, 4)},
+    "nf4": {"up": (4, 2048, 4), "down": (4, 1024, 2), "linear": (4, 1024, 2)},
 }
 
 
 def _tile(p: Packed, kernel: str, columns: int) -> dict[str, int]:
-    rows, cols, warps = TILES[p.format][kernel]
+    rows, cols, warps = TILES[p.format.removesuffix("-dq")][kernel]
     least = GROUP.get(p.format, 16)
     return {"ROWS": rows, "COLS": max(least, min(cols, triton.next_power_of_2(columns))), "num_warps": warps}
 
@@ -199,7 +246,7 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     y_TO = torch.empty(T, OUT, dtype=x_TI.dtype, device=x_TI.device)
     tile = _tile(p, "linear", IN)
     _linear_kernel[(triton.cdiv(OUT, tile["ROWS"]), T)](
-        x_TI, *_pointers(p), nf4_table(x_TI.device), y_TO, OUT=OUT, IN=IN, **tile, **_constants(p)
+        x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p)
     )
     return y_TO
 
@@ -212,14 +259,13 @@ def swiglu_pairs(
     h_NF = torch.empty(T * K, F, dtype=x_TD.dtype, device=x_TD.device)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
-    table = nf4_table(x_TD.device)
     up, down = _tile(w1, "up", D), _tile(w2, "down", F)
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
-        x_TD, *_pointers(w1), *_pointers(w3), table, expert_TK, h_NF, first, E, w1.data[0].numel(), w1.scale[0].numel(),
-        D=D, F=F, K=K, **up, **_constants(w1),
+        x_TD, *pointers(w1)[:4], *pointers(w3), expert_TK, h_NF, first, E, w1.data[0].numel(), w1.scale[0].numel(),
+        D=D, F=F, K=K, **up, **constants(w1),
     )  # fmt: skip
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
-        h_NF, *_pointers(w2), table, expert_TK, weight_TK, y_TD, first, E, w2.data[0].numel(), w2.scale[0].numel(),
-        D=D, F=F, K=K, **down, **_constants(w2),
+        h_NF, *pointers(w2), expert_TK, weight_TK, y_TD, first, E, w2.data[0].numel(), w2.scale[0].numel(),
+        D=D, F=F, K=K, **down, **constants(w2),
     )  # fmt: skip
     return y_TD

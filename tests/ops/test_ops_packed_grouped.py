@@ -1,0 +1,143 @@
+"""Products that dequantise tile by tile, against dense ones with the dequantised weight: on a GPU, or interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
+
+FORMATS = ["int8", "fp8", "int4", "nf4", "nf4-dq"]
+# (out, in, rows of each expert): ragged, idle, one expert, sizes that are no whole tiles, groups fewer than a tile's.
+CASES = [(40, 384, (5, 0, 20)), (130, 256, (33,)), (96, 128, (0, 0, 1, 0)), (72, 640, (70, 3, 0, 0, 18))]
+LARGE = [(384, 512, (300, 0, 41, 7, 1, 0, 128, 200)), (320, 1024, (1500, 900))]
+
+
+def relative(got, want):
+    return ((got.double().cpu() - want.double().cpu()).norm() / want.double().cpu().norm()).item()
+
+
+def check(format, case, device, dtype, bound):
+    from accessory.ops.quantized import dequantize, quantize
+    from accessory.ops.triton import packed_grouped as kernels
+
+    O, I, counts = case  # noqa: E741
+    g = torch.Generator().manual_seed(O + len(counts))
+    stack = quantize(torch.randn(len(counts), O, I, generator=g) * 0.2, format)
+    x = torch.randn(sum(counts), I, generator=g).to(dtype)
+    dy = torch.randn(sum(counts), O, generator=g).to(dtype)
+    there, count = stack.map(lambda t: t.to(device)), torch.tensor(counts, device=device)
+
+    dense = dequantize(stack, dtype).double()
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    want = torch.stack([dense[e] @ row for e, row in zip(expert, x.double(), strict=True)])
+    back = torch.stack([row @ dense[e] for e, row in zip(expert, dy.double(), strict=True)])
+    assert relative(kernels.product(x.to(device), there, count), want) <= bound
+    assert relative(kernels.gradient(dy.to(device), there, count), back) <= bound
+    assert relative(kernels.product(x.to(device), there[0]), x.double() @ dense[0].T) <= bound
+    assert relative(kernels.gradient(dy.to(device), there[0]), dy.double() @ dense[0]) <= bound
+
+
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_grouped_on_the_gpu(format, case, dtype):
+    # Sums round to 16 bits; nf4's table is within 3.3e-4 beforehand.
+    check(format, case, device="cuda", dtype=dtype, bound=3e-3 if dtype == torch.bfloat16 else 6e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [2, 20, 100, 3000])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gradients_on_the_gpu(format, rows):
+    """Whatever way a product takes at this size, its gradient is the dense product's."""
+    from accessory.ops.grouped import grouped_linear, sort_by_expert
+    from accessory.ops.quantized import dequantize, packed_linear, quantize
+
+    torch.manual_seed(rows)
+    stack = quantize(torch.randn(4, 256, 384, device="cuda") * 0.2, format)
+    dense = dequantize(stack, torch.bfloat16).float()
+    _, count = sort_by_expert(torch.randint(0, 3, (rows, 1), device="cuda"), 4)  # the last expert idles
+    expert = torch.arange(4, device="cuda").repeat_interleave(count)
+    x = torch.randn(rows, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+
+    y = grouped_linear(x, stack, count)
+    y.backward(dy)
+    assert relative(y, torch.stack([dense[e] @ r for e, r in zip(expert, x.detach().float(), strict=True)])) <= 3e-3
+    assert relative(x.grad, torch.stack([r @ dense[e] for e, r in zip(expert, dy.float(), strict=True)])) <= 3e-3
+    x.grad = None
+    packed_linear(x, stack[1]).backward(dy)
+    assert relative(x.grad, dy.float() @ dense[1]) <= 3e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
+@pytest.mark.parametrize("format", FORMATS)
+def test_grouped_in_the_interpreter(format):
+    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, test_ops_packed_grouped as t\n"
+        "for case in t.CASES: t.check(sys.argv[2], case, device='cpu', dtype=torch.float32, bound=1e-6)\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here, format], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# What the instructions of `nibbles` do, so that a machine without a GPU can follow them.
+
+
+def _permute(a, b, selector):
+    source = [(word >> 8 * i) & 255 for word in (a, b) for i in range(4)]
+    out = 0
+    for i in range(4):
+        choice = (selector >> 4 * i) & 15
+        byte = source[choice & 7]
+        out |= (byte if choice < 8 else 255 * (byte >> 7)) << 8 * i
+    return out
+
+
+STEPS = {
+    "mov": lambda a: a,
+    "and": lambda a, b: a & b,
+    "shl": lambda a, n: (a << n) & 0xFFFFFFFF,
+    "shr": lambda a, n: a >> n,
+    "prmt": _permute,
+    "lop3": lambda m, b, a, _: (m & b) | (~m & a & 0xFFFFFFFF),
+}
+
+
+def follow(asm, outputs, word):
+    """The output registers of inline PTX whose input register holds `word`."""
+    registers = {f"${outputs}": word}
+    for line in asm.splitlines():
+        if line[0] not in "{}.":
+            name, operands = line.rstrip(";").split(" ", 1)
+            target, *sources = operands.split(", ")
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[target] = STEPS[name.split(".")[0]](*values)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def test_the_permuted_tables_are_the_formats():
+    from accessory.ops.quantized import NF4
+    from accessory.ops.triton import nibbles
+
+    for first in range(0, 256, 4):
+        data = bytes([first, 255 - first, first + 1, (first * 7 + 3) % 256])
+        word = int.from_bytes(data, "little")
+        numbers = [b >> 4 for b in data] + [b & 15 for b in data]
+        words = follow(nibbles._INT4_ASM.value, 8, word)
+        assert torch.tensor(words).to(torch.int32).view(torch.float32).tolist() == [128.0 + q for q in numbers]
+        words = torch.tensor(follow(nibbles._NF4_ASM.value, 4, word)).to(torch.uint32)
+        got = words.view(torch.float16).double()
+        want = torch.tensor([NF4[q] for q in numbers], dtype=torch.float64)
+        assert torch.equal(got, want.half().double())
+        assert ((got - want).abs() <= 3.3e-4 * want.abs()).all()
