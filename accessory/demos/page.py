@@ -46,6 +46,7 @@ CSS = """
 footer { display: none !important; }
 .about p, .status p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .status { min-height: 1.5em; }
+#output [data-testid=user] img { max-height: 160px; width: auto; }
 #output .message-buttons { display: none; }  /* of images: one would send them to Gradio's forum */
 """
 
