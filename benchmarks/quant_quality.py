@@ -39,7 +39,7 @@ from accessory.ops.quantized_search import search_int4
 Tensors = dict[str, Tensor]
 ONE = MoEArgs(num_experts=1, num_experts_per_tok=1)
 ROWS, LENGTH = 8, 256  # of a batch
-KINDS = ("bf16", "int8", "fp8", "nf4", "int4 plain", "int4 searched", "int4 calibrated")
+KINDS = ("bf16", "int8", "int8 calibrated", "fp8", "nf4", "nf4-dq", "int4 plain", "int4 searched", "int4 calibrated")
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def language_model(options: argparse.Namespace) -> None:
     for kind in options.kinds:
         values = rounded(kind, wide, wide_args, calibrated_BT, options.device)
         networks[kind] = network(values, wide_args, options.device)
-    if "int4 calibrated" in networks:
+    if any(kind.endswith("calibrated") for kind in networks):
         print(f"Calibrated on {calibrated_BT.numel():,} tokens of histories.")
     print(f"Measured on {measured_BT.numel():,} tokens of {options.text}.\n")
     print("| weights | bits a number | perplexity | to fp32's | divergence from fp32, 0.001 nats |")
@@ -171,7 +171,7 @@ def rounded(kind: str, tensors: Tensors, args: ModelArgs, calibrate_BT: Tensor, 
         return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
     quant = Quant.parse(kind.split()[0])
     assert quant is not None
-    if kind == "int4 calibrated":
+    if kind.endswith("calibrated"):
         calibration = Calibration(lazies(tensors), args, quant, calibrate_BT, device=device)
         return tensors | {name: dequantize(packed) for name, packed in calibration.weights()}
     out = dict(tensors)
@@ -184,7 +184,7 @@ def rounded(kind: str, tensors: Tensors, args: ModelArgs, calibrate_BT: Tensor, 
 
 
 def bits(kind: str) -> str:
-    return {"fp32": "32", "bf16": "16", "nf4": "4.5", "int4": "4.19"}.get(kind.split()[0], "8")
+    return {"fp32": "32", "bf16": "16", "nf4": "4.5", "nf4-dq": "4.14", "int4": "4.19"}.get(kind.split()[0], "8")
 
 
 def network(tensors: Mapping[str, Tensor | Lazy], args: ModelArgs, device: str) -> Decoder:
@@ -286,7 +286,7 @@ def random_layer(args: ModelArgs, degrees: float | None, generator: torch.Genera
 
 
 def real_rounded(kind: str, quant: Quant, tensors: Tensors, args: ModelArgs, seen_BT: Tensor, device: str) -> Tensors:
-    if kind == "int4 calibrated":
+    if kind.endswith("calibrated"):
         calibration = Calibration(lazies(tensors), args, quant, seen_BT, device=device)
         return tensors | {name: dequantize(packed) for name, packed in calibration.weights()}
     return tensors | {

@@ -77,6 +77,33 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
+@contextmanager
+def set_aside(dst: Path, what: str) -> Iterator[Path]:
+    """A folder `<name>.<what>` beside `dst` for what is needed until `dst` is written; it is gone after the block.
+
+    What a killed run left there is cleared away first. Raises CheckpointError when another process is at it.
+    """
+    dst = Path(os.path.abspath(dst))
+    aside = dst.with_name(f"{dst.name}.{what}")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        clear_aside(dst, what)
+        aside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{aside}: cannot be made ({error.strerror})") from error
+    try:
+        with open(aside / MARKER, "w") as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_aside(dst: Path, what: str) -> None:
+    """Remove what a killed run left in `set_aside`; CheckpointError when another process is at it."""
+    _clear(dst.with_name(f"{dst.name}.{what}"))
+
+
 def _clear(partial: Path) -> None:
     if not partial.exists():
         return

@@ -1,4 +1,4 @@
-"""int4 weights chosen with a text at hand: the network reads it, and every linear's numbers suit what comes in.
+"""int4 and int8 weights chosen with a text at hand: the network reads it, and a linear's numbers suit what comes in.
 
 Layer by layer, each as it will be used: what a layer's linears take in comes through everything before it already
 quantised, and routers send tokens to experts as they then do. An expert is calibrated on its own tokens, which count
@@ -28,12 +28,13 @@ from accessory.checkpoint.names import companion_of
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.ops.attention import attention
-from accessory.ops.gptq import gptq_int4
+from accessory.ops.gptq import gptq
 from accessory.ops.norm import rms_norm
 from accessory.ops.quantized import Packed, dequantize, quantize
 from accessory.ops.rope import apply_rope, rope_frequencies, rotations
 from accessory.ops.routing import route
 
+CALIBRATED = ("int4", "int8")  # formats whose numbers a text chooses
 FEW_TOKENS = 128  # experts that got fewer are named: what suits so few may suit others less
 _AT_ONCE = 2**13  # tokens in a product
 _NAMED = 8  # experts that a line spells out
@@ -66,16 +67,16 @@ class Reached:
             lines.append(f"fewer than {FEW_TOKENS} tokens: {_listed(named)}; a longer text would serve them better")
         if none:
             named = [f"layers.{i} expert {e}" for i, e, _ in none]
-            lines.append(f"not reached, scales searched without calibration: {_listed(named)}")
+            lines.append(f"not reached, quantised without calibration: {_listed(named)}")
         return lines
 
 
 class Calibration:
-    """Run the network over `tokens_BT` (int64) and choose the numbers of its int4 weights.
+    """Run the network over `tokens_BT` (int64) and choose the numbers of its int4 and int8 weights.
 
-    `tensors` are canonical and whole. Parts that `quant` wants in other formats, or in none, are run as that; only
-    int4's numbers are chosen. ConfigError where nothing is int4, for biases and LoRA beside the weights, and, while it
-    runs, for experts that no token reached, unless `allow_unreached`: their scales are then searched instead.
+    `tensors` are canonical and whole. Parts that `quant` wants in other formats, or in none, are run as that.
+    ConfigError where nothing is int4 or int8, for biases and LoRA beside the weights, and, while it runs, for experts
+    that no token reached, unless `allow_unreached`: they are then quantised without, int4's scales searched.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Calibration:
         device: torch.device | str = "cpu",
         allow_unreached: bool = False,
     ) -> None:
-        if "int4" not in quant.to_dict().values():
-            raise ConfigError("calibrate: chooses the numbers of int4 weights, and quant has none; give --quant int4")
+        if not set(CALIBRATED) & set(quant.to_dict().values()):
+            raise ConfigError(
+                "calibrate: chooses the numbers of int4 and int8 weights, and quant has none; give --quant int4"
+            )
         beside = next((name for name in tensors if companion_of(name)), None)
         if beside is not None:
             raise ConfigError(f"calibrate: {beside} stands beside a weight; merge adapters into the weights first")
@@ -105,7 +108,7 @@ class Calibration:
 
     @torch.no_grad()
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Packed]]:
-        """The int4 weights by canonical name, on the CPU, in the order of the network's layers."""
+        """The int4 and int8 weights by canonical name, on the CPU, in the order of the network's layers."""
         args, (B, T) = self.args, self.tokens_BT.shape
         frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         rotation_1T1c = rotations(torch.arange(T)[None], *frequencies).to(self.device)
@@ -118,7 +121,7 @@ class Calibration:
             if not bool(torch.isfinite(x_BTD).all()):
                 raise CheckpointError(f"layers.{i}: what comes out of it is not finite; accessory verify says more")
             yield from self._taken()
-        if self.quant.output == "int4":
+        if self._calibrates("output.weight"):
             inputs = _Inputs(args.dim, self.device)
             for x_nD in x_BTD.view(B * T, -1).split(_AT_ONCE):
                 inputs.add(self._normed("norm", x_nD))
@@ -185,7 +188,7 @@ class Calibration:
 
     def _refuse_unreached(self, i: int) -> None:
         missed = [e for e, n in enumerate(self.counts[i]) if n == 0]
-        if missed and self.quant.experts == "int4" and not self.allow_unreached:
+        if missed and self.quant.experts in CALIBRATED and not self.allow_unreached:
             raise ConfigError(
                 f"calibrate: no token of {self.tokens_BT.numel()} reached layers.{i}'s expert "
                 f"{_listed([str(e) for e in missed])}; give more of the text (--calibrate-tokens), another one, or "
@@ -193,7 +196,7 @@ class Calibration:
             )
 
     def _calibrates(self, name: str) -> bool:
-        return self.quant.format_of(name) == "int4"
+        return self.quant.format_of(name) in CALIBRATED
 
     def _settled(self, names: Sequence[str], inputs: _Inputs | None) -> list[Tensor]:
         """The weights of linears with the same inputs as they will be: fp32 values of what is stored of them."""
@@ -203,7 +206,7 @@ class Calibration:
             return weights
         if inputs is None:
             return [dequantize(quantize(weight, format)) for weight in weights]
-        packed, start = gptq_int4(torch.cat(weights), inputs.sum_II, inputs.count), 0
+        packed, start = gptq(torch.cat(weights), format, inputs.sum_II, inputs.count), 0
         parts = []
         for name, weight in zip(names, weights, strict=True):
             parts.append(packed.narrow(0, start, len(weight)))

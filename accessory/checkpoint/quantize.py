@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.atomic import check_destination, check_free_space, refuse_overlap
-from accessory.checkpoint.calibrate import Calibration, Reached
+from accessory.checkpoint.atomic import check_destination, check_free_space, clear_aside, refuse_overlap, set_aside
+from accessory.checkpoint.calibrate import CALIBRATED, Calibration, Reached
 from accessory.checkpoint.files import read_safetensors
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Lazy
@@ -24,12 +22,13 @@ from accessory.checkpoint.packed import Quantised, Quantising, declaration, spel
 from accessory.checkpoint.save import write_folder
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs
-from accessory.errors import CheckpointError, ConfigError
+from accessory.errors import ConfigError
 from accessory.ops.quantized import FORMATS, GROUP
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 5 * 10**9  # no file is larger
+ASIDE = "calibrating"  # beside the folder to write, while calibrating
 
 
 def quantize_checkpoint(
@@ -52,8 +51,8 @@ def quantize_checkpoint(
     whole or not at all, and with `verify` only after it was read again and compared.
 
     On `device`, int4's scales are searched for the smallest error unless `search` is False, or with `calibrate`, a
-    text's token ids (B, T), its numbers are chosen for what the text sends through the network; which experts that
-    reached is returned, and written to calibration.json. `allow_unreached`: search for those that it did not reach.
+    text's token ids (B, T), its numbers and int8's are chosen for what the text sends through the network; which
+    experts that reached is returned, and written to calibration.json. `allow_unreached`: do without for the others.
 
     Raises CheckpointError and ConfigError as reading, writing and calibrating do, for a `src` that is quantised
     already, and for rows without whole groups.
@@ -63,6 +62,7 @@ def quantize_checkpoint(
     if "://" not in str(src):
         refuse_overlap(Path(src), Path(dst))
     check_destination(Path(dst), overwrite)
+    clear_aside(Path(dst), ASIDE)
     source = open_checkpoint(src, config_files)
     refuse_overlap(source.path, Path(dst))
     if source.quant is not None:
@@ -100,21 +100,14 @@ def _set_aside(
 ) -> Iterator[dict[str, Lazy]]:
     """The calibrated weights, each in a file of its own beside `dst` as soon as it is chosen, and read from there: so
     that memory holds one layer's, and the folder itself is written as any other."""
-    wanted = {n: t for n, t in tensors.items() if isinstance(t, Quantising) and t.format == "int4"}
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{dst.name}.calibrating-", dir=dst.parent))
-    except OSError as error:
-        raise CheckpointError(f"{dst}: cannot be written beside ({error.strerror})") from error
-    try:
+    wanted = {n: t for n, t in tensors.items() if isinstance(t, Quantising) and t.format in CALIBRATED}
+    with set_aside(dst, ASIDE) as scratch:
         check_free_space(scratch, 2 * sum(p.nbytes for t in wanted.values() for p in t.pieces.values()))
         out: dict[str, Lazy] = {}
         for name, packed in calibration.weights(progress):
             save_file(packed.tensors(), scratch / name)
             out[name] = Quantised(packed.format, read_safetensors(scratch / name), wanted[name].dtype)
         yield out
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def quantised_tensors(

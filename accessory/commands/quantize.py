@@ -1,4 +1,4 @@
-"""`accessory quantize`: any checkpoint into a quantised folder, int4 and int8 chosen with a text at hand if there is one."""
+"""`accessory quantize`: any checkpoint into a quantised folder, with numbers chosen on a text if there is one."""
 
 from __future__ import annotations
 

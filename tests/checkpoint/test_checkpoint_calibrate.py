@@ -9,7 +9,7 @@ from accessory.checkpoint.calibrate import FEW_TOKENS, Calibration, Reached
 from accessory.checkpoint.lazy import Constant
 from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError, ConfigError
-from accessory.ops.gptq import gptq_int4
+from accessory.ops.gptq import gptq
 from accessory.ops.quantized import dequantize, quantize
 
 ARGS = ModelArgs(
@@ -93,7 +93,7 @@ def test_first_and_last_inputs_are_those_of_the_network(tensors, calibrated):
         ARGS.norm_eps,
     )
     stacked = torch.cat([tensors[f"layers.0.attention.{w}.weight"] for w in ("wq", "wk", "wv")])
-    want = gptq_int4(stacked, x.T @ x, len(x)).narrow(0, 0, 128)
+    want = gptq(stacked, "int4", x.T @ x, len(x)).narrow(0, 0, 128)
     got = packed["layers.0.attention.wq.weight"]
     assert (dequantize(want) != dequantize(got)).float().mean() < 0.01  # sums in another order may turn a close call
 
@@ -101,7 +101,7 @@ def test_first_and_last_inputs_are_those_of_the_network(tensors, calibrated):
     decoder.output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().flatten(0, 1)))
     with torch.no_grad():
         router = decoder(tokens(), statistics=True).router
-    want = gptq_int4(tensors["output.weight"], seen[0].T @ seen[0], len(seen[0]))
+    want = gptq(tensors["output.weight"], "int4", seen[0].T @ seen[0], len(seen[0]))
     assert (dequantize(want) != dequantize(packed["output.weight"])).float().mean() < 0.01
     # … and the tokens are counted where the quantised network sends them.
     assert reached.counts == [[int(n) for n in layer.count_E] for layer in router]
@@ -124,11 +124,22 @@ def test_an_expert_is_calibrated_on_its_tokens_and_their_weight(tensors):
 
 
 def test_parts_in_other_formats_are_run_as_those(tensors):
-    packed, _ = calibrate(tensors, Quant("int4", "int8"))
+    packed, _ = calibrate(tensors, Quant("int4", "fp8"))
     assert packed.keys() == {n for n in tensors if ".experts." in n}
-    rounded = {n: dequantize(quantize(t, "int8")) if ".attention.w" in n else t for n, t in tensors.items()}
+    rounded = {n: dequantize(quantize(t, "fp8")) if ".attention.w" in n else t for n, t in tensors.items()}
     same, _ = calibrate(rounded, Quant("int4"))
     assert all(torch.equal(p.data, same[n].data) for n, p in packed.items())
+
+
+def test_int8_is_chosen_too_and_fares_better(tensors):
+    quant, unseen = Quant("int8", "int8", "int8"), tokens(seed=1)
+    packed, _ = calibrate(tensors, quant)
+    assert packed.keys() == {n for n in tensors if quant.format_of(n)}
+    assert {p.format for p in packed.values()} == {"int8"}
+    right = logits(tensors, unseen)
+    plain = logits(tensors | {n: dequantize(quantize(tensors[n], "int8")) for n in packed}, unseen)
+    chosen = logits(outcome(tensors, packed), unseen)
+    assert (chosen - right).square().mean() < 0.8 * (plain - right).square().mean()
 
 
 def test_an_expert_without_tokens_is_refused_unless_allowed(tensors):
@@ -151,7 +162,7 @@ def test_what_is_said_about_experts():
     assert reached.lines() == [
         "calibrated on 1000 tokens, of which an expert got 0 (layers.2, expert 0) to 2000 (layers.2, expert 1)",
         "fewer than 128 tokens: layers.1 expert 1 (50); a longer text would serve them better",
-        "not reached, scales searched without calibration: layers.2 expert 0",
+        "not reached, quantised without calibration: layers.2 expert 0",
     ]
     assert Reached(1000, [[900, 700]]).lines()[1:] == []
     many = Reached(10, [[1] * 12])

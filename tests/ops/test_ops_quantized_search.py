@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
-from accessory.ops.gptq import DAMPING_LEAST, DAMPING_MOST, damping_for, gptq_int4, inverse_root
+from accessory.ops.gptq import DAMPING_LEAST, DAMPING_MOST, damping_for, gptq, inverse_root
 from accessory.ops.quantized import dequantize, quantize
 from accessory.ops.quantized_search import MANY_ROUNDS, MANY_STARTS, search_int4
 
@@ -105,16 +105,16 @@ def test_gptq_beats_rounding_on_inputs_it_has_not_seen(n, share):
     w, seen, unseen = normal(64, 256), inputs(n, 1), inputs(2048, 2)
     hessian = seen.T @ seen
     nearest = search_int4(w, hessian.diagonal(), starts=MANY_STARTS, rounds=MANY_ROUNDS)
-    found = gptq_int4(w, hessian, n)
+    found = gptq(w, "int4", hessian, n)
     assert output_error(found, w, unseen) < share * output_error(nearest, w, unseen)
     assert output_error(found, w, unseen) < share * output_error(search_int4(w), w, unseen)
     # The scale of the inputs says nothing.
-    assert torch.equal(gptq_int4(w, hessian * 4, n).data, found.data)
+    assert torch.equal(gptq(w, "int4", hessian * 4, n).data, found.data)
 
 
 def test_gptq_without_correlation_is_rounding_with_searched_scales():
     w = normal(16, 256)
-    found = gptq_int4(w, torch.eye(256) * 7, 1000)
+    found = gptq(w, "int4", torch.eye(256) * 7, 1000)
     want = search_int4(w, starts=MANY_STARTS, rounds=MANY_ROUNDS)
     assert torch.equal(dequantize(found), dequantize(want))
 
@@ -127,24 +127,39 @@ def test_gptq_spreads_an_error_by_hand():
     x = torch.eye(128) * 10
     x[0, 1] = x[1, 0] = 10
     hessian = x.T @ x
-    found = dequantize(gptq_int4(w, hessian, 10**6))
+    found = dequantize(gptq(w, "int4", hessian, 10**6))
     assert torch.equal(found[0, 2:18], w[0, 2:18])
     assert found[0, :2].sum() == 1.0  # 0.7 in all, where rounding each gives 0
+
+
+def test_int8_keeps_its_scales_and_gains_most_where_an_input_is_huge():
+    """As a network's massive activations are: one feature, far from the others and correlated with them."""
+    w, seen, unseen = normal(64, 256), inputs(4096, 1), inputs(2048, 2)
+    for x in (seen, unseen):
+        x[:, 17] = 300 + 30 * x[:, :8].sum(1)
+    plain, found = quantize(w, "int8"), gptq(w, "int8", seen.T @ seen, 4096)
+    assert torch.equal(found.scale, plain.scale)
+    assert found.data.min() >= -127
+    assert output_error(found, w, unseen) < 0.5 * output_error(plain, w, unseen)
+    steps = (dequantize(found) - w) / found.scale[:, None]
+    assert steps[:, 17].abs().max() <= 0.5 + 1e-3  # the first to be rounded: nothing is laid on it
+    assert torch.equal(dequantize(gptq(w, "int8", torch.eye(256), 10**6)), dequantize(plain))
+    assert torch.equal(gptq(w, "int8", torch.zeros(256, 256), 0).data, plain.data)
 
 
 def test_gptq_of_nothing_is_the_search():
     w = normal(8, 256)
     want = dequantize(search_int4(w, starts=MANY_STARTS, rounds=MANY_ROUNDS))
-    assert torch.equal(dequantize(gptq_int4(w, torch.zeros(256, 256), 0)), want)
-    assert torch.equal(dequantize(gptq_int4(w, torch.full((256, 256), float("nan")), 5)), want)
+    assert torch.equal(dequantize(gptq(w, "int4", torch.zeros(256, 256), 0)), want)
+    assert torch.equal(dequantize(gptq(w, "int4", torch.full((256, 256), float("nan")), 5)), want)
     with pytest.raises(ConfigError, match="int4 scales 128 numbers together"):
-        gptq_int4(normal(4, 192), torch.eye(192), 9)
+        gptq(normal(4, 192), "int4", torch.eye(192), 9)
 
 
 def test_features_that_never_came_do_no_harm():
     w, x = normal(32, 256), inputs(512, 3)
     x[:, 100:140] = 0
-    found = gptq_int4(w, x.T @ x, 512)
+    found = gptq(w, "int4", x.T @ x, 512)
     error = (dequantize(found) - w)[:, 100:140]
     assert error.abs().max() < w.abs().max()
     assert output_error(found, w, x) < 0.5 * output_error(search_int4(w), w, x)
