@@ -136,6 +136,10 @@ class MultiGpuWrapper:
         with self._turn:
             self._start()
 
+    @property
+    def sees(self) -> bool:
+        return self.image_words > 0
+
     # ----------------------------------------------------------------- MetaModel's methods
 
     def generate(
@@ -331,7 +335,7 @@ class MultiGpuWrapper:
                 rank.connection.send({**self._options, "progress": progress})
             while not loading.over:
                 self._listen(loading)
-            loading.outcome()
+            self.image_words: int = loading.outcome()
         except OSError as error:
             raise self._lost(self._ranks, "loading") from error
         except BaseException:

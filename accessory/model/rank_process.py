@@ -44,9 +44,10 @@ def serve(connection: Connection, where: dict[str, Any]) -> None:
     options = connection.recv()
     model: Any = None
 
-    def load() -> None:
+    def load() -> int:
         nonlocal model
         model = _load(where, options)
+        return model.image_words
 
     if not _answer(connection, load):
         return

@@ -176,6 +176,8 @@ def test_a_wrapper_of_ranks_takes_images(folder, model, path):
     images = [picture(), None, model.eyes.open(path)]
     options = {"with_visual": True, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}
     with MultiGpuWrapper(folder, gpus=2, **options) as wrapper:
+        assert wrapper.sees
+        assert wrapper.image_words == model.image_words
         assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
         streamed = list(wrapper.stream_generate(PROMPTS[0], str(path), **GENERATE))
         assert streamed[-1]["text"] == model.generate(PROMPTS[:1], [path], **GENERATE)[0]
