@@ -1,11 +1,13 @@
 """Quantised Mixtral-8x7B at its real size with random weights on one 80 GB card: loading, decoding, prompts, QLoRA.
 
     python benchmarks/gpu_quant.py [--formats int8 int4 nf4 fp8] [--layers 32] [--qlora nf4 int4]
+    python benchmarks/gpu_quant.py --products 32 128 512 1024 2048 4096 8192 [--formats int4 nf4 int8]
 
 The weights come as a stream of 16-bit tensors, one at a time, as from a checkpoint, and are quantised on arrival. The
 floor of a decoded token is the bytes it must read over the card's copy rate, measured in the same run; of a prompt or
-a QLoRA step, the products' operations (twice forward's for a frozen base) over the measured bf16 matmul rate. Prints
-Markdown.
+a QLoRA step, the products' operations (twice forward's for a frozen base) over the measured bf16 matmul rate.
+`--products` times one layer's three products for so many (token, expert) pairs: dequantised tile by tile inside the
+product, and as a whole before it. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from gpu_train import forward_flops, matmul_rate, random_batch
 
 from accessory.adapt.peft import besides_for, trainable_rule
@@ -31,6 +34,8 @@ from accessory.config import PRESETS, LlamaType, ModelArgs
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.nn.decoder import Decoder
+from accessory.ops.grouped import sort_by_expert
+from accessory.ops.quantized import Format, Packed, quantize, unpacked
 from accessory.parallel.fsdp import Grid
 from accessory.train.trainer import Trainer, Weights
 
@@ -68,6 +73,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--qlora", nargs="*", default=["nf4"])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--products", type=int, nargs="+", metavar="PAIRS")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     options.batch = 1
@@ -76,6 +82,8 @@ def main() -> None:
     copy, rate = copy_rate(options.device), matmul_rate(options.device)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}: copy {copy / 1e12:.2f} TB/s, bf16 matmul {rate / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n")
+    if options.products:
+        return products(args, options.formats, options.products)
     print("| format | what | value | tokens/s | times the floor |\n|---|---|---|---|---|")
     for format in options.formats:
         inference(args, format, options, copy, rate)
@@ -178,6 +186,44 @@ def qlora(args: ModelArgs, format: str, options: argparse.Namespace, rate: float
         options.tokens / seconds,
         seconds / floor,
     )
+
+
+def products(args: ModelArgs, formats: Sequence[Format], pairs: Sequence[int]) -> None:
+    """A table of w1, w3 and w2's products, forward and backward, each with tiles dequantised inside and beforehand."""
+    from triton.testing import do_bench
+
+    from accessory.ops.triton import packed_grouped as tiles
+
+    E, K = args.moe.num_experts, args.moe.num_experts_per_tok
+    print("| pairs | format | forward, inside, ms | before, ms | backward, inside, ms | before, ms |")
+    print("|---|---|---|---|---|---|")
+    for format in formats:
+        up, down = (
+            quantize(torch.randn(E, *s, dtype=torch.bfloat16, device="cuda"), format)
+            for s in ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim))
+        )
+        for N in pairs:
+            expert_TK = torch.rand(N // K, E, device="cuda").topk(K)[1]
+            _, count_E = sort_by_expert(expert_TK, E)
+            end_E = count_E.cumsum(0).to(torch.int32)
+            times = [0.0] * 4
+            for p, often in ((up, 2), (down, 1)):
+                x_NI = torch.randn(N, p.shape[2], dtype=torch.bfloat16, device="cuda")
+                y_NO = torch.randn(N, p.shape[1], dtype=torch.bfloat16, device="cuda")
+                ways = (
+                    partial(tiles.product, x_NI, p, count_E),
+                    partial(dequantised_before, x_NI, p, end_E, transposed=True),
+                    partial(tiles.gradient, y_NO, p, count_E),
+                    partial(dequantised_before, y_NO, p, end_E, transposed=False),
+                )
+                for n, way in enumerate(ways):
+                    times[n] += often * do_bench(way, return_mode="median")
+            print(f"| {N} | {format} | " + " | ".join(f"{t:.2f}" for t in times) + " |", flush=True)
+
+
+def dequantised_before(a_NR: torch.Tensor, p: Packed, end_E: torch.Tensor, transposed: bool) -> torch.Tensor:
+    weight = unpacked(p, a_NR.dtype)
+    return F.grouped_mm(a_NR, weight.transpose(1, 2) if transposed else weight, offs=end_E)
 
 
 def row(format: str, what: str, value: str, rate: float | None = None, ratio: float | None = None) -> None:
