@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from accessory.commands import data_view as view
 from accessory.commands.finetune import find_recipe
-from accessory.config import ModelArgs
+from accessory.config import LlamaType, ModelArgs
 from accessory.data.conversation import Template, get_template
 from accessory.data.dataset import FinetuneData
 from accessory.data.records import place, read_yaml
@@ -26,6 +26,7 @@ from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.train.config import FinetuneConfig
 from accessory.train.feed import Schedule
 from accessory.train.metrics import METRICS_FILE, iterate_metrics
+from accessory.vision_config import SPHINX
 
 # What of the speed of large matrix products finetuning keeps, where nothing better is known.
 EFFICIENCY = 0.35
@@ -53,6 +54,7 @@ class Choices:
     checkpointing: bool
     output_dir: Path | None
     tokens_per_second: float | None
+    image_words: int | None  # positions of an image; 0: the run looks at none; None: nobody says
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,7 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
             prompt_type=choices.prompt_type,
             seed=choices.seed,
             problems=problems,
-            image_words=None,
+            image_words=choices.image_words,
         )
     except InputError:
         if not problems:
@@ -109,6 +111,8 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
         )
         console.print(view.steps(choices, schedule))
         console.print("time      " + _time(choices, schedule, data, args))
+    if any(file.encoded.images for file in data.files):
+        console.print(view.images(data, choices.image_words))
     console.print(begun)
     for group in range(len(data.group_names)):
         console.print(view.preview(data, group, tokenizer, marked=console.color_system is None))
@@ -165,6 +169,7 @@ def _choices(options: argparse.Namespace) -> Choices:
         checkpointing=chosen("checkpointing"),
         output_dir=Path(recipe.output_dir) if recipe else None,
         tokens_per_second=options.tokens_per_second,
+        image_words=_image_words(recipe, Path(model)),
     )
 
 
@@ -174,12 +179,28 @@ def _tokenizer_path(model: str) -> Path:
     return Path(model)
 
 
-def _sizes(model: Path) -> ModelArgs | None:
-    """The network's sizes, where a configuration is there that tells them."""
+def _image_words(recipe: FinetuneConfig | None, model: Path) -> int | None:
+    """Positions that an image takes in the run; 0 where it looks at none, None where neither recipe nor model tells."""
+    if recipe is not None and recipe.no_visual:
+        return 0
+    kind = recipe.llama_type if recipe is not None else None
+    try:
+        kind = kind or json.loads((model / "meta.json").read_text(encoding="utf-8"))["llama_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None if recipe is None else 0
+    views = LlamaType.parse(kind).image_views
+    if not views:
+        return None if recipe is None else 0
+    args = _sizes(model, recipe.llama_config if recipe is not None else ())
+    return ((args and args.vision) or SPHINX).words(views)
+
+
+def _sizes(model: Path, more: Sequence[str] = ()) -> ModelArgs | None:
+    """The network's sizes, where a configuration is there that tells them; `more` files win over it."""
     for name in ("config.json", "params.json"):
         try:
             if "vocab_size" in json.loads((model / name).read_text(encoding="utf-8")):
-                return ModelArgs.from_files(model / name)
+                return ModelArgs.from_files(model / name, *more)
         except (OSError, ValueError, TypeError):
             continue
     return None

@@ -12,8 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from accessory.data.dataset import FinetuneData
+from accessory.data.images import read_header
 from accessory.data.tokenizer import Tokenizer
+from accessory.errors import AccessoryError
 from accessory.train.feed import Schedule
+from accessory.vision_config import IMAGE_ID
 
 if TYPE_CHECKING:
     from accessory.commands.data import Choices
@@ -44,7 +47,7 @@ def counts(data: FinetuneData) -> RenderableType:
     for number, file in enumerate(data.files):
         share = "" if file.taken == file.items else f" of {file.items:,}"
         own = data.file_of == number
-        dropped = int((file.encoded.first >= data.max_words).sum())
+        dropped = len(file.encoded.lines) - len(file.broken) - int(own.sum())
         table.add_row(str(file.source.path), file.source.group, *_cells(data, own, learnt, dropped, share))
     if len(data.group_names) > 1:
         for number, name in enumerate(data.group_names):
@@ -76,12 +79,28 @@ def learnt_tokens(data: FinetuneData) -> np.ndarray:
     for number, file in enumerate(data.files):
         own = data.file_of == number
         begin = file.encoded.start[:-1][data.index[own]]
-        spans = np.stack([begin, begin + data.lengths[own]], axis=1).ravel()
+        spans = np.stack([begin, begin + data.lengths[own] - data.places[own]], axis=1).ravel()
         if len(spans):
             # A sum from each bound to the next; every other one lies between items. The last bound may be the end.
             sums = np.add.reduceat(file.encoded.learn, spans[: -1 if spans[-1] == len(file.encoded.learn) else None])
             out[own] = sums[::2]
     return out
+
+
+def images(data: FinetuneData, words: int | None) -> str:
+    """How many items have an image, and what they take of a row."""
+    items = sum(len(f.encoded.images) for f in data.files)
+    paths = {(f.source.root, image) for f in data.files for image in f.encoded.images.values()}
+    every = sum(len(f.encoded.lines) for f in data.files)
+    share = f"images    {items:,} of {every:,} items have one, of {len(paths):,} files"
+    left = f"; {data.broken:,} items are left out for theirs" if data.broken else ""
+    if words:
+        tokens = int(data.lengths.sum())
+        taken = int(data.places.sum())
+        return f"{share}; {words:,} positions each, {_percent(taken, tokens)} of all tokens{left}"
+    if words is None:
+        return f"{share}; the positions they take are not counted: --model is no folder of a model that sees{left}"
+    return f"{share}; the run looks at none{left}"
 
 
 def histogram(data: FinetuneData) -> RenderableType:
@@ -143,20 +162,33 @@ def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: boo
         example = data.example(item)
         title = f"{data.where(item)} ({data.group_names[group]}), {len(example.ids):,} tokens"
         cut = f", cut from {data.whole[item]:,}" if example.truncated else ""
-        image = f", image {example.image}" if example.image else ""
+        image = f", image {example.image}{_size(example.image)}" if example.image else ""
         lines.append(Text.assemble("\n", (title + cut + image, "bold"), ": learnt is ", _legend(marked)))
-        lines.append(painted(example.ids[:_TOKENS], example.learn[:_TOKENS], tokenizer, marked=marked))
-        if len(example.ids) > _TOKENS:
-            lines.append(Text(f"… {len(example.ids) - _TOKENS:,} tokens more", style=REST))
+        words = [(i, on) for i, on in zip(example.ids, example.learn, strict=True) if i != IMAGE_ID]
+        ids, learn = [i for i, _ in words[:_TOKENS]], [on for _, on in words[:_TOKENS]]
+        at = example.ids.index(IMAGE_ID) if example.places else 0
+        lines.append(painted(ids, learn, tokenizer, marked=marked, places=example.places, at=at))
+        if len(words) > _TOKENS:
+            lines.append(Text(f"… {len(words) - _TOKENS:,} tokens more", style=REST))
     return Group(*lines)
+
+
+def _size(image: str) -> str:
+    try:
+        return " ({:,} × {:,})".format(*read_header(image))
+    except AccessoryError:  # told among the problems, or not looked at
+        return ""
 
 
 def _legend(marked: bool) -> Text:
     return Text(f"in {''.join(MARKS)}") if marked else Text("green", style=LEARNT)
 
 
-def painted(ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: bool) -> Text:
-    """Token ids as text: control tokens by their names, line ends visible, what is learnt in its own colour."""
+def painted(
+    ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: bool, places: int = 0, at: int = 0
+) -> Text:
+    """Token ids as text: control tokens by their names, line ends visible, what is learnt in its own colour. Before
+    number `at` stands how many `places` an image has there."""
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     text, run, before, begun = Text(), b"", False, False
 
@@ -165,7 +197,10 @@ def painted(ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: 
         text.append(run.decode("utf-8", "replace").replace("\n", "↵\n"), style=LEARNT if before else REST)
         run = b""
 
-    for token, on in zip(ids, learn, strict=True):
+    for number, (token, on) in enumerate(zip(ids, learn, strict=True)):
+        if places and number == at:
+            close()
+            text.append(f"[image: {places:,} positions]", style=SPECIAL)
         if on != before:
             close()
             if marked:

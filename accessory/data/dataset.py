@@ -253,8 +253,8 @@ def _refuse_images(encoded: Encoded, records: Records, problems: list[str] | Non
     where = records.place(int(encoded.lines[min(encoded.images)]))
     more = f" (and {len(encoded.images) - 1} items more)" if len(encoded.images) > 1 else ""
     message = (
-        f"{where}: image: this item has one{more}, and the model looks at none; set no_visual=false with a llama_type "
-        "that does, as mixtral_ens, or take image out of the items"
+        f"{where}: image: this item has one{more}, and the model looks at none; give a llama_type that does, as "
+        "mixtral_ens, and no_visual=false, or take image out of the items"
     )
     if problems is None:
         raise InputError(message)

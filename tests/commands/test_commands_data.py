@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.dialogues import dialogue
+from helpers.pictures import write_picture
 from helpers.small_tokenizers import byte_level_folder
 
 from accessory.cli import main
@@ -113,6 +114,71 @@ def test_one_bad_line_of_many(checked, tmp_path):
     assert status == 1
     assert f"\n{tmp_path / '0.jsonl'}:17777: not valid JSON (Expecting ',' delimiter at column 87)\n" in out
     assert out.endswith(f"1 problem: 1 in {tmp_path / '0.jsonl'}\n")
+
+
+def seeing(folder, llama_type="mixtral_ens", **more):
+    """A folder that tells what a model sees with: CLIP of 2 × 2 patches, 7 positions a view."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(MIXTRAL_TOKENIZER, folder / "tokenizer.model")
+    config = {"hidden_size": 8, "patch_size": 7}
+    vision = {"encoders": [{"name": "clip", "kind": "clip", "size": 14, "config": config}]}
+    sizes = json.loads((PACKAGE / "configs/8x7b.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {"vision": vision}))
+    (folder / "meta.json").write_text(json.dumps({"llama_type": llama_type}))
+    return folder
+
+
+def test_images_are_counted_and_shown(checked, tmp_path):
+    write_picture(tmp_path / "a.png", 30, 20)
+    (tmp_path / "bad.png").write_text("x")
+    image = {**TALK, "image": str(tmp_path / "a.png")}
+    bad = {**TALK, "image": str(tmp_path / "bad.png")}
+    for kind, words in (("mixtral_ens", 7), ("mixtral_sparse_ens5", 35)):
+        status, out = checked([image, TALK, image, bad], model=seeing(tmp_path / "model", kind))
+        assert status == 1
+        (length,) = re.findall(r"0\.jsonl:2 \(text\), (\d+) tokens: learnt", out)
+        tokens = 3 * int(length) + 2 * words
+        assert row(out, "images") == (
+            f"images    3 of 4 items have one, of 2 files; {words} positions each, {200 * words / tokens:.1f} % of all "
+            "tokens; 1 items are left out for theirs"
+        )
+        assert f"0.jsonl:1 (text), {int(length) + words} tokens, image {tmp_path}/a.png (30 × 20): learnt is" in out
+        assert f"<s>[image: {words} positions]A chat between" in out
+        assert f"\n{tmp_path}/0.jsonl:4: image: {tmp_path}/bad.png: is not an image, or of a format" in out
+        assert re.search(rf"/0\.jsonl +text +3 +{tokens} +\d+ +0 \(0\.0 %\) +0 ", out)
+        status, out = checked([image, TALK, TALK], model=seeing(tmp_path / "model", kind))
+        assert status == 0
+    status, out = checked([image, TALK])
+    assert (status, row(out, "images")) == (
+        0,
+        "images    1 of 2 items have one, of 1 files; the positions they take are not counted: --model is no folder of "
+        "a model that sees",
+    )
+    assert f"image {tmp_path}/a.png (30 × 20)" in out
+
+
+def test_a_run_that_sees_nothing_is_told_of_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    write_picture(tmp_path / "a.png")
+    items = [TALK, {**TALK, "image": str(tmp_path / "a.png")}]
+    (tmp_path / "0.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "meta.yaml").write_text(yaml.safe_dump({"META": [{"path": "0.jsonl"}]}))
+    model = seeing(tmp_path / "model")
+    base = {
+        "pretrained_path": [str(model)],
+        "data_config": str(tmp_path / "meta.yaml"),
+        "output_dir": str(tmp_path / "out"),
+        "max_words": 256,
+    }
+    for more, status, told in (
+        ({"no_visual": True}, 1, "0.jsonl:2: image: this item has one, and the model looks at none; give a llama_type"),
+        ({}, 0, "; 7 positions each, "),
+        ({"llama_type": "mixtral_ens5"}, 0, "; 35 positions each, "),
+        ({"llama_type": "mixtral"}, 1, "; the run looks at none"),
+    ):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(base | more))
+        assert main(["data", "check", str(tmp_path / "run.yaml")]) == status
+        assert told in capsys.readouterr().out
 
 
 def test_nothing_but_broken_items(checked):

@@ -133,8 +133,8 @@ def test_too_little_room_for_an_image_says_so(opened):
 
 def test_a_model_that_sees_nothing_refuses_images(opened, tmp_path):
     message = (
-        rf"^{tmp_path}/0\.jsonl:2: image: this item has one \(and 1 items more\), and the model looks at none; set "
-        r"no_visual=false with a llama_type that does, as mixtral_ens, or take image out of the items$"
+        rf"^{tmp_path}/0\.jsonl:2: image: this item has one \(and 1 items more\), and the model looks at none; give "
+        r"a llama_type that does, as mixtral_ens, and no_visual=false, or take image out of the items$"
     )
     with pytest.raises(InputError, match=message):
         opened([TALK, seen(), seen(image="gone.png")], image_words=0)

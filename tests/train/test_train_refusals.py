@@ -87,7 +87,7 @@ BAD_LINES = {
     "not JSON": ("{'conversations': []}", "not valid JSON"),
     "unknown role": ('{"conversations": [{"from": "wizard", "value": "hello"}]}', "wizard"),
     "empty conversation": ('{"conversations": []}', "empty"),
-    "an image, and nobody looks": (json.dumps(runs.dialogues(1)[0] | {"image": "there.png"}), "set no_visual=false"),
+    "an image for no eyes": (json.dumps(runs.dialogues(1)[0] | {"image": "there.png"}), "the model looks at none"),
 }
 
 
