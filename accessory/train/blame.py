@@ -8,18 +8,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from accessory.data.batches import IGNORED, Batch, collate
-from accessory.data.dataset import Example
+from accessory.data.batches import IGNORED, Batch
 from accessory.train.trainer import Trainer
 
 ROWS = 1024  # of logits widened to fp32 at a time
 MANY = 64  # suspects: where there are more, it is not the items
 
 
-def items_at_fault(trainer: Trainer, batches: Sequence[Batch], example: Callable[[int], Example]) -> list[int]:
+def items_at_fault(trainer: Trainer, batches: Sequence[Batch], alone: Callable[[int], Batch]) -> list[int]:
     """Items of any rank's micro-batches of a step in which a learnt token's loss is NaN or infinite, in order.
 
-    Empty where only gradients are not finite. Every rank calls it; `example` gives an item.
+    Empty where only gradients are not finite. Every rank calls it; `alone` gives an item in a batch of its own.
     """
     found = sorted({item for batch in batches for item in _at_fault(trainer, batch)})
     if trainer.grid.all is not None:
@@ -30,7 +29,7 @@ def items_at_fault(trainer: Trainer, batches: Sequence[Batch], example: Callable
         return found
     # A mask hides documents of a row from one another, but 0 · NaN is NaN: each suspect is asked alone. All ranks ask
     # the same ones, so none of them waits for another.
-    return [item for item in found if _at_fault(trainer, collate([[example(item)]], [item]))] or found
+    return [item for item in found if _at_fault(trainer, alone(item))] or found
 
 
 @torch.no_grad()

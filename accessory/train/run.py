@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _one_step(run: Run, step: int, batches: list[Batch], lr: float, saved: int |
     except NotFiniteError as error:
         if saved != step - 1:
             _save(run, step - 1)
-        found = items_at_fault(run.trainer, batches, run.data.example)
+        found = items_at_fault(run.trainer, batches, partial(run.feed.alone, step - 1))
         told = "in" if found else "somewhere in"
         items = found or sorted({item for row in run.schedule.rows(step - 1) for item in row})
         shown = ", ".join(map(run.data.where, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
