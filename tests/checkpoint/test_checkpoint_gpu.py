@@ -61,6 +61,9 @@ def test_a_quantised_folder_is_what_quantising_on_the_gpu_gives(tmp_path, format
     stored = load_decoder([opened], args, implementation, device="cuda", quant=opened.quant)
     arrived = load_decoder([dense], args, implementation, device="cuda", quant=quant)
     for (name, one), (_, other) in zip(stored.named_parameters(), arrived.named_parameters(), strict=True):
+        if name.endswith(("nested", "offset")):  # of nf4-dq: less a mean, which a GPU sums in another order
+            torch.testing.assert_close(one, other)
+            continue
         alike = (one.view(torch.uint8) == other.view(torch.uint8)).float().mean()
         # A GPU divides a group's span by 15 by multiplying; a CPU rounds nf4-dq's scales on bitsandbytes' grid.
         assert alike == 1 or (format in ("int4", "nf4-dq") and alike > 0.99), (name, float(alike))
@@ -68,7 +71,8 @@ def test_a_quantised_folder_is_what_quantising_on_the_gpu_gives(tmp_path, format
     tokens_BT = torch.arange(40, device="cuda").view(2, 20)
     with torch.inference_mode():
         want, got = meant(tokens_BT).logits, stored(tokens_BT).logits
-    # A token that rounding sends to another expert truly differs.
+    # Products in fp8 round their inputs too. And a token that rounding sends to another expert truly differs.
+    bound = 8e-2 if format == "fp8" else 2e-2
     error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
-    assert error.median() <= 2e-2, error
-    assert (error <= 5e-2).float().mean() >= 0.9, error
+    assert error.median() <= bound, error
+    assert (error <= 4 * bound).float().mean() >= 0.9, error
