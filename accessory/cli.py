@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="int4's scales from a group's ends: quicker, worse",
     )
-    quantize.add_argument("--calibrate", metavar="FILE", help="a text that int4's numbers are to suit")
+    quantize.add_argument("--calibrate", metavar="FILE", help="a text that int4's and int8's numbers are to suit")
     quantize.add_argument(
         "--calibrate-tokens", "--calibrate_tokens", type=int, metavar="N", help="of the text (default: 65536)"
     )
