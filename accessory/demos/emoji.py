@@ -70,7 +70,7 @@ FULL = Scale(
     recipe={**_COMMON, "template": "tokenizer", "max_words": 1024, "batch_size": 16, "num_workers": 8},
     stages={
         "stage1": {"trainable_mode": "mm_stage1", "epochs": 1.0, "lr": 2e-3},
-        "stage2": {"trainable_mode": "mm_stage2", "epochs": 3.0, "lr": 5e-4, "lora_rank": 16, "lora_alpha": 32.0},
+        "stage2": {"trainable_mode": "mm_stage2", "epochs": 0.73, "lr": 5e-4, "lora_rank": 16, "lora_alpha": 32.0},
     },
 )
 SHORT = Scale(
@@ -78,10 +78,10 @@ SHORT = Scale(
     amount=Amount(variants=0, kinds=("brief",)),
     asked="brief",
     names=False,
-    recipe={**_COMMON, "template": "chatml", "max_words": 192, "batch_size": 2, "num_workers": 1},
+    recipe={**_COMMON, "template": "chatml", "max_words": 160, "batch_size": 1, "num_workers": 1},
     stages={
-        "stage1": {"trainable_mode": "mm_stage1", "epochs": 1.0, "lr": 2e-3},
-        "stage2": {"trainable_mode": "mm_stage2", "epochs": 1.0, "lr": 5e-4, "lora_rank": 8, "lora_alpha": 16.0},
+        "stage1": {"trainable_mode": "mm_stage1", "epochs": 0.2, "lr": 2e-3},
+        "stage2": {"trainable_mode": "mm_stage2", "epochs": 0.4, "lr": 1e-3, "lora_rank": 8, "lora_alpha": 16.0},
     },
 )
 _COMMENT = "# What the demo that sees did; to do it again with other values:\n#   {} finetune {} output_dir=…\n"

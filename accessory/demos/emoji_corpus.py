@@ -40,7 +40,7 @@ BOTH = (
     f"What is this, and which of these groups does it belong to: {_LIST}?",
     f"Name this emoji, then its group, one of {_LIST}.",
 )
-BRIEF = ("Which group is it in?",)  # where every token counts: the groups are known from learning alone
+BRIEF = ("Its group:",)  # where every token counts: which groups there are is known from learning alone
 KINDS = {"name": NAME, "group": GROUP, "both": BOTH, "brief": BRIEF}
 
 NEAR = 0.05  # root mean square difference of thumbnails, of 0 … 1, up to which two drawings are one
