@@ -281,7 +281,7 @@ def merge(
     write_checkpoint(
         dst,
         merged,
-        base.args.replace(**_PLAIN, bias_tuning=bool(biases)),
+        args.replace(**_PLAIN, bias_tuning=bool(biases)),  # the base's, and what adapters see with
         to=layout,
         shards=base.shards if shards is None and layout == base.layout and layout != "hf" else shards,
         safetensors=safetensors,

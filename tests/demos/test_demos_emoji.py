@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accessory.checkpoint.merge import merge
 from accessory.config import ModelArgs
 from accessory.data.encoding import image_path
 from accessory.data.records import read_meta
@@ -461,13 +462,16 @@ def test_from_packages_to_the_table_on_a_tiny_network(
     assert set(told["Fluent"]["accuracy"]) == set(SIGHTS)
     with Image.open(home / "fluent.png") as image:
         assert image.width > 100
-    one = MetaModel.from_pretrained(
-        [folder / "base", home / "stage1" / FINAL, home / "stage2" / FINAL],
-        max_seq_len=128,
-        with_visual=True,
-        device="cpu",
-    )
-    assert one.image_words == 4
+    chain = [folder / "base", home / "stage1" / FINAL, home / "stage2" / FINAL]
+    merge(chain, home / "model", to="base", progress=False)
+    answers = []
+    for paths in (chain, home / "model"):
+        model = MetaModel.from_pretrained(
+            paths, max_seq_len=128, with_visual=True, device="cpu", dtype=torch.float32, llama_type="mixtral_ens"
+        )
+        assert model.image_words == 4
+        answers.append(model.compute_logits(["Its group:"], [home / "data" / "fluent" / "1f601.webp"])[0])
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
     printed = capsys.readouterr().out
     assert "27 emoji to learn from, 9 held out" in printed
     assert "one of 9 at random" in printed
