@@ -77,14 +77,16 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
             f"resume: {resumed.folder} has made all of {schedule.steps} steps; give more epochs or max_steps"
         )
     pin = config.pin_mem and device.type == "cuda"
-    load = ImageLoader.of(config.image_transform, source.vision.pixels(source.views)) if source.views else None
-    make_feed = partial(Feed, grid=grid, workers=config.num_workers, pin=pin, load=load, broken=config.broken_images)
-    feed = make_feed(data, schedule, split)
+    make_feed = partial(Feed, grid=grid, workers=config.num_workers, pin=pin, broken=config.broken_images)
+    feed = make_feed(data, schedule, split, load=_loader(source, config.image_transform))
     held_out: Sequence[Batch] = []
     if config.eval_data:
         others = _open_data(config.eval_data, config, tokenizer, grid, source.image_words)
         each = Split(config.batch_size, 1, grid.data_size)
-        held_out = make_feed(others, _schedule(config, others, each.rows, 1.0), each).all_batches()
+        # Whole images, as answering sees them, and not what a crop happens to leave.
+        same = config.image_transform != "random_resized_crop"
+        load = _loader(source, config.image_transform if same else "padded_resize")
+        held_out = make_feed(others, _schedule(config, others, each.rows, 1.0), each, load=load).all_batches()
     decoder = build(source, grid, device, progress=grid.first)
     weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
     tower = build_tower(source, device, progress=grid.first)
@@ -197,6 +199,10 @@ def _tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
         if any(checkpoint.path.glob("tokenizer.*")):
             return load_tokenizer(checkpoint.path)
     return load_tokenizer(source.checkpoints[0].path)
+
+
+def _loader(source: Source, transform: str) -> ImageLoader | None:
+    return ImageLoader.of(transform, source.vision.pixels(source.views)) if source.views else None
 
 
 def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid, image_words: int) -> FinetuneData:

@@ -276,3 +276,17 @@ def _tensors(folder):
     from accessory.checkpoint.folder import open_checkpoint
 
     return {n: t.load() for n, t in open_checkpoint(folder).tensors.items()}
+
+
+def test_held_out_images_are_seen_whole(inputs, tmp_path, monkeypatch):
+    """Crops are for learning: what is held out is seen as answering sees it."""
+    from accessory.data.transform import ImageLoader
+
+    asked = []
+    original = ImageLoader.of.__func__
+    monkeypatch.setattr(
+        ImageLoader, "of", classmethod(lambda cls, name, size: asked.append(name) or original(cls, name, size))
+    )
+    crops = {"image_transform": "random_resized_crop", "trainable_mode": "mm_stage1", "max_steps": 1}
+    run(inputs, tmp_path / "run", eval_data=str(inputs / "data.yaml"), **crops)
+    assert asked == ["random_resized_crop", "padded_resize"]
