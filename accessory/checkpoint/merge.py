@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from accessory.checkpoint import folder
 from accessory.checkpoint.atomic import check_destination, refuse_overlap
 from accessory.checkpoint.certify import Certificate, certify
-from accessory.checkpoint.folder import Checkpoint, open_checkpoint
+from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.hashing import each_tensor, names_of
-from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.load import chained_args
 from accessory.checkpoint.names import companion_of, is_of_images
@@ -30,7 +30,6 @@ from accessory.parallel.plan import expert_of
 
 PathLike = str | Path
 State = Literal["changed", "zero", "swallowed"]
-_SIZES = "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".split()
 _PLAIN = {"lora_rank": -1, "lora_alpha": None, "lora_targets": LORA_TARGETS, "norm_tuning": True}
 
 
@@ -151,25 +150,8 @@ def open_chain(paths: Sequence[PathLike], config_files: Sequence[PathLike] = ())
     A save of what was trained may come without a configuration; sizes are then the first folder's. What finetuning puts
     beside the weights is what the last folder says that has it. CheckpointError where the folders do not fit together.
     """
-    folders = [Path(resolve(p)) for p in paths]
-    for folder in folders:
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder}: is a PEFT adapter; bring it in with `accessory adapter import` first")
-    checkpoints = [open_checkpoint(folders[0], config_files)]
-    args = checkpoints[0].args
-    for folder in folders[1:]:
-        own = _configs_in(folder) or _configs_in(folders[0])
-        adapter = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
-        for name in _SIZES:
-            given, wanted = getattr(adapter.args, name), getattr(args, name)
-            if given != wanted:
-                raise CheckpointError(f"{folder}: {name}: got {given}, but {folders[0]} has {wanted}: another model's")
-        checkpoints.append(adapter)
+    checkpoints = folder.open_chain(paths, config_files)
     return checkpoints, chained_args(checkpoints)
-
-
-def _configs_in(folder: Path) -> list[Path]:
-    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
 
 
 def pairs_of(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Pair]:
@@ -278,6 +260,10 @@ def merge(
         stored = target or base.dtype
         report.certificate = certify(networks, args, implementation, dtype=stored, device=device, progress=progress)
         report.certificate.check()
+    if "start_img" in merged:
+        from accessory.checkpoint.vision import with_encoders
+
+        merged = with_encoders(merged, args)
     write_checkpoint(
         dst,
         merged,

@@ -15,7 +15,9 @@ from accessory.checkpoint.discover import find_weights
 from accessory.checkpoint.files import read_file
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, canonical_of, destinations
+from accessory.config import ModelArgs
 from accessory.errors import AccessoryError, CheckpointError
 from accessory.nn.vision import CACHE_BYTES, VisionTower
 from accessory.vision_config import EncoderArgs, VisionArgs
@@ -52,6 +54,14 @@ def encoder_tensors(args: VisionArgs, tensors: Mapping[str, Lazy], *, progress: 
     with torch.device("meta"):
         tower = VisionTower(args, 1)
     return _find(tower, tensors, progress)
+
+
+def with_encoders(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Lazy]:
+    """The tensors of a whole model, with its encoders' from where the configuration says if it sees and has none of
+    them: written so, a folder stands for itself."""
+    if "start_img" not in tensors or any(map(is_encoder_tensor, tensors)):
+        return dict(tensors)
+    return {**tensors, **encoder_tensors(args.sees_with, {})}
 
 
 def _find(tower: VisionTower, tensors: Mapping[str, Lazy], progress: bool) -> dict[str, Lazy]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from accessory.checkpoint.lazy import Constant, Lazy, concat
 from accessory.errors import CheckpointError
 from accessory.nn.vision import VisionTower
-from accessory.vision_config import ENCODER_PREFIXES, EncoderArgs, Kind, VisionArgs
+from accessory.vision_config import EncoderArgs, Kind, VisionArgs
 
 NAMES_SHOWN = 5
 _OURS = "vision."
@@ -109,11 +109,6 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
     ),
     "efficientnet_lite0": _rules((r"_fc\..+|.*\.num_batches_tracked", ())),
 }
-
-
-def is_encoder_tensor(name: str) -> bool:
-    """Whether a raw name, without `llma.` in front, is a tensor of an image encoder."""
-    return name.startswith(ENCODER_PREFIXES)
 
 
 def parts_of(kind: Kind, name: str) -> tuple[str, ...]:

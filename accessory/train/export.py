@@ -10,7 +10,6 @@ import torch
 from accessory.checkpoint.discover import find_resources
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.save import write_checkpoint
 from accessory.config import Implementation, ModelArgs
 from accessory.parallel.plan import expert_tensor, largest_world
@@ -57,11 +56,10 @@ def export(
             checkpoint.warn_of_dequantising()
             tensors |= checkpoint.tensors
     tensors |= trained
-    if image_views and not only_trained and not any(map(is_encoder_tensor, tensors)):
-        # From where the configuration says; with them the folder stands for itself.
-        from accessory.checkpoint.vision import encoder_tensors
+    if image_views and not only_trained:
+        from accessory.checkpoint.vision import with_encoders
 
-        tensors |= encoder_tensors(args.sees_with, {})
+        tensors = with_encoders(tensors, args)
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
     if tokenizer is not None:
         own = find_resources(tokenizer) if tokenizer.is_dir() else [tokenizer]

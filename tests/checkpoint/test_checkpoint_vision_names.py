@@ -24,8 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accessory.checkpoint.lazy import Lazy, from_tensor
+from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision import fill
-from accessory.checkpoint.vision_names import canonical, destinations, expected_shapes, is_encoder_tensor, parts_of
+from accessory.checkpoint.vision_names import canonical, destinations, expected_shapes, parts_of
 from accessory.errors import CheckpointError
 from accessory.nn.vision import VisionTower, normalised, views_of
 from accessory.vision_config import SPHINX, EncoderArgs, VisionArgs

@@ -7,7 +7,8 @@ import math
 import torch
 
 from accessory.checkpoint.lazy import from_tensor
-from accessory.checkpoint.vision_names import canonical, expected_shapes, is_encoder_tensor
+from accessory.checkpoint.names import is_encoder_tensor
+from accessory.checkpoint.vision_names import canonical, expected_shapes
 from accessory.vision_config import SPHINX
 
 
