@@ -218,8 +218,15 @@ def _configure(
     if tied and "tok_embeddings.weight" in tensors:
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     expected = expected_shapes(args)
-    if any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
+    sees = survey.llama_type.image_views > 0
+    if sees or any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
         expected |= image_shapes(args)
+    elif layout != "quantized":
+        survey.problems += [
+            CheckpointError(f"unexpected tensor {name} {tensors[name].shape}")
+            for name in tensors
+            if is_encoder_tensor(name)
+        ][:_LISTED]
     if disagreements:
         survey.problems += map(ConfigError, disagreements)
     else:

@@ -179,12 +179,12 @@ def test_the_first_of_many_broken_lines_is_told_before_the_rest_is_read(tmp_path
     lines[1233] = lines[77_777] = "{'single': 'quotes'}"
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(lines))
-    read, real = [], encoding.encode_item
+    read, real, threads = [], encoding.encode_item, threading.active_count()
     monkeypatch.setattr(encoding, "encode_item", lambda *a: (read.append(1), real(*a))[1])
     with pytest.raises(InputError, match=r"items\.jsonl:1234: not valid JSON \(Expecting property name"):
         FinetuneData.open({"META": [{"path": str(path)}]}, mixtral, max_words=64)
     assert len(read) < 20_000
-    assert threading.active_count() < 5
+    assert threading.active_count() <= threads
 
 
 def test_empty_files(opened):

@@ -117,7 +117,8 @@ def test_a_recipe_is_the_tables_column(place, script):
     )
     differ = {k for k, v in yaml.to_dict().items() if v != getattr(config, k)}
     peft = {"lora_rank", "bias_tuning", "norm_tuning"} if "Peft" in script else set()
-    assert differ == {"llama_config", "tokenizer_path"} | peft
+    assert config.no_visual  # as the original's scripts say it of models that take no images anyway
+    assert differ == {"llama_config", "tokenizer_path", "no_visual"} | peft
     assert not peft or (yaml.lora_rank, yaml.bias_tuning, yaml.norm_tuning) == (16, True, True)
 
 
