@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from accessory.model.activations import NOTHING, Bytes, Layer, Learning, layer_backward, layer_kept, prompt_passes
 from accessory.model.memory import (
-    FEW_PAIRS,
     Inference,
     Piece,
     Setup,
@@ -36,6 +35,10 @@ QUANTISING = 18
 BLOCK_NUMBERS = 2**24
 # Cross-entropy widens 1024 rows of logits to fp32 at a time (`ops.cross_entropy`), and holds so many such tensors.
 CE_ROWS, CE_TENSORS = 1024, 3
+
+
+# Up to so many rows an expert, products unpack quantised weights inside (`ops.grouped`, and alone `ops.quantized`).
+TILED_ROWS, TILED_ROWS_BASE = 256, 128
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def _inference(setup: Setup) -> dict[str, dict[str, int]]:
     assert isinstance(task, Inference)
     prompt = task.prompt if task.prompt is not None else task.context - 1
     layer = _layer(setup, task.batch * prompt)
+    tiled = layer.experts * (TILED_ROWS_BASE if layer.one_by_one else TILED_ROWS)
     weights = weight_bytes(setup)
     block = min(BLOCK_NUMBERS, max(p.rows * p.columns for p in pieces(setup) if p.role == "product"))
     logits = 4 * task.batch * args.vocab_size * 2  # in 16 bits and in fp32, twice: sampling sorts a copy
@@ -84,7 +88,7 @@ def _inference(setup: Setup) -> dict[str, dict[str, int]]:
         "reading the prompt": {
             "weights": weights,
             "key/value cache": cache_bytes(setup),
-            "activations": prompt_passes(layer, setup.formats.experts is not None and layer.pairs > FEW_PAIRS),
+            "activations": prompt_passes(layer, setup.formats.experts is not None and layer.pairs > tiled),
             "logits": logits,
         },
     }
