@@ -218,10 +218,9 @@ def _configure(
     if tied and "tok_embeddings.weight" in tensors:
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     expected = expected_shapes(args)
-    sees = survey.llama_type.image_views > 0
-    if sees or any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
-        expected |= image_shapes(args)
-    elif layout != "quantized":
+    if any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
+        expected |= image_shapes(args)  # whoever wants images of a folder without any of these is told when loading
+    elif not survey.llama_type.image_views:
         survey.problems += [
             CheckpointError(f"unexpected tensor {name} {tensors[name].shape}")
             for name in tensors
