@@ -43,6 +43,7 @@ class Eyes:
         """(3, P, P) fp32 pixels of an image; of pixels, themselves. InputError says what is wrong with it."""
         P = self.tower.pixels
         if isinstance(image, Tensor):
+            image = image[0] if image.dim() == 4 and len(image) == 1 else image  # a batch of one, as the original's
             if tuple(image.shape) != (3, P, P):
                 raise InputError(f"{name}: got a tensor of {tuple(image.shape)}, but pixels are (3, {P}, {P})")
             return image.detach().to("cpu", torch.float32)

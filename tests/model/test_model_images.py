@@ -105,6 +105,8 @@ def test_images_come_in_any_form(model, path, kind):
     }[kind]
     expected = model.compute_logits(PROMPTS[:1], [path])[0]
     assert torch.equal(model.compute_logits(PROMPTS[:1], given)[0], expected)
+    answer = model.generate(PROMPTS[:1], given, **GENERATE)[0]
+    assert list(model.stream_generate(PROMPTS[0], pixels[None], **GENERATE))[-1]["text"] == answer
 
 
 def test_an_image_is_looked_at_once(folder, path):
