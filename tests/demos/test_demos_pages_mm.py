@@ -65,11 +65,15 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pages():
     """Each kind of page over a model of its own: started before the browser, whose loop Gradio's must not meet."""
+    # How often Gradio looks whether a visitor is still there, seconds; by default 15.
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "1")
     started = {}
     for name, demo in (("multi", multi_turn_mm.DEMO), ("single", single_turn_mm.DEMO)):
         page = Page(demo, Teller(), "a teller", MAX_SEQ_LEN)
         started[name] = (page, page.launch("127.0.0.1", _free_port("127.0.0.1", 0), False)[0])
     yield started
+    patch.undo()
     for page, _ in started.values():
         page.close()
         assert not folder_of(page).exists()
@@ -318,7 +322,7 @@ def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, 
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + web.WAIT
+    deadline = time.monotonic() + 2 * web.WAIT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
