@@ -183,8 +183,8 @@ def test_a_seed_decides_the_crop(seed, text):
 
 
 def test_without_a_seed_crops_differ():
-    # One in eight crops of a square is the whole of it, after ten tries (of 4 : 3, over a third), and the others differ:
-    # that 32 of 40 are the whole does not happen.
+    # After ten tries, one crop in eight is the whole of a square (one in three of 4 : 3); the others are chance's, so
+    # that 32 of 40 being the whole does not happen.
     image, transform = gradient(300, 300), get_transform("random_resized_crop", 16)
     assert len({transform(image).numpy().tobytes() for _ in range(40)}) > 8
     assert torch.equal(transform(image, 7), transform(image, 7))
