@@ -17,23 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 from accessory.cli import main
-from accessory.config import ModelArgs, MoEArgs
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=32000,
-    max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING.replace(max_seq_len=256)
 PROMPT = "The best programming language in the world is"
 COMMANDS = ("generate", "chat", "convert", "verify", "info", "upcycle", "demo")
 ONE_ERROR = re.compile(r"accessory: error: [^\n]+\n")
@@ -43,8 +34,7 @@ ONE_ERROR = re.compile(r"accessory: error: [^\n]+\n")
 def folder(tmp_path_factory):
     """A Hugging Face folder of a tiny random Mixtral with the real tokenizer."""
     path = tmp_path_factory.mktemp("cli") / "hf"
-    hf_mixtral(ARGS, std=0.2).save_pretrained(path)
-    shutil.copy(MIXTRAL_TOKENIZER, path / "tokenizer.model")
+    write_speaking(path, ARGS)
     return path
 
 

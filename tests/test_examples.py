@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,24 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 from accessory.checkpoint.convert import convert
-from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.config import MoEArgs
 from accessory.model.meta import MetaModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    n_layers=1,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=32000,
-    max_seq_len=256,
-    moe=MoEArgs(),
-)
+ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256, moe=MoEArgs())
 
 
 PROMPT = "The capital of France is"
@@ -38,8 +28,7 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("examples")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    write_speaking(root / "hf", ARGS)
     for kind in ("base", "sparse"):
         convert(root / "hf", root / kind, to=kind, shards=2, progress=False)
     return root

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.sizes import TINY
 
 from accessory.adapt.peft import (
     Beside,
@@ -12,18 +13,10 @@ from accessory.adapt.peft import (
     initial_tensor,
     trainable_rule,
 )
-from accessory.config import LORA_TARGETS, ModelArgs, MoEArgs
+from accessory.config import LORA_TARGETS
 from accessory.errors import ConfigError
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=64,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
+ARGS = TINY.replace(
     lora_rank=8,
     lora_alpha=16.0,
     lora_targets=(*LORA_TARGETS, "gate", "output"),

@@ -2,41 +2,29 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 import accessory.train.run
 from accessory.cli import main
 from accessory.commands.finetune import RECIPES, find_recipe
-from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import ConfigError
 from accessory.train.config import FinetuneConfig
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    n_layers=1,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=32000,
-    max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a tiny model and its data."""
     path = tmp_path_factory.mktemp("finetune")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(path / "model")
-    shutil.copy(MIXTRAL_TOKENIZER, path / "model" / "tokenizer.model")
+    write_speaking(path / "model", ARGS)
     turns = [{"from": "human", "value": "What is one and one?"}, {"from": "gpt", "value": "Two."}]
     (path / "data.json").write_text(json.dumps([{"conversations": turns}] * 8))
     (path / "data.yaml").write_text(f"META:\n  - path: {path}/data.json\n    type: text\n")

@@ -1,29 +1,18 @@
 """`accessory generate` on two ranks, however they are started: the text of one process, printed once."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
-from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    n_layers=1,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=32000,
-    max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256)
 PROMPT = "The capital of France is"
 HOW = ["--max-gen-len", "6", "--dtype", "fp32", "--device", "cpu", "--max-seq-len", "64"]
 
@@ -31,8 +20,7 @@ HOW = ["--max-gen-len", "6", "--dtype", "fp32", "--device", "cpu", "--max-seq-le
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks") / "hf"
-    hf_mixtral(ARGS, std=0.2).save_pretrained(path)
-    shutil.copy(MIXTRAL_TOKENIZER, path / "tokenizer.model")
+    write_speaking(path, ARGS)
     return path
 
 

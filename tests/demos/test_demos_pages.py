@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,27 +12,18 @@ import psutil
 import pytest
 import torch
 from helpers import browser as web
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 from accessory.checkpoint.convert import convert
-from accessory.config import ModelArgs, MoEArgs
+from accessory.config import MoEArgs
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 
 PACKAGE = Path(__file__).parents[2] / "accessory"
 MAX_SEQ_LEN = 1024
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=32000,
-    max_seq_len=MAX_SEQ_LEN,
-    moe=MoEArgs(),
-)
+ARGS = SPEAKING.replace(max_seq_len=MAX_SEQ_LEN, moe=MoEArgs())
 LONG = 900  # tokens: an answer that takes long enough to be stopped
 
 needs_browser = pytest.mark.skipif(web.missing() is not None, reason=str(web.missing()))
@@ -48,8 +38,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    write_speaking(root / "hf", ARGS)
     for kind in ("base", "sparse"):
         convert(root / "hf", root / kind, to=kind, shards=2, progress=False)
     return root

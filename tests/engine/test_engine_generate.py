@@ -1,22 +1,13 @@
 import pytest
 import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.sizes import TINY
 
-from accessory.config import ModelArgs, MoEArgs
 from accessory.engine.generate import Generation
 from accessory.engine.sampling import Sampling
 from accessory.errors import InputError
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=97,
-    max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = TINY.replace(vocab_size=97, max_seq_len=256)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 import accessory
-from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.main_finetune import parser, read_flags
 from accessory.train.config import FinetuneConfig
 
@@ -184,11 +183,7 @@ def test_signals_reach_python_and_its_last_words_the_log(place):
 def test_two_tasks_of_srun_train_a_model(place):
     """The page's command with a model of a few thousand parameters, on processors."""
     made, model = place.parent / "made", place.parent / "made" / "model"
-    args = ModelArgs(
-        dim=32, hidden_dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=32000, moe=MoEArgs(num_experts=4)
-    )  # fmt: skip
-    hf_mixtral(args, std=0.2).save_pretrained(model)
-    shutil.copy(MIXTRAL_TOKENIZER, model / "tokenizer.model")
+    write_speaking(model, SPEAKING.replace(n_layers=1))
     turns = [{"from": "human", "value": "What is one and one?"}, {"from": "gpt", "value": "Two."}]
     (made / "data.json").write_text(json.dumps([{"conversations": turns}] * 8))
     (made / "data.yaml").write_text(f"META:\n  - path: {made}/data.json\n    type: text\n")

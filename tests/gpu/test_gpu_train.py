@@ -1,14 +1,12 @@
 """On a GPU: training in bf16 beside fp32 on the CPU, packed rows in torch's kernel, and a run with its state."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
 from helpers.training import ARGS, batches, make_decoder
 
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
 from accessory.parallel.fsdp import Grid
 from accessory.train.trainer import Trainer, Weights
@@ -63,8 +61,7 @@ def test_a_run_on_the_gpu_is_resumed(tmp_path):
     from accessory.train.metrics import read_metrics
     from accessory.train.run import finetune
 
-    hf_mixtral(ARGS.replace(vocab_size=32000)).save_pretrained(tmp_path / "model")
-    shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "model" / "tokenizer.model")
+    write_speaking(tmp_path / "model", ARGS.replace(vocab_size=32000), std=0.05)
     with open(tmp_path / "data.jsonl", "w") as file:
         for n in range(32):
             turns = [

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from accessory.config import Implementation, ModelArgs
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.nn.decoder import Decoder
 
 
@@ -41,6 +45,12 @@ def hf_mixtral(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float3
             if name.endswith("norm.weight"):
                 p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def write_speaking(folder: Path, args: ModelArgs, std: float = 0.2) -> None:
+    """A folder as transformers saves it, of the network that `hf_mixtral` gives, with Mixtral's tokenizer."""
+    hf_mixtral(args, std=std).save_pretrained(folder)
+    shutil.copy(MIXTRAL_TOKENIZER, folder / "tokenizer.model")
 
 
 def half_to_interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -11,21 +11,13 @@ import torch
 from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.names import image_shapes
 from accessory.checkpoint.save import write_checkpoint
-from accessory.config import ModelArgs, MoEArgs
+from accessory.config import ModelArgs
 from accessory.vision_config import VisionArgs
 from helpers import checkpoints as make
+from helpers.sizes import SPEAKING
 from helpers.vision import random_tower, tiny_clip
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=32000,
-    max_seq_len=256,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING.replace(max_seq_len=256)
 
 
 def seeing_tensors(args: ModelArgs, views: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -9,20 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from accessory.config import ModelArgs, MoEArgs
+from accessory.config import ModelArgs
 from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.sizes import TINY
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=64,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
-    load_balancing_weight=0.1,
-)
+ARGS = TINY.replace(load_balancing_weight=0.1)
 STEPS, DOCUMENTS, LENGTH = 20, 4, 24
 LR, CLIP, DECAY = 3e-3, 1.0, 0.1
 

@@ -9,24 +9,15 @@ import shutil
 import pytest
 import torch
 from helpers import checkpoints as make
-from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.random_models import canonical_from_hf, hf_mixtral, write_speaking
+from helpers.sizes import SPEAKING
 
 from accessory.checkpoint.convert import convert
-from accessory.config import ModelArgs, MoEArgs
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.model.meta import MetaModel
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=32000,
-    max_seq_len=512,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING
 PROMPT = "The best programming language in the world is"
 LAYOUTS = {
     "hf": {},
@@ -62,8 +53,7 @@ def oracle():
 @pytest.fixture(scope="module")
 def folders(oracle, tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    oracle.save_pretrained(root / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    write_speaking(root / "hf", ARGS)
     for name, how in LAYOUTS.items():
         if how:
             convert(root / "hf", root / name, progress=False, **how)
@@ -240,15 +230,13 @@ def test_bad_input_is_one_error_naming_it(model, call, names):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
-    hf_mixtral(ARGS.replace(vocab_size=300)).save_pretrained(tmp_path)
-    shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "tokenizer.model")
+    write_speaking(tmp_path, ARGS.replace(vocab_size=300))
     with pytest.raises(ConfigError, match="32000"):
         load(tmp_path)
 
 
 def test_a_vocabulary_far_larger_than_the_tokenizers_is_refused(tmp_path):
-    hf_mixtral(ARGS.replace(vocab_size=40000)).save_pretrained(tmp_path)
-    shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "tokenizer.model")
+    write_speaking(tmp_path, ARGS.replace(vocab_size=40000))
     with pytest.raises(ConfigError, match="vocab_size"):
         load(tmp_path)
 

@@ -14,11 +14,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
 
 from accessory.checkpoint.convert import convert
 from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import CheckpointError, InputError, RankError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
@@ -43,8 +42,7 @@ SOON = 10.0  # seconds in which every failure has to be told and cleaned up
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("wrapper")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    write_speaking(root / "hf", ARGS)
     convert(root / "hf", root / "base", to="base", shards=2, progress=False)
     return root / "base"
 

@@ -4,26 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.random_models import hf_mixtral
+from helpers.sizes import TINY
 from helpers.training import oracle_tensors
 from helpers.vision import random_pixels, random_tower, tiny_clip, tiny_sphinx
 
 from accessory.checkpoint.names import image_shapes
-from accessory.config import LlamaType, ModelArgs, MoEArgs
+from accessory.config import LlamaType, ModelArgs
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder, init_weights
 from accessory.parallel.held import held_tensors
 from accessory.vision_config import IMAGE_ID, SPHINX, with_image
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=64,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = TINY
 
 
 def seeing(implementation="sparse", vision=None, seed=3):

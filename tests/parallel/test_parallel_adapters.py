@@ -3,18 +3,11 @@
 import pytest
 import torch
 from helpers.distributed import run_ranks
+from helpers.sizes import TINY
 
-from accessory.config import LORA_TARGETS, ModelArgs, MoEArgs
+from accessory.config import LORA_TARGETS
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=64,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
+ARGS = TINY.replace(
     lora_rank=4,
     lora_targets=(*LORA_TARGETS, "gate", "output"),
     bias_tuning=True,

@@ -1,16 +1,13 @@
 """One model on 1, 2, 4 and 8 gloo ranks: the same logits and text from every layout, reading no more than its share."""
 
-import shutil
-
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.distributed import run_ranks
-from helpers.random_models import hf_mixtral
+from helpers.random_models import write_speaking
 
 from accessory.checkpoint.convert import convert
 from accessory.config import ModelArgs, MoEArgs
-from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 from accessory.nn.decoder import Decoder, init_weights
 
@@ -34,8 +31,7 @@ SAMPLE = {"max_gen_len": 12, "temperature": 1.0, "top_p": 0.9, "seed": 4}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
-    hf_mixtral(ARGS, std=0.2).save_pretrained(root / "hf")
-    shutil.copy(MIXTRAL_TOKENIZER, root / "hf" / "tokenizer.model")
+    write_speaking(root / "hf", ARGS)
     for name, how in LAYOUTS.items():
         if how:
             convert(root / "hf", root / name, progress=False, **how)
