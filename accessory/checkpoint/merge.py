@@ -14,10 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from accessory.checkpoint import folder
 from accessory.checkpoint.atomic import check_destination, refuse_overlap
 from accessory.checkpoint.certify import Certificate, certify
-from accessory.checkpoint.folder import Checkpoint
+from accessory.checkpoint.folder import Checkpoint, open_chain
 from accessory.checkpoint.hashing import each_tensor, names_of
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.load import chained_args
@@ -144,16 +143,6 @@ def _layer_of(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
 
 
-def open_chain(paths: Sequence[PathLike], config_files: Sequence[PathLike] = ()) -> tuple[list[Checkpoint], ModelArgs]:
-    """The checkpoints of `paths`, the first one whole, and the configuration of the network that they make together.
-
-    A save of what was trained may come without a configuration; sizes are then the first folder's. What finetuning puts
-    beside the weights is what the last folder says that has it. CheckpointError where the folders do not fit together.
-    """
-    checkpoints = folder.open_chain(paths, config_files)
-    return checkpoints, chained_args(checkpoints)
-
-
 def pairs_of(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Pair]:
     """Weight → the LoRA beside it. CheckpointError for half a pair, and for ranks that contradict each other."""
     pairs = {}
@@ -233,7 +222,8 @@ def merge(
         if "://" not in str(path):
             refuse_overlap(Path(path), Path(dst))
     check_destination(Path(dst), overwrite)
-    checkpoints, args = open_chain(paths, config_files)
+    checkpoints = open_chain(paths, config_files)
+    args = chained_args(checkpoints)
     for checkpoint in checkpoints:
         refuse_overlap(checkpoint.path, Path(dst))
         checkpoint.warn_of_dequantising()

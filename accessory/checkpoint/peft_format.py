@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.atomic import new_folder, refuse_overlap
-from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.folder import open_chain, open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.merge import Pair, open_chain, pairs_of
+from accessory.checkpoint.load import chained_args
+from accessory.checkpoint.merge import Pair, pairs_of
 from accessory.checkpoint.names import companion_of, expected_shapes, to_hf
 from accessory.checkpoint.peft_reader import CONFIG, PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, rows_of, target_of
 from accessory.checkpoint.save import write_checkpoint
@@ -57,7 +58,8 @@ def export_adapter(
     for path in (src, base):
         if "://" not in str(path):
             refuse_overlap(Path(path), Path(dst))
-    (whole, adapter), args = open_chain([base, src], config_files)
+    whole, adapter = open_chain([base, src], config_files)
+    args = chained_args([whole, adapter])
     beside = {name: tensor for name, tensor in adapter.tensors.items() if companion_of(name)}
     saved = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
     if not adapter.partial:

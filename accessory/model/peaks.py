@@ -38,6 +38,7 @@ CE_ROWS, CE_TENSORS = 1024, 3
 
 
 # Up to so many rows an expert, products unpack quantised weights inside (`ops.grouped`, and alone `ops.quantized`).
+# Said again here, and held equal by a test, because a plan is made without torch.
 TILED_ROWS, TILED_ROWS_BASE = 256, 128
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from accessory.checkpoint import certify as certify_module
 from accessory.checkpoint import merge as merge_module
 from accessory.checkpoint.certify import Certificate, Difference, certify
-from accessory.checkpoint.folder import open_checkpoint
+from accessory.checkpoint.folder import open_chain, open_checkpoint
 from accessory.checkpoint.lazy import Constant
-from accessory.checkpoint.load import load_decoder
-from accessory.checkpoint.merge import Change, merge, merge_tensors, open_chain
+from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.checkpoint.merge import Change, merge, merge_tensors
 from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError
 
@@ -48,7 +48,8 @@ def adapter(tmp_path):
 
 
 def logits(folders, implementation="base"):
-    checkpoints, args = open_chain(folders)
+    checkpoints = open_chain(folders)
+    args = chained_args(checkpoints)
     decoder = load_decoder(checkpoints, args, implementation, dtype=torch.float32)
     with torch.no_grad():
         return decoder(IDS).logits
@@ -390,7 +391,8 @@ def test_bounds_are_neither_tight_nor_idle(dtype, layers, std):
 
 
 def test_both_implementations_certify_alike(exact_base, adapter):
-    checkpoints, args = open_chain([exact_base, adapter])
+    checkpoints = open_chain([exact_base, adapter])
+    args = chained_args(checkpoints)
     tensors = merge_module._overlaid(checkpoints)
     networks = {
         "beside": tensors,
@@ -407,7 +409,8 @@ def test_both_implementations_certify_alike(exact_base, adapter):
 
 def test_the_certificates_network_is_the_decoder(exact_base, adapter):
     """Its own walk through the layers, against the decoder as a whole."""
-    checkpoints, args = open_chain([exact_base, adapter])
+    checkpoints = open_chain([exact_base, adapter])
+    args = chained_args(checkpoints)
     run = certify_module._Run({"beside": merge_module._overlaid(checkpoints)}, args, "base", IDS, torch.device("cpu"))
     got = run.logits(progress=False)["beside"]
     assert close(got, logits([exact_base, adapter]).flatten(0, 1), 1e-6)
