@@ -1,6 +1,7 @@
 """What every test shares: the helpers' path, and small thread pools so that parallel runs do not fight for cores."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,3 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # How long an example takes says something of the machine and its other work, and nothing of what is tested.
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
