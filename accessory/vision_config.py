@@ -17,6 +17,9 @@ Kind = Literal["clip", "convnext", "dinov2", "blip2", "efficientnet_lite0"]
 KINDS: tuple[Kind, ...] = ("clip", "convnext", "dinov2", "blip2", "efficientnet_lite0")
 VIEWS = (1, 5)
 
+CACHE_BYTES = 256 * 2**20  # features of images that are kept, so that an image shown again is not encoded again
+VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
+
 # Stands in a row of token ids where a position of an image is: never an id that a tokenizer knows.
 IMAGE_ID = -1
 
@@ -68,10 +71,11 @@ class EncoderArgs:
     @property
     def _step(self) -> int | None:
         if self.kind in ("clip", "dinov2"):
-            return int(self._value("patch_size"))
+            return int(self.value("patch_size"))
         return None if self.kind == "blip2" else _PATCH
 
-    def _value(self, key: str, part: str | None = None) -> Any:
+    def value(self, key: str, part: str | None = None) -> Any:
+        """What `config`, or a part of it, says; ConfigError where it says nothing."""
         values: Any = self.config if part is None else self.config.get(part, {})
         if key not in values:
             name = key if part is None else f"{part}.{key}"
@@ -82,16 +86,16 @@ class EncoderArgs:
     def channels(self) -> int:
         """Of each token that it gives."""
         if self.kind == "blip2":
-            return int(self._value("hidden_size", "qformer"))
+            return int(self.value("hidden_size", "qformer"))
         if self.kind == "convnext":
-            return int(self._value("hidden_sizes")[-1])
-        return 1280 if self.kind == "efficientnet_lite0" else int(self._value("hidden_size"))
+            return int(self.value("hidden_sizes")[-1])
+        return 1280 if self.kind == "efficientnet_lite0" else int(self.value("hidden_size"))
 
     @property
     def tokens(self) -> int:
         """That it gives of a view: its queries, or a class token and one for each patch."""
         if self.kind == "blip2":
-            return int(self._value("num_query_tokens"))
+            return int(self.value("num_query_tokens"))
         return (self.size // (self._step or 1)) ** 2 + 1
 
     @property

@@ -19,8 +19,8 @@ from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, canonical_of, destinations
 from accessory.config import ModelArgs
 from accessory.errors import AccessoryError, CheckpointError
-from accessory.nn.vision import CACHE_BYTES, VisionTower
-from accessory.vision_config import EncoderArgs, VisionArgs
+from accessory.nn.vision import VisionTower
+from accessory.vision_config import CACHE_BYTES, EncoderArgs, VisionArgs
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
+from accessory.model.encoders import encoder_numbers
 from accessory.model.memory import Formats, Inference, Setup, Training, disk_bytes, host_bytes
 from accessory.model.peaks import Estimate, estimate
 from accessory.model.setups import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
@@ -27,6 +28,7 @@ class Model:
     implementation: Implementation | None = None
     formats: Formats | None = None  # of a quantised folder
     nbytes: int | None = None  # of its files
+    views: int = 0  # of an image, where it takes any
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def look_at(path: str) -> Model:
         checkpoint.llama_type.implementation,
         Formats(quant.experts, quant.attention, quant.output) if quant is not None else None,
         sum(p.stat().st_size for p in checkpoint.files),
+        checkpoint.llama_type.image_views,
     )
 
 
@@ -125,11 +128,16 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--card, --memory: both say how large a card is; give one of them")
     inference = ("batch", "context", "prompt")
     training = ("lora_rank", "batch_size", "max_words", "accum_iter", "dp", "data_parallel", "checkpointing")
-    for name in training if options.finetune is None else inference:
+    wrong = dict.fromkeys(training, "is for --finetune")
+    if options.finetune is not None:
+        wrong = dict.fromkeys(inference, "is for running a model, not for --finetune")
+    if options.finetune == "mm_stage1":
+        wrong["lora_rank"] = "is LoRA's, and --finetune mm_stage1 trains none"
+    for name, when in wrong.items():
         if getattr(options, name) is not None:
-            spelled = name.replace("_", "-")
-            when = "is for --finetune" if options.finetune is None else "is for running a model, not for --finetune"
-            raise InputError(f"--{spelled}: {when}; leave it out")
+            raise InputError(f"--{name.replace('_', '-')}: {when}; leave it out")
+    if options.finetune == "mm_stage1" and options.image_views == 0:
+        raise InputError("--image-views: got 0, but mm_stage1 trains what makes words of images; give 1 or 5")
     formats = Formats.of(options.quant, options.quant_attention, options.quant_output)
     if options.finetune in ("full", "lora") and formats.any:
         raise InputError(
@@ -178,6 +186,7 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
     args, formats = model.args, Formats.of(options.quant, options.quant_attention, options.quant_output)
     if (options.quant, options.quant_attention, options.quant_output) == (None, None, None) and model.formats:
         formats = model.formats
+    views = options.image_views if options.image_views is not None else model.views
     task: Inference | Training
     if options.finetune is None:
         context = options.context if options.context is not None else min(4096, args.max_seq_len)
@@ -193,13 +202,15 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
                     f"quant: {model.name} is quantised ({formats}), and quantised weights cannot be trained"
                 )
             args = args.replace(lora_rank=-1, bias_tuning=False)
+        elif options.finetune == "mm_stage1":
+            views = views or 1
         else:
             rank = options.lora_rank or (args.lora_rank if args.lora_rank > 0 else 16)
             args = args.replace(lora_rank=rank)
         if options.finetune == "qlora" and options.quant is None and formats.experts is None and not model.formats:
             formats = Formats.of("nf4", options.quant_attention, options.quant_output)
         task = Training(
-            kind="full" if options.finetune == "full" else "lora",
+            kind="lora" if options.finetune == "qlora" else options.finetune,
             batch_size=options.batch_size or 4,
             max_words=options.max_words or 4096,
             accum_iter=options.accum_iter or 1,
@@ -207,7 +218,11 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             data_parallel=options.data_parallel or "sdp",
         )
     implementation: Implementation = options.implementation or model.implementation or "sparse"
-    return Setup(args=args, task=task, implementation=implementation, formats=formats, tp=tp, dp=dp)
+    setup = Setup(args=args, task=task, implementation=implementation, formats=formats, tp=tp, dp=dp, views=views)
+    name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
+    if setup.image_words >= room:
+        raise InputError(f"--{name}: got {room}, but an image takes {setup.image_words}; give more, or --image-views 0")
+    return setup
 
 
 def _ranks(options: argparse.Namespace) -> tuple[int, int]:
@@ -229,7 +244,12 @@ def as_json(made: Plan) -> dict[str, Any]:
     """Everything in bytes."""
     total, active = made.model.args.parameter_counts()
     return {
-        "model": {"name": made.model.name, "parameters": total, "active_parameters": active},
+        "model": {
+            "name": made.model.name,
+            "parameters": total,
+            "active_parameters": active,
+            "image_encoders": encoder_parameters(made.setup),
+        },
         "setup": describe(made.setup),
         "gpu": {"moment": made.estimate.moment, "terms": made.estimate.terms, "total": made.estimate.total},
         "allocated": made.estimate.allocated,
@@ -245,6 +265,10 @@ def as_json(made: Plan) -> dict[str, Any]:
     }
 
 
+def encoder_parameters(setup: Setup) -> int:
+    return sum(map(encoder_numbers, setup.args.sees_with.all)) if setup.views else 0
+
+
 def describe(setup: Setup) -> dict[str, Any]:
     """What distinguishes a set-up, in plain values."""
     out: dict[str, Any] = {
@@ -252,13 +276,14 @@ def describe(setup: Setup) -> dict[str, Any]:
         "model_parallel_size": setup.tp,
         "implementation": setup.implementation,
         "formats": vars(setup.formats),
+        "image_views": setup.views,
     }
     task = setup.task
     if isinstance(task, Inference):
         return out | {"batch": task.batch, "context": task.context, "prompt": task.prompt}
     rank = setup.args.lora_rank if task.kind == "lora" else None
     return out | {
-        "finetune": "qlora" if setup.formats.any else task.kind,
+        "finetune": "qlora" if task.kind == "lora" and setup.formats.any else task.kind,
         "lora_rank": rank,
         "data_parallel_size": setup.dp,
         "data_parallel": task.data_parallel,

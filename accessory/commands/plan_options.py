@@ -17,10 +17,17 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--quant", choices=FORMATS, metavar="FORMAT", help="nf4, nf4-dq, int4, int8, fp8 (PATH's)")
     plan.add_argument("--quant-attention", "--quant_attention", choices=FORMATS, metavar="FORMAT", help="or none")
     plan.add_argument("--quant-output", "--quant_output", choices=FORMATS, metavar="FORMAT", help="or none: the head")
+    plan.add_argument(
+        "--image-views",
+        "--image_views",
+        type=int,
+        choices=(0, 1, 5),
+        help="of images among the text (PATH's)",
+    )
     plan.add_argument("--batch", type=int, metavar="B", help="to run it: sequences at once (1)")
     plan.add_argument("--context", type=int, metavar="T", help="tokens of prompt and answer (4096)")
     plan.add_argument("--prompt", type=int, metavar="P", help="tokens of the prompt (default: all but one)")
-    plan.add_argument("--finetune", choices=("full", "lora", "qlora"), help="a step of training instead")
+    plan.add_argument("--finetune", choices=("full", "lora", "qlora", "mm_stage1"), help="a training step")
     plan.add_argument("--lora-rank", "--lora_rank", type=int, metavar="R", help="of LoRA (default: PATH's, else 16)")
     plan.add_argument("--batch-size", "--batch_size", type=int, metavar="B", help="rows a GPU sees at once (4)")
     plan.add_argument("--max-words", "--max_words", type=int, metavar="T", help="tokens of a row (4096)")

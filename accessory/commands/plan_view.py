@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from accessory.commands.plan import encoder_parameters
 from accessory.model.memory import Formats, Inference, Setup, Training
 from accessory.model.setups import RESERVE, Fitting
 
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 def show(made: Plan) -> None:
     console = Console(highlight=False, soft_wrap=True)
     total, active = made.model.args.parameter_counts()
-    console.print(
-        f"[bold]{made.model.name}[/]: {total / 1e9:.4g} B parameters, of which a token uses {active / 1e9:.4g} B",
-    )
+    line = f"[bold]{made.model.name}[/]: {total / 1e9:.4g} B parameters, of which a token uses {active / 1e9:.4g} B"
+    if made.setup.views:
+        line += f"; image encoders of {encoder_parameters(made.setup) / 1e9:.3g} B"
+    console.print(line)
     console.print(f"task      {task_line(made.setup)}")
     console.print(f"set-up    {setup_line(made.setup)}")
     console.print(gpu_table(made))
@@ -93,6 +95,7 @@ def how(setup: Setup) -> str:
     words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
     words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
+    words += ["trainable_mode=mm_stage1"] if task.kind == "mm_stage1" else []
     words += ["checkpointing=true"] if task.checkpointing else []
     words += [f"quant={setup.formats.experts}"] if setup.formats.experts else []
     usual = Formats.of(setup.formats.experts)
@@ -104,13 +107,17 @@ def how(setup: Setup) -> str:
 
 def task_line(setup: Setup) -> str:
     task = setup.task
+    views = f"an image of {setup.views} view{'s' * (setup.views > 1)}, {setup.image_words:,} positions"
     if isinstance(task, Inference):
         prompt = "any part" if task.prompt is None else f"{task.prompt:,}"
-        return f"{task.batch} sequence{'s' * (task.batch > 1)} of {task.context:,} tokens, {prompt} of them the prompt"
-    kind = "full" if task.kind == "full" else f"{'Q' * setup.formats.any}LoRA of rank {setup.args.lora_rank}"
+        line = f"{task.batch} sequence{'s' * (task.batch > 1)} of {task.context:,} tokens, {prompt} of them the prompt"
+        return f"{line}; in each {views}" if setup.views else line
+    kinds = {"full": "full", "mm_stage1": "what makes words of images alone"}
+    kind = kinds.get(task.kind) or f"{'Q' * setup.formats.any}LoRA of rank {setup.args.lora_rank}"
     rows = f"{task.batch_size} row{'s' * (task.batch_size > 1)} of {task.max_words:,} tokens a GPU at once"
     more = f", {task.accum_iter} times a step" if task.accum_iter > 1 else ""
-    return f"finetuning, {kind}: {rows}{more}"
+    images = f"; up to {setup.images} images there, each {views.removeprefix('an image ')}" if setup.views else ""
+    return f"finetuning, {kind}: {rows}{more}{images}"
 
 
 def setup_line(setup: Setup) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from accessory.config import LORA_TARGETS, Implementation, ModelArgs
 from accessory.errors import ConfigError
+from accessory.model.encoders import encoder_numbers
 from accessory.parallel.plan import attention_mode, check_ranks, rank_part
+from accessory.vision_config import PROJECTION
 
 # A process with Python, torch and CUDA; blocks on the way from files; what a rank holds while it writes a state.
 HOST_PROCESS, HOST_BLOCKS, HOST_STATE = 2_500_000_000, 300_000_000, 2_000_000_000
@@ -93,11 +95,15 @@ class Inference:
     prompt: int | None = None  # None: as long as the context allows
 
 
+# "lora" over a quantised base is QLoRA; "mm_stage1" trains what makes words of images, and nothing else.
+Kind = Literal["full", "lora", "mm_stage1"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """A finetuning step; the defaults are `FinetuneConfig`'s."""
 
-    kind: Literal["full", "lora"] = "full"  # "lora" over a quantised base is QLoRA
+    kind: Kind = "full"
     batch_size: int = 4
     max_words: int = 4096
     accum_iter: int = 1
@@ -109,7 +115,10 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A network, how it is cut over GPUs, and what it is to do. LoRA's rank and targets are those of `args`."""
+    """A network, how it is cut over GPUs, and what it is to do. LoRA's rank and targets are those of `args`.
+
+    views: of an image, one in every sequence; training, as many as fit into its rows. 0: text alone, no encoders.
+    """
 
     args: ModelArgs
     task: Inference | Training
@@ -117,6 +126,7 @@ class Setup:
     formats: Formats = field(default_factory=Formats)
     tp: int = 1
     dp: int = 1
+    views: int = 0
 
     def __post_init__(self) -> None:
         check_ranks(self.args, self.implementation, self.tp)
@@ -125,8 +135,26 @@ class Setup:
     def gpus(self) -> int:
         return self.tp * self.dp
 
+    @property
+    def image_words(self) -> int:
+        """Positions that an image takes."""
+        return self.args.sees_with.words(self.views) if self.views else 0
+
+    @property
+    def images(self) -> int:
+        """Images at once: at most, where rows are packed."""
+        if not self.views:
+            return 0
+        if isinstance(self.task, Inference):
+            return self.task.batch
+        fitting = self.task.max_words // self.image_words if self.task.packing else 1
+        return self.task.batch_size * max(1, fitting)
+
 
 # --------------------------------------------------------------------------- what a rank holds
+
+
+Role = Literal["product", "embedding", "projection", "fp32", "beside"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,7 @@ class Piece:
     rows: int
     columns: int
     count: int
-    role: Literal["product", "embedding", "fp32", "beside"]
+    role: Role
     format: str | None = None
     in_layer: bool = True
 
@@ -180,6 +208,23 @@ def pieces(setup: Setup) -> Iterator[Piece]:
                 yield _piece(setup, f"{name}.{what}.weight", size, count, "beside", None, in_layer)
         if args.bias_tuning and kind in LORA_TARGETS:
             yield _piece(setup, f"{name}.bias", shape[:1], count, "beside", None, in_layer)
+    if setup.views:
+        yield from _projections(setup)
+
+
+def _projections(setup: Setup) -> Iterator[Piece]:
+    """What makes words of images: linears with LayerNorms, start and end."""
+    vision, D = setup.args.sees_with, setup.args.dim
+    channels = {"visual_proj": vision.channels}
+    if vision.query is not None:
+        channels["qformer_proj"] = vision.query.channels
+    for name, C in channels.items():
+        yield _piece(setup, f"{name}.0.weight", (D, C), 1, "projection", in_layer=False)
+        yield _piece(setup, f"{name}.0.bias", (D,), 1, "projection", in_layer=False)
+        for part in ("weight", "bias"):
+            yield _piece(setup, f"{name}.1.{part}", (D,), 1, "fp32", in_layer=False)
+    for name in ("start_img", "end_img"):
+        yield _piece(setup, name, (D,), 1, "projection", in_layer=False)
 
 
 def _piece(
@@ -187,7 +232,7 @@ def _piece(
     name: str,
     shape: tuple[int, ...],
     count: int,
-    role: Literal["product", "embedding", "fp32", "beside"],
+    role: Role,
     format: str | None = None,
     in_layer: bool = True,
 ) -> Piece:
@@ -198,11 +243,13 @@ def _piece(
 
 
 def is_trained(piece: Piece, setup: Setup) -> bool:
-    """What full finetuning trains, and what LoRA does: the rule of `adapt.peft.trainable_rule`."""
+    """What full finetuning trains, and what LoRA and stage 1 do: the rule of `adapt.peft.trainable_rule`."""
     if not isinstance(setup.task, Training):
         return False
-    if setup.task.kind == "full":
+    if setup.task.kind == "full" or PROJECTION.fullmatch(piece.name):
         return True
+    if setup.task.kind == "mm_stage1":
+        return False
     norm = piece.name.endswith("norm.weight") and setup.args.norm_tuning
     return piece.role == "beside" or norm
 
@@ -221,7 +268,7 @@ def piece_weight(piece: Piece, setup: Setup) -> int:
 
 def trained_numbers(setup: Setup) -> int:
     """Of the whole network."""
-    whole = Setup(args=setup.args, task=setup.task, implementation=setup.implementation)
+    whole = replace(setup, formats=Formats(), tp=1, dp=1)
     return sum(p.numbers for p in pieces(whole) if is_trained(p, whole))
 
 
@@ -257,12 +304,15 @@ def host_bytes(setup: Setup, per_machine: int = 8) -> int:
 
 
 def disk_bytes(setup: Setup, model: int | None = None, keep: int = 2) -> dict[str, int]:
-    """The model's files (`model`, or 16 bits a number), and of a finetune its states, one more than it keeps, and the
-    model it leaves."""
+    """The model's files (`model`, or 16 bits a number, image encoders among them), and of a finetune its states, one
+    more than it keeps, and what it leaves: a whole model in 16 bits, or in fp32 what alone was trained."""
     total = setup.args.parameter_counts()[0]
+    if setup.views:
+        total += sum(map(encoder_numbers, setup.args.sees_with.all))
+        total += sum(piece.numbers for piece in _projections(setup))
     out = {"model": model if model is not None else 2 * total}
     if isinstance(setup.task, Training):
         trained = trained_numbers(setup)
         out["states"] = (keep + 1) * 12 * trained
-        out["result"] = 4 * trained + (0 if setup.task.kind == "lora" else 2 * max(0, total - trained))
+        out["result"] = 2 * total if setup.task.kind == "full" else 4 * trained
     return out

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from accessory.model.activations import NOTHING, Bytes, Layer, Learning, layer_backward, layer_kept, prompt_passes
+from accessory.model.encoders import encoders_bytes, encoding_bytes, features_bytes
 from accessory.model.memory import (
     Inference,
     Piece,
@@ -21,6 +22,7 @@ from accessory.model.memory import (
     weight_bytes,
 )
 from accessory.parallel.plan import attention_mode
+from accessory.vision_config import CACHE_BYTES
 
 # CUDA's context and torch's kernels in a process, outside of torch's allocator.
 CONTEXT = 600_000_000
@@ -65,14 +67,36 @@ OUTSIDE, HOLES = "CUDA context, collectives", "holes in the allocator"
 def estimate(setup: Setup) -> Estimate:
     """ConfigError, naming the field and both numbers, where the network cannot be cut or quantised so."""
     moments = _inference(setup) if isinstance(setup.task, Inference) else _training(setup, setup.task)
+    if setup.views:
+        _add_encoders(setup, moments)
     moment, terms = max(moments.items(), key=lambda item: sum(item[1].values()))
-    lasting = ("weights", "key/value cache", "optimiser")
+    lasting = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept")
     passing = sum(n for name, n in terms.items() if name not in lasting)
     terms = {name: n for name, n in terms.items() if n}
     terms["libraries' workspace"] = WORKSPACE
     terms[OUTSIDE] = CONTEXT + (COLLECTIVES if setup.gpus > 1 else 0)
     terms[HOLES] = int(FRAGMENTATION * passing)
     return Estimate(moment, terms)
+
+
+def _add_encoders(setup: Setup, moments: dict[str, dict[str, int]]) -> None:
+    """Encoders are loaded behind the network and stay, as do features of earlier images. They look at new ones before
+    the network runs, when of its moments nothing is there but what lasts."""
+    vision, images, views = setup.args.sees_with, setup.images, setup.views
+    lasting = {"image encoders": encoders_bytes(vision), "features that are kept": CACHE_BYTES}
+    standing = {name: n for name, n in list(moments.values())[-1].items() if name in ("weights", "optimiser")}
+    if isinstance(setup.task, Training):
+        before = moments["the end of forward"]["gradients"]  # of earlier micro-steps
+        words = 4 * images * setup.image_words * setup.args.dim  # projected, and kept in fp32 for backward
+    else:
+        before = words = 0
+    for name, terms in moments.items():
+        if name != "loading":
+            terms.update(lasting)
+        if name not in ("loading", "the optimiser's step"):
+            terms["images"] = features_bytes(vision, images * views) + words
+    looking = {"gradients": before, "images": encoding_bytes(vision, images, views, setup.tp)}
+    moments["looking at images"] = standing | lasting | looking
 
 
 def _inference(setup: Setup) -> dict[str, dict[str, int]]:

@@ -21,10 +21,7 @@ from torch import Tensor, nn
 
 from accessory.errors import ConfigError, InputError
 from accessory.nn.vision_encoders import build_encoder, run_encoder
-from accessory.vision_config import CLIP_MEAN, CLIP_STD, VIEWS, EncoderArgs, VisionArgs
-
-CACHE_BYTES = 256 * 2**20
-VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
+from accessory.vision_config import CACHE_BYTES, CLIP_MEAN, CLIP_STD, VIEWS, VIEWS_AT_ONCE, EncoderArgs, VisionArgs
 
 
 class Features(NamedTuple):

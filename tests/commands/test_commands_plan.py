@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from helpers.hub_server import Repo, serve
+from helpers.seeing import write_seeing
 
 from accessory.checkpoint.names import expected_shapes
 from accessory.cli import main
@@ -133,6 +134,30 @@ def test_json_of_a_finetune(as_json):
 # --------------------------------------------------------------------------- cards and ranks
 
 
+def test_images(planned, as_json, tmp_path):
+    status, printed = planned("8x7b", "--image-views", 5, "--quant", "int8", "--card", "H100")
+    assert status == 0
+    assert "image encoders of 3.37 B" in printed.out
+    assert "in each an image of 5 views, 1,455 positions" in printed.out
+    assert re.search(r"image encoders\s*│\s*6\.75", printed.out)
+    found = as_json("8x7b", "--finetune", "mm_stage1", "--quant", "nf4")
+    assert (found["setup"]["finetune"], found["setup"]["image_views"]) == ("mm_stage1", 1)
+    assert found["model"]["image_encoders"] == found["gpu"]["terms"]["image encoders"] / 2
+    assert as_json("8x7b")["model"]["image_encoders"] == as_json("8x7b")["setup"]["image_views"] == 0
+    _, printed = planned("8x7b", "--finetune", "mm_stage1", "--quant", "nf4", "--card", "H100")
+    assert "finetuning, what makes words of images alone: 4 rows of 4,096 tokens" in printed.out
+    assert "up to 56 images there, each of 1 view, 291 positions" in printed.out
+    assert "trainable_mode=mm_stage1" in printed.out
+
+
+def test_a_folder_that_sees_is_planned_with_its_encoders(as_json, tmp_path):
+    folder = write_seeing(tmp_path / "seeing", views=5)
+    found = as_json(folder)
+    assert found["setup"]["image_views"] == 5
+    assert found["gpu"]["terms"]["image encoders"] == 2 * found["model"]["image_encoders"] > 0
+    assert as_json(folder, "--image-views", 0)["model"]["image_encoders"] == 0
+
+
 def test_cards_that_are_here_are_found(as_json, monkeypatch):
     monkeypatch.setattr(command, "_present", lambda gpus: Card("Some GPU", 30 * 10**9, gpus or 2))
     found = as_json("8x7b", "--quant", "int4")
@@ -185,6 +210,11 @@ def test_how_gpus_become_ranks(as_json, words, ranks):
         (("8x7b", "--finetune", "full", "--quant", "nf4"), "--quant: --finetune full keeps weights in 16 bits"),
         (("8x7b", "--finetune", "lora", "--quant", "nf4"), "use qlora for nf4"),
         (("8x7b", "--finetune", "qlora", "--quant", "none"), "use --finetune lora"),
+        (("8x7b", "--finetune", "mm_stage1", "--lora-rank", 4), "--lora-rank: is LoRA's, and --finetune mm_stage1"),
+        (("8x7b", "--finetune", "mm_stage1", "--image-views", 0), "--image-views: got 0, but mm_stage1 trains"),
+        (("8x7b", "--finetune", "mm_stage1", "--context", 9), "--context: is for running a model"),
+        (("8x7b", "--image-views", 5, "--context", 1455), "--context: got 1455, but an image takes 1455"),
+        (("8x7b", "--finetune", "lora", "--image-views", 1, "--max-words", 64), "--max-words: got 64, but an image"),
         (("tiny", "--quant", "int4"), "quant: int4 scales 128 numbers together"),
     ],
 )

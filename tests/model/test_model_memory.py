@@ -353,7 +353,7 @@ def test_more_to_train_never_takes_less(kind, rows, tokens, more, implementation
 def test_disk_of_a_finetune():
     setup = finetuning(TINY, kind="full")
     total = TINY.parameter_counts()[0]
-    assert disk_bytes(setup, 1234) == {"model": 1234, "states": 3 * 12 * total, "result": 4 * total}
+    assert disk_bytes(setup, 1234) == {"model": 1234, "states": 3 * 12 * total, "result": 2 * total}
     assert disk_bytes(running(TINY)) == {"model": 2 * total}
 
 
