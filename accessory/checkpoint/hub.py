@@ -97,11 +97,17 @@ def parse(path: str | Path, revision: str | None = None) -> Address:
 
 
 def resolve(
-    path: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, progress: bool = True
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    any_name: bool = False,
 ) -> Path:
     """The local folder (or .gguf file) that `path` stands for, fetched first where it is an hf:// address.
 
-    A local path is returned as it is. `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN
+    A local path is returned as it is. any_name: weights may be called otherwise than a checkpoint's, as open_clip's
+    are. `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN
     and HF_HUB_OFFLINE are honoured; without a network, what is in the cache serves if it is whole.
 
     Raises CheckpointError where there is no such path, repository, revision or folder, or no checkpoint in it, and
@@ -116,10 +122,11 @@ def resolve(
     hub = _open(address, cache_dir, progress)
     names = hub.names()
     if names is None:
-        return hub.from_cache()
+        return hub.from_cache(any_name)
     if address.folder in names and address.folder.endswith(".gguf"):
         return hub.fetch([address.folder]) / PurePosixPath(address.folder).name
-    chosen = choose(_children(names, address), hub.read_index, address.url, _folders_with_checkpoints(names))
+    elsewhere = _folders_with_checkpoints(names)
+    chosen = choose(_children(names, address), hub.read_index, address.url, elsewhere, any_name)
     folder = hub.fetch([address.path(name) for name in chosen])
     return _folder_or_gguf(folder, chosen)
 
@@ -223,7 +230,7 @@ class _Hub:
             ) from error
         return root / self.address.folder
 
-    def from_cache(self) -> Path:
+    def from_cache(self, any_name: bool = False) -> Path:
         """The folder as earlier downloads left it, if it is whole."""
         missing = f"{self.address.url}: {_AWAY}"
         folder = self.cached_folder()
@@ -233,7 +240,7 @@ class _Hub:
             raise CheckpointError(f"{missing} the cache holds no folder {self.address.folder!r} of it")
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         try:
-            chosen = choose(names, lambda name: read_json(folder / name), self.address.url)
+            chosen = choose(names, lambda name: read_json(folder / name), self.address.url, any_name=any_name)
         except CheckpointError as error:
             raise CheckpointError(f"{missing} the cache holds only part of it ({error})") from error
         return _folder_or_gguf(folder, chosen)
@@ -320,15 +327,21 @@ def _folders_with_checkpoints(names: Sequence[str]) -> list[str]:
     return sorted({match[1] for name in names if (match := weights.fullmatch(name))})
 
 
-def choose(names: Sequence[str], read_index: ReadIndex, origin: str, elsewhere: Sequence[str] = ()) -> list[str]:
+def choose(
+    names: Sequence[str],
+    read_index: ReadIndex,
+    origin: str,
+    elsewhere: Sequence[str] = (),
+    any_name: bool = False,
+) -> list[str]:
     """Of a folder's file names, those that one layout needs: weights, index, configuration, tokenizer.
 
     Safetensors win over pickles, and an accessory folder over a Hugging Face one over an official or torrent one over
     a GGUF file. `read_index` gives the contents of an index; `elsewhere` are folders to suggest where this one holds
-    no checkpoint. Raises CheckpointError for none, for one with shards missing, and where several .gguf files leave it
-    open which is meant.
+    no checkpoint; with `any_name`, a single file of weights will do, whatever it is called. Raises CheckpointError for
+    none, for one with shards missing, and where several .gguf files leave it open which is meant.
     """
-    weights = _weights(sorted(names), read_index, origin)
+    weights = _weights(sorted(names), read_index, origin) or (only_weights(names) if any_name else [])
     if not weights:
         hint = (
             f"; folders that hold one: {_some(elsewhere)}"
@@ -357,6 +370,14 @@ def _weights(names: list[str], read_index: ReadIndex, origin: str) -> list[str]:
         lambda: _only_gguf(names, origin),
     ]
     return next((found for rule in rules if (found := rule())), [])
+
+
+def only_weights(names: Sequence[str]) -> list[str]:
+    """The one file of weights under a name that no layout knows; where there are several forms, the safetensors."""
+    for ends in ((".safetensors",), (".bin", ".pt", ".pth")):
+        if len(found := [name for name in names if name.endswith(ends)]) == 1:
+            return found
+    return []
 
 
 def _one(present: set[str], name: str) -> list[str]:

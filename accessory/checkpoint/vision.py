@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from accessory.checkpoint.discover import find_weights
 from accessory.checkpoint.files import read_file
-from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.hub import only_weights, resolve
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, canonical_of, destinations
@@ -21,8 +21,6 @@ from accessory.config import ModelArgs
 from accessory.errors import AccessoryError, CheckpointError
 from accessory.nn.vision import VisionTower
 from accessory.vision_config import CACHE_BYTES, EncoderArgs, VisionArgs
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def load_tower(
@@ -105,7 +103,7 @@ def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress:
 def _from_path(encoder: EncoderArgs, shapes: Mapping[str, tuple[int, ...]], progress: bool) -> dict[str, Lazy]:
     assert encoder.path is not None  # what `load_tower` has made sure of
     try:
-        return canonical_of(encoder, _read(resolve(encoder.path, progress=progress)), shapes)
+        return canonical_of(encoder, _read(resolve(encoder.path, progress=progress, any_name=True)), shapes)
     except AccessoryError as error:
         named = str(error) if str(error).startswith("vision: encoder") else f"vision: encoder {encoder.name}: {error}"
         raise CheckpointError(named if encoder.path in named else f"{named} (in {encoder.path})") from error
@@ -115,14 +113,14 @@ def _read(place: Path) -> dict[str, Lazy]:
     """The tensors of a file, or of a folder that holds one model, under whatever names."""
     if not place.is_dir():
         return read_file(place)
-    others = sorted(p for p in place.iterdir() if p.suffix in _WEIGHTS and p.is_file())
     try:
         weights = find_weights(place)
     except CheckpointError:
         # timm, open_clip and DINOv2's hub call their files as they like.
-        if len(others) != 1:
+        others = only_weights([p.name for p in place.iterdir() if p.is_file()])
+        if not others:
             raise
-        return read_file(others[0])
+        return read_file(place / others[0])
     files = weights.read()
     if weights.problems:
         raise CheckpointError(f"{place}: " + "; ".join(weights.problems[:3]))
