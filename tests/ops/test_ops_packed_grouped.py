@@ -1,11 +1,8 @@
 """Products that dequantise tile by tile, against dense ones with the dequantised weight: on a GPU, or interpreted."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from helpers.interpreted import interpret, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
@@ -13,10 +10,6 @@ FORMATS = ["int8", "fp8", "int4", "nf4", "nf4-dq"]
 # (out, in, rows of each expert): ragged, idle, one expert, sizes that are no whole tiles, groups fewer than a tile's.
 CASES = [(40, 384, (5, 0, 20)), (130, 256, (33,)), (96, 128, (0, 0, 1, 0)), (72, 640, (70, 3, 0, 0, 18))]
 LARGE = [(384, 512, (300, 0, 41, 7, 1, 0, 128, 200)), (320, 1024, (1500, 900))]
-
-
-def relative(got, want):
-    return ((got.double().cpu() - want.double().cpu()).norm() / want.double().cpu().norm()).item()
 
 
 def check(format, case, device, dtype, bound):
@@ -77,18 +70,8 @@ def test_gradients_on_the_gpu(format, rows):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
 @pytest.mark.parametrize("format", FORMATS)
 def test_grouped_in_the_interpreter(format):
-    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, test_ops_packed_grouped as t\n"
-        "for case in t.CASES: t.check(sys.argv[2], case, device='cpu', dtype=torch.float32, bound=1e-6)\n"
-    )
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", code, here, format], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    how = "device='cpu', dtype=torch.float32, bound=1e-6"
+    interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
 
 
 # What the instructions of `nibbles` do, so that a machine without a GPU can follow them.

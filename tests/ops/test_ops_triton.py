@@ -1,11 +1,8 @@
 """Kernels against the definition: on a GPU where there is one, else in Triton's interpreter, in fp32."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from helpers.interpreted import interpret, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
@@ -35,9 +32,8 @@ def check(T, E, K, D, F, first, held, device, dtype):
                 h = (a * a.sigmoid() * (w3[e].double() @ x[t].double())).to(dtype).double()
                 expected[t] += weight[t, k].double() * (w2[e].double() @ h)
     part = [w[first : first + held].contiguous().to(device) for w in (w1, w2, w3)]
-    y = swiglu_pairs(x.to(device), *part, weight.to(device), expert.to(device), first).cpu().double()
-    error = ((y - expected).norm() / expected.norm().clamp_min(1e-9)).item()
-    assert error <= (2e-6 if dtype == torch.float32 else 2e-3), error
+    y = swiglu_pairs(x.to(device), *part, weight.to(device), expert.to(device), first)
+    assert relative(y, expected) <= (2e-6 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -49,13 +45,4 @@ def test_pairs_on_the_gpu(case, dtype):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
 def test_pairs_in_the_interpreter():
-    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, test_ops_triton as t\n"
-        "for case in t.CASES: t.check(*case, device='cpu', dtype=torch.float32)\n"
-    )
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", code, here], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpret(__file__, "for case in t.CASES: t.check(*case, device='cpu', dtype=torch.float32)")

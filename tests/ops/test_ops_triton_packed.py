@@ -1,20 +1,13 @@
 """Quantised kernels against the dequantised weight: on a GPU, or in Triton's interpreter in fp32."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from helpers.interpreted import interpret, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
 FORMATS = ["int8", "fp8", "int4", "nf4", "nf4-dq"]
 CASES = [(1, 8, 2, 256, 384, 0, 8), (3, 5, 2, 128, 256, 0, 5), (2, 8, 3, 384, 128, 4, 4)]  # T, E, K, D, F, first, held
-
-
-def relative(got, want):
-    return ((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().cpu()).item()
 
 
 def check(format, case, device, dtype):
@@ -61,15 +54,4 @@ def test_packed_on_the_gpu(format, case, dtype):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
 @pytest.mark.parametrize("format", FORMATS)
 def test_packed_in_the_interpreter(format):
-    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, test_ops_triton_packed as t\n"
-        "for case in t.CASES: t.check(sys.argv[2], case, device='cpu', dtype=torch.float32)\n"
-    )
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", code, here, format], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, device='cpu', dtype=torch.float32)")

@@ -1,0 +1,33 @@
+"""Triton's kernels without a GPU: what tests of kernels share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+
+def interpret(test_file: str, statement: str) -> None:
+    """Run `statement`, in which `t` is the test's own module, in Triton's interpreter.
+
+    Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    """
+    test = Path(test_file)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        f"import torch, {test.stem} as t\n"
+        f"{statement}\n"
+    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(test.parent), str(test.parents[1])]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """The error's norm by what is wanted's, in fp64."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).norm() / want.norm().clamp_min(1e-9))
