@@ -40,6 +40,22 @@ def _find_tile(count_ptr, tile, E: tl.constexpr, SLOTS: tl.constexpr, M: tl.cons
 
 
 @triton.jit
+def _place(
+    count_ptr, N, KEEPS: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """(block of P of what the product keeps, expert, first row, end of the expert's rows) of this program; SIDE blocks
+    take the same rows one after the other."""
+    across: tl.constexpr = (KEEPS + P - 1) // P
+    tiles = tl.num_programs(0) // across
+    turn = tl.program_id(0) // (SIDE * tiles)
+    side = tl.minimum(across - turn * SIDE, SIDE)
+    within = tl.program_id(0) % (SIDE * tiles)
+    e, first, end = _find_tile(count_ptr, within // side, E, SLOTS, M, N)
+    return turn * SIDE + within % side, e, first, end
+
+
+@triton.jit
 def _scales(
     scale_ptr, zero_ptr, offset_ptr, table_ptr, row, group, IN: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
@@ -93,15 +109,10 @@ def _forward_kernel(
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, SWAP: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """y_NO = x_NI Wᵀ of each row's expert. SIDE tiles of the weight take the same rows one after the other."""
-    across: tl.constexpr = (OUT + P - 1) // P
-    tiles = tl.num_programs(0) // across
-    turn = tl.program_id(0) // (SIDE * tiles)
-    side = tl.minimum(across - turn * SIDE, SIDE)
-    within = tl.program_id(0) % (SIDE * tiles)
-    e, first, end = _find_tile(count_ptr, within // side, E, SLOTS, M, N)
+    """y_NO = x_NI Wᵀ of each row's expert."""
+    block, e, first, end = _place(count_ptr, N, OUT, E, SLOTS, M, P, SIDE)
     if e < E:
-        out = (turn * SIDE + within % side) * P + tl.arange(0, P)
+        out = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
         out_held, row_held = tl.minimum(out, OUT - 1), tl.minimum(row, N - 1)
         R_BYTES: tl.constexpr = R if CODE < 2 else R // 2
@@ -157,14 +168,8 @@ def _backward_kernel(
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """dx_NI = dy_NO W of each row's expert."""
-    across: tl.constexpr = (IN + P - 1) // P
-    tiles = tl.num_programs(0) // across
-    turn = tl.program_id(0) // (SIDE * tiles)
-    side = tl.minimum(across - turn * SIDE, SIDE)
-    within = tl.program_id(0) % (SIDE * tiles)
-    e, first, end = _find_tile(count_ptr, within // side, E, SLOTS, M, N)
+    block, e, first, end = _place(count_ptr, N, IN, E, SLOTS, M, P, SIDE)
     if e < E:
-        block = turn * SIDE + within % side
         col = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
         row_held = tl.minimum(row, N - 1)
