@@ -7,75 +7,43 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from accessory.nn.vision import VisionTower
-from accessory.vision_config import EncoderArgs, VisionArgs
+from accessory.vision_config import SPHINX, EncoderArgs, VisionArgs
 
-CLIP = EncoderArgs(
-    name="clip",
-    kind="clip",
-    size=28,
-    config={
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
+
+def _small(encoder: EncoderArgs, size: int, **config: Any) -> EncoderArgs:
+    """One of the ensemble's encoders with other sizes; of a part, what is given of it."""
+    parts = {key: encoder.config[key] | value for key, value in config.items() if isinstance(value, dict)}
+    return replace(encoder, size=size, config=encoder.config | config | parts)
+
+
+CLIP = _small(
+    SPHINX.encoders[0],
+    28,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=28,
 )
-CONVNEXT = EncoderArgs(
-    name="convnext",
-    kind="convnext",
-    size=64,
-    config={"depths": [1, 2, 1, 1], "hidden_sizes": [8, 16, 24, 40], "layer_norm_eps": 1e-5, "norm_eps": 1e-5},
-)
-DINOV2 = EncoderArgs(
-    name="dinov2",
-    kind="dinov2",
-    size=28,
-    config={
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "mlp_ratio": 4,
-        "image_size": 70,
-        "patch_size": 14,
-        "use_swiglu_ffn": True,
-        "layer_norm_eps": 1e-6,
-        "interpolate_offset": 0.1,
-    },
-)
-QFORMER = EncoderArgs(
-    name="qformer",
-    kind="blip2",
-    size=28,
-    config={
-        "num_query_tokens": 3,
-        "vision": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        "qformer": {
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "encoder_hidden_size": 32,
-            "cross_attention_frequency": 2,
-        },
-    },
+CONVNEXT = _small(SPHINX.encoders[1], 64, depths=[1, 2, 1, 1], hidden_sizes=[8, 16, 24, 40])
+DINOV2 = _small(SPHINX.encoders[2], 28, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=70)
+_NARROW = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+assert SPHINX.query is not None
+QFORMER = _small(
+    SPHINX.query,
+    28,
+    num_query_tokens=3,
+    vision=_NARROW | {"hidden_size": 32, "image_size": 28},
+    qformer=_NARROW | {"hidden_size": 24, "encoder_hidden_size": 32},
 )
 
 
