@@ -33,15 +33,16 @@ class Features(NamedTuple):
     visual_VTC: Tensor
     query_VQC: Tensor | None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Features:
+        """`function` of each of the two."""
+        return Features(function(self.visual_VTC), None if self.query_VQC is None else function(self.query_VQC))
+
     def to(self, device: torch.device | str) -> Features:
-        return Features(self.visual_VTC.to(device), None if self.query_VQC is None else self.query_VQC.to(device))
+        return self.map(lambda x_VTC: x_VTC.to(device))
 
     def narrow(self, start: int, length: int) -> Features:
         """`length` views from `start` on, not copied."""
-        query_VQC = self.query_VQC
-        return Features(
-            self.visual_VTC.narrow(0, start, length), None if query_VQC is None else query_VQC.narrow(0, start, length)
-        )
+        return self.map(lambda x_VTC: x_VTC.narrow(0, start, length))
 
     @property
     def nbytes(self) -> int:
@@ -206,8 +207,7 @@ class Kept:
             self.nbytes -= self._features.pop(key).nbytes
         if features.nbytes > self.limit:
             return
-        query_VQC = features.query_VQC
-        self._features[key] = Features(features.visual_VTC.clone(), None if query_VQC is None else query_VQC.clone())
+        self._features[key] = features.map(torch.clone)
         self.nbytes += features.nbytes
         while self.nbytes > self.limit:
             self.nbytes -= self._features.popitem(last=False)[1].nbytes

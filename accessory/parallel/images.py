@@ -38,11 +38,7 @@ def _run(tower: VisionTower, ranks: Ranks, pixels_I3PP: Tensor) -> Features:
     share = -(-views // ranks.size)
     first = min(ranks.rank * share, views)
     own = tower.run(pixels_I3PP, first, min(share, views - first))
-    query_VQC = own.query_VQC
-    return Features(
-        _gathered(own.visual_VTC, share, views, ranks),
-        None if query_VQC is None else _gathered(query_VQC, share, views, ranks),
-    )
+    return own.map(lambda own_VTC: _gathered(own_VTC, share, views, ranks))
 
 
 def _gathered(own_VTC: Tensor, share: int, views: int, ranks: Ranks) -> Tensor:
