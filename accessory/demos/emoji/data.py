@@ -13,8 +13,8 @@ import numpy as np
 
 from accessory.checkpoint.atomic import new_folder
 from accessory.data.images import open_image
-from accessory.demos.emoji_corpus import Emoji, families, held_out, items, plain, read_emoji
-from accessory.demos.emoji_packages import FLUENT, NAMES, Say, noto_font, npm_package
+from accessory.demos.emoji.corpus import Emoji, families, held_out, items, plain, read_emoji
+from accessory.demos.emoji.packages import FLUENT, NAMES, Say, noto_font, npm_package
 from accessory.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:

@@ -1,10 +1,4 @@
-"""A small model that sees: `python -m accessory.demos.emoji`, or `make demo-emoji`.
-
-The mixture grown from SmolLM2-135M gets EfficientNet-Lite0's features of emoji, learns first to take them for words,
-then, with LoRA, to name and sort what it sees; it is asked about emoji that it has never seen, in the drawing style
-that it knows and in another one. Minutes on a GPU; `--short` is for a CPU: smaller pictures, one kind of question.
-Nothing is done that a command could not do: the folder holds data, recipes, runs and results.
-"""
+"""The demo from packages to the table: recipes, two stages of training, an examination."""
 
 from __future__ import annotations
 
@@ -17,17 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started as a file: look for the package in this checkout, not for modules in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import torch
 import yaml
 from rich.console import Console
 
-from accessory.demos.emoji_corpus import KINDS
-from accessory.demos.emoji_data import Amount, Pictured, prepare
-from accessory.demos.emoji_eval import OWN, Said, examine, page, pick, show, summary
-from accessory.demos.emoji_packages import encoder_folder
+from accessory.demos.emoji.corpus import KINDS
+from accessory.demos.emoji.data import Amount, Pictured, prepare
+from accessory.demos.emoji.evaluate import OWN, Said, examine, page, pick, show, summary
+from accessory.demos.emoji.packages import encoder_folder
 from accessory.demos.first_run import make_base, program
 from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
@@ -192,7 +183,7 @@ def _examine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m accessory.demos.emoji", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m accessory.demos.emoji", description="a small model that sees")
     parser.add_argument(
         "--dir", default="demo-model", metavar="DIR", help="where everything goes (default: demo-model)"
     )
@@ -205,7 +196,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from accessory.data.conversation import Conversation, get_template
 from accessory.data.images import open_image
-from accessory.demos.emoji_corpus import GROUPS, KINDS, Emoji, group_of, is_name
-from accessory.demos.emoji_data import SIZE, Pictured
+from accessory.demos.emoji.corpus import GROUPS, KINDS, Emoji, group_of, is_name
+from accessory.demos.emoji.data import SIZE, Pictured
 from accessory.vision_config import CLIP_MEAN
 
 if TYPE_CHECKING:
