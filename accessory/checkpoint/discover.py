@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accessory.checkpoint.choose import RESOURCES
 from accessory.checkpoint.files import Pieces, read_file, read_pickle
-from accessory.checkpoint.hub import RESOURCES
 from accessory.checkpoint.lazy import Lazy
 from accessory.config import read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError

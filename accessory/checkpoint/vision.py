@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from accessory.checkpoint.choose import only_weights
 from accessory.checkpoint.discover import find_weights
 from accessory.checkpoint.files import read_file
-from accessory.checkpoint.hub import only_weights, resolve
+from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, canonical_of, destinations

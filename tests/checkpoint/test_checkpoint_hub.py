@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.checkpoint import hub
+from accessory.checkpoint.choose import choose
 from accessory.errors import CheckpointError, MissingExtraError
 
 BIG = bytes(range(256)) * 200  # 51,200 bytes: served through a redirect, as large files are
@@ -270,7 +271,7 @@ def test_the_environment_of_a_fresh_process_is_honoured(server: HubServer, tmp_p
     ],
 )
 def test_which_files_one_layout_needs(present, expected):
-    assert hub.choose(present, lambda name: {}, "here") == expected
+    assert choose(present, lambda name: {}, "here") == expected
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_which_files_one_layout_needs(present, expected):
 )
 def test_missing_shards_are_named(present):
     with pytest.raises(CheckpointError, match=r"numbers \[\d\] are missing"):
-        hub.choose(present, lambda name: {}, "here")
+        choose(present, lambda name: {}, "here")
 
 
 _PART = st.from_regex(r"[A-Za-z0-9._-]{1,8}", fullmatch=True).filter(lambda p: p not in (".", ".."))
