@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.adapt.quant import Quant
+from accessory.bars import bar
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import ModelArgs
@@ -115,12 +115,15 @@ class Calibration:
         embedding = self.tensors["tok_embeddings.weight"].load()
         x_BTD = embedding[self.tokens_BT].float().to(self.device)
         self.counts.clear()
-        for i in tqdm(range(args.n_layers), desc="calibrating", unit="layer", disable=not progress, leave=False):
+        steps = bar(args.n_layers, "calibrating", progress, unit=" layers")
+        for i in range(args.n_layers):
             self._attend(i, x_BTD, rotation_1T1c)
             self._feed_forward(i, x_BTD.view(B * T, -1))
             if not bool(torch.isfinite(x_BTD).all()):
                 raise CheckpointError(f"layers.{i}: what comes out of it is not finite; accessory verify says more")
             yield from self._taken()
+            steps.update()
+        steps.close()
         if self._calibrates("output.weight"):
             inputs = _Inputs(args.dim, self.device)
             for x_nD in x_BTD.view(B * T, -1).split(_AT_ONCE):

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.adapt.peft import add_beside, besides_of
+from accessory.bars import bar
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.load import destinations
 from accessory.config import Implementation, ModelArgs
@@ -198,7 +198,7 @@ class _Run:
         first = next(iter(stream))
         stream[_SHAKEN] = stream[first]
         generator = torch.Generator().manual_seed(0)
-        steps = tqdm(total=args.n_layers * len(self.networks), desc="certifying", disable=not progress, leave=False)
+        steps = bar(args.n_layers * len(self.networks), "certifying", progress, unit=" layers")
         with steps:
             for i in range(args.n_layers):
                 chosen_NK: Tensor | None = None

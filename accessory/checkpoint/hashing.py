@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accessory.bars import bar
 from accessory.checkpoint.lazy import Lazy
 
 T = TypeVar("T")
@@ -77,13 +78,11 @@ def each_tensor(
 
     Two to four threads: hashing, copying and file access release the interpreter lock.
     """
-    from tqdm import tqdm
-
     total = sum(t.nbytes for t in tensors.values())
     out: dict[str, T] = {}
     own_threads = torch.get_num_threads()
     workers = min(4, max(2, os.cpu_count() or 2))
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not progress, leave=False)
+    shown = bar(total, title, progress)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="checkpoint")
     try:
         torch.set_num_threads(1)  # each worker is one thread; torch's own pools would only fight for the cores
@@ -91,11 +90,11 @@ def each_tensor(
         for future in as_completed(futures):
             name = futures[future]
             out[name] = future.result()
-            bar.update(tensors[name].nbytes)
+            shown.update(tensors[name].nbytes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(own_threads)
-        bar.close()
+        shown.close()
     return {name: out[name] for name in tensors}
 
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
 from accessory.adapt.quant import Quant, quantize_skeleton
+from accessory.bars import bar
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_tensor, is_of_images
@@ -177,7 +177,7 @@ def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = Fals
     copied = [held for held in places if _lies_as_wanted(tensors[held.name], held)]
     arriving = [held for held in places if not _lies_as_wanted(tensors[held.name], held)]
     total = sum(held.tensor.nbytes for held in places)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False)
+    shown = bar(total, "loading", progress)
     workers = min(8, os.cpu_count() or 1)
 
     def copy(held: Held) -> int:
@@ -188,14 +188,14 @@ def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = Fals
             part.copy_pieces_to(held.tensor)
         return held.tensor.nbytes
 
-    with bar, ThreadPoolExecutor(workers) as pool:
+    with shown, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(copy, held) for held in copied]
         try:
             for held in arriving:
                 quantize_into(tensors[held.name], held)
-                bar.update(held.tensor.nbytes)
+                shown.update(held.tensor.nbytes)
             for future in futures:
-                bar.update(future.result())
+                shown.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

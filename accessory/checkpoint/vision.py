@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from accessory.bars import bar
 from accessory.checkpoint.choose import only_weights
 from accessory.checkpoint.discover import find_weights
 from accessory.checkpoint.files import read_file
@@ -82,18 +82,16 @@ def _find(tower: VisionTower, tensors: Mapping[str, Lazy], progress: bool) -> di
 def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
     """Copy every tensor to its place, several at a time."""
     total = sum(place.nbytes for place in places.values())
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading the image encoders", disable=not progress, leave=False
-    )
 
     def copy(name: str) -> int:
         tensors[name].copy_to(places[name])
         return places[name].nbytes
 
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    shown = bar(total, "loading the image encoders", progress)
+    with shown, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for nbytes in pool.map(copy, places):
-                bar.update(nbytes)
+                shown.update(nbytes)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

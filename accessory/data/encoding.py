@@ -7,7 +7,6 @@ is wrong with one is said with its file and line. All ids of a file lie in flat 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from accessory.bars import bar
 from accessory.data.conversation import Template, get_template
 from accessory.data.records import Records, Source
 from accessory.data.system_prompt import format_prompt
@@ -146,9 +145,7 @@ def encode_source(
     pieces = [chosen[i : i + _PIECE] for i in range(0, len(chosen), _PIECE)]
     work = partial(_encode_piece, source, records, how, all_problems=problems is not None)
     parts: list[Encoded] = []
-    shown = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    bar = tqdm(total=len(chosen), desc=source.path.name, unit=" items", disable=not shown, leave=False, delay=1)
-    with ThreadPoolExecutor(_threads()) as pool, bar:
+    with ThreadPoolExecutor(_threads()) as pool, bar(len(chosen), source.path.name, progress, unit=" items") as shown:
         try:
             for piece, (part, found) in zip(pieces, pool.map(work, pieces), strict=True):
                 if found and problems is None:
@@ -156,7 +153,7 @@ def encode_source(
                 if problems is not None:
                     problems += found
                 parts.append(part)
-                bar.update(len(piece))
+                shown.update(len(piece))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

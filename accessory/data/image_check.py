@@ -7,14 +7,11 @@ is not reached by then is left to the step that loads it.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
+from accessory.bars import bar
 from accessory.data.images import MAX_PIXELS, read_header
 from accessory.errors import InputError
 
@@ -47,15 +44,13 @@ def broken_headers(
         return found, len(piece)
 
     pieces = [unique[i : i + _PIECE] for i in range(0, len(unique), _PIECE)]
-    shown = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    bar = tqdm(total=len(unique), desc="images", unit=" headers", disable=not shown, leave=False, delay=1)
     unknown = 0
-    with ThreadPoolExecutor(_THREADS) as pool, bar:
+    with ThreadPoolExecutor(_THREADS) as pool, bar(len(unique), "images", progress, unit=" headers") as shown:
         try:
             for piece, (found, looked) in zip(pieces, pool.map(look, pieces), strict=True):
                 unknown += len(piece) - looked
                 yield from found
-                bar.update(len(piece))
+                shown.update(len(piece))
         finally:
             pool.shutdown(cancel_futures=True)
     if unknown:
