@@ -30,7 +30,7 @@ test: .venv/.done  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile repeatable -m 'not slow'
 test-all: .venv/.done  ## the slow tests too
 	$(BIN)/python -m pytest
 lint: .venv/.done
