@@ -5,20 +5,19 @@ from collections import Counter
 import pytest
 import torch
 from helpers.live import LiveBytes
+from helpers.plans import BIG, TINY, finetuning, running
 from helpers.vision import tiny_clip, tiny_sphinx
 
 from accessory.adapt.peft import add_beside, besides_for, trainable_rule
-from accessory.config import PRESETS
 from accessory.errors import ConfigError
 from accessory.model.encoders import encoder_numbers, encoders_bytes, encoding_bytes, features_bytes
-from accessory.model.memory import Formats, Inference, Setup, Training, disk_bytes, pieces, trained_numbers
+from accessory.model.memory import Inference, Setup, disk_bytes, pieces, trained_numbers
 from accessory.model.peaks import CONTEXT, estimate
 from accessory.nn.decoder import Decoder
 from accessory.nn.vision import VisionTower
 from accessory.nn.vision_encoders import build_encoder
 from accessory.vision_config import SPHINX, VISION_PRESETS, EncoderArgs, VisionArgs
 
-BIG, TINY = PRESETS["8x7b"], PRESETS["tiny"]
 SMALL = VISION_PRESETS["small"]
 # As little as each may say: the rest is transformers' defaults.
 SHORT = [
@@ -69,14 +68,6 @@ def test_ranks_share_views():
 # --------------------------------------------------------------------------- among everything else
 
 
-def running(views, quant=None, args=BIG, **task):
-    return Setup(args=args, task=Inference(**task), formats=Formats.of(quant), views=views)
-
-
-def finetuning(views, quant=None, args=BIG, dp=1, **task):
-    return Setup(args=args, task=Training(**task), formats=Formats.of(quant), views=views, dp=dp)
-
-
 @pytest.mark.parametrize("vision", [SPHINX, tiny_clip()], ids=["sphinx", "clip alone"])
 @pytest.mark.parametrize("kind", ["full", "lora", "mm_stage1"])
 def test_projections_are_held_and_trained(vision, kind):
@@ -86,7 +77,7 @@ def test_projections_are_held_and_trained(vision, kind):
     with torch.device("meta"):
         decoder = Decoder(args, "sparse", sees=True)
         add_beside(decoder, besides_for(args))
-    setup = finetuning(1, args=args, kind=kind)
+    setup = finetuning(args, kind=kind, views=1)
     found = Counter({p.name: p.numbers for p in pieces(setup) if "proj." in p.name or "_img" in p.name})
     assert found == {n: p.numel() for n, p in decoder.named_parameters() if "proj." in n or "_img" in n}
     rule = trainable_rule(args, kind == "lora")
@@ -95,7 +86,7 @@ def test_projections_are_held_and_trained(vision, kind):
 
 def test_a_resident_ensemble_as_measured():
     """benchmarks/README.md: encoders 6.82 GB, with the int8 network 53.75."""
-    terms = estimate(running(5, "int8")).terms
+    terms = estimate(running(quant="int8", views=5)).terms
     assert (terms["image encoders"] + terms["libraries' workspace"]) / 1e9 == pytest.approx(6.82, abs=0.01)
     resident = terms["weights"] + terms["image encoders"] + terms["libraries' workspace"]
     assert resident / 1e9 == pytest.approx(53.75, abs=0.05)
@@ -105,31 +96,31 @@ def test_stage_1_as_measured():
     """benchmarks/README.md: 8 rows of one image and 128 words over nf4, 37.9 GB."""
     args = BIG.replace(trainable_mode="mm_stage1")
     task = {"kind": "mm_stage1", "batch_size": 8, "max_words": 291 + 128, "packing": False, "checkpointing": True}
-    setup = finetuning(1, "nf4", args, **task)
+    setup = finetuning(args, "nf4", **task, views=1)
     assert setup.images == 8
     assert estimate(setup).allocated / 1e9 == pytest.approx(37.9, rel=0.02)
 
 
 def test_images_that_rows_have_room_for():
-    assert finetuning(1, batch_size=2, max_words=4096, packing=True).images == 2 * 14
-    assert finetuning(5, batch_size=2, max_words=4096, packing=True).images == 2 * 2
-    assert finetuning(1, batch_size=2, max_words=4096, packing=False).images == 2
-    assert running(5, batch=3).images == 3
-    assert running(0, batch=3).images == running(0).image_words == 0
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=1).images == 2 * 14
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=5).images == 2 * 2
+    assert finetuning(batch_size=2, max_words=4096, packing=False, views=1).images == 2
+    assert running(batch=3, views=5).images == 3
+    assert running(batch=3).images == running().image_words == 0
 
 
 @pytest.mark.parametrize("views", [1, 5])
 def test_seeing_takes_its_encoders_more(views):
     for blind, seeing in (
-        (running(0, "int4"), running(views, "int4")),
-        (finetuning(0, kind="lora"), finetuning(views, kind="lora")),
-        (finetuning(0, kind="full", dp=8), finetuning(views, kind="full", dp=8)),
+        (running(quant="int4"), running(quant="int4", views=views)),
+        (finetuning(kind="lora"), finetuning(kind="lora", views=views)),
+        (finetuning(kind="full", dp=8), finetuning(kind="full", dp=8, views=views)),
     ):
         assert estimate(seeing).total - estimate(blind).total >= encoders_bytes(SPHINX)
 
 
 def test_many_images_before_few_words_are_the_largest_moment():
-    few = running(5, "int4", batch=4, context=1500, prompt=1456)
+    few = running(quant="int4", batch=4, context=1500, prompt=1456, views=5)
     assert estimate(few).moment == "reading the prompt"
     small = Setup(args=TINY, task=Inference(batch=4, context=1600), views=5)
     found = estimate(small)
@@ -139,13 +130,13 @@ def test_many_images_before_few_words_are_the_largest_moment():
 
 
 def test_disk_holds_encoders():
-    more = disk_bytes(running(1))["model"] - disk_bytes(running(0))["model"]
-    projections = sum(p.numbers for p in pieces(running(1)) if "proj." in p.name or "_img" in p.name)
+    more = disk_bytes(running(views=1))["model"] - disk_bytes(running())["model"]
+    projections = sum(p.numbers for p in pieces(running(views=1)) if "proj." in p.name or "_img" in p.name)
     assert more == encoders_bytes(SPHINX) + 2 * projections
-    assert disk_bytes(running(1), model=5)["model"] == 5
+    assert disk_bytes(running(views=1), model=5)["model"] == 5
 
 
 def test_an_ensemble_of_one():
     alone = VisionArgs(encoders=(SPHINX.encoders[0],))
-    terms = estimate(running(1, args=BIG.replace(vision=alone))).terms
+    terms = estimate(running(BIG.replace(vision=alone), views=1)).terms
     assert terms["image encoders"] == 2 * encoder_numbers(SPHINX.encoders[0])

@@ -1,0 +1,44 @@
+"""Setups for tests of the planner, each in one line: a network that runs, or one that is finetuned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accessory.config import PRESETS, Implementation, ModelArgs, MoEArgs
+from accessory.model.memory import Formats, Inference, Setup, Training
+
+BIG, TINY = PRESETS["8x7b"], PRESETS["tiny"]
+BOTH: tuple[Implementation, ...] = ("base", "sparse")
+# Sizes whose groups survive four cuts.
+CUTTABLE = ModelArgs(
+    dim=512, hidden_dim=1024, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=320, moe=MoEArgs(num_experts=4)
+)
+
+
+def running(
+    args: ModelArgs = BIG,
+    quant: str | None = None,
+    *,
+    implementation: Implementation = "sparse",
+    tp: int = 1,
+    views: int = 0,
+    **task: Any,
+) -> Setup:
+    formats = Formats.of(quant)
+    return Setup(args=args, task=Inference(**task), formats=formats, implementation=implementation, tp=tp, views=views)
+
+
+def finetuning(
+    args: ModelArgs = BIG,
+    quant: str | None = None,
+    *,
+    implementation: Implementation = "sparse",
+    tp: int = 1,
+    dp: int = 1,
+    views: int = 0,
+    **task: Any,
+) -> Setup:
+    formats = Formats.of(quant)
+    return Setup(
+        args=args, task=Training(**task), formats=formats, implementation=implementation, tp=tp, dp=dp, views=views
+    )
