@@ -1,0 +1,47 @@
+"""A small checkpoint and its quantised folders, of every format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.config import ModelArgs, MoEArgs
+from helpers import checkpoints as make
+from helpers.checkpoints import Tensors
+from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.small_tokenizers import byte_level_folder
+
+# Sizes whose groups survive four cuts.
+ARGS = ModelArgs(
+    dim=512,
+    hidden_dim=512,
+    n_layers=1,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=352,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=4),
+)
+CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}  # format → of attention
+QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
+EXPERT = "layers.0.feed_forward.experts.3.w1.weight"
+
+
+def half_tensors() -> Tensors:
+    """bfloat16 but norms and routers, as such folders have them."""
+    found = {n: t.bfloat16() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+    return found | {n: t.float() for n, t in found.items() if n.endswith(("norm.weight", "gate.weight"))}
+
+
+def write_source(folder: Path, tensors: Tensors) -> Path:
+    make.write_accessory(folder, tensors, "sparse", ARGS, world=2)
+    return byte_level_folder(folder)
+
+
+def write_quantised(source: Path, root: Path, formats: Iterable[str] = CHOICES) -> Path:
+    """`root`/format of each."""
+    for format in formats:
+        quantize_checkpoint(source, root / format, QUANTS[format], search=False, progress=False)
+    return root
