@@ -1,0 +1,206 @@
+"""`accessory generate` and `accessory chat`: what they print, and the prompts that reach the model."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import torch
+from helpers.command_line import convert_to_base, program, standard_input, write_hf
+
+from accessory.cli import main
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.model.meta import MetaModel
+
+PROMPT = "The best programming language in the world is"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("text") / "hf")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return convert_to_base(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=128)
+
+
+@pytest.fixture
+def generate(folder, capsys):
+    """Run `accessory generate` in this process; returns what it printed."""
+
+    def run(*options: str) -> str:
+        assert main(["generate", str(folder), "--dtype", "fp32", "--max_seq_len", "128", *options]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+# --------------------------------------------------------------------------- generate
+
+
+def test_generate_prints_what_the_model_writes(generate, model):
+    assert generate("--prompt", PROMPT, "--max-gen-len", "8") == model.generate([PROMPT], max_gen_len=8)[0] + "\n"
+
+
+def test_several_prompts_are_numbered_and_each_gets_what_it_gets_alone(generate, model):
+    texts = model.generate([PROMPT, "A"], max_gen_len=6)
+    out = generate("--prompt", PROMPT, "--prompt", "A", "--max_gen_len", "6")
+    assert out == f"# 1/2: {PROMPT}\n{texts[0]}\n# 2/2: A\n{texts[1]}\n"
+    assert generate("--prompt", "A", "--prompt", " \n ", "--max-gen-len", "1").startswith("# 1/2: A\n")
+
+
+def test_prompts_come_from_files_and_standard_input(generate, model, tmp_path, monkeypatch):
+    expected = model.generate([PROMPT], max_gen_len=4)[0]
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    assert generate("--prompt-file", str(tmp_path / "prompt.txt"), "--max-gen-len", "4") == expected + "\n"
+    for options in ([], ["--prompt-file", "-"]):
+        standard_input(monkeypatch, PROMPT + "\n")
+        assert generate(*options, "--max-gen-len", "4") == expected + "\n"
+
+
+def test_lines_and_json(generate, model, monkeypatch):
+    standard_input(monkeypatch, f"{PROMPT}\n\nZwei Wörter\n")
+    lines = generate("--lines", "--json", "--max-gen-len", "4").splitlines()
+    texts = model.generate([PROMPT, "Zwei Wörter"], max_gen_len=4)
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": PROMPT, "text": texts[0]},
+        {"prompt": "Zwei Wörter", "text": texts[1]},
+    ]
+
+
+def test_stream_prints_the_same_text(generate, model):
+    assert generate("--prompt", PROMPT, "--max-gen-len", "20", "--stream") == generate(
+        "--prompt", PROMPT, "--max-gen-len", "20"
+    )
+
+
+def test_stop_ends_the_text_before_it(generate, model):
+    whole = model.generate([PROMPT], max_gen_len=20)[0]
+    stop = whole[len(whole) // 2 :][:3]
+    for stream in ([], ["--stream"]):
+        out = generate("--prompt", PROMPT, "--max-gen-len", "20", "--stop", "\x00", "--stop", stop, *stream)
+        assert out == whole[: whole.index(stop)] + "\n"
+
+
+def test_a_seed_makes_sampling_repeat(generate):
+    hot = ["--prompt", PROMPT, "--max-gen-len", "12", "--temperature", "1.5", "--top_p", "0.9"]
+    first, again, other = (generate(*hot, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_either_implementation_and_later_config_files(folder, base, capsys, tmp_path):
+    outs = []
+    for kind in ("mixtral", "mixtral_sparse"):
+        main(["generate", str(base), "--llama_type", kind, "--dtype", "float32", "--prompt", PROMPT, "--max-gen-len=6"])
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1]
+    (tmp_path / "theta.json").write_text('{"rope_theta": 100}')
+    tokenizer = ["--tokenizer_path", str(MIXTRAL_TOKENIZER)]
+    options = ["--llama_config", str(tmp_path / "theta.json"), *tokenizer, "--prompt", PROMPT, "--max-gen-len=6"]
+    assert main(["generate", str(base), "--dtype", "fp32", *options]) == 0
+
+
+# --------------------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def chat(folder, model, capsys, monkeypatch):
+    """Type lines into `accessory chat`; returns exit status, output, and the prompts that reached the model."""
+
+    def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, list[str]]:
+        standard_input(monkeypatch, "".join(line + "\n" for line in lines))
+        prompts = []
+        stream = MetaModel.stream_generate
+
+        def recorded(self, prompt, **how):
+            prompts.append(self.tokenizer.decode(prompt))
+            return stream(self, prompt, **how)
+
+        monkeypatch.setattr(MetaModel, "stream_generate", recorded)
+        monkeypatch.setattr(MetaModel, "from_pretrained", lambda *args, **how: model)
+        status = main(["chat", str(folder), "--max-gen-len", "3", *options])
+        monkeypatch.setattr(MetaModel, "stream_generate", stream)
+        return status, capsys.readouterr().out, prompts
+
+    return run
+
+
+def test_chat_remembers_earlier_turns_until_the_input_ends(chat):
+    status, out, prompts = chat("Hello", "", "And now?")
+    assert status == 0
+    assert out.startswith("Template default.")
+    assert len(prompts) == 2
+    assert prompts[0].endswith("### Human: Hello\n### Assistant:")
+    assert prompts[1].startswith(prompts[0])
+    assert prompts[1].endswith("\n### Human: And now?\n### Assistant:")
+    answer = prompts[1].removeprefix(prompts[0]).partition("\n###")[0].strip()
+    assert answer
+    assert answer in out
+
+
+def test_undo_takes_a_round_back_and_clear_all_of_them(chat):
+    status, out, prompts = chat(
+        "One", "Two", "/undo", "Three", "/clear", "Four", "/undo", "/undo", "Five", "/quit", "Six"
+    )
+    assert status == 0
+    assert len(prompts) == 5
+    assert out.count("(forgotten)") == 4
+    assert [("One" in p, "Two" in p) for p in prompts[:3]] == [(True, False), (True, True), (True, False)]
+    assert all("One" not in p for p in prompts[3:])
+    assert "Four" not in prompts[4]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("mistral", "[INST] Be brief.\n\nHi [/INST]"),
+        ("none", "Be brief.\nHi"),
+        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        ("alpaca", "Be brief.\n\n### Instruction:\nHi\n\n### Response:"),
+    ],
+)
+def test_chat_takes_a_template_and_a_system_message(chat, template, prompt):
+    status, _, prompts = chat("Hi", "/clear", "Hi", options=("--template", template, "--system", "Be brief."))
+    assert (status, prompts) == (0, [prompt, prompt])
+
+
+def test_ctrl_c_stops_an_answer_and_forgets_its_round(chat, monkeypatch):
+    original = MetaModel._stream
+    calls = iter(range(10))
+
+    def interrupted(self, *args):
+        first = next(calls) == 0
+        for item in original(self, *args):
+            yield item
+            if first:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MetaModel, "_stream", interrupted)
+    status, out, prompts = chat("One", "Two")
+    assert status == 0
+    assert "(stopped; the round is forgotten)" in out
+    assert len(prompts) == 2
+    assert "One" not in prompts[1]
+
+
+def test_ctrl_c_between_answers_ends_the_program(chat, monkeypatch, capsys):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert chat()[0] == 130
+
+
+def test_chat_in_a_pipe(folder):
+    done = program("chat", str(folder), "--max-gen-len", "2", "--template", "mistral", input="Hello\n/undo\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert "Template mistral." in done.stdout
+    assert "(forgotten)" in done.stdout
+    assert "Traceback" not in done.stderr
