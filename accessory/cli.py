@@ -190,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(generate)
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
+    generate.add_argument(
+        "--template", choices=TEMPLATES, help="prompts are a user's messages (default: they are text)"
+    )
+    generate.add_argument("--system", metavar="TEXT", help="a system message before each, with --template")
     generate.add_argument("--lines", action="store_true", help="every line of --prompt-file or stdin is a prompt")
     add_image_arguments(generate, several=True)
     add_sampling_arguments(generate)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from accessory.config import SHORT_DTYPES
 from accessory.data.conversation import Conversation, get_template
+from accessory.data.encoding import without_tag
 from accessory.data.images import open_image
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
@@ -36,23 +37,37 @@ def generate(options: argparse.Namespace) -> int:
     prompts = _prompts(options) if first else []
     if options.stream and len(prompts) > 1:
         raise InputError(f"--stream: got {len(prompts)} prompts, but only one can be streamed")
+    if options.system is not None and options.template is None:
+        raise InputError("--system: a system message is part of a dialogue; give the --template that writes it too")
     images = _images(options.image, len(prompts)) if first else []
     with open_model(options) as (model, ranks):
         return _print_answers(options, model, *share((prompts, images), ranks))
 
 
 def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any]) -> int:
+    asked: list[Any] = prompts
+    stops = options.stop
+    tidy: Callable[[str], str] = str
+    if options.template is not None:
+        template = get_template(options.template, model.tokenizer)
+        said = [
+            prompt if image is None else without_tag(prompt)
+            for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True)
+        ]
+        talks = [Conversation(template, options.system).add("user", text) for text in said]
+        asked = [talk.prompt_ids(model.tokenizer) for talk in talks]
+        stops, tidy = [*template.stop_strings, *stops], template.reply
     how = {
         "max_gen_len": options.max_gen_len,
         "temperature": options.temperature,
         "top_p": options.top_p,
-        "additional_stop_symbols": options.stop,
+        "additional_stop_symbols": stops,
         "seed": options.seed,
     }
     if options.stream:
-        _show(model.stream_generate(prompts[0], images[0] if images else None, **how))
+        _show(model.stream_generate(asked[0], images[0] if images else None, **how), tidy)
         return 0
-    texts = model.generate(prompts, images or None, **how)
+    texts = map(tidy, model.generate(asked, images or None, **how))
     for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
         if options.json:
             image = {"image": options.image[n - 1]} if images else {}
@@ -133,7 +148,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
             continue
         if not text:
             continue
-        conversation.add("user", text)
+        conversation.add("user", text if seen is None else without_tag(text))
         answer = ""
         try:
             answer = _show(
@@ -215,7 +230,7 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
         "quant_output": options.quant_output,
         "dtype": getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype)),
         "device": _device(options.device),
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
     if _visual(options):
         loading |= {"with_visual": True, "image_transform": options.image_transform}

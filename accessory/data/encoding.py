@@ -85,10 +85,15 @@ def image_path(image: Any, source: Source) -> str:
     return os.path.join(source.root, image)
 
 
+def without_tag(text: str) -> str:
+    """A message that does not say where its image is: that is behind BOS, as in the original."""
+    return text.replace(IMAGE_TAG, "").strip() if IMAGE_TAG in text else text
+
+
 def _without_tags(value: Any, depth: int = 5) -> Any:
-    """Texts that do not say where the item's image is: that is behind BOS, as in the original."""
-    if isinstance(value, str) and IMAGE_TAG in value:
-        return value.replace(IMAGE_TAG, "").strip()
+    """All texts of an item, `without_tag`."""
+    if isinstance(value, str):
+        return without_tag(value)
     if isinstance(value, list) and depth:
         return [_without_tags(v, depth - 1) for v in value]
     if isinstance(value, Mapping) and depth:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accessory.data.encoding import without_tag
 from accessory.data.images import open_image
 from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError
@@ -245,6 +246,7 @@ class Page:
     ) -> dict[Any, Any]:
         """At once, before the queue: show the question, and make Stop work from now on."""
         visitor, image = str(request.session_hash), _file(upload)
+        question = question if image is None else without_tag(question)
         if visitor in self._stops:
             return {self.status: "Still answering; press Stop to ask something else"}
         if not question.strip() and (self.demo.chat or image is None):  # an image alone asks for a caption

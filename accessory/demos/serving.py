@@ -235,7 +235,7 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
     formats = ("quant", "quant_attention", "quant_output")
     names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
     dtype = getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype))
-    how = {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": sys.stderr.isatty()}
+    how = {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": True}
     if "image_transform" in options:
         how |= {"with_visual": True, "image_transform": options.image_transform}
     return how

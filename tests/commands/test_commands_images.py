@@ -17,6 +17,7 @@ from helpers import pictures
 from helpers.seeing import write_seeing
 
 from accessory.cli import main
+from accessory.data.conversation import Conversation, get_template
 from accessory.model.meta import MetaModel
 
 PROMPT = "What is it?"
@@ -81,6 +82,16 @@ def test_several_prompts_have_an_image_each_or_none(generate, model):
         answers = [json.loads(line) for line in out.splitlines()]
         assert [a["text"] for a in answers] == expected
         assert [a["image"] for a in answers] == ["dog.png", none, "a cat.png"]
+
+
+def test_questions_about_images_in_a_template(generate, model):
+    talk = Conversation("chatml").add("user", PROMPT).prompt_ids(model.tokenizer)
+    how = {"max_gen_len": 6, "additional_stop_symbols": get_template("chatml").stop_strings}
+    expected = model.generate([talk] * 2, ["dog.png", None], **how)
+    words = ["--prompt", f"<image>\n{PROMPT}", "--prompt", PROMPT, "--image", "dog.png", "--image", "none"]
+    told = [json.loads(line) for line in generate(*words, "--template", "chatml", "--json").splitlines()]
+    assert [t["text"] for t in told] == [get_template("chatml").reply(text) for text in expected]
+    assert [t["prompt"] for t in told] == [f"<image>\n{PROMPT}", PROMPT]
 
 
 def test_the_transform_can_be_chosen(seeing, generate, model):
@@ -187,6 +198,12 @@ def test_an_image_stays_for_its_dialogue(chat):
     assert [size for _, size in asked] == [CAT] * 3
     assert "What is it?" in asked[2][0]
     assert "Sure?" not in asked[2][0]
+
+
+def test_a_question_may_say_where_its_image_is(chat):
+    _, asked = chat("<image> What is it?", "/image dog.png", "<image>\tWhat is it?", "What is it?")
+    assert ["<image>" in text for text, _ in asked] == [True, False, False]
+    assert asked[1][0] in asked[2][0]
 
 
 def test_another_image_or_none_begins_another_dialogue(chat):

@@ -277,6 +277,8 @@ def test_an_image_alone_is_captioned(single, pages, files):
         single.press("send")
         single.status("Answered in")
         assert (single.answer(), teller.prompts[-1]) == (DOG, "")
+    single.ask("<image>\nWhat is it?")
+    assert (single.answer(), teller.prompts[-1]) == (DOG, "What is it?")
 
 
 # --------------------------------------------------------------------------- files
