@@ -37,6 +37,7 @@ RESOURCES = frozenset(
 _INDEXES = ("model.safetensors.index.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json")
 
 ReadIndex = Callable[[str], Mapping[str, Any]]
+Wanted = Callable[[str], bool]
 
 
 def choose(
@@ -44,16 +45,17 @@ def choose(
     read_index: ReadIndex,
     origin: str,
     elsewhere: Sequence[str] = (),
-    any_name: bool = False,
+    wanted: Wanted | None = None,
 ) -> list[str]:
     """Of a folder's file names, those that one layout needs: weights, index, configuration, tokenizer.
 
     Safetensors win over pickles, and an accessory folder over a Hugging Face one over an official or torrent one over
     a GGUF file. `read_index` gives the contents of an index; `elsewhere` are folders to suggest where this one holds
-    no checkpoint; with `any_name`, a single file of weights will do, whatever it is called. Raises CheckpointError for
-    none, for one with shards missing, and where several .gguf files leave it open which is meant.
+    no checkpoint. `wanted` says which tensors, by name, are: files without any of them are left out, as far as an index
+    tells, and a single file of weights will do, whatever it is called. Raises CheckpointError for none, for one with
+    shards missing, and where several .gguf files leave it open which is meant.
     """
-    weights = _weights(sorted(names), read_index, origin) or (only_weights(names) if any_name else [])
+    weights = _weights(sorted(names), read_index, origin, wanted) or ([] if wanted is None else _only(names))
     if not weights:
         hint = (
             f"; folders that hold one: {some(elsewhere)}" if elsewhere else f"; it has {some(sorted(names)) or 'none'}"
@@ -62,27 +64,27 @@ def choose(
     return weights + sorted(RESOURCES & set(names))
 
 
-def _weights(names: list[str], read_index: ReadIndex, origin: str) -> list[str]:
+def _weights(names: list[str], read_index: ReadIndex, origin: str, wanted: Wanted | None) -> list[str]:
     present = set(names)
     accessory = [r"consolidated\.(?P<rank>\d+)-of-(?P<count>\d+)\.model\." + ext for ext in ("safetensors", "pth")]
     rules: list[Callable[[], list[str]]] = [
         *(lambda rule=rule: _numbered(names, rule, origin) for rule in accessory),
-        lambda: _indexed(present, _INDEXES[0], read_index, origin),
+        lambda: _indexed(present, _INDEXES[0], read_index, origin, wanted),
         lambda: _one(present, "model.safetensors"),
         lambda: _numbered(names, r"model-(?P<rank>\d+)-of-(?P<count>\d+)\.safetensors", origin, first=1),
         lambda: _one(present, "consolidated.safetensors"),
-        lambda: _indexed(present, _INDEXES[1], read_index, origin),
+        lambda: _indexed(present, _INDEXES[1], read_index, origin, wanted),
         lambda: _numbered(names, r"consolidated\.(?P<rank>\d+)\.pth", origin),
         lambda: _numbered(names, r"consolidated\.(?P<rank>\d+)\.pt", origin),
         lambda: _numbered(names, r"consolidated\.00\.pth-split(?P<rank>\d+)", origin),
-        lambda: _indexed(present, _INDEXES[2], read_index, origin),
+        lambda: _indexed(present, _INDEXES[2], read_index, origin, wanted),
         lambda: _one(present, "pytorch_model.bin"),
         lambda: _only_gguf(names, origin),
     ]
     return next((found for rule in rules if (found := rule())), [])
 
 
-def only_weights(names: Sequence[str]) -> list[str]:
+def _only(names: Sequence[str]) -> list[str]:
     """The one file of weights under a name that no layout knows; where there are several forms, the safetensors."""
     for ends in ((".safetensors",), (".bin", ".pt", ".pth")):
         if len(found := [name for name in names if name.endswith(ends)]) == 1:
@@ -112,13 +114,13 @@ def _numbered(names: list[str], rule: str, origin: str, first: int = 0) -> list[
     return []
 
 
-def _indexed(present: set[str], index: str, read_index: ReadIndex, origin: str) -> list[str]:
+def _indexed(present: set[str], index: str, read_index: ReadIndex, origin: str, wanted: Wanted | None) -> list[str]:
     if index not in present:
         return []
     weight_map = read_index(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{origin}: {index} has no weight_map from tensors to files")
-    files = sorted(set(weight_map.values()))
+    files = sorted({file for tensor, file in weight_map.items() if wanted is None or wanted(tensor)})
     if missing := [name for name in files if not is_plain(name) or name not in present]:
         raise CheckpointError(f"{origin}: {index} names files that are not in its folder: {some(missing)}")
     return [*files, index]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accessory.checkpoint.choose import choose, is_plain, some
+from accessory.checkpoint.choose import Wanted, choose, is_plain, some
 from accessory.config import read_json
 from accessory.errors import CheckpointError, MissingExtraError
 
@@ -78,12 +78,12 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
-    any_name: bool = False,
+    wanted: Wanted | None = None,
 ) -> Path:
     """The local folder (or .gguf file) that `path` stands for, fetched first where it is an hf:// address.
 
-    A local path is returned as it is. any_name: weights may be called otherwise than a checkpoint's, as open_clip's
-    are. `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN
+    A local path is returned as it is. wanted: of which tensors, by name, a part of a model is made; see `choose`.
+    `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN
     and HF_HUB_OFFLINE are honoured; without a network, what is in the cache serves if it is whole.
 
     Raises CheckpointError where there is no such path, repository, revision or folder, or no checkpoint in it, and
@@ -98,11 +98,11 @@ def resolve(
     hub = _open(address, cache_dir, progress)
     names = hub.names()
     if names is None:
-        return hub.from_cache(any_name)
+        return hub.from_cache(wanted)
     if address.folder in names and address.folder.endswith(".gguf"):
         return hub.fetch([address.folder]) / PurePosixPath(address.folder).name
     elsewhere = _folders_with_checkpoints(names)
-    chosen = choose(_children(names, address), hub.read_index, address.url, elsewhere, any_name)
+    chosen = choose(_children(names, address), hub.read_index, address.url, elsewhere, wanted)
     folder = hub.fetch([address.path(name) for name in chosen])
     return _folder_or_gguf(folder, chosen)
 
@@ -206,7 +206,7 @@ class _Hub:
             ) from error
         return root / self.address.folder
 
-    def from_cache(self, any_name: bool = False) -> Path:
+    def from_cache(self, wanted: Wanted | None = None) -> Path:
         """The folder as earlier downloads left it, if it is whole."""
         missing = f"{self.address.url}: {_AWAY}"
         folder = self.cached_folder()
@@ -216,7 +216,7 @@ class _Hub:
             raise CheckpointError(f"{missing} the cache holds no folder {self.address.folder!r} of it")
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         try:
-            chosen = choose(names, lambda name: read_json(folder / name), self.address.url, any_name=any_name)
+            chosen = choose(names, lambda name: read_json(folder / name), self.address.url, wanted=wanted)
         except CheckpointError as error:
             raise CheckpointError(f"{missing} the cache holds only part of it ({error})") from error
         return _folder_or_gguf(folder, chosen)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from accessory.bars import bar
-from accessory.checkpoint.choose import only_weights
-from accessory.checkpoint.discover import find_weights
+from accessory.checkpoint.choose import RESOURCES, Wanted, choose
 from accessory.checkpoint.files import read_file
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import is_encoder_tensor
-from accessory.checkpoint.vision_names import canonical, canonical_of, destinations
-from accessory.config import ModelArgs
+from accessory.checkpoint.vision_names import canonical, canonical_of, destinations, parts_of
+from accessory.config import ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError
 from accessory.nn.vision import VisionTower
 from accessory.vision_config import CACHE_BYTES, EncoderArgs, VisionArgs
@@ -101,26 +100,26 @@ def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress:
 
 def _from_path(encoder: EncoderArgs, shapes: Mapping[str, tuple[int, ...]], progress: bool) -> dict[str, Lazy]:
     assert encoder.path is not None  # what `load_tower` has made sure of
+
+    def wanted(name: str) -> bool:
+        return bool(parts_of(encoder.kind, name))
+
     try:
-        return canonical_of(encoder, _read(resolve(encoder.path, progress=progress, any_name=True)), shapes)
+        place = resolve(encoder.path, progress=progress, wanted=wanted)
+        return canonical_of(encoder, _read(place, wanted), shapes)
     except AccessoryError as error:
         named = str(error) if str(error).startswith("vision: encoder") else f"vision: encoder {encoder.name}: {error}"
         raise CheckpointError(named if encoder.path in named else f"{named} (in {encoder.path})") from error
 
 
-def _read(place: Path) -> dict[str, Lazy]:
-    """The tensors of a file, or of a folder that holds one model, under whatever names."""
+def _read(place: Path, wanted: Wanted) -> dict[str, Lazy]:
+    """The tensors of a file, or of a folder that holds one model, whatever its files are called."""
     if not place.is_dir():
         return read_file(place)
-    try:
-        weights = find_weights(place)
-    except CheckpointError:
-        # timm, open_clip and DINOv2's hub call their files as they like.
-        others = only_weights([p.name for p in place.iterdir() if p.is_file()])
-        if not others:
-            raise
-        return read_file(place / others[0])
-    files = weights.read()
-    if weights.problems:
-        raise CheckpointError(f"{place}: " + "; ".join(weights.problems[:3]))
-    return {name: tensor for tensors in files.values() if tensors is not None for name, tensor in tensors.items()}
+    names = [path.name for path in place.iterdir() if path.is_file()]
+    chosen = choose(names, lambda name: read_json(place / name), str(place), wanted=wanted)
+    tensors: dict[str, Lazy] = {}
+    for name in chosen:
+        if name not in RESOURCES and not name.endswith(".json"):
+            tensors |= read_file(place / name)
+    return tensors

@@ -173,7 +173,7 @@ def test_an_encoder_whose_weights_are_nowhere_is_named():
 
 def test_what_is_wrong_at_a_path_names_the_encoder_and_the_path(tmp_path):
     args = VisionArgs(encoders=(replace(CLIP, path=str(tmp_path)),))
-    fails(args, {}, "encoder clip: ", str(tmp_path), "no checkpoint in this folder")
+    fails(args, {}, "encoder clip: ", str(tmp_path), "no checkpoint among the files of this folder; it has none")
     fails(VisionArgs(encoders=(replace(CLIP, path=str(tmp_path / "no")),)), {}, "encoder clip: ", "no such file")
     state = within(random_tower(tiny_clip()), "clip")
     save_file(state | {"encoder.layers.7.mlp.fc1.bias": torch.ones(64)}, tmp_path / "model.safetensors")
