@@ -341,7 +341,7 @@ class Page:
         visitor = str(request.session_hash)
         if (stop := self._stops.pop(visitor, None)) is not None:
             stop.set()
-        self._uploads.need(visitor)
+        self._uploads.leave(visitor)
 
     def _undo(self, history: list[Message]) -> dict[Any, Any]:
         rounds = _rounds(history)

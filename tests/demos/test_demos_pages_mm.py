@@ -16,7 +16,7 @@ from helpers import pictures
 from accessory.data.images import open_image
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
-from accessory.demos import multi_turn_mm, single_turn_mm
+from accessory.demos import multi_turn_mm, single_turn_mm, uploads
 from accessory.demos.page import Page
 from accessory.demos.serving import _free_port
 from accessory.errors import InputError
@@ -305,7 +305,8 @@ def test_what_is_no_image_is_one_line_that_names_it(kind, visit, pages, files):
     assert kept(pages[kind][0]) == []
 
 
-def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, files):
+def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, files, monkeypatch):
+    monkeypatch.setattr(uploads, "_UNDER_WAY", 5.0)
     page, url = pages["multi"]
     assert folder_of(page).stat().st_mode & 0o077 == 0
     multi.upload(files / "a cat.png")
@@ -324,7 +325,7 @@ def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, 
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 2 * web.WAIT
+    deadline = time.monotonic() + web.WAIT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
