@@ -160,6 +160,17 @@ class VisionArgs:
         queries = 0 if self.query is None else self.query.tokens
         return views * (queries + self.encoders[0].tokens + 2)
 
+    def projection_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """Of what makes words of width `dim` of images: linears with LayerNorms, start and end."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        channels = {"visual_proj": self.channels}
+        if self.query is not None:
+            channels["qformer_proj"] = self.query.channels
+        for name, C in channels.items():
+            shapes |= {f"{name}.0.weight": (dim, C), f"{name}.0.bias": (dim,)}
+            shapes |= {f"{name}.1.weight": (dim,), f"{name}.1.bias": (dim,)}
+        return shapes | {"start_img": (1, 1, dim), "end_img": (1, 1, dim)}
+
     def pixels(self, views: int) -> int:
         """Of an image, each way, as the encoders want it: with five views, twice what the most exacting one sees."""
         return max(e.size for e in self.all) * (1 if views == 1 else 2)

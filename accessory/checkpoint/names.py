@@ -61,15 +61,7 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 def image_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """What a network of these sizes that sees has beside `expected_shapes`: projections, start and end."""
-    vision = args.sees_with
-    shapes: dict[str, tuple[int, ...]] = {}
-    channels = {"visual_proj": vision.channels}
-    if vision.query is not None:
-        channels["qformer_proj"] = vision.query.channels
-    for name, C in channels.items():
-        shapes |= {f"{name}.0.weight": (args.dim, C), f"{name}.0.bias": (args.dim,)}
-        shapes |= {f"{name}.1.weight": (args.dim,), f"{name}.1.bias": (args.dim,)}
-    return shapes | {"start_img": (1, 1, args.dim), "end_img": (1, 1, args.dim)}
+    return args.sees_with.projection_shapes(args.dim)
 
 
 def is_encoder_tensor(name: str) -> bool:

@@ -213,18 +213,10 @@ def pieces(setup: Setup) -> Iterator[Piece]:
 
 
 def _projections(setup: Setup) -> Iterator[Piece]:
-    """What makes words of images: linears with LayerNorms, start and end."""
-    vision, D = setup.args.sees_with, setup.args.dim
-    channels = {"visual_proj": vision.channels}
-    if vision.query is not None:
-        channels["qformer_proj"] = vision.query.channels
-    for name, C in channels.items():
-        yield _piece(setup, f"{name}.0.weight", (D, C), 1, "projection", in_layer=False)
-        yield _piece(setup, f"{name}.0.bias", (D,), 1, "projection", in_layer=False)
-        for part in ("weight", "bias"):
-            yield _piece(setup, f"{name}.1.{part}", (D,), 1, "fp32", in_layer=False)
-    for name in ("start_img", "end_img"):
-        yield _piece(setup, name, (D,), 1, "projection", in_layer=False)
+    """What makes words of images."""
+    for name, shape in setup.args.sees_with.projection_shapes(setup.args.dim).items():
+        role: Role = "fp32" if "_proj.1." in name else "projection"  # LayerNorms
+        yield _piece(setup, name, shape[-2:], 1, role, in_layer=False)
 
 
 def _piece(

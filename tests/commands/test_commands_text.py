@@ -10,6 +10,7 @@ import torch
 from helpers.command_line import convert_to_base, program, standard_input, write_hf
 
 from accessory.cli import main
+from accessory.data.conversation import Conversation, get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 
@@ -73,6 +74,20 @@ def test_lines_and_json(generate, model, monkeypatch):
         {"prompt": PROMPT, "text": texts[0]},
         {"prompt": "Zwei Wörter", "text": texts[1]},
     ]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "default", "mistral", "chatml"])
+def test_prompts_are_messages_in_a_template(generate, model, name):
+    template = get_template(name)
+    asked = [
+        Conversation(template, "Be brief.").add("user", text).prompt_ids(model.tokenizer) for text in ("One", "Two")
+    ]
+    stops = [*template.stop_strings, "xx"]
+    texts = map(template.reply, model.generate(asked, max_gen_len=12, additional_stop_symbols=stops))
+    words = ["--template", name, "--system", "Be brief.", "--max-gen-len", "12", "--stop", "xx"]
+    told = [json.loads(line) for line in generate("--prompt", "One", "--prompt", "Two", *words, "--json").splitlines()]
+    assert told == [{"prompt": p, "text": t} for p, t in zip(("One", "Two"), texts, strict=True)]
+    assert generate("--prompt", "Two", *words, "--stream") == told[1]["text"] + "\n"
 
 
 def test_stream_prints_the_same_text(generate, model):
