@@ -306,7 +306,7 @@ def test_what_is_no_image_is_one_line_that_names_it(kind, visit, pages, files):
 
 
 def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, files, monkeypatch):
-    monkeypatch.setattr(uploads, "_UNDER_WAY", 5.0)
+    monkeypatch.setattr(uploads, "_UNDER_WAY", 2.0)
     page, url = pages["multi"]
     assert folder_of(page).stat().st_mode & 0o077 == 0
     multi.upload(files / "a cat.png")

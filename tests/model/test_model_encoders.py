@@ -41,8 +41,15 @@ def test_a_missing_key_is_named():
         encoder_numbers(EncoderArgs(name="clip", kind="clip", size=28, config={"patch_size": 14}))
 
 
-@pytest.mark.parametrize("vision", [SPHINX, SMALL, tiny_sphinx()], ids=["sphinx", "small", "tiny"])
-@pytest.mark.parametrize(("images", "views"), [(1, 1), (4, 1), (1, 5), (4, 5), (20, 1)])
+@pytest.mark.parametrize(
+    ("vision", "images", "views"),
+    [
+        *[(vision, *much) for vision in (SMALL, tiny_sphinx()) for much in ((1, 1), (4, 1), (1, 5), (4, 5), (20, 1))],
+        (SPHINX, 1, 1),
+        pytest.param(SPHINX, 4, 5, marks=pytest.mark.slow),
+        pytest.param(SPHINX, 20, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_looking_takes_what_live_tensors_take(vision, images, views):
     with torch.device("meta"):
         tower = VisionTower(vision, views).to(torch.bfloat16)
