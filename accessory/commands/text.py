@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from accessory.config import SHORT_DTYPES
 from accessory.data.conversation import Conversation, get_template
-from accessory.data.encoding import without_tag
+from accessory.data.encoding import refuse_tags, without_tag
 from accessory.data.images import open_image
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
@@ -50,11 +50,12 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
     tidy: Callable[[str], str] = str
     if options.template is not None:
         template = get_template(options.template, model.tokenizer)
-        said = [
-            prompt if image is None else without_tag(prompt)
-            for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True)
-        ]
-        talks = [Conversation(template, options.system).add("user", text) for text in said]
+        if _visual(options):
+            refuse_tags(prompts, images or [None] * len(prompts))
+            prompts_said = [without_tag(prompt) for prompt in prompts]
+        else:  # to a model of text, it is text
+            prompts_said = prompts
+        talks = [Conversation(template, options.system).add("user", text) for text in prompts_said]
         asked = [talk.prompt_ids(model.tokenizer) for talk in talks]
         stops, tidy = [*template.stop_strings, *stops], template.reply
     how = {

@@ -85,6 +85,13 @@ def image_path(image: Any, source: Source) -> str:
     return os.path.join(source.root, image)
 
 
+def refuse_tags(prompts: Sequence[Any], images: Sequence[Any], of: str = "prompt") -> None:
+    """InputError for a prompt that speaks of an image where `images` has none (None) for it."""
+    for n, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
+            raise InputError(f"{of}s[{n}]: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
+
+
 def without_tag(text: str) -> str:
     """A message that does not say where its image is: that is behind BOS, as in the original."""
     return text.replace(IMAGE_TAG, "").strip() if IMAGE_TAG in text else text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accessory.data.encoding import IMAGE_TAG
+from accessory.data.encoding import IMAGE_TAG, refuse_tags
 from accessory.data.images import open_image
 from accessory.data.transform import get_transform
 from accessory.errors import InputError
@@ -59,9 +59,7 @@ class Eyes:
 
     def without_tags(self, prompts: Sequence[Any], pixels: Sequence[Tensor | None], of: str = "prompt") -> list[Any]:
         """Prompts that do not say where their image is: that is behind BOS. InputError for one that has none."""
-        for n, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
-            if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
-                raise InputError(f"{of}s[{n}]: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
+        refuse_tags(prompts, pixels, of)
         return [_TAG.sub("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def features(self, pixels: Sequence[Tensor | None]) -> Features | None:

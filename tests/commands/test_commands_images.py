@@ -200,6 +200,14 @@ def test_an_image_stays_for_its_dialogue(chat):
     assert "Sure?" not in asked[2][0]
 
 
+def test_a_message_that_speaks_of_no_image(seeing, here, capsys):
+    words = ["--prompt", "One", "--prompt", "<image> Two", "--image", "dog.png", "--image", "none"]
+    assert main(["generate", str(seeing), *HOW, *words, "--template", "chatml"]) == 1
+    error = capsys.readouterr().err
+    assert ONE_ERROR.fullmatch(error)
+    assert "prompts[1]: speaks of an <image>, but images has none for it" in error
+
+
 def test_a_question_may_say_where_its_image_is(chat):
     _, asked = chat("<image> What is it?", "/image dog.png", "<image>\tWhat is it?", "What is it?")
     assert ["<image>" in text for text, _ in asked] == [True, False, False]
