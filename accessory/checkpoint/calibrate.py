@@ -115,15 +115,14 @@ class Calibration:
         embedding = self.tensors["tok_embeddings.weight"].load()
         x_BTD = embedding[self.tokens_BT].float().to(self.device)
         self.counts.clear()
-        steps = bar(args.n_layers, "calibrating", progress, unit=" layers")
-        for i in range(args.n_layers):
-            self._attend(i, x_BTD, rotation_1T1c)
-            self._feed_forward(i, x_BTD.view(B * T, -1))
-            if not bool(torch.isfinite(x_BTD).all()):
-                raise CheckpointError(f"layers.{i}: what comes out of it is not finite; accessory verify says more")
-            yield from self._taken()
-            steps.update()
-        steps.close()
+        with bar(args.n_layers, "calibrating", progress, unit=" layers") as steps:
+            for i in range(args.n_layers):
+                self._attend(i, x_BTD, rotation_1T1c)
+                self._feed_forward(i, x_BTD.view(B * T, -1))
+                if not bool(torch.isfinite(x_BTD).all()):
+                    raise CheckpointError(f"layers.{i}: what comes out of it is not finite; accessory verify says more")
+                yield from self._taken()
+                steps.update()
         if self._calibrates("output.weight"):
             inputs = _Inputs(args.dim, self.device)
             for x_nD in x_BTD.view(B * T, -1).split(_AT_ONCE):
