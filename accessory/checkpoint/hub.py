@@ -83,8 +83,8 @@ def resolve(
     """The local folder (or .gguf file) that `path` stands for, fetched first where it is an hf:// address.
 
     A local path is returned as it is. wanted: of which tensors, by name, a part of a model is made; see `choose`.
-    `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN
-    and HF_HUB_OFFLINE are honoured; without a network, what is in the cache serves if it is whole.
+    `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
+    without a network, what is in the cache serves if it is whole.
 
     Raises CheckpointError where there is no such path, repository, revision or folder, or no checkpoint in it, and
     MissingExtraError without huggingface_hub.

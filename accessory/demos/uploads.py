@@ -55,6 +55,7 @@ class Uploads:
             needed = {Path(path).parts[-2:] for paths in self._needed.values() for path in paths}
             for path in Path(self._folder.name).glob("*/*"):
                 with contextlib.suppress(OSError):
+                    # A younger one may be another visitor's, who is about to tell of it.
                     if path.parts[-2:] not in needed and time.time() - path.stat().st_mtime >= _UNDER_WAY / 2:
                         path.unlink()
                         path.parent.rmdir()
