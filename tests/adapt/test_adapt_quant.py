@@ -4,27 +4,19 @@ import pytest
 import torch
 from helpers.distributed import run_ranks
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.sizes import CUTTABLE
 
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.load import load_decoder
-from accessory.config import LlamaType, ModelArgs, MoEArgs
+from accessory.config import LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.linear import PackedWeight
 from accessory.ops.quantized import FORMATS, dequantize, quantize
 
 # Sizes whose groups survive four cuts.
-ARGS = ModelArgs(
-    dim=512,
-    hidden_dim=512,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=64,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = CUTTABLE
 TOKENS_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 

@@ -3,25 +3,16 @@
 import pytest
 import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.sizes import TINY
 
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.calibrate import FEW_TOKENS, Calibration, Reached
 from accessory.checkpoint.lazy import Constant
-from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.ops.gptq import gptq
 from accessory.ops.quantized import dequantize, quantize
 
-ARGS = ModelArgs(
-    dim=128,
-    hidden_dim=256,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=96,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = TINY.replace(dim=128, hidden_dim=256, head_dim=32, vocab_size=96)
 INT4 = Quant("int4", "int4", "int4")
 
 

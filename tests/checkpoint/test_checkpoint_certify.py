@@ -10,9 +10,6 @@ from helpers.merging import (
     logits,
     quiet_merge,
     refused,
-    write_adapter,
-    write_base,
-    write_exact_base,
 )
 from helpers.random_models import canonical_from_hf, hf_mixtral
 
@@ -25,21 +22,6 @@ from accessory.checkpoint.load import chained_args
 from accessory.checkpoint.merge import Change, merge_tensors
 from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError
-
-
-@pytest.fixture
-def base(tmp_path):
-    return write_base(tmp_path)
-
-
-@pytest.fixture
-def exact_base(tmp_path):
-    return write_exact_base(tmp_path)
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    return write_adapter(tmp_path)
 
 
 def forget_scale(change):

@@ -18,9 +18,6 @@ from helpers.merging import (
     quiet_merge,
     refused,
     values,
-    write_adapter,
-    write_base,
-    write_exact_base,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,22 +26,6 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.merge import merge_tensors
 from accessory.errors import CheckpointError
-
-
-@pytest.fixture
-def base(tmp_path):
-    return write_base(tmp_path)
-
-
-@pytest.fixture
-def exact_base(tmp_path):
-    return write_exact_base(tmp_path)
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    return write_adapter(tmp_path)
-
 
 # --------------------------------------------------------------------------- numbers
 

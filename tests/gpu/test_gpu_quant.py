@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.sizes import SPEAKING
 from helpers.training import make_decoder
 
 from accessory.adapt.quant import Quant
-from accessory.config import ModelArgs, MoEArgs
+from accessory.config import MoEArgs
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.ops.fp8 import fp8_grouped_linear, fp8_linear, has_fp8, to_fp8_rows
@@ -19,16 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-ARGS = ModelArgs(
-    dim=256,
-    hidden_dim=384,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=2,
-    vocab_size=512,
-    max_seq_len=512,
-    moe=MoEArgs(num_experts=8),
-)
+ARGS = SPEAKING.replace(dim=256, hidden_dim=384, n_kv_heads=2, head_dim=32, vocab_size=512, moe=MoEArgs())
 
 
 @pytest.fixture(scope="module")

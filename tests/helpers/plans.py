@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from accessory.config import PRESETS, Implementation, ModelArgs, MoEArgs
+from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.model.memory import Formats, Inference, Setup, Training
+from helpers import sizes
 
 BIG, TINY = PRESETS["8x7b"], PRESETS["tiny"]
 BOTH: tuple[Implementation, ...] = ("base", "sparse")
-# Sizes whose groups survive four cuts.
-CUTTABLE = ModelArgs(
-    dim=512, hidden_dim=1024, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=320, moe=MoEArgs(num_experts=4)
-)
+CUTTABLE = sizes.CUTTABLE.replace(hidden_dim=1024, n_layers=3, vocab_size=320)
 
 
 def running(

@@ -7,23 +7,13 @@ from pathlib import Path
 
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.quantize import quantize_checkpoint
-from accessory.config import ModelArgs, MoEArgs
 from helpers import checkpoints as make
 from helpers.checkpoints import Tensors
 from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.sizes import CUTTABLE
 from helpers.small_tokenizers import byte_level_folder
 
-# Sizes whose groups survive four cuts.
-ARGS = ModelArgs(
-    dim=512,
-    hidden_dim=512,
-    n_layers=1,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=352,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = CUTTABLE.replace(n_layers=1, vocab_size=352)
 CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}  # format → of attention
 QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
 EXPERT = "layers.0.feed_forward.experts.3.w1.weight"

@@ -15,24 +15,15 @@ import psutil
 import pytest
 import torch
 from helpers.random_models import write_speaking
+from helpers.sizes import SPEAKING
 
 from accessory.checkpoint.convert import convert
-from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError, InputError, RankError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.rank_link import Rank
 
-ARGS = ModelArgs(
-    dim=64,
-    hidden_dim=96,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=32000,
-    max_seq_len=8192,
-    moe=MoEArgs(num_experts=4),
-)
+ARGS = SPEAKING.replace(dim=64, hidden_dim=96, head_dim=8, max_seq_len=8192)
 PROMPT = "The best programming language in the world is"
 HOW = {"max_seq_len": 8192, "dtype": torch.float32, "device": "cpu"}
 LONG = {"max_gen_len": 8000, "temperature": 1.0, "seed": 1}

@@ -1,0 +1,24 @@
+"""What tests of merging and its certificate begin with; imported when asked for, since transformers makes it."""
+
+import pytest
+
+
+@pytest.fixture
+def base(tmp_path):
+    from helpers.merging import write_base
+
+    return write_base(tmp_path)
+
+
+@pytest.fixture
+def exact_base(tmp_path):
+    from helpers.merging import write_exact_base
+
+    return write_exact_base(tmp_path)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    from helpers.merging import write_adapter
+
+    return write_adapter(tmp_path)
