@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from accessory.config import ModelArgs, MoEArgs
 
-# Two layers whose widths differ, so that one taken for another shows. Whoever changes dim or n_heads gives head_dim too:
-# `replace` does not work it out again.
+# Two layers whose widths differ, so that one taken for another shows. Whoever changes dim or n_heads gives head_dim
+# too: `replace` does not work it out again.
 TINY = ModelArgs(
     dim=32,
     hidden_dim=48,
