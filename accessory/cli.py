@@ -48,7 +48,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from accessory.checkpoint.convert import convert
+    from accessory.convert.convert import convert
 
     convert(
         _resolved(options.src),
@@ -70,7 +70,7 @@ def _wrote(options: argparse.Namespace) -> None:
 
 
 def _upcycle(options: argparse.Namespace) -> int:
-    from accessory.checkpoint.upcycle import upcycle
+    from accessory.convert.upcycle import upcycle
 
     upcycle(
         options.src,
@@ -91,7 +91,7 @@ def _upcycle(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from accessory.checkpoint.verify import verify
+    from accessory.convert.verify import verify
 
     report = verify(_resolved(options.a), None if options.b is None else _resolved(options.b))
     print("\n".join(report.lines()))
@@ -99,7 +99,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from accessory.checkpoint.info import info
+    from accessory.convert.info import info
 
     print("\n".join(info(_resolved(options.path)).lines()))
     return 0

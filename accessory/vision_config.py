@@ -155,7 +155,7 @@ class VisionArgs:
     def channels(self) -> int:
         return sum(e.channels for e in self.encoders)
 
-    def words(self, views: int) -> int:
+    def image_tokens(self, views: int) -> int:
         """Positions that an image takes: of each view a start, the queries, the tokens, and an end."""
         queries = 0 if self.query is None else self.query.tokens
         return views * (queries + self.encoders[0].tokens + 2)

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.convert import convert
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import expected_shapes
-from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.save import write_checkpoint
-from accessory.checkpoint.verify import verify
 from accessory.config import MIXTRAL_8X7B, ModelArgs
+from accessory.convert.convert import convert
+from accessory.convert.quantize import quantize_checkpoint
+from accessory.convert.verify import verify
 
 
 def synthetic(args: ModelArgs) -> dict[str, Lazy]:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--no-start", action="store_true", help="leave the start-up times out")
     options = parser.parse_args()
     if not (options.folder / "hf").exists():
-        from accessory.checkpoint.convert import convert
+        from accessory.convert.convert import convert
 
         convert(options.folder / "base", options.folder / "hf", to="hf", progress=False)
 

@@ -28,8 +28,8 @@ from accessory.data.dataset import Example
 from accessory.engine.generate import Generation
 from accessory.nn.decoder import Decoder
 from accessory.nn.vision import Features, VisionTower
-from accessory.parallel.fsdp import Grid
-from accessory.train.trainer import Trainer, Weights
+from accessory.parallel.fsdp import DeviceMesh
+from accessory.train.trainer import LossWeights, Trainer
 from accessory.vision_config import SPHINX, with_image
 
 
@@ -93,7 +93,7 @@ def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) 
     decoder = load_decoder([checkpoint], args, "sparse", device="cuda", dtype=torch.bfloat16, quant=quant, sees=True)
     row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
     ids = torch.randint(3, args.vocab_size, (options.prompt,)).tolist()
-    placed = with_image([1, *ids], SPHINX.words(tower.views), 1)
+    placed = with_image([1, *ids], SPHINX.image_tokens(tower.views), 1)
     images = pixels(tower, 8).cpu()
     first(decoder, [1, *ids], None)
     first(decoder, placed, tower.encode(images[:1]))
@@ -129,8 +129,8 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
     )
     for layer in decoder.layers:
         layer.recompute = True  # type: ignore[assignment]
-    trainer = Trainer(decoder, Grid(), Weights(0.0), clip=2.0, tower=tower)
-    words, n = SPHINX.words(1), options.step_images
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.0), clip=2.0, tower=tower)
+    words, n = SPHINX.image_tokens(1), options.step_images
 
     def batch() -> object:
         ids = [with_image([1, *torch.randint(3, args.vocab_size, (128,)).tolist()], words, 1) for _ in range(n)]

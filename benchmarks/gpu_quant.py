@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from gpu_train import forward_flops, matmul_rate, random_batch
 
-from accessory.adapt.peft import besides_for, trainable_rule
+from accessory.adapt.peft import adapter_specs_for, trainable_rule
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
@@ -36,8 +36,8 @@ from accessory.engine.graphs import DecodeGraphs
 from accessory.nn.decoder import Decoder
 from accessory.ops.grouped import sort_by_expert
 from accessory.ops.quantized import Format, Packed, quantize, unpacked
-from accessory.parallel.fsdp import Grid
-from accessory.train.trainer import Trainer, Weights
+from accessory.parallel.fsdp import DeviceMesh
+from accessory.train.trainer import LossWeights, Trainer
 
 
 class Noise(Lazy):
@@ -165,13 +165,13 @@ def qlora(args: ModelArgs, format: str, options: argparse.Namespace, rate: float
         device=options.device,
         dtype=torch.bfloat16,
         quant=Quant.parse(format),
-        beside=besides_for(args),
+        adapters=adapter_specs_for(args),
         trainable=trainable_rule(args, peft=True),
     )
     for layer in decoder.layers:
         layer.recompute = True  # type: ignore[assignment]
     row(f"QLoRA, {format}", "peak while loading, GB", f"{torch.cuda.max_memory_allocated() / 1e9:.2f}")
-    trainer = Trainer(decoder, Grid(), Weights(args.load_balancing_weight), clip=2.0)
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
     batch = random_batch(args, options)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: trainer.step([batch], 1e-5), rounds=4, warm=2)
@@ -212,16 +212,16 @@ def products(args: ModelArgs, formats: Sequence[Format], pairs: Sequence[int]) -
                 y_NO = torch.randn(N, p.shape[1], dtype=torch.bfloat16, device="cuda")
                 ways = (
                     partial(tiles.product, x_NI, p, count_E),
-                    partial(dequantised_before, x_NI, p, end_E, transposed=True),
+                    partial(dequantized_before, x_NI, p, end_E, transposed=True),
                     partial(tiles.gradient, y_NO, p, count_E),
-                    partial(dequantised_before, y_NO, p, end_E, transposed=False),
+                    partial(dequantized_before, y_NO, p, end_E, transposed=False),
                 )
                 for n, way in enumerate(ways):
                     times[n] += often * do_bench(way, return_mode="median")
             print(f"| {N} | {format} | " + " | ".join(f"{t:.2f}" for t in times) + " |", flush=True)
 
 
-def dequantised_before(a_NR: torch.Tensor, p: Packed, end_E: torch.Tensor, transposed: bool) -> torch.Tensor:
+def dequantized_before(a_NR: torch.Tensor, p: Packed, end_E: torch.Tensor, transposed: bool) -> torch.Tensor:
     weight = unpacked(p, a_NR.dtype)
     return F.grouped_mm(a_NR, weight.transpose(1, 2) if transposed else weight, offs=end_E)
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from accessory.adapt.peft import add_beside, besides_for, trainable_rule
+from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
 from accessory.nn.decoder import Decoder, init_weights
-from accessory.parallel.fsdp import Grid
-from accessory.train.trainer import Trainer, Weights
+from accessory.parallel.fsdp import DeviceMesh
+from accessory.train.trainer import LossWeights, Trainer
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def ours(
         with torch.device("meta"):
             decoder = Decoder(args, implementation)
             if part == "lora":
-                add_beside(decoder, besides_for(lora), lora.lora_scale)
+                add_adapters(decoder, adapter_specs_for(lora), lora.lora_scale)
         decoder.cast(torch.bfloat16).compute_in(torch.bfloat16)
         rule = trainable_rule(lora, part == "lora")
         for name, p in decoder.named_parameters():
@@ -109,16 +109,16 @@ def ours(
         init_weights(decoder)
         for layer in decoder.layers:
             layer.recompute = recompute
-        trainer = Trainer(decoder, Grid(), Weights(args.load_balancing_weight), clip=2.0)
+        trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
         batch = random_batch(args, options)
         if part != "passes":
             return lambda: trainer.step([batch], 1e-5)
 
-        def passes() -> None:
+        def forward_backward() -> None:
             trainer.optimizer.zero_grad()
-            trainer.passes([batch])
+            trainer.forward_backward([batch])
 
-        return passes
+        return forward_backward
 
     return make
 
@@ -166,7 +166,7 @@ def theirs(part: str, args: ModelArgs, options: argparse.Namespace) -> list[tupl
     def backward(model: Any) -> None:
         model(tokens_BT, labels=tokens_BT, use_cache=False, output_router_logits=True).loss.backward()
 
-    def passes(recompute: bool) -> Callable[[], None]:
+    def forward_backward(recompute: bool) -> Callable[[], None]:
         model = recomputing(build(torch.bfloat16), recompute)
 
         def step() -> None:
@@ -217,7 +217,7 @@ def theirs(part: str, args: ModelArgs, options: argparse.Namespace) -> list[tupl
         return make
 
     return {
-        "passes": [("transformers, grouped_mm", passes)],
+        "passes": [("transformers, grouped_mm", forward_backward)],
         "full": [("transformers, grouped_mm, autocast", full)],
         "lora": [
             ("transformers + peft, attention and experts", lora(True)),

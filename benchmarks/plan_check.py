@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.adapt.peft import add_beside, besides_for, trainable_rule
+from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
 from accessory.adapt.quant import Quant, quantize_skeleton
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
-from accessory.model.memory import Formats, Inference, Setup, Training
-from accessory.model.peaks import CONTEXT, FRAGMENTATION, QUANTISING, WORKSPACE, estimate
 from accessory.nn.decoder import Decoder
-from accessory.parallel.fsdp import Grid
-from accessory.train.trainer import Trainer, Weights
+from accessory.parallel.fsdp import DeviceMesh
+from accessory.planner.memory import Formats, Inference, Setup, Training
+from accessory.planner.peaks import CONTEXT, FRAGMENTATION, QUANTIZING, WORKSPACE, estimate
+from accessory.train.trainer import LossWeights, Trainer
 
 GENERATED = 48
 
@@ -69,7 +69,7 @@ def main() -> None:
         within = sum(abs(r - 1) <= 0.1 for r in ratios)
         print(f"\n{within} of {len(ratios)} within 10 %; smallest {min(ratios):.3f}, largest {max(ratios):.3f}")
     print(f"{left} cases left out for want of time; {time.perf_counter() - began:.0f} s in all")
-    print(f"constants: context {CONTEXT / 1e9}, workspace {WORKSPACE / 1e9}, quantising {QUANTISING} bytes a number, "
+    print(f"constants: context {CONTEXT / 1e9}, workspace {WORKSPACE / 1e9}, quantising {QUANTIZING} bytes a number, "
           f"holes {FRAGMENTATION}")  # fmt: skip
     if options.device == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -163,7 +163,7 @@ def training(
         decoder = made(args, implementation, options.device, format, peft=kind == "lora", train=True)
         for layer in decoder.layers:
             layer.recompute = recompute  # type: ignore[assignment]
-        trainer = Trainer(decoder, Grid(), Weights(args.load_balancing_weight), clip=2.0)
+        trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
         batches = [random_batch(args, rows, tokens // rows, packing) for _ in range(accumulate)]
         for _ in range(2):  # the second one begins with the optimiser's moments
             trainer.step(batches, 1e-5)
@@ -233,7 +233,7 @@ def made(
     with torch.device("meta"):
         decoder = Decoder(args, implementation)
         if peft:
-            add_beside(decoder, besides_for(args), args.lora_scale)
+            add_adapters(decoder, adapter_specs_for(args), args.lora_scale)
     decoder.cast(torch.bfloat16).compute_in(torch.bfloat16).requires_grad_(False)
     rule = trainable_rule(args, peft)
     for name, p in decoder.named_parameters():

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.calibrate import Calibration
-from accessory.checkpoint.dense import Dense
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.load import load_decoder
 from accessory.config import LlamaType, ModelArgs, MoEArgs
+from accessory.convert.calibrate import Calibration
+from accessory.convert.dense import Dense
 from accessory.nn.decoder import Decoder
 from accessory.ops.quantized import dequantize, quantize
 from accessory.ops.quantized_search import search_int4
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def language_model(options: argparse.Namespace) -> None:
-    from accessory.checkpoint.upcycle import mixture_of, open_dense, smollm2_gguf
+    from accessory.convert.upcycle import mixture_of, open_dense, smollm2_gguf
 
     started = time.perf_counter()
     dense = open_dense(smollm2_gguf(), torch.float32)

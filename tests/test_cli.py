@@ -170,7 +170,7 @@ def test_debug_lets_the_traceback_through(tmp_path):
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folder):
-    monkeypatch.setattr("accessory.checkpoint.info.info", lambda path: 1 / 0)
+    monkeypatch.setattr("accessory.convert.info.info", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(folder)])
 

@@ -14,8 +14,8 @@ import torch
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.checkpoint.convert import convert
 from accessory.config import MoEArgs
+from accessory.convert.convert import convert
 from accessory.model.meta import MetaModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

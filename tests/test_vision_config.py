@@ -14,7 +14,7 @@ def test_sphinx_by_hand():
     assert [e.channels for e in SPHINX.all] == [1024, 3072, 1536, 768]
     assert [e.tokens for e in SPHINX.all] == [257, 257, 257, 32]
     assert SPHINX.channels == 5632
-    assert (SPHINX.words(1), SPHINX.words(5)) == (1 + 32 + 257 + 1, 5 * 291)
+    assert (SPHINX.image_tokens(1), SPHINX.image_tokens(5)) == (1 + 32 + 257 + 1, 5 * 291)
     assert (SPHINX.pixels(1), SPHINX.pixels(5)) == (512, 1024)
     clip, _, dinov2, _ = SPHINX.all
     assert clip.normalisation == (

@@ -2,7 +2,7 @@
 
 LoRA and biases stand beside a linear's weight and are added to its product, the same in both implementations; those of
 experts stand in stacks, as their weights do, and are grouped products too. What stands beside which linear is a mapping
-from its canonical name ("layers.0.attention.wq", "layers.0.feed_forward.experts.3.w1") to a `Beside`.
+from its canonical name ("layers.0.attention.wq", "layers.0.feed_forward.experts.3.w1") to an `AdapterSpec`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _TRAINED = {
 
 
 @dataclass(frozen=True)
-class Beside:
+class AdapterSpec:
     """What stands beside one linear."""
 
     rank: int = 0  # of LoRA; 0: none
     bias: bool = False
 
-    def __or__(self, other: Beside) -> Beside:
-        return Beside(max(self.rank, other.rank), self.bias or other.bias)
+    def __or__(self, other: AdapterSpec) -> AdapterSpec:
+        return AdapterSpec(max(self.rank, other.rank), self.bias or other.bias)
 
 
-def besides_for(args: ModelArgs) -> dict[str, Beside]:
+def adapter_specs_for(args: ModelArgs) -> dict[str, AdapterSpec]:
     """What a configuration asks for: LoRA of `lora_rank` at `lora_targets`, biases at every linear of the layers."""
-    wanted: dict[str, Beside] = {}
+    wanted: dict[str, AdapterSpec] = {}
     for kind in (*LORA_TARGETS, "gate", "output"):
         rank = args.lora_rank if args.lora_rank > 0 and kind in args.lora_targets else 0
-        beside = Beside(rank, args.bias_tuning and kind in LORA_TARGETS)
-        if beside != Beside():
-            wanted |= dict.fromkeys(_linears(kind, args), beside)
+        spec = AdapterSpec(rank, args.bias_tuning and kind in LORA_TARGETS)
+        if spec != AdapterSpec():
+            wanted |= dict.fromkeys(_linears(kind, args), spec)
     return wanted
 
 
@@ -66,45 +66,45 @@ def _linears(kind: str, args: ModelArgs) -> list[str]:
     return [f"layers.{i}.attention.{kind}" for i in range(args.n_layers)]
 
 
-def besides_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Beside]:
+def adapter_specs_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, AdapterSpec]:
     """What canonical tensors of these names and shapes call for."""
-    found: dict[str, Beside] = {}
+    found: dict[str, AdapterSpec] = {}
     for name, shape in shapes.items():
         match = _BESIDE.fullmatch(name)
         if match is None or PROJECTION.fullmatch(name):
             continue
-        before = found.get(match[1], Beside())
+        before = found.get(match[1], AdapterSpec())
         rank = {"lora_a.weight": 0, "lora_b.weight": -1}.get(match[2])
-        found[match[1]] = before | Beside(0 if rank is None else shape[rank], match[2] == "bias")
+        found[match[1]] = before | AdapterSpec(0 if rank is None else shape[rank], match[2] == "bias")
     return found
 
 
-def add_beside(decoder: Decoder, besides: Mapping[str, Beside], scale: float = 1.0) -> None:
-    """Give a network's linears the (empty) parameters that `besides` names; LoRA's product is multiplied by `scale`.
+def add_adapters(decoder: Decoder, specs: Mapping[str, AdapterSpec], scale: float = 1.0) -> None:
+    """Give a network's linears the (empty) parameters that `specs` names; LoRA's product is multiplied by `scale`.
 
     The experts of a layer share stacks, so each gets what one of them has. ConfigError for a linear that is not there.
     """
-    stacks: dict[tuple[str, str], Beside] = {}
-    for name, beside in besides.items():
+    stacks: dict[tuple[str, str], AdapterSpec] = {}
+    for name, spec in specs.items():
         match = _EXPERT.fullmatch(name)
         if match:
-            stacks[match[1], match[2]] = stacks.get((match[1], match[2]), Beside()) | beside
+            stacks[match[1], match[2]] = stacks.get((match[1], match[2]), AdapterSpec()) | spec
             continue
         module = _submodule(decoder, name)
         if not isinstance(module, Linear):
             raise ConfigError(f"{name}: there is no linear of this name that anything could stand beside")
-        if beside.bias:
+        if spec.bias:
             module.add_bias()
-        if beside.rank:
-            module.add_lora(beside.rank, scale)
-    for (stack, kind), beside in stacks.items():
+        if spec.rank:
+            module.add_lora(spec.rank, scale)
+    for (stack, kind), spec in stacks.items():
         experts = _submodule(decoder, stack)
         if not isinstance(experts, StackedExperts):
             raise ConfigError(f"{stack}: there are no experts of this name")
-        if beside.bias:
+        if spec.bias:
             experts.add_bias(kind)
-        if beside.rank:
-            experts.add_lora(kind, beside.rank, scale)
+        if spec.rank:
+            experts.add_lora(kind, spec.rank, scale)
 
 
 def _submodule(decoder: Decoder, name: str) -> object:

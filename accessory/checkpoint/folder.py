@@ -17,7 +17,7 @@ from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
 from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, layer_numbers, shape_problem
-from accessory.checkpoint.packed import declared_quant, read_quantised, spell
+from accessory.checkpoint.packed import declared_quant, read_quantized, spell
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
@@ -64,7 +64,7 @@ class Checkpoint:
             count[tensor.dtype] += tensor.nbytes
         return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
 
-    def warn_of_dequantising(self) -> None:
+    def warn_of_dequantizing(self) -> None:
         """Say, where a dense layout is written out of a quantised folder, what its numbers are."""
         if self.quant is not None:
             kind = str(self.tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
@@ -192,7 +192,7 @@ def _put_together(survey: Survey, tensors: dict[str, Lazy], problems: list[str])
     survey.quant = declared_quant(survey.path)
     if survey.quant is not None:
         survey.layout = "quantized"
-        return read_quantised(tensors, survey.quant, problems)
+        return read_quantized(tensors, survey.quant, problems)
     if survey.layout == "quantized":
         raise ConfigError('config.json: has no "quantization", so nothing says in what formats these weights lie')
     return tensors

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accessory.bars import bar
 from accessory.checkpoint.lazy import Lazy
+from accessory.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def each_tensor(
     out: dict[str, T] = {}
     own_threads = torch.get_num_threads()
     workers = min(4, max(2, os.cpu_count() or 2))
-    shown = bar(total, title, progress)
+    shown = progress_bar(total, title, progress)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="checkpoint")
     try:
         torch.set_num_threads(1)  # each worker is one thread; torch's own pools would only fight for the cores

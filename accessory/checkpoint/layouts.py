@@ -13,9 +13,9 @@ import torch
 
 from accessory.checkpoint.lazy import Lazy, concat
 from accessory.checkpoint.names import IGNORED, companion_of, from_hf
-from accessory.checkpoint.packed import is_quantised_piece
+from accessory.checkpoint.packed import is_quantized_piece
 from accessory.config import Implementation
-from accessory.parallel.plan import cut_dim, expert_of, is_replicated
+from accessory.parallel.sharding import cut_dim, expert_of, is_replicated
 
 Layout = Literal["torrent", "official", "hf", "base", "sparse", "quantized"]
 
@@ -36,7 +36,7 @@ def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
         return "hf"
     if any(".block_sparse_moe." in n for n in names):
         return "torrent"
-    if any(map(is_quantised_piece, names)):
+    if any(map(is_quantized_piece, names)):
         return "quantized"
     return "official" if any(n.startswith(("layers.", "tok_embeddings.")) for n in names) else None
 

@@ -10,20 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from accessory.adapt.peft import Beside, add_beside, besides_of, initial_tensor
+from accessory.adapt.peft import AdapterSpec, adapter_specs_of, add_adapters, initial_tensor
 from accessory.adapt.quant import Quant, quantize_skeleton
-from accessory.bars import bar
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_tensor, is_of_images
-from accessory.checkpoint.packed import Quantised, quantised_blocks, spell
+from accessory.checkpoint.packed import Quantized, quantized_blocks, spell
 from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.nn.decoder import Decoder
 from accessory.ops.quantized import GROUP, Packed
 from accessory.parallel.apply import parallelize
-from accessory.parallel.held import Held, held_tensors
+from accessory.parallel.local_shard import LocalShard, local_tensors
 from accessory.parallel.mesh import Ranks
+from accessory.progress import progress_bar
 
 NAMES_SHOWN = 5
 
@@ -37,7 +37,7 @@ def load_decoder(
     dtype: torch.dtype = torch.bfloat16,
     ranks: Ranks | None = None,
     progress: bool = False,
-    beside: Mapping[str, Beside] | None = None,
+    adapters: Mapping[str, AdapterSpec] | None = None,
     trainable: Callable[[str], bool] | None = None,
     seed: int = 0,
     wrap: Callable[[Decoder], None] | None = None,
@@ -66,15 +66,15 @@ def load_decoder(
     where = ", ".join(str(c.path) for c in checkpoints)
     with torch.device("meta"):
         decoder = Decoder(args, implementation, sees=sees)
-        present = besides_of({name: tensor.shape for name, tensor in tensors.items()})
-        wanted = {name: present.get(name, Beside()) | b for name, b in {**present, **(beside or {})}.items()}
-        add_beside(decoder, wanted, args.lora_scale)
+        present = adapter_specs_of({name: tensor.shape for name, tensor in tensors.items()})
+        wanted = {name: present.get(name, AdapterSpec()) | b for name, b in {**present, **(adapters or {})}.items()}
+        add_adapters(decoder, wanted, args.lora_scale)
         decoder.cast(dtype).compute_in(dtype).requires_grad_(False)
         for name, parameter in decoder.named_parameters():
             if trainable is not None and trainable(name):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-    if beside:
+    if adapters:
         for name, place in destinations(decoder):
             if name not in tensors and companion_of(name) is not None:
                 shape = tuple(place.shape)
@@ -91,7 +91,7 @@ def load_decoder(
     if wrap is not None:
         wrap(decoder)
     decoder.to_empty(device=device)
-    decoder.join()  # while the parameters are still empty, and this costs nothing
+    decoder.fuse()  # while the parameters are still empty, and this costs nothing
     fill(decoder, tensors, progress=progress)
     return decoder.eval()
 
@@ -141,13 +141,13 @@ def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Qu
 
 def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them (a rank's part)."""
-    for held in held_tensors(decoder):
-        yield held.name, held.tensor
+    for shard in local_tensors(decoder):
+        yield shard.name, shard.tensor
 
 
-def part_of(tensor: Lazy, held: Held) -> Lazy:
+def part_of(tensor: Lazy, shard: LocalShard) -> Lazy:
     """The part of a whole canonical tensor that belongs into `held`."""
-    for dim, (start, length) in enumerate(zip(held.offsets, held.tensor.shape, strict=True)):
+    for dim, (start, length) in enumerate(zip(shard.offsets, shard.tensor.shape, strict=True)):
         tensor = tensor.narrow(dim, start, length)
     return tensor
 
@@ -173,27 +173,27 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
 def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
     """Copy every tensor, or what is held of it, to its place: several at a time, as copies leave Python's lock and
     overlap reading; those that have to be quantised one after the other, so that only one is there in 16 bits."""
-    places = list(held_tensors(decoder))
-    copied = [held for held in places if _lies_as_wanted(tensors[held.name], held)]
-    arriving = [held for held in places if not _lies_as_wanted(tensors[held.name], held)]
-    total = sum(held.tensor.nbytes for held in places)
-    shown = bar(total, "loading", progress)
+    places = list(local_tensors(decoder))
+    copied = [shard for shard in places if _lies_as_wanted(tensors[shard.name], shard)]
+    arriving = [shard for shard in places if not _lies_as_wanted(tensors[shard.name], shard)]
+    total = sum(shard.tensor.nbytes for shard in places)
+    shown = progress_bar(total, "loading", progress)
     workers = min(8, os.cpu_count() or 1)
 
-    def copy(held: Held) -> int:
-        part = part_of(tensors[held.name], held)
-        if isinstance(held.tensor, Tensor):
-            part.copy_to(held.tensor)
-        elif isinstance(part, Quantised):
-            part.copy_pieces_to(held.tensor)
-        return held.tensor.nbytes
+    def copy(shard: LocalShard) -> int:
+        part = part_of(tensors[shard.name], shard)
+        if isinstance(shard.tensor, Tensor):
+            part.copy_to(shard.tensor)
+        elif isinstance(part, Quantized):
+            part.copy_pieces_to(shard.tensor)
+        return shard.tensor.nbytes
 
     with shown, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(copy, held) for held in copied]
+        futures = [pool.submit(copy, shard) for shard in copied]
         try:
-            for held in arriving:
-                quantize_into(tensors[held.name], held)
-                shown.update(held.tensor.nbytes)
+            for shard in arriving:
+                quantize_into(tensors[shard.name], shard)
+                shown.update(shard.tensor.nbytes)
             for future in futures:
                 shown.update(future.result())
         except BaseException:
@@ -204,25 +204,25 @@ def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = Fals
         torch.cuda.synchronize(device)
 
 
-def _lies_as_wanted(tensor: Lazy, held: Held) -> bool:
+def _lies_as_wanted(tensor: Lazy, shard: LocalShard) -> bool:
     """Whether nothing has to be quantised for it."""
-    return isinstance(held.tensor, Tensor) or (isinstance(tensor, Quantised) and tensor.format == held.tensor.format)
+    return isinstance(shard.tensor, Tensor) or (isinstance(tensor, Quantized) and tensor.format == shard.tensor.format)
 
 
-def quantize_into(tensor: Lazy, held: Held) -> None:
+def quantize_into(tensor: Lazy, shard: LocalShard) -> None:
     """Quantise what `held` holds of a whole canonical tensor, some rows at a time, where it is to lie.
 
     Formats that scale rows need whole rows for it, even where only a part of each is kept, and nf4-dq, which centres
     its scales, the whole tensor: a rank's numbers are then those of the quantised whole.
     """
-    packed: Packed = held.tensor
-    (rows, columns), (first_row, first_column) = packed.shape, held.offsets
+    packed: Packed = shard.tensor
+    (rows, columns), (first_row, first_column) = packed.shape, shard.offsets
     if packed.format != "nf4-dq":
         tensor, first_row = tensor.narrow(0, first_row, rows), 0
         if packed.format in GROUP:
             tensor, first_column = tensor.narrow(1, first_column, columns), 0
     start = 0
-    for block in quantised_blocks(tensor, packed.format, packed.data.device):
+    for block in quantized_blocks(tensor, packed.format, packed.data.device):
         done = block.narrow(0, first_row, min(rows, block.shape[0] - first_row)).narrow(1, first_column, columns)
         for name, part in packed.tensors().items():
             part.narrow(0, start, len(done.data)).copy_(done.tensors()[name])

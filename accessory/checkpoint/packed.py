@@ -19,14 +19,14 @@ from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.lazy import Computed, Constant, Lazy
 from accessory.config import read_json
 from accessory.errors import ConfigError
-from accessory.ops.quantized import GROUP, PIECES, Format, Packed, dequantize, doubled, packed_shapes, quantize
+from accessory.ops.quantized import GROUP, PIECES, Format, Packed, dequantize, double_quantized, packed_shapes, quantize
 
 VERSION = 1
 # Numbers of a weight that are quantised at a time: what a CPU's cache holds, and enough to keep a GPU busy.
 BLOCK_CPU, BLOCK_GPU = 2**20, 2**24
 
 
-class Quantised(Lazy):
+class Quantized(Lazy):
     """A weight that lies quantised: to readers it is what its numbers mean, in `dtype`. `pieces` are its tensors.
 
     Cuts along the reduction that go through a group read the whole group.
@@ -68,7 +68,7 @@ class Quantised(Lazy):
         group = GROUP.get(self.format, 1) if dim == 1 else 1
         first, last = start // group * group, -(-(start + length) // group) * group
         if (first, last) == (start, start + length):
-            return Quantised(self.format, self._cut(dim, start, length), self.dtype)
+            return Quantized(self.format, self._cut(dim, start, length), self.dtype)
         return Lazy._narrow(self.narrow(dim, first, last - first), dim, start - first, length)
 
     def _cut(self, dim: int, start: int, length: int) -> dict[str, Lazy]:
@@ -83,7 +83,7 @@ class Quantised(Lazy):
         return {"data": rest.data, "scale": rest.scale, "nested": picked, "offset": pieces["offset"]}  # type: ignore[dict-item]
 
 
-class Quantising(Lazy):
+class Quantizing(Lazy):
     """A dense weight on its way into a quantised folder: `blocks_of_rows` reads and quantises it once, row by row."""
 
     def __init__(
@@ -97,9 +97,9 @@ class Quantising(Lazy):
         self.base, self.format, self.dtype, self.shape = base, format, dtype, base.shape
         self.search, self.device = search, device
 
-    def blocks_of_rows(self) -> Iterator[Quantised]:
-        for packed in quantised_blocks(self.base, self.format, self.device, self.search):
-            yield Quantised(self.format, {n: Constant(t.cpu()) for n, t in packed.tensors().items()}, self.dtype)
+    def blocks_of_rows(self) -> Iterator[Quantized]:
+        for packed in quantized_blocks(self.base, self.format, self.device, self.search):
+            yield Quantized(self.format, {n: Constant(t.cpu()) for n, t in packed.tensors().items()}, self.dtype)
 
     def load(self) -> Tensor:
         return torch.cat([block.load() for block in self.blocks_of_rows()])
@@ -111,7 +111,7 @@ class Quantising(Lazy):
         return {n: Constant(torch.empty(size, dtype=dtype, device="meta")) for n, (size, dtype) in shapes.items()}
 
 
-def quantised_blocks(
+def quantized_blocks(
     tensor: Lazy, format: Format, device: torch.device | str = "cpu", search: bool = False
 ) -> Iterator[Packed]:
     """A dense weight quantised on `device`, some rows at a time: of what comes from a file, no more is held.
@@ -119,8 +119,10 @@ def quantised_blocks(
     nf4-dq comes in one piece, as its scales' mean is over all of them; no more than that and some rows is held.
     """
     if format == "nf4-dq":
-        blocks = [block.tensors() for block in quantised_blocks(tensor, "nf4", device)]
-        yield doubled(Packed("nf4", **{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}))
+        blocks = [block.tensors() for block in quantized_blocks(tensor, "nf4", device)]
+        yield double_quantized(
+            Packed("nf4", **{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
+        )
         return
     on_cpu = torch.device(device).type == "cpu"
     rows, columns = tensor.shape
@@ -166,18 +168,18 @@ def spell(quant: Quant) -> str:
     return ", ".join(f"{part} {chosen[part]}" for part in PARTS if chosen[part] is not None)
 
 
-def is_quantised_piece(name: str) -> bool:
+def is_quantized_piece(name: str) -> bool:
     """Whether a raw tensor's name is that of a quantised weight's piece."""
     weight, _, piece = name.rpartition(".")
     return piece in PIECES and weight.endswith(".weight") and weight.startswith(("layers.", "output."))
 
 
-def read_quantised(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -> dict[str, Lazy]:
+def read_quantized(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -> dict[str, Lazy]:
     """Canonical tensors out of a quantised folder's, where `quant` says which weights lie in which format.
 
     What they mean is given in the dtype of the embedding, which is never quantised.
     """
-    out = {name: tensor for name, tensor in raw.items() if not is_quantised_piece(name)}
+    out = {name: tensor for name, tensor in raw.items() if not is_quantized_piece(name)}
     weights: dict[str, dict[str, Lazy]] = {}
     for name, tensor in raw.items():
         if name not in out:
@@ -194,7 +196,7 @@ def read_quantised(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -
             problems.append(problem)
         else:
             assert format is not None  # or there was a problem
-            out[weight] = Quantised(format, pieces, dtype)
+            out[weight] = Quantized(format, pieces, dtype)
     return out
 
 

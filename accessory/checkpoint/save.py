@@ -31,7 +31,7 @@ from accessory.checkpoint.folder import survey_folder
 from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, image_shapes, shape_problem
-from accessory.checkpoint.packed import Quantising
+from accessory.checkpoint.packed import Quantizing
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, ConfigError
@@ -181,7 +181,7 @@ def _write(
 
 def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> _Sum:
     """Write all parts of one canonical tensor, reading it once; returns the CRC-32 of each, and the dtype."""
-    if isinstance(tensor, Quantising):
+    if isinstance(tensor, Quantizing):
         sources: Iterable[Lazy] = tensor.blocks_of_rows()
     else:
         sources = [tensor if tensor.piecewise else Constant(tensor.load())]

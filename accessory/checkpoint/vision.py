@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accessory.bars import bar
 from accessory.checkpoint.choose import RESOURCES, Wanted, choose
 from accessory.checkpoint.files import read_file
 from accessory.checkpoint.hub import resolve
@@ -20,6 +19,7 @@ from accessory.checkpoint.vision_names import canonical, canonical_of, destinati
 from accessory.config import ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError
 from accessory.nn.vision import VisionTower
+from accessory.progress import progress_bar
 from accessory.vision_config import CACHE_BYTES, EncoderArgs, VisionArgs
 
 
@@ -86,7 +86,7 @@ def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress:
         tensors[name].copy_to(places[name])
         return places[name].nbytes
 
-    shown = bar(total, "loading the image encoders", progress)
+    shown = progress_bar(total, "loading the image encoders", progress)
     with shown, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for nbytes in pool.map(copy, places):

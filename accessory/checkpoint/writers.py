@@ -14,7 +14,7 @@ from accessory.checkpoint.lazy import Lazy, rotary_to_half
 from accessory.checkpoint.names import companion_of, is_of_images, layer_numbers, to_hf
 from accessory.config import Implementation, LlamaType, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
-from accessory.parallel.plan import Slice, check_world, cut_dim, expert_of, largest_world, rank_slice
+from accessory.parallel.sharding import Slice, check_world, cut_dim, expert_of, largest_world, rank_slice
 
 Target = Literal["base", "sparse", "hf", "torrent"]
 TARGETS: tuple[Target, ...] = ("base", "sparse", "hf", "torrent")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from accessory.checkpoint import peft_format
-from accessory.checkpoint.merge import merge as merge_folders
+from accessory.convert import peft_format
+from accessory.convert.merge import merge as merge_folders
 from accessory.errors import InputError
 
 

@@ -54,7 +54,7 @@ class Choices:
     checkpointing: bool
     output_dir: Path | None
     tokens_per_second: float | None
-    image_words: int | None  # positions of an image; 0: the run looks at none; None: nobody says
+    image_tokens: int | None  # positions of an image; 0: the run looks at none; None: nobody says
 
     @property
     def rows(self) -> int:
@@ -87,7 +87,7 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
             prompt_type=choices.prompt_type,
             seed=choices.seed,
             problems=problems,
-            image_words=choices.image_words,
+            image_tokens=choices.image_tokens,
         )
     except InputError:
         if not problems:
@@ -112,7 +112,7 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
         console.print(view.steps(choices, schedule))
         console.print("time      " + _time(choices, schedule, data, args))
     if any(file.encoded.images for file in data.files):
-        console.print(view.images(data, choices.image_words))
+        console.print(view.images(data, choices.image_tokens))
     console.print(begun)
     for group in range(len(data.group_names)):
         console.print(view.preview(data, group, tokenizer, marked=console.color_system is None))
@@ -169,7 +169,7 @@ def _choices(options: argparse.Namespace) -> Choices:
         checkpointing=chosen("checkpointing"),
         output_dir=Path(recipe.output_dir) if recipe else None,
         tokens_per_second=options.tokens_per_second,
-        image_words=_image_words(recipe, Path(model)),
+        image_tokens=_image_words(recipe, Path(model)),
     )
 
 
@@ -192,7 +192,7 @@ def _image_words(recipe: FinetuneConfig | None, model: Path) -> int | None:
     if not views:
         return None if recipe is None else 0
     args = _sizes(model, recipe.llama_config if recipe is not None else ())
-    return ((args and args.vision) or SPHINX).words(views)
+    return ((args and args.vision) or SPHINX).image_tokens(views)
 
 
 def _sizes(model: Path, more: Sequence[str] = ()) -> ModelArgs | None:

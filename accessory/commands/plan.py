@@ -11,10 +11,10 @@ from typing import Any
 
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
-from accessory.model.encoders import encoder_numbers
-from accessory.model.memory import Formats, Inference, Setup, Training, disk_bytes, host_bytes
-from accessory.model.peaks import Estimate, estimate
-from accessory.model.setups import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
+from accessory.planner.encoders import encoder_numbers
+from accessory.planner.memory import Formats, Inference, Setup, Training, disk_bytes, host_bytes
+from accessory.planner.peaks import Estimate, estimate
+from accessory.planner.setups import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
 
 GB = 1e9
 
@@ -220,8 +220,10 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
     implementation: Implementation = options.implementation or model.implementation or "sparse"
     setup = Setup(args=args, task=task, implementation=implementation, formats=formats, tp=tp, dp=dp, views=views)
     name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
-    if setup.image_words >= room:
-        raise InputError(f"--{name}: got {room}, but an image takes {setup.image_words}; give more, or --image-views 0")
+    if setup.image_tokens >= room:
+        raise InputError(
+            f"--{name}: got {room}, but an image takes {setup.image_tokens}; give more, or --image-views 0"
+        )
     return setup
 
 

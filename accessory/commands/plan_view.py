@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from accessory.commands.plan import encoder_parameters
-from accessory.model.memory import Formats, Inference, Setup, Training
-from accessory.model.setups import RESERVE, Fitting
+from accessory.planner.memory import Formats, Inference, Setup, Training
+from accessory.planner.setups import RESERVE, Fitting
 
 SHOWN = 5_000_000  # bytes; less is a row of noughts
 A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; for more there are torchrun and srun
@@ -107,7 +107,7 @@ def how(setup: Setup) -> str:
 
 def task_line(setup: Setup) -> str:
     task = setup.task
-    views = f"an image of {setup.views} view{'s' * (setup.views > 1)}, {setup.image_words:,} positions"
+    views = f"an image of {setup.views} view{'s' * (setup.views > 1)}, {setup.image_tokens:,} positions"
     if isinstance(task, Inference):
         prompt = "any part" if task.prompt is None else f"{task.prompt:,}"
         line = f"{task.batch} sequence{'s' * (task.batch > 1)} of {task.context:,} tokens, {prompt} of them the prompt"

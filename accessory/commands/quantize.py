@@ -10,7 +10,7 @@ import torch
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
-from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.convert.quantize import quantize_checkpoint
 from accessory.data.plain_text import token_rows
 from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError

@@ -24,7 +24,7 @@ from accessory.data.images import open_image
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
-from accessory.parallel.collectives import share
+from accessory.parallel.collectives import broadcast_object
 from accessory.parallel.mesh import Ranks, from_environment, launch_of
 
 NO_IMAGE = ("none", "-")
@@ -41,7 +41,7 @@ def generate(options: argparse.Namespace) -> int:
         raise InputError("--system: a system message is part of a dialogue; give the --template that writes it too")
     images = _images(options.image, len(prompts)) if first else []
     with open_model(options) as (model, ranks):
-        return _print_answers(options, model, *share((prompts, images), ranks))
+        return _print_answers(options, model, *broadcast_object((prompts, images), ranks))
 
 
 def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any]) -> int:

@@ -64,10 +64,10 @@ class FinetuneData:
     """
 
     def __init__(
-        self, files: Sequence[DataFile], max_words: int, image_words: int = 0, bos_id: int | None = None
+        self, files: Sequence[DataFile], max_words: int, image_tokens: int = 0, bos_id: int | None = None
     ) -> None:
         self.files = list(files)
-        self.max_words, self.image_words, self.bos_id = max_words, image_words, bos_id
+        self.max_words, self.image_tokens, self.bos_id = max_words, image_tokens, bos_id
         self.group_names = list(dict.fromkeys(f.source.group for f in files))
         kept = [self._kept(f) for f in files]
         self.broken = sum(len(f.broken) for f in files)
@@ -97,7 +97,7 @@ class FinetuneData:
         seed: int = 0,
         progress: bool = True,
         problems: list[str] | None = None,
-        image_words: int | None = 0,
+        image_tokens: int | None = 0,
         broken_images: Literal["fail", "skip"] | None = "fail",
         max_pixels: int = MAX_PIXELS,
         once: Callable[[Callable[[], Any]], Any] = lambda look: look(),
@@ -144,7 +144,7 @@ class FinetuneData:
                 if kept is not None and not (problems and len(problems) > before) and token_cache.store(encoded, kept):
                     encoded = token_cache.load(kept) or encoded
             found: dict[int, str] = {}
-            if encoded.images and image_words == 0:
+            if encoded.images and image_tokens == 0:
                 _refuse_images(encoded, records, problems)
             elif encoded.images and broken_images is not None:
                 first_only = broken_images == "fail" and problems is None
@@ -160,11 +160,11 @@ class FinetuneData:
                 more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
                 raise InputError(f"{told[0]}{more}")
             raise InputError(f"data_config: there are no items in {', '.join(str(s.path) for s in sources)}")
-        data = cls(files, max_words, image_words or 0, tokenizer.bos_id)
+        data = cls(files, max_words, image_tokens or 0, tokenizer.bos_id)
         if problems is None:
             data._warn(told)
         if not len(data):
-            least = f", of which an image takes {image_words}" if image_words and max(map(_images, files)) else ""
+            least = f", of which an image takes {image_tokens}" if image_tokens and max(map(_images, files)) else ""
             raise InputError(
                 f"max_words: got {max_words}, but no item has anything to learn in so few tokens{least}; give more"
             )
@@ -216,8 +216,8 @@ class FinetuneData:
         for file in self.files:
             digest.update(file.encoded.ids.data)
             digest.update(file.encoded.learn.data)
-            if self.image_words and file.encoded.images:
-                digest.update(json.dumps([self.image_words, sorted(file.encoded.images.items())]).encode())
+            if self.image_tokens and file.encoded.images:
+                digest.update(json.dumps([self.image_tokens, sorted(file.encoded.images.items())]).encode())
         return digest.hexdigest()
 
     def _place(self, item: int) -> tuple[Encoded, int]:
@@ -226,7 +226,7 @@ class FinetuneData:
     def _places(self, file: DataFile) -> np.ndarray:
         """Of each encoded item, how many positions an image takes in it (N,)."""
         places = np.zeros(len(file.encoded.lines), np.int32)
-        places[list(file.encoded.images)] = self.image_words
+        places[list(file.encoded.images)] = self.image_tokens
         return places
 
     def _kept(self, file: DataFile) -> np.ndarray:

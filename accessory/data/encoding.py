@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from accessory.bars import bar
 from accessory.data.conversation import Template, get_template
 from accessory.data.records import Records, Source
 from accessory.data.system_prompt import format_prompt
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
+from accessory.progress import progress_bar
 
 _PIECE = 128  # items that a thread encodes at a time
 _PLAIN = get_template("none")
@@ -157,7 +157,10 @@ def encode_source(
     pieces = [chosen[i : i + _PIECE] for i in range(0, len(chosen), _PIECE)]
     work = partial(_encode_piece, source, records, how, all_problems=problems is not None)
     parts: list[Encoded] = []
-    with ThreadPoolExecutor(_threads()) as pool, bar(len(chosen), source.path.name, progress, unit=" items") as shown:
+    with (
+        ThreadPoolExecutor(_threads()) as pool,
+        progress_bar(len(chosen), source.path.name, progress, unit=" items") as shown,
+    ):
         try:
             for piece, (part, found) in zip(pieces, pool.map(work, pieces), strict=True):
                 if found and problems is None:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from accessory.bars import bar
 from accessory.data.images import MAX_PIXELS, read_header
 from accessory.errors import InputError
+from accessory.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def broken_headers(
 
     pieces = [unique[i : i + _PIECE] for i in range(0, len(unique), _PIECE)]
     unknown = 0
-    with ThreadPoolExecutor(_THREADS) as pool, bar(len(unique), "images", progress, unit=" headers") as shown:
+    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(len(unique), "images", progress, unit=" headers") as shown:
         try:
             for piece, (found, looked) in zip(pieces, pool.map(look, pieces), strict=True):
                 unknown += len(piece) - looked

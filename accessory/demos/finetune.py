@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from accessory.checkpoint.merge import Report, merge
+from accessory.convert.merge import Report, merge
 from accessory.data.conversation import Conversation, get_template
 from accessory.demos.corpus import as_json_lines, corpus_folder, pairs, split
 from accessory.demos.first_run import MAX_SEQ_LEN, make_base, program

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from accessory.checkpoint.convert import convert
-from accessory.checkpoint.upcycle import smollm2_gguf, upcycle
-from accessory.checkpoint.verify import verify
+from accessory.convert.convert import convert
+from accessory.convert.upcycle import smollm2_gguf, upcycle
+from accessory.convert.verify import verify
 from accessory.data.conversation import Conversation, get_template
 from accessory.data.stream import StreamDecoder
 from accessory.engine.generate import Generation

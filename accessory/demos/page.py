@@ -322,8 +322,8 @@ class Page:
             words = words.replace(image, Path(image).name)
         self.gr.Warning(_plain(words), duration=None)
 
-    def _warn_of_cut(self, ask: Ask, max_gen_len: Any, image_words: int) -> None:
-        tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0) - image_words
+    def _warn_of_cut(self, ask: Ask, max_gen_len: Any, image_tokens: int) -> None:
+        tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0) - image_tokens
         ids = ask.prompt
         if isinstance(ids, str):
             ids = tokenizer.encode(ids, bos=tokenizer.add_bos, special=True)

@@ -24,7 +24,7 @@ from accessory.config import SHORT_DTYPES
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel, StreamItem
-from accessory.parallel.collectives import share
+from accessory.parallel.collectives import broadcast_object
 from accessory.parallel.mesh import Ranks, from_environment, launch_of
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
@@ -300,7 +300,7 @@ class Leader:
 
     def __init__(self, model: MetaModel, commands: Ranks) -> None:
         self.tokenizer, self.llma = model.tokenizer, model.llma
-        self.image_words = model.image_words
+        self.image_tokens = model.image_tokens
         self.broken = threading.Event()  # set after a failure that the other ranks may not share
         self._model, self._commands = model, commands
         self._turn = threading.Lock()
@@ -320,9 +320,11 @@ class Leader:
                 raise InputError("the demo is ending")
             stream: Iterator[StreamItem] = iter(())
             try:
-                if image is not None and self._model.eyes is not None:
-                    image = self._model.eyes.open(image)  # here, where its file is; the other ranks get its pixels
-                share((prompt, image, how), self._commands)
+                if image is not None and self._model.image_processor is not None:
+                    image = self._model.image_processor.open(
+                        image
+                    )  # here, where its file is; the other ranks get its pixels
+                broadcast_object((prompt, image, how), self._commands)
                 stream = self._model.stream_generate(prompt, image, **how, cancelled=ended)
                 for item in stream:  # noqa: UP028 (`yield from` would close the stream together with its reader)
                     yield item
@@ -341,13 +343,13 @@ class Leader:
         self._closing = True
         if self._turn.acquire(timeout=GRACE / 2) and not self.broken.is_set():
             with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
-                share(None, self._commands)
+                broadcast_object(None, self._commands)
 
 
 def follow(model: MetaModel, commands: Ranks) -> None:
     """On every rank but the first: do what it does until it says that it ends."""
     while True:
-        command: tuple[Any, Any, Mapping[str, Any]] | None = share(None, commands)
+        command: tuple[Any, Any, Mapping[str, Any]] | None = broadcast_object(None, commands)
         if command is None:
             return
         prompt, image, how = command

@@ -16,7 +16,7 @@ from accessory.engine.sampling import Sampling, sample
 from accessory.errors import InputError
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
-from accessory.parallel.collectives import decide
+from accessory.parallel.collectives import broadcast
 from accessory.parallel.mesh import Ranks
 from accessory.vision_config import IMAGE_ID
 
@@ -57,7 +57,7 @@ class Generation:
     ) -> None:
         check_lengths(prompts, max_gen_len, max_seq_len, decoder.args.vocab_size, images is not None)
         self.images = images
-        self.decoder, self.prompts = decoder.join(), prompts
+        self.decoder, self.prompts = decoder.fuse(), prompts
         self.max_gen_len, self.stop_ids = max_gen_len, frozenset(stop_ids)
         # Collectives stay out of graphs: one rank's end must not leave the others waiting inside a replay.
         self.ranks = ranks if ranks is not None and ranks.size > 1 else None
@@ -119,7 +119,7 @@ class Generation:
             said_C = torch.zeros(len(logits_BV) + 1, dtype=torch.int64, device=logits_BV.device)
             if self.ranks.rank == 0:
                 said_C[:-1], said_C[-1] = self._sample(logits_BV), self.cancelled()
-            decide(said_C, self.ranks)
+            broadcast(said_C, self.ranks)
             stop, tokens_B = bool(said_C[-1]), said_C[:-1]
         if stop:
             self.running = [False] * len(self.running)

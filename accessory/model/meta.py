@@ -28,7 +28,7 @@ from accessory.parallel.mesh import Ranks
 from accessory.vision_config import with_image
 
 if TYPE_CHECKING:
-    from accessory.model.eyes import Eyes, Image, Images
+    from accessory.model.image_processor import Image, ImageProcessor, Images
 
 log = logging.getLogger(__name__)
 
@@ -51,24 +51,24 @@ class MetaModel(nn.Module):
         tokenizer: Tokenizer,
         max_seq_len: int = 4096,
         ranks: Ranks | None = None,
-        eyes: Eyes | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self._graphs = DecodeGraphs(llma)
         self._ranks = ranks
-        self.eyes = eyes
+        self.image_processor = image_processor
 
     @property
     def sees(self) -> bool:
         """Whether prompts may bring images."""
-        return self.eyes is not None
+        return self.image_processor is not None
 
     @property
-    def image_words(self) -> int:
+    def image_tokens(self) -> int:
         """Positions that an image takes."""
-        return 0 if self.eyes is None else self.eyes.words
+        return 0 if self.image_processor is None else self.image_processor.image_tokens
 
     @property
     def args(self) -> ModelArgs:
@@ -150,16 +150,16 @@ class MetaModel(nn.Module):
             quant=formats,
             sees=with_visual,
         )
-        eyes = None
+        image_processor = None
         if with_visual:
             # Here, so that text alone starts without them.
             from accessory.checkpoint.vision import load_tower
-            from accessory.model.eyes import Eyes
+            from accessory.model.image_processor import ImageProcessor
 
             held = {name: tensor for c in checkpoints for name, tensor in c.vision.items()}
             tower = load_tower(args.sees_with, views, held, device=device, dtype=dtype, progress=progress)
-            eyes = Eyes(tower, image_transform, ranks)
-        return cls(llma, tokenizer, max_seq_len, ranks, eyes)
+            image_processor = ImageProcessor(tower, image_transform, ranks)
+        return cls(llma, tokenizer, max_seq_len, ranks, image_processor)
 
     def generate(
         self,
@@ -228,7 +228,7 @@ class MetaModel(nn.Module):
         """(row, new text, whether the row has ended), as the text becomes certain."""
         prompts, pixels = self._pixels(images, prompts, "prompt")
         stops = [stops] if isinstance(stops, str) else list(stops)
-        words = [0 if p is None else self.image_words for p in pixels]
+        words = [0 if p is None else self.image_tokens for p in pixels]
         prompt_ids = [self._prompt_ids(p, n, max_gen_len, words[n]) for n, p in enumerate(prompts)]
         generation = Generation(
             self.llma,
@@ -241,7 +241,7 @@ class MetaModel(nn.Module):
             graphs=self._graphs,
             ranks=self._ranks,
             cancelled=cancelled,
-            images=None if self.eyes is None else self.eyes.features(pixels),
+            images=None if self.image_processor is None else self.image_processor.features(pixels),
         )
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]
@@ -262,12 +262,12 @@ class MetaModel(nn.Module):
     def _pixels(self, images: Images, prompts: Sequence[Prompt], of: str) -> tuple[Sequence[Prompt], Pixels]:
         """The prompts and, for each, its image's pixels."""
         none: Pixels = [None] * len(prompts)
-        if self.eyes is None and images is not None:
+        if self.image_processor is None and images is not None:
             raise InputError("images: this model is text only; one that sees is loaded with with_visual=True")
-        if self.eyes is None:
+        if self.image_processor is None:
             return prompts, none
-        pixels = none if images is None else self.eyes.open_all(images, len(prompts), of)
-        return self.eyes.without_tags(prompts, pixels, of), pixels
+        pixels = none if images is None else self.image_processor.open_all(images, len(prompts), of)
+        return self.image_processor.without_tags(prompts, pixels, of), pixels
 
     def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, words: int = 0) -> list[int]:
         if isinstance(prompt, str):
@@ -310,7 +310,7 @@ class MetaModel(nn.Module):
         """
         _count(examples)
         examples, pixels = self._pixels(images, examples, "example")
-        words = [0 if p is None else self.image_words for p in pixels]
+        words = [0 if p is None else self.image_tokens for p in pixels]
         rows = [self._example_ids(e, n, bos, eos, words[n]) for n, e in enumerate(examples)]
         out = []
         step = self.args.max_batch_size
@@ -320,7 +320,7 @@ class MetaModel(nn.Module):
             tokens_BT = torch.zeros(len(placed), max(map(len, placed)), dtype=torch.int64)
             for n, ids in enumerate(placed):
                 tokens_BT[n, : len(ids)] = torch.tensor(ids)
-            images_here = None if self.eyes is None else self.eyes.features(pixels[here])
+            images_here = None if self.image_processor is None else self.image_processor.features(pixels[here])
             # Padding stands on the right and attention is causal: no token that counts can see it.
             logits_BTV = self.llma(tokens_BT.to(self.device), images=images_here).logits
             lengths = zip(words[here], map(len, placed), strict=True)
@@ -360,7 +360,8 @@ class MetaModel(nn.Module):
         if contexts is not None and len(contexts) != len(examples):
             raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
         examples, pixels = self._pixels(images, examples, "example")
-        contexts = contexts if contexts is None or self.eyes is None else self.eyes.without_tags(contexts, pixels)
+        if contexts is not None and self.image_processor is not None:
+            contexts = self.image_processor.without_tags(contexts, pixels)
         ids = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
         starts = [
             self._context_length(contexts[n], e, ids[n], n, bos) if contexts is not None else 1

@@ -47,7 +47,7 @@ def serve(connection: Connection, where: dict[str, Any]) -> None:
     def load() -> int:
         nonlocal model
         model = _load(where, options)
-        return model.image_words
+        return model.image_tokens
 
     if not _answer(connection, load):
         return

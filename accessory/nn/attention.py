@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from accessory.config import ModelArgs
 from accessory.nn.cache import ContiguousCache
-from accessory.nn.joined import Joined
+from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
 from accessory.ops.attention import Documents, attention
 from accessory.ops.linear import linear
@@ -29,12 +29,12 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
-        self.joined = Joined(dim=0)
+        self.fused = FusedWeights(dim=0)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
 
-    def join(self) -> None:
+    def fuse(self) -> None:
         if all(w.weights().plain and isinstance(w.weight, Tensor) for w in (self.wq, self.wk, self.wv)):
-            self.joined.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
+            self.fused.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(
         self,
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))
 
     def _project(self, x_BTD: Tensor) -> Sequence[Tensor]:
-        if self.joined.tensor is not None and x_BTD.shape[1] == 1:
-            heads_BTHd = linear(x_BTD, self.joined.tensor).unflatten(-1, (-1, self.head_dim))
+        if self.fused.tensor is not None and x_BTD.shape[1] == 1:
+            heads_BTHd = linear(x_BTD, self.fused.tensor).unflatten(-1, (-1, self.head_dim))
             return heads_BTHd.split([w.weight.shape[0] // self.head_dim for w in (self.wq, self.wk, self.wv)], dim=2)
         return [w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]

@@ -18,7 +18,7 @@ from accessory.nn.cache import ContiguousCache
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
-from accessory.nn.multimodal import ImageWords, place
+from accessory.nn.multimodal import ImageTokens, place
 from accessory.ops.attention import Documents, has_varlen
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
@@ -70,7 +70,7 @@ class Layer(nn.Module):
         return x_BTD + y_TD.view_as(x_BTD), stats
 
 
-class Decoder(ImageWords):
+class Decoder(ImageTokens):
     """Mixtral's network in either implementation; the state dict's names and shapes are the same for both.
 
     Made without values: `checkpoint.load` or `init_weights` fills it. `sees`: with what images need, see
@@ -88,7 +88,7 @@ class Decoder(ImageWords):
             self.add_images(args.sees_with, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
         # Of parameters cut over ranks, the whole shape and where this rank's part begins; who cuts, notes it here.
-        self.cuts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.local_shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         # A plain attribute and not a buffer: the frequencies follow from args, and a cast network must not round them.
         with torch.device("cpu"):
             self._freq_c, self._rope_factor = rope_frequencies(
@@ -121,11 +121,11 @@ class Decoder(ImageWords):
                 module.compute_dtype = dtype
         return self
 
-    def join(self) -> Decoder:
+    def fuse(self) -> Decoder:
         """Lay weights that decoding on a CPU reads together side by side; needed again after any was replaced."""
         for module in self.modules():
             if isinstance(module, Attention | StackedExperts):
-                module.join()
+                module.fuse()
         return self
 
     def forward(
@@ -164,7 +164,7 @@ class Decoder(ImageWords):
         # In training, projections take part in every step, with an empty product where there is no image: their
         # gradient is then zero and not None, which collectives rely on.
         if self.sees and (images is not None or torch.is_grad_enabled()):
-            x_BTD = place(x_BTD, tokens_BT, self.image_words(images, self.products_in))
+            x_BTD = place(x_BTD, tokens_BT, self.image_embeddings(images, self.products_in))
         router = []
         for layer in self.layers:
             x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accessory.nn.joined import Joined
+from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
-from accessory.ops.grouped import pairs_in_place, swiglu_pairs
+from accessory.ops.grouped import decode_experts, pairs_in_place
 from accessory.ops.linear import Weight
 
 
@@ -36,29 +36,29 @@ class StackedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         for kind in ("w1", "w2", "w3"):
-            for beside in ("bias", "lora_a", "lora_b"):
-                self.register_parameter(f"{kind}_{beside}", None)
+            for part in ("bias", "lora_a", "lora_b"):
+                self.register_parameter(f"{kind}_{part}", None)
         self.lora_scale, self.bias_factor = 1.0, 1.0
-        self.joined = Joined(dim=1)
+        self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' own
 
     def add_bias(self, kind: str) -> None:
-        self._put_beside(kind, "bias", getattr(self, kind).shape[:2])
+        self._add_parameter(kind, "bias", getattr(self, kind).shape[:2])
 
     def add_lora(self, kind: str, rank: int, scale: float) -> None:
         E, O, I = getattr(self, kind).shape  # noqa: E741
-        self._put_beside(kind, "lora_a", (E, rank, I))
-        self._put_beside(kind, "lora_b", (E, O, rank))
+        self._add_parameter(kind, "lora_a", (E, rank, I))
+        self._add_parameter(kind, "lora_b", (E, O, rank))
         self.lora_scale = scale
 
-    def _put_beside(self, kind: str, what: str, shape: tuple[int, ...]) -> None:
+    def _add_parameter(self, kind: str, what: str, shape: tuple[int, ...]) -> None:
         weight = getattr(self, kind)
         dtype = torch.float32 if isinstance(weight, PackedWeight) else weight.dtype
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
     def weights(self, kind: str) -> Weight:
         """The stack `kind` ("w1", "w2", "w3") and what stands beside it."""
-        bias, lora_a, lora_b = (getattr(self, f"{kind}_{beside}") for beside in ("bias", "lora_a", "lora_b"))
+        bias, lora_a, lora_b = (getattr(self, f"{kind}_{part}") for part in ("bias", "lora_a", "lora_b"))
         if bias is not None and kind == "w2" and self.bias_factor != 1.0:
             bias = bias * self.bias_factor
         return Weight(product_of(getattr(self, kind)), bias, lora_a, lora_b, self.lora_scale)
@@ -68,25 +68,25 @@ class StackedExperts(nn.Module):
         return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return all(isinstance(w, PackedWeight) for w in (self.w1, self.w2, self.w3))
 
-    def join(self) -> None:
+    def fuse(self) -> None:
         if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
-            self.joined.refresh([self.w1, self.w3])
+            self.fused.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
-        if self.plain and pairs_in_place(x_TD, expert_TK, self.joined.tensor, quantised=self.quantised):
-            w13 = self.joined.tensor
+        if self.plain and pairs_in_place(x_TD, expert_TK, self.fused.tensor, quantized=self.quantized):
+            w13 = self.fused.tensor
             w1, w2, w3 = (product_of(w) for w in (self.w1, self.w2, self.w3))
-            return swiglu_pairs(x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
-        return self.many(x_TD, weight_TK, expert_TK)
+            return decode_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
+        return self.grouped(x_TD, weight_TK, expert_TK)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
-        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None, quantised=self.quantised)
+        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None, quantized=self.quantized)
 
-    def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The implementation's own way, for prompts, batches and training."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from accessory.ops.grouped import sort_by_expert, swiglu
 class BaseExperts(StackedExperts):
     """Experts `first … first + E - 1` of a layer, each whole; a token's other experts are other ranks' business."""
 
-    def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         w1, w2, w3 = (self.weights(kind).unbind() for kind in ("w1", "w2", "w3"))
         for e, pair_n in enumerate(self._visits(expert_TK)):

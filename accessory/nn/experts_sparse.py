@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from accessory.nn.experts import StackedExperts
-from accessory.ops.grouped import expert_swiglu, has_grouped_mm
+from accessory.ops.grouped import grouped_experts, has_grouped_mm
 
 
 class SparseExperts(StackedExperts):
@@ -17,6 +17,6 @@ class SparseExperts(StackedExperts):
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         return super().host_free(x_TD, expert_TK) or (x_TD.is_cuda and has_grouped_mm(x_TD, self.w1.shape, x_TD.dtype))
 
-    def many(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         w1, w2, w3 = (self.weights(kind) for kind in ("w1", "w2", "w3"))
-        return expert_swiglu(x_TD, w1, w2, w3, weight_TK, expert_TK)
+        return grouped_experts(x_TD, w1, w2, w3, weight_TK, expert_TK)

@@ -38,7 +38,7 @@ class Projection(nn.Sequential):
         return F.layer_norm(y_VTD, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
-class ImageWords(nn.Module):
+class ImageTokens(nn.Module):
     """The base of a network that may see: the projections, start and end, where `vision` asks for them.
 
     Parameters bear the original's names, at the network's top: visual_proj.*, qformer_proj.*, start_img, end_img.
@@ -57,7 +57,7 @@ class ImageWords(nn.Module):
     def sees(self) -> bool:
         return hasattr(self, "start_img")
 
-    def image_words(self, features: Features | None, dtype: torch.dtype) -> Tensor:
+    def image_embeddings(self, features: Features | None, dtype: torch.dtype) -> Tensor:
         """(N, D) fp32, the images one after the other; none of them is (0, D), with every parameter taking part."""
         start_11D, end_11D = self.start_img.float(), self.end_img.float()
         if features is None:
@@ -76,6 +76,6 @@ class ImageWords(nn.Module):
         return torch.cat(parts, 1).flatten(0, 1)
 
 
-def place(x_BTD: Tensor, tokens_BT: Tensor, words_ND: Tensor) -> Tensor:
+def place(x_BTD: Tensor, tokens_BT: Tensor, image_ND: Tensor) -> Tensor:
     """Put the words of images where `tokens_BT` says `IMAGE_ID`, in the order of the flattened batch."""
-    return x_BTD.masked_scatter((tokens_BT == IMAGE_ID)[..., None], words_ND)
+    return x_BTD.masked_scatter((tokens_BT == IMAGE_ID)[..., None], image_ND)

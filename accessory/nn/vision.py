@@ -69,7 +69,7 @@ class VisionTower(nn.Module):
             self.encoders[encoder.name] = build_encoder(encoder)
         self.requires_grad_(False)
         self.train(False)
-        self.kept = Kept(cache_bytes)
+        self.kept = FeatureCache(cache_bytes)
         self.runs = 0
         self.register_load_state_dict_post_hook(lambda tower, _: tower.kept.clear())
 
@@ -185,7 +185,7 @@ class VisionTower(nn.Module):
             raise InputError(f"images: got {pixels_I3PP.dtype}, but pixels must be floating-point, normalised for CLIP")
 
 
-class Kept:
+class FeatureCache:
     """Features by the content of their image; where `limit` bytes are exceeded, the least recently used are dropped."""
 
     def __init__(self, limit: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accessory.ops.fp8 import fp8_grouped_linear, has_fp8
 from accessory.ops.linear import Weight, linear
-from accessory.ops.quantized import Packed, dequantises_in_tiles, has_triton, packed_linear, unpacked
+from accessory.ops.quantized import Packed, dequantizes_in_tiles, has_triton, packed_linear, unpacked
 
 # Up to this many (token, expert) pairs a CPU visits one after the other: sorting them would cost more than it saves.
 FEW_PAIRS_CPU = 4
@@ -34,7 +34,7 @@ def swiglu(x: Tensor, w1_FD: Tensor | Weight, w2_DF: Tensor | Weight, w3_FD: Ten
     return linear(F.silu(linear(x, w1_FD)) * linear(x, w3_FD), w2_DF)
 
 
-def expert_swiglu(
+def grouped_experts(
     x_TD: Tensor,
     w1_EFD: Tensor | Weight,
     w2_EDF: Tensor | Weight,
@@ -108,7 +108,7 @@ class _FrozenGrouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
         ctx.packed, ctx.count_E, ctx.dtype = packed, count_E, x_NI.dtype
-        if dequantises_in_tiles(x_NI) and len(x_NI) <= TILED_ROWS * len(count_E):
+        if dequantizes_in_tiles(x_NI) and len(x_NI) <= TILED_ROWS * len(count_E):
             from accessory.ops.triton import packed_grouped as kernels
 
             return kernels.product(x_NI, packed, count_E)
@@ -117,7 +117,7 @@ class _FrozenGrouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         dy_NO = grads[0].contiguous()
-        if dequantises_in_tiles(dy_NO) and len(dy_NO) <= TILED_ROWS * len(ctx.count_E):
+        if dequantizes_in_tiles(dy_NO) and len(dy_NO) <= TILED_ROWS * len(ctx.count_E):
             from accessory.ops.triton import packed_grouped as kernels
 
             return kernels.gradient(dy_NO, ctx.packed, ctx.count_E), None, None
@@ -148,17 +148,17 @@ def has_grouped_mm(x_NI: Tensor, shape_EOI: Sequence[int], dtype: torch.dtype) -
     )
 
 
-def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None, *, quantised: bool = False) -> bool:
-    """Whether `swiglu_pairs` is the way: decoding few tokens, no gradients kept, and what the device needs is there."""
+def pairs_in_place(x_TD: Tensor, expert_TK: Tensor, w13_EGD: Tensor | None, *, quantized: bool = False) -> bool:
+    """Whether `decode_experts` runs: few tokens, no gradients, and the device has what it needs."""
     if torch.is_grad_enabled():
         return False
     if x_TD.is_cuda:
-        few = FEW_PAIRS_PACKED if quantised else FEW_PAIRS_GPU
+        few = FEW_PAIRS_PACKED if quantized else FEW_PAIRS_GPU
         return expert_TK.numel() <= few and x_TD.dtype != torch.float32 and has_triton()
     return expert_TK.numel() <= FEW_PAIRS_CPU and w13_EGD is not None
 
 
-def swiglu_pairs(
+def decode_experts(
     x_TD: Tensor,
     w1_EFD: Any,
     w2_EDF: Any,
@@ -169,16 +169,17 @@ def swiglu_pairs(
     first: int = 0,
     w13_EGD: Tensor | None = None,
 ) -> Tensor:
-    """`expert_swiglu` pair by pair, weights read in place; experts are numbered from `first`, others left out.
+    """`grouped_experts` pair by pair, weights read in place; experts are numbered from `first`, others left out.
 
-    A GPU runs the kernels of `ops.triton.pairs`. A CPU reads `w13_EGD`, w1 and w3 one above the other (G = 2F).
+    A GPU runs the kernels of `ops.triton.decode_experts`. A CPU reads `w13_EGD`: w1 above w3 (G = 2F).
     """
     if x_TD.is_cuda:
-        from accessory.ops.triton import packed, pairs
+        from accessory.ops.triton import decode_experts as dense
+        from accessory.ops.triton import packed
 
         if isinstance(w1_EFD, Packed):
-            return packed.swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
-        return pairs.swiglu_pairs(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
+            return packed.decode_experts(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
+        return dense.decode_experts(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
     assert w13_EGD is not None, "see pairs_in_place"
     rows = []
     for t, (experts, weights) in enumerate(zip(expert_TK.tolist(), weight_TK.tolist(), strict=True)):

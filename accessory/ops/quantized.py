@@ -6,7 +6,7 @@ A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in
     fp8    1     per row: w = q · scale, q in float8 e4m3
     int4   0.523 groups of 128 along I: w = (q - zero/16) · scale, q in 0 … 15, scale bf16, zero uint8
     nf4    0.563 blocks of 64 along I: w = table[q] · scale, scale fp32: the largest magnitude (arXiv 2305.14314)
-    nf4-dq 0.518 the same blocks and numbers; scales in 8 bits, centred and scaled again by 256 (`ops.double`)
+    nf4-dq 0.518 the same blocks and numbers; scales in 8 bits, centred and scaled again (`ops.double_quantization`)
 
 Two 4-bit numbers share a byte, the even one in its high half, as bitsandbytes packs nf4. Groups lie inside rows, so a
 cut along O or, at multiples of the group, along I leaves a weight's numbers what they are.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.errors import ConfigError
-from accessory.ops import double
+from accessory.ops import double_quantization
 
 Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4", "nf4-dq")
@@ -98,13 +98,15 @@ class Packed:
         """Of an nf4-dq weight, which columns of `nested` belong to a cut along I at whole groups."""
         assert self.nested is not None, "only nf4-dq has nested scales"
         group = GROUP[self.format]
-        return double.columns_of_nested(self.scale.shape[1], self.nested.shape[1], start // group, length // group)
+        return double_quantization.columns_of_nested(
+            self.scale.shape[1], self.nested.shape[1], start // group, length // group
+        )
 
     def with_plain_scales(self) -> Packed:
         """The same weight as nf4 where it is nf4-dq, for kernels that read scales as they are; else itself."""
         if self.nested is None or self.offset is None:
             return self
-        return Packed("nf4", self.data, double.expand(self.scale, self.nested, self.offset))
+        return Packed("nf4", self.data, double_quantization.expand(self.scale, self.nested, self.offset))
 
 
 def check_cut(format: Format, start: int, length: int) -> None:
@@ -129,7 +131,7 @@ def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tup
     if format == "nf4":
         return {**shapes, "scale": ((*rows, I // group), torch.float32)}
     if format == "nf4-dq":
-        H = I // group // double.step(I // group)
+        H = I // group // double_quantization.step(I // group)
         nested = {"nested": ((*rows, H), torch.float32), "offset": ((*rows,), torch.float32)}
         return {**shapes, "scale": ((*rows, I // group), torch.uint8), **nested}
     return {**shapes, "scale": ((*rows, I // group), torch.bfloat16), "zero": ((*rows, I // group), torch.uint8)}
@@ -193,9 +195,9 @@ def _nf4(weight: Tensor) -> Packed:
     return Packed("nf4", _pack(q.flatten(-2).to(torch.uint8)), scale)
 
 
-def doubled(nf4: Packed) -> Packed:
+def double_quantized(nf4: Packed) -> Packed:
     """nf4-dq of a whole matrix, or a stack of such, that is nf4: its scales' mean is over the matrix."""
-    code, nested, offset = double.compress(nf4.scale)
+    code, nested, offset = double_quantization.compress(nf4.scale)
     return Packed("nf4-dq", nf4.data, code, None, nested, offset)
 
 
@@ -204,7 +206,7 @@ _QUANTIZE: dict[Format, Callable[[Tensor], Packed]] = {
     "fp8": _fp8,
     "int4": _int4,
     "nf4": _nf4,
-    "nf4-dq": lambda weight: doubled(_nf4(weight)),
+    "nf4-dq": lambda weight: double_quantized(_nf4(weight)),
 }
 
 
@@ -258,7 +260,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
         ctx.packed, ctx.dtype = packed, x.dtype
         rows = x.numel() // x.shape[-1]
-        if 0 < rows <= TILED_ROWS_GPU and dequantises_in_tiles(x):
+        if 0 < rows <= TILED_ROWS_GPU and dequantizes_in_tiles(x):
             from accessory.ops.triton import packed_grouped as kernels
 
             y = kernels.product(x.reshape(rows, -1), packed)
@@ -270,7 +272,7 @@ class _FrozenLinear(torch.autograd.Function):
         return grads[0] @ unpacked(ctx.packed, ctx.dtype), None
 
 
-def dequantises_in_tiles(x: Tensor) -> bool:
+def dequantizes_in_tiles(x: Tensor) -> bool:
     """Whether `ops.triton.packed_grouped` is there for x: 16 bits, on a card with bf16 tensor cores."""
     return (
         x.is_cuda

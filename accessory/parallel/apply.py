@@ -16,8 +16,8 @@ from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
-from accessory.parallel import plan
-from accessory.parallel.collectives import gather, reduce, spread
+from accessory.parallel import sharding
+from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks
 from accessory.parallel.mesh import Ranks
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
     is computed whole on every rank, with a warning.
     """
     args, implementation = decoder.args, decoder.implementation
-    plan.check_ranks(args, implementation, ranks.size)
-    mode = plan.attention_mode(args, ranks.size)
+    sharding.check_ranks(args, implementation, ranks.size)
+    mode = sharding.attention_mode(args, ranks.size)
     if mode == "whole" and ranks.rank == 0:
         log.warning(
             "attention is computed whole on each of %d ranks: n_heads = %d and n_kv_heads = %d cannot be cut so",
@@ -41,7 +41,7 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
         for kind, parameter in list(module.named_parameters(recurse=False)):
             whole, full = tuple(parameter.shape), f"{name}.{kind}" if name else kind
             offsets, shape = local_part(full, whole, args, implementation, ranks.rank, ranks.size)
-            decoder.cuts[full] = (whole, offsets)
+            decoder.local_shards[full] = (whole, offsets)
             if shape != whole:
                 empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                 module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
@@ -60,18 +60,18 @@ def local_part(
     name: str, whole: tuple[int, ...], args: ModelArgs, implementation: Implementation, rank: int, world: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offsets, sizes) of `rank`'s slice of network parameter `name` of shape `whole`, experts stacked in front."""
-    if plan.expert_tensor(name, 0) is None:
-        return _box(plan.rank_part(name, whole, args, implementation, rank, world), whole)
+    if sharding.expert_tensor(name, 0) is None:
+        return _box(sharding.rank_part(name, whole, args, implementation, rank, world), whole)
     held = {}
     for e in range(whole[0]):
-        part = plan.rank_part(str(plan.expert_tensor(name, e)), whole[1:], args, implementation, rank, world)
+        part = sharding.rank_part(str(sharding.expert_tensor(name, e)), whole[1:], args, implementation, rank, world)
         if part is not None:
             held[e] = _box(part, whole[1:])
     offsets, sizes = next(iter(held.values()))
     return (min(held), *offsets), (len(held), *sizes)
 
 
-def _box(part: plan.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _box(part: sharding.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     assert part is not None, "only experts can live on other ranks alone"
     offsets, sizes = [0] * len(whole), list(whole)
     if part.dim is not None:
@@ -81,18 +81,18 @@ def _box(part: plan.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int, ..
 
 def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     def gathered(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return gather(output, ranks)
+        return gather_from_ranks(output, ranks)
 
     def reduced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return reduce(output, ranks)
+        return reduce_from_ranks(output, ranks)
 
     def spread_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (spread(inputs[0], ranks), *inputs[1:])
+        return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
 
     def spread_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # The routing weights too: each rank sees only its experts' part of their gradient.
         x_TD, weight_TK, expert_TK = inputs
-        return spread(x_TD, ranks), spread(weight_TK, ranks), expert_TK
+        return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), expert_TK
 
     decoder.tok_embeddings.register_forward_hook(gathered)
     decoder.output.register_forward_pre_hook(spread_first)

@@ -18,7 +18,7 @@ from accessory.parallel.mesh import Ranks
 GATHERED_AT_MOST = 2**16  # numbers
 
 
-class _Spread(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
@@ -31,7 +31,7 @@ class _Spread(torch.autograd.Function):
         return grad, None
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.dtype = x.dtype
@@ -42,7 +42,7 @@ class _Reduce(torch.autograd.Function):
         return grads[0].to(ctx.dtype), None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.width = ranks, x.shape[-1]
@@ -69,28 +69,28 @@ def _total(x: Tensor, ranks: Ranks) -> Tensor:
     return total
 
 
-def spread(x: Tensor, ranks: Ranks) -> Tensor:
+def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """x as it is; its gradient is summed over ranks."""
-    return _Spread.apply(x, ranks)
+    return _CopyToRanks.apply(x, ranks)
 
 
-def reduce(x: Tensor, ranks: Ranks) -> Tensor:
+def reduce_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """The sum over ranks, fp32 whatever came in, so that the number of ranks does not change how sums are rounded."""
-    return _Reduce.apply(x, ranks)
+    return _ReduceFromRanks.apply(x, ranks)
 
 
-def gather(x: Tensor, ranks: Ranks) -> Tensor:
+def gather_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """The ranks' tensors side by side along the last dimension."""
-    return _Gather.apply(x, ranks)
+    return _GatherFromRanks.apply(x, ranks)
 
 
-def decide(value: Tensor, ranks: Ranks) -> Tensor:
+def broadcast(value: Tensor, ranks: Ranks) -> Tensor:
     """The first rank's `value`, on every rank (in place)."""
     dist.broadcast(value, src=ranks.first, group=ranks.group)
     return value
 
 
-def share(value: Any, ranks: Ranks | None) -> Any:
+def broadcast_object(value: Any, ranks: Ranks | None) -> Any:
     """The first rank's Python object on every rank; what the others pass is ignored."""
     if ranks is None:
         return value

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor, Shard
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.nn.decoder import Decoder
 from accessory.nn.linear import PackedWeight, RMSNorm
-from accessory.parallel.collectives import share
-from accessory.parallel.held import local
+from accessory.parallel.collectives import broadcast_object
+from accessory.parallel.local_shard import local
 from accessory.parallel.mesh import Ranks
-from accessory.parallel.plan import expert_tensor, gradient_sharers
+from accessory.parallel.sharding import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
 T = TypeVar("T")
@@ -33,16 +33,16 @@ _FLAT = 2**24  # numbers that one all-reduce takes together
 
 
 @dataclass(frozen=True)
-class Grid:
+class DeviceMesh:
     """All ranks of a run, `data` × `model`. A model's parts lie on neighbouring ranks; None: a dimension of one."""
 
     data: Ranks | None = None
     model: Ranks | None = None
-    mesh: Any = None  # the data-parallel dimension, for FSDP2
+    fsdp_mesh: Any = None  # the data-parallel dimension, for FSDP2
     all: Ranks | None = None
 
     @classmethod
-    def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> Grid:
+    def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> DeviceMesh:
         """ConfigError where the ranks do not divide into models of that size."""
         world = ranks.size if ranks is not None else 1
         if model_parallel_size < 1 or world % model_parallel_size:
@@ -105,26 +105,26 @@ class Grid:
             except OSError as error:  # as InputError: one process speaks for all
                 where = f"{error.filename}: " if error.filename is not None else ""
                 outcome = (None, InputError(f"{where}{error.strerror or error}"))
-        value, failure = share(outcome, self.all)
+        value, failure = broadcast_object(outcome, self.all)
         if failure is not None:
             raise failure
         return value
 
 
-def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch.dtype) -> None:
+def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_dtype: torch.dtype) -> None:
     """Cut a network's parameters (on the meta device or filled) over the data-parallel ranks.
 
     sdp: what is trained is sharded, with its gradients and its optimiser, and kept whole from forward to backward; what
     is frozen is not sharded. fsdp: everything is sharded, and whole only while a layer runs.
     """
-    if grid.data is None:
+    if mesh.data is None:
         return
     alone = {p for m in decoder.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
     alone |= {p for name, p in decoder.named_parameters() if name.endswith("_img")}
     alone |= {p for name, m in decoder.named_modules() if name.endswith(".gate") for p in m.parameters()}
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
-    size = grid.data.size
+    size = mesh.data.size
 
     def placement(p: nn.Parameter) -> Shard | None:
         # A rank of base may hold a single expert: the stack is then cut inside of it, which has to come out even.
@@ -135,7 +135,7 @@ def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch
     packed = any(isinstance(m, PackedWeight) for m in decoder.modules())
     dtype = None if packed else compute_dtype
     options: dict[str, Any] = {
-        "mesh": grid.mesh,
+        "mesh": mesh.fsdp_mesh,
         "reshard_after_forward": mode == "fsdp",
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "ignored_params": alone,
@@ -146,7 +146,7 @@ def shard(decoder: Decoder, grid: Grid, mode: DataParallel, compute_dtype: torch
     fully_shard(decoder, **options)
 
 
-def finish_gradients(decoder: Decoder, grid: Grid) -> None:
+def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
     """After backward: average what FSDP2 does not shard over data ranks, add up what model ranks have parts of.
 
     A trained parameter that took no part in the step gets a zero gradient, so that no rank waits for another.
@@ -157,33 +157,33 @@ def finish_gradients(decoder: Decoder, grid: Grid) -> None:
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if grid.data is not None and not isinstance(p, DTensor):
+        if mesh.data is not None and not isinstance(p, DTensor):
             alone.append(local(p.grad))
-        if grid.model is not None and sharers(decoder, name, grid) > 1:
-            partial.append((local(p.grad), sharers(decoder, name, grid)))
-    if grid.data is not None:
+        if mesh.model is not None and sharers(decoder, name, mesh) > 1:
+            partial.append((local(p.grad), sharers(decoder, name, mesh)))
+    if mesh.data is not None:
         for flat, parts in _flattened(alone):
-            dist.all_reduce(flat, group=grid.data.group)
-            _scatter(flat.div_(grid.data.size), parts)
-    if grid.model is not None:
-        world, rank = grid.model.size, grid.model.rank
+            dist.all_reduce(flat, group=mesh.data.group)
+            _scatter(flat.div_(mesh.data.size), parts)
+    if mesh.model is not None:
+        world, rank = mesh.model.size, mesh.model.rank
         for flat, parts in _flattened([g for g, n in partial if n == world]):
-            dist.all_reduce(flat, group=grid.model.group)
+            dist.all_reduce(flat, group=mesh.model.group)
             _scatter(flat, parts)
         for grad, n in ((g, n) for g, n in partial if n < world):  # key/value heads, small and rarely shared
             grads = [torch.empty_like(grad) for _ in range(world)]
-            dist.all_gather(grads, grad.contiguous(), group=grid.model.group)
+            dist.all_gather(grads, grad.contiguous(), group=mesh.model.group)
             first = rank // n * n
             grad.copy_(torch.stack(grads[first : first + n]).sum(0))
 
 
-def sharers(decoder: Decoder, name: str, grid: Grid) -> int:
+def sharers(decoder: Decoder, name: str, mesh: DeviceMesh) -> int:
     """`plan.gradient_sharers` of a parameter of the network by its own name (experts stacked)."""
     canonical = expert_tensor(name, 0) or name
-    return gradient_sharers(canonical, decoder.args, decoder.implementation, grid.model_size)
+    return gradient_sharers(canonical, decoder.args, decoder.implementation, mesh.model_size)
 
 
-def squared_norm(decoder: Decoder, grid: Grid) -> Tensor:
+def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
     """The sum of squares of all gradients, each number counted once wherever copies of it lie: () fp32, on all ranks.
 
     Parts of different meshes cannot be added by DTensor's own arithmetic, and a sum over all ranks would count copies.
@@ -194,18 +194,18 @@ def squared_norm(decoder: Decoder, grid: Grid) -> Tensor:
         if p.grad is None:
             continue
         copies = 1
-        if grid.data is not None and not isinstance(p, DTensor):
-            copies *= grid.data.size
-        if grid.model is not None:
-            copies *= model_copies(decoder, held_name, grid)
+        if mesh.data is not None and not isinstance(p, DTensor):
+            copies *= mesh.data.size
+        if mesh.model is not None:
+            copies *= model_copies(decoder, held_name, mesh)
         total += local(p.grad).float().square().sum() / copies
-    return grid.sum_over_all(total)
+    return mesh.sum_over_all(total)
 
 
-def model_copies(decoder: Decoder, name: str, grid: Grid) -> int:
+def model_copies(decoder: Decoder, name: str, mesh: DeviceMesh) -> int:
     """How many model-parallel ranks hold the same part of a parameter."""
-    whole, _ = decoder.cuts[name]
-    return grid.model_size * decoder.get_parameter(name).numel() // math.prod(whole)
+    whole, _ = decoder.local_shards[name]
+    return mesh.model_size * decoder.get_parameter(name).numel() // math.prod(whole)
 
 
 def _flattened(tensors: Iterable[Tensor]) -> Iterable[tuple[Tensor, list[Tensor]]]:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from accessory.checkpoint.convert import convert
 from accessory.config import ModelArgs
+from accessory.convert.convert import convert
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.errors import AccessoryError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accessory.adapt.peft import Beside, besides_for, trainable_rule
+from accessory.adapt.peft import AdapterSpec, adapter_specs_for, trainable_rule
 from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint, open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
@@ -19,9 +19,9 @@ from accessory.checkpoint.packed import spell
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
-from accessory.parallel.fsdp import Grid, shard
-from accessory.parallel.held import held_parameters
-from accessory.parallel.plan import check_ranks
+from accessory.parallel.fsdp import DeviceMesh, apply_fsdp
+from accessory.parallel.local_shard import local_parameters
+from accessory.parallel.sharding import check_ranks
 from accessory.train.config import FinetuneConfig
 from accessory.vision_config import VisionArgs
 
@@ -49,17 +49,17 @@ class Source:
         return self.args.sees_with
 
     @property
-    def image_words(self) -> int:
+    def image_tokens(self) -> int:
         """Positions that an image takes; 0 where there are none."""
-        return self.vision.words(self.views) if self.views else 0
+        return self.vision.image_tokens(self.views) if self.views else 0
 
     @property
     def trainable(self) -> Callable[[str], bool]:
         return trainable_rule(self.args, self.kind.peft, self.config.train_router)
 
     @property
-    def beside(self) -> dict[str, Beside] | None:
-        return besides_for(self.args) if self.kind.peft else None
+    def adapters(self) -> dict[str, AdapterSpec] | None:
+        return adapter_specs_for(self.args) if self.kind.peft else None
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a state: sizes, what is trained, and whose
@@ -128,12 +128,12 @@ def open_source(config: FinetuneConfig) -> Source:
     return source
 
 
-def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> Decoder:
+def build(source: Source, mesh: DeviceMesh, device: torch.device, progress: bool) -> Decoder:
     """The network on `device`: this rank's part, trained parameters in fp32, the rest in what it computes in."""
     config, compute = source.config, COMPUTE[source.config.precision]
 
     def wrap(decoder: Decoder) -> None:
-        shard(decoder, grid, config.data_parallel, compute)
+        apply_fsdp(decoder, mesh, config.data_parallel, compute)
 
     decoder = load_decoder(
         source.checkpoints,
@@ -141,9 +141,9 @@ def build(source: Source, grid: Grid, device: torch.device, progress: bool) -> D
         source.kind.implementation,
         device=device,
         dtype=compute,
-        ranks=grid.model,
+        ranks=mesh.model,
         progress=progress,
-        beside=source.beside,
+        adapters=source.adapters,
         trainable=source.trainable,
         seed=config.seed,
         wrap=wrap,
@@ -169,7 +169,7 @@ def build_tower(source: Source, device: torch.device, progress: bool) -> VisionT
 def counts(decoder: Decoder) -> tuple[int, int]:
     """(trained, all) parameters of the whole network."""
     learning = {name for name, p in decoder.named_parameters() if p.requires_grad}
-    sizes = {held.name: torch.Size(held.whole).numel() for held in held_parameters(decoder)}
+    sizes = {held.name: torch.Size(held.whole).numel() for held in local_parameters(decoder)}
     return sum(n for name, n in sizes.items() if name in learning), sum(sizes.values())
 
 

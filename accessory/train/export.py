@@ -12,7 +12,7 @@ from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.save import write_checkpoint
 from accessory.config import Implementation, ModelArgs
-from accessory.parallel.plan import expert_tensor, largest_world
+from accessory.parallel.sharding import expert_tensor, largest_world
 from accessory.train.state import trained_tensors
 
 
@@ -53,7 +53,7 @@ def export(
     tensors: dict[str, Lazy] = {}
     if not only_trained:
         for checkpoint in checkpoints:
-            checkpoint.warn_of_dequantising()
+            checkpoint.warn_of_dequantizing()
             tensors |= checkpoint.tensors
     tensors |= trained
     if image_views and not only_trained:

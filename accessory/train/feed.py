@@ -21,7 +21,7 @@ from accessory.data.batches import Batch, EpochPlan, collate
 from accessory.data.dataset import Example, FinetuneData
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.fsdp import Grid
+from accessory.parallel.fsdp import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +124,14 @@ class Feed:
         data: FinetuneData,
         schedule: Schedule,
         split: Split,
-        grid: Grid,
+        mesh: DeviceMesh,
         *,
         workers: int = 0,
         pin: bool = False,
         load: ImageLoader | None = None,
         broken: Literal["fail", "skip"] = "fail",
     ) -> None:
-        self.data, self.schedule, self.split, self.grid = data, schedule, split, grid
+        self.data, self.schedule, self.split, self.mesh = data, schedule, split, mesh
         self.workers, self.pin, self.load, self.broken = workers, pin, load, broken
         self._warned: set[int] = set()
 
@@ -141,7 +141,7 @@ class Feed:
 
     def batch(self, step: int, micro: int) -> Batch:
         """Micro-batch number `micro` of a step."""
-        first = (micro * self.split.data_size + self.grid.data_rank) * self.split.batch_size
+        first = (micro * self.split.data_size + self.mesh.data_rank) * self.split.batch_size
         return self._collate(step, self.schedule.rows(step)[first : first + self.split.batch_size])
 
     def alone(self, step: int, item: int) -> Batch:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from accessory.parallel.held import local
+from accessory.parallel.local_shard import local
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8

@@ -17,14 +17,14 @@ from accessory.data.dataset import FinetuneData
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError
-from accessory.parallel.fsdp import Grid
+from accessory.parallel.fsdp import DeviceMesh
 from accessory.train.build import Source, build, build_tower, open_source, warn_of_biases
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.feed import Feed, Schedule, Split
 from accessory.train.metrics import METRICS_FILE, write_whole
 from accessory.train.report import REPORT_FILE
 from accessory.train.state import Described, clean_states, complete_states, describe, load_state
-from accessory.train.trainer import Trainer, Weights
+from accessory.train.trainer import LossWeights, Trainer
 
 STATES, FINAL, CONFIG = "states", "final", "config.yaml"
 
@@ -34,7 +34,7 @@ class Run:
     """Everything a run consists of, made before its first step."""
 
     config: FinetuneConfig
-    grid: Grid
+    mesh: DeviceMesh
     folder: Path
     source: Source
     data: FinetuneData
@@ -52,22 +52,22 @@ class Run:
         return self.folder / STATES
 
 
-def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
+def prepare(config: FinetuneConfig, mesh: DeviceMesh, device: torch.device) -> Run:
     """Open, check and build everything; what the folder holds is changed last, when nothing can be wrong any more."""
     folder = Path(config.output_dir)
-    resumed = grid.from_first(lambda: _open_folder(config, folder))
+    resumed = mesh.from_first(lambda: _open_folder(config, folder))
     source = open_source(config)
     identity = {"model": source.identity()}
     if resumed is not None:
         _check_same_model(resumed, identity["model"])
-    split = Split(config.batch_size, config.accum_iter, grid.data_size)
+    split = Split(config.batch_size, config.accum_iter, mesh.data_size)
     if resumed is not None:
-        split = Split.keeping(resumed.values["rows"], config.batch_size, grid.data_size)
-    if grid.first:
+        split = Split.keeping(resumed.values["rows"], config.batch_size, mesh.data_size)
+    if mesh.first:
         warn_of_biases(source)
     tokenizer = _tokenizer(config, source)
     check_vocabulary(tokenizer, source.args.vocab_size)
-    data = _open_data(config.data_config, config, tokenizer, grid, source.image_words)
+    data = _open_data(config.data_config, config, tokenizer, mesh, source.image_tokens)
     identity["data"] = _data_identity(data, config)
     if resumed is not None:
         _check_same_data(resumed, identity["data"])
@@ -77,26 +77,26 @@ def prepare(config: FinetuneConfig, grid: Grid, device: torch.device) -> Run:
             f"resume: {resumed.folder} has made all of {schedule.steps} steps; give more epochs or max_steps"
         )
     pin = config.pin_mem and device.type == "cuda"
-    make_feed = partial(Feed, grid=grid, workers=config.num_workers, pin=pin, broken=config.broken_images)
+    make_feed = partial(Feed, mesh=mesh, workers=config.num_workers, pin=pin, broken=config.broken_images)
     feed = make_feed(data, schedule, split, load=_loader(source, config.image_transform))
     held_out: Sequence[Batch] = []
     if config.eval_data:
-        others = _open_data(config.eval_data, config, tokenizer, grid, source.image_words)
-        each = Split(config.batch_size, 1, grid.data_size)
+        others = _open_data(config.eval_data, config, tokenizer, mesh, source.image_tokens)
+        each = Split(config.batch_size, 1, mesh.data_size)
         # Whole images, as answering sees them, and not what a crop happens to leave.
         same = config.image_transform != "random_resized_crop"
         load = _loader(source, config.image_transform if same else "padded_resize")
         held_out = make_feed(others, _schedule(config, others, each.rows, 1.0), each, load=load).all_batches()
-    decoder = build(source, grid, device, progress=grid.first)
-    weights = Weights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
-    tower = build_tower(source, device, progress=grid.first)
-    trainer = Trainer(decoder, grid, weights, weight_decay=config.weight_decay, clip=config.clip_grad, tower=tower)
-    run = Run(config, grid, folder, source, data, schedule, feed, trainer, held_out, identity, resumed)
+    decoder = build(source, mesh, device, progress=mesh.first)
+    weights = LossWeights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
+    tower = build_tower(source, device, progress=mesh.first)
+    trainer = Trainer(decoder, mesh, weights, weight_decay=config.weight_decay, clip=config.clip_grad, tower=tower)
+    run = Run(config, mesh, folder, source, data, schedule, feed, trainer, held_out, identity, resumed)
     if resumed is not None:
         load_state(trainer, resumed.folder)
         run.tokens = resumed.values["tokens"]
         trainer.loss_scale.value, trainer.loss_scale.good = resumed.values["loss_scale"]
-    grid.from_first(lambda: _claim_folder(config, folder, resumed))
+    mesh.from_first(lambda: _claim_folder(config, folder, resumed))
     return run
 
 
@@ -189,7 +189,7 @@ def _data_identity(data: FinetuneData, config: FinetuneConfig) -> dict[str, Any]
         "packing": config.packing,
         "seed": config.seed,
     }
-    return identity | ({"image_transform": config.image_transform} if data.image_words else {})
+    return identity | ({"image_transform": config.image_transform} if data.image_tokens else {})
 
 
 def _tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
@@ -205,7 +205,9 @@ def _loader(source: Source, transform: str) -> ImageLoader | None:
     return ImageLoader.of(transform, source.vision.pixels(source.views)) if source.views else None
 
 
-def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Grid, image_words: int) -> FinetuneData:
+def _open_data(
+    path: str, config: FinetuneConfig, tokenizer: Tokenizer, mesh: DeviceMesh, image_tokens: int
+) -> FinetuneData:
     def opened(broken_images: Literal["fail", "skip"] | None) -> FinetuneData:
         return FinetuneData.open(
             Path(path),
@@ -216,14 +218,14 @@ def _open_data(path: str, config: FinetuneConfig, tokenizer: Tokenizer, grid: Gr
             prompt_type=config.prompt_type,
             cache_ann_on_disk=config.cache_ann_on_disk,
             seed=config.seed,
-            progress=grid.first,
-            image_words=image_words,
+            progress=mesh.first,
+            image_tokens=image_tokens,
             broken_images=broken_images,
-            once=grid.from_first,
+            once=mesh.from_first,
         )
 
     if config.cache_ann_on_disk:  # the others read what the first one has written
-        grid.from_first(lambda: len(opened(None)))
+        mesh.from_first(lambda: len(opened(None)))
     return opened(config.broken_images)
 
 

@@ -20,13 +20,13 @@ import torch
 
 from accessory.data.batches import Batch
 from accessory.errors import InputError
-from accessory.parallel.fsdp import Grid
+from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.mesh import from_environment
-from accessory.train.blame import items_at_fault
 from accessory.train.build import COMPUTE, counts
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.metrics import MetricsLog
+from accessory.train.nonfinite_trace import trace_nonfinite_items
 from accessory.train.optim import learning_rate, updates_made
 from accessory.train.prepare import FINAL, Run, prepare
 from accessory.train.progress import Progress, RouterWatch
@@ -48,11 +48,11 @@ def finetune(config: FinetuneConfig) -> Path:
     state saved. SIGTERM and Ctrl-C save a state and end the run; it is resumed with `resume: auto`.
     """
     device_type = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    grid = Grid.of(from_environment(PATIENCE), config.model_parallel_size, device_type.split(":")[0])
+    mesh = DeviceMesh.of(from_environment(PATIENCE), config.model_parallel_size, device_type.split(":")[0])
     torch.manual_seed(config.seed)
     if config.precision == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
-    run = prepare(config, grid, torch.device(device_type))
+    run = prepare(config, mesh, torch.device(device_type))
     with ExitStack() as stack:
         stack.enter_context(_stopping(run.stop))
         return _train(run, stack)
@@ -62,10 +62,10 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _train(run: Run, stack: ExitStack) -> Path:
-    config, grid, schedule = run.config, run.grid, run.schedule
+    config, mesh, schedule = run.config, run.mesh, run.schedule
     begin = run.resumed.step if run.resumed else 0
     metrics = watch = progress = None
-    if grid.first:
+    if mesh.first:
         _announce(run)
         metrics = stack.enter_context(
             MetricsLog(run.folder, config.loggers, resumed_at=begin if run.resumed else None, config=config.to_dict())
@@ -108,7 +108,7 @@ def _train(run: Run, stack: ExitStack) -> Path:
         last = step == schedule.steps
         if last or (config.eval_interval and step % config.eval_interval == 0):
             _evaluate(run, step, write)
-        stopping = bool(grid.sum_over_all(torch.tensor(float(run.stop.is_set()), device=run.trainer.device)) > 0)
+        stopping = bool(mesh.sum_over_all(torch.tensor(float(run.stop.is_set()), device=run.trainer.device)) > 0)
         if last or stopping or _save_is_due(run, step):
             _save(run, step)
             saved = step
@@ -124,7 +124,7 @@ def _one_step(run: Run, step: int, batches: list[Batch], lr: float, saved: int |
     except NotFiniteError as error:
         if saved != step - 1:
             _save(run, step - 1)
-        found = items_at_fault(run.trainer, batches, partial(run.feed.alone, step - 1))
+        found = trace_nonfinite_items(run.trainer, batches, partial(run.feed.alone, step - 1))
         told = "in" if found else "somewhere in"
         items = found or sorted({item for row in run.schedule.rows(step - 1) for item in row})
         shown = ", ".join(map(run.data.where, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
@@ -180,8 +180,8 @@ def _finish(run: Run) -> Path:
             overwrite=True,
         )
 
-    final = run.grid.from_first(written)
-    if run.grid.first:
+    final = run.mesh.from_first(written)
+    if run.mesh.first:
         report = write_report(run.folder, title=run.folder.name, config=config.to_dict())
         log.info("%s", report)
         behind = f", to be loaded behind {source.checkpoints[0].path}" if config.only_save_trainable else ""
@@ -191,12 +191,12 @@ def _finish(run: Run) -> Path:
 
 def _announce(run: Run) -> None:
     trained, total = counts(run.trainer.decoder)
-    split, grid = run.feed.split, run.grid
+    split, mesh = run.feed.split, run.mesh
     print(
         f"{run.source.kind}: {trained / 1e6:,.1f} of {total / 1e6:,.1f} million parameters are trained\n"
         f"{len(run.data):,} items, {int(run.data.lengths.sum()):,} tokens; {run.schedule.steps:,} steps "
-        f"of {split.rows} rows = {split.batch_size} a micro-step × {split.accum_iter} × {grid.data_size} data-parallel"
-        f" ({grid.model_size} model-parallel)"
+        f"of {split.rows} rows = {split.batch_size} a micro-step × {split.accum_iter} × {mesh.data_size} data-parallel"
+        f" ({mesh.model_size} model-parallel)"
     )
     if run.resumed:
         print(f"going on from {run.resumed.folder}")

@@ -33,7 +33,7 @@ from accessory.checkpoint.lazy import Lazy, concat
 from accessory.checkpoint.load import part_of
 from accessory.config import read_json
 from accessory.errors import CheckpointError
-from accessory.parallel.held import Held, beside_parameter, held_parameters
+from accessory.parallel.local_shard import LocalShard, local_parameters, shard_like
 from accessory.train.optim import allocate_moments
 from accessory.train.trainer import Trainer
 
@@ -56,43 +56,43 @@ class Described:
 class _Planner(dcp.DefaultSavePlanner):
     """Tells torch.distributed.checkpoint which box of which whole tensor each of ours is."""
 
-    def __init__(self, held: Mapping[str, Held]) -> None:
+    def __init__(self, shard: Mapping[str, LocalShard]) -> None:
         super().__init__(flatten_state_dict=False)  # names are flat, and the plan is ours
-        self.held = held
+        self.shard = shard
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(name, held) for name, held in self.held.items()])
+        self.plan = SavePlan([_write_item(name, shard) for name, shard in self.shard.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.held[index.fqn].tensor
+        return self.shard[index.fqn].tensor
 
 
-def _write_item(name: str, held: Held) -> WriteItem:
-    offsets = torch.Size(held.offsets)
+def _write_item(name: str, shard: LocalShard) -> WriteItem:
+    offsets = torch.Size(shard.offsets)
     return WriteItem(
         index=MetadataIndex(name, offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=held.tensor.shape),
-            properties=TensorProperties.create_from_tensor(held.tensor),
-            size=torch.Size(held.whole),
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=shard.tensor.shape),
+            properties=TensorProperties.create_from_tensor(shard.tensor),
+            size=torch.Size(shard.whole),
         ),
     )
 
 
-def held_state(trainer: Trainer) -> dict[str, Held]:
+def local_state(trainer: Trainer) -> dict[str, LocalShard]:
     """This rank's boxes of trained parameters and moments; empty ones are left out."""
     parameters = dict(trainer.named)
     out = {}
-    for held in held_parameters(trainer.decoder):
-        if held.name not in parameters or not held.tensor.numel():
+    for shard in local_parameters(trainer.decoder):
+        if shard.name not in parameters or not shard.tensor.numel():
             continue
-        out[f"model.{held.name}"] = held
-        moments = trainer.optimizer.state.get(parameters[held.name], {})
+        out[f"model.{shard.name}"] = shard
+        moments = trainer.optimizer.state.get(parameters[shard.name], {})
         for moment in MOMENTS:
             if moment in moments:
-                out[f"{moment}.{held.name}"] = beside_parameter(held, moments[moment])
+                out[f"{moment}.{shard.name}"] = shard_like(shard, moments[moment])
     return out
 
 
@@ -101,23 +101,23 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
 
     Raises CheckpointError, on all ranks, where a rank cannot write; what was there before is then still there.
     """
-    grid, target = trainer.grid, folder / f"step-{step:08d}"
+    mesh, target = trainer.mesh, folder / f"step-{step:08d}"
     if not trainer.optimizer.state:
         allocate_moments(trainer.optimizer, 0)  # no step was made yet, and a state without moments could not be loaded
-    held = held_state(trainer)
+    shard = local_state(trainer)
 
     with ExitStack() as stack:
-        place = grid.from_first(lambda: stack.enter_context(new_folder(target)))
+        place = mesh.from_first(lambda: stack.enter_context(new_folder(target)))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
                 dcp.save(
-                    {name: h.tensor for name, h in held.items()},
+                    {name: h.tensor for name, h in shard.items()},
                     storage_writer=dcp.HuggingFaceStorageWriter(
-                        str(place), fqn_to_index_mapping=_files(held), save_distributed=True
+                        str(place), fqn_to_index_mapping=_files(shard), save_distributed=True
                     ),
-                    planner=_Planner(held),
-                    no_dist=grid.all is None,
+                    planner=_Planner(shard),
+                    no_dist=mesh.all is None,
                 )
         except (dcp.api.CheckpointException, OSError) as error:
             raise CheckpointError(f"{target}: cannot be written ({_reason(error)})") from error
@@ -132,14 +132,14 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
             for old in complete_states(folder)[: -keep or None]:
                 _drop(old)
 
-        grid.from_first(finish)
+        mesh.from_first(finish)
     return target
 
 
-def _files(held: Mapping[str, Held]) -> dict[str, int]:
+def _files(shard: Mapping[str, LocalShard]) -> dict[str, int]:
     """Which of a rank's files a tensor goes to, so that none of them is large."""
     files, number, size = {}, 1, 0
-    for name, h in held.items():
+    for name, h in shard.items():
         nbytes = h.tensor.numel() * h.tensor.element_size()
         if size and size + nbytes > _FILE_BYTES:
             number, size = number + 1, 0
@@ -228,19 +228,19 @@ def load_state(trainer: Trainer, state: Path) -> None:
     tensors = state_tensors(state)
     described = describe(state)
     allocate_moments(trainer.optimizer, int(described.values["updates"]))
-    wanted = held_state(trainer)
-    for name, held in wanted.items():
+    wanted = local_state(trainer)
+    for name, shard in wanted.items():
         if name not in tensors:
             raise CheckpointError(f"{state}: holds no {name}: it is of a run that trained something else")
-        if tensors[name].shape != held.whole:
-            raise CheckpointError(f"{state}: {name} is {tensors[name].shape}, here {held.whole}: another model's")
+        if tensors[name].shape != shard.whole:
+            raise CheckpointError(f"{state}: {name} is {tensors[name].shape}, here {shard.whole}: another model's")
     trained = {f"model.{name}" for name, _ in trainer.named}
     extra = [n for n in tensors if n.startswith("model.") and n not in trained]
     if extra:
         raise CheckpointError(f"{state}: holds {extra[0]}, which is not trained here")
     with torch.no_grad():
-        for name, held in wanted.items():
-            part_of(tensors[name], held).copy_to(held.tensor)
+        for name, shard in wanted.items():
+            part_of(tensors[name], shard).copy_to(shard.tensor)
 
 
 def trained_tensors(state: Path) -> Iterator[tuple[str, Lazy]]:

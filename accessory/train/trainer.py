@@ -25,7 +25,7 @@ from accessory.nn.decoder import Decoder
 from accessory.ops.attention import Documents
 from accessory.ops.cross_entropy import cross_entropy_sum
 from accessory.ops.routing import RouterStatistics, balance_loss
-from accessory.parallel.fsdp import Grid, finish_gradients, squared_norm
+from accessory.parallel.fsdp import DeviceMesh, finish_gradients, squared_norm
 from accessory.train.optim import LossScale, make_optimizer, scale_gradients
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class NotFiniteError(Exception):
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """What the parts of the loss are multiplied by."""
 
     balance: float
@@ -57,14 +57,14 @@ class Trainer:
     def __init__(
         self,
         decoder: Decoder,
-        grid: Grid,
-        weights: Weights,
+        mesh: DeviceMesh,
+        weights: LossWeights,
         *,
         weight_decay: float = 0.0,
         clip: float = 0.0,
         tower: VisionTower | None = None,
     ) -> None:
-        self.decoder, self.grid, self.weights, self.clip, self.tower = decoder, grid, weights, clip, tower
+        self.decoder, self.mesh, self.weights, self.clip, self.tower = decoder, mesh, weights, clip, tower
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.named, weight_decay)
         self.device = next(decoder.parameters()).device
@@ -76,8 +76,8 @@ class Trainer:
         Raises NotFiniteError, on all ranks alike, before any parameter is touched.
         """
         began = time.perf_counter()
-        record = self.passes(batches)
-        norm = math.sqrt(float(squared_norm(self.decoder, self.grid))) / self.loss_scale.value
+        record = self.forward_backward(batches)
+        norm = math.sqrt(float(squared_norm(self.decoder, self.mesh))) / self.loss_scale.value
         finite = math.isfinite(norm)
         if not math.isfinite(record["loss"]) or (not finite and not self.loss_scale.dynamic):
             self.optimizer.zero_grad()
@@ -101,7 +101,7 @@ class Trainer:
             "memory_gb": self._memory(),
         }
 
-    def passes(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Forward and backward: the step's gradients, complete on every rank, and what the record says of the loss."""
         self.decoder.train()
         totals = self._totals(batches)
@@ -109,9 +109,9 @@ class Trainer:
         for batch, counted in zip(batches, totals.counted, strict=True):
             loss = self._loss(batch, totals, counted, sums)
             # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
-            (loss * (self.grid.data_size * self.loss_scale.value)).backward()
-        finish_gradients(self.decoder, self.grid)
-        return sums.record(self.grid, totals)
+            (loss * (self.mesh.data_size * self.loss_scale.value)).backward()
+        finish_gradients(self.decoder, self.mesh)
+        return sums.record(self.mesh, totals)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -122,7 +122,7 @@ class Trainer:
             rows_N, label_N = _learnt(batch)
             out = self._forward(batch, rows_N, statistics=False)
             sums += torch.stack([cross_entropy_sum(out.logits, label_N.to(self.device)), sums.new_tensor(len(rows_N))])
-        self.grid.sum_over_data(sums)
+        self.mesh.sum_over_data(sums)
         return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
     def _forward(self, batch: Batch, rows_N: Tensor, statistics: bool) -> Any:
@@ -142,14 +142,14 @@ class Trainer:
             return None
         from accessory.parallel.images import encode_shared
 
-        return encode_shared(self.tower, batch.pixels_I3PP, self.grid.model)
+        return encode_shared(self.tower, batch.pixels_I3PP, self.mesh.model)
 
     def _totals(self, batches: Sequence[Batch]) -> _Totals:
         """Learnt tokens of the step, and counted tokens of each micro-step, on all data-parallel ranks."""
         own = [float(batch.counted_BT.sum()) for batch in batches]
         learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
         numbers = torch.tensor([learnt, *own], dtype=torch.float64)
-        summed = self.grid.sum_over_data(numbers.to(self.device)).tolist()
+        summed = self.mesh.sum_over_data(numbers.to(self.device)).tolist()
         return _Totals(learnt=summed[0], counted=own, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
 
     def _loss(self, batch: Batch, totals: _Totals, counted: float, sums: _Sums) -> Tensor:
@@ -157,11 +157,11 @@ class Trainer:
         out = self._forward(batch, rows_N, statistics=True)
         ce = cross_entropy_sum(out.logits, label_N.to(self.device, non_blocking=True))
         statistics, share, logged = out.router, counted / max(totals.all_counted, 1.0), 1.0
-        if self.weights.global_statistics and self.grid.data is not None:
+        if self.weights.global_statistics and self.mesh.data is not None:
             # Every rank's balance is then that of all tokens of the micro-step, its gradient this rank's part of it.
-            statistics = [_over_data(s, self.grid) for s in out.router]
+            statistics = [_over_data(s, self.mesh) for s in out.router]
             share = totals.counted_on_all[sums.parts] / max(totals.all_counted, 1.0)
-            logged = 1.0 / self.grid.data_size
+            logged = 1.0 / self.mesh.data_size
         balance = balance_loss(statistics)
         z = torch.stack([s.z for s in out.router]).mean() / max(totals.all_counted, 1.0)
         per_layer = torch.stack([balance_loss([s]).detach() for s in statistics])
@@ -202,8 +202,8 @@ class _Sums:
         counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
         self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
 
-    def record(self, grid: Grid, totals: _Totals) -> dict[str, Any]:
-        numbers = grid.sum_over_data(torch.cat([self.scalars, self.layers.flatten()])).cpu()
+    def record(self, mesh: DeviceMesh, totals: _Totals) -> dict[str, Any]:
+        numbers = mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()])).cpu()
         ce, z = numbers[:2].tolist()
         rows = numbers[2:].view(self.layers.shape)
         share_LE = rows[:, :-2] / rows[:, :-2].sum(1, keepdim=True).clamp_min(1.0)
@@ -242,14 +242,14 @@ class _SumOverData(torch.autograd.Function):
     """The sum over data-parallel ranks; a rank's gradient is that of its own part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        return grid.sum_over_data(x.clone())
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        return mesh.sum_over_data(x.clone())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _over_data(s: RouterStatistics, grid: Grid) -> RouterStatistics:
-    plain = grid.sum_over_data(torch.cat([s.tokens[None], s.count_E]))
-    return s._replace(tokens=plain[0], count_E=plain[1:], probability_E=_SumOverData.apply(s.probability_E, grid))
+def _over_data(s: RouterStatistics, mesh: DeviceMesh) -> RouterStatistics:
+    plain = mesh.sum_over_data(torch.cat([s.tokens[None], s.count_E]))
+    return s._replace(tokens=plain[0], count_E=plain[1:], probability_E=_SumOverData.apply(s.probability_E, mesh))

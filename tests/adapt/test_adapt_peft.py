@@ -6,10 +6,10 @@ from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_
 from helpers.sizes import TINY
 
 from accessory.adapt.peft import (
-    Beside,
-    add_beside,
-    besides_for,
-    besides_of,
+    AdapterSpec,
+    adapter_specs_for,
+    adapter_specs_of,
+    add_adapters,
     initial_tensor,
     trainable_rule,
 )
@@ -25,10 +25,10 @@ ARGS = TINY.replace(
 TOKENS_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(implementation, tensors, dtype=torch.float32, beside=True):
+def adapted(implementation, tensors, dtype=torch.float32, adapters=True):
     decoder = decoder_from_canonical(ARGS, implementation, tensors, dtype)
-    if beside:
-        add_beside(decoder, besides_for(ARGS), ARGS.lora_scale)
+    if adapters:
+        add_adapters(decoder, adapter_specs_for(ARGS), ARGS.lora_scale)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for name, p in decoder.named_parameters():
@@ -87,7 +87,9 @@ def test_both_implementations_agree_with_biases_and_their_gradients_too(tensors)
 def test_a_bias_is_added_to_its_product(tensors, implementation, kind):
     """Zero weights leave the bias alone: the layer's output is then known by hand."""
     decoder = decoder_from_canonical(ARGS, implementation, tensors)
-    add_beside(decoder, {n: b for n, b in besides_for(ARGS.replace(lora_rank=-1)).items() if n.startswith("layers.0.")})
+    add_adapters(
+        decoder, {n: b for n, b in adapter_specs_for(ARGS.replace(lora_rank=-1)).items() if n.startswith("layers.0.")}
+    )
     layer = decoder.layers[0]
     with torch.no_grad():
         for p in layer.parameters():
@@ -109,10 +111,10 @@ def test_a_bias_is_added_to_its_product(tensors, implementation, kind):
 
 
 def test_besides_follow_configuration_and_tensors():
-    wanted = besides_for(ARGS.replace(lora_targets=("wq", "w2"), n_layers=1))
-    assert wanted["layers.0.attention.wq"] == Beside(8, bias=True)
-    assert wanted["layers.0.attention.wo"] == Beside(0, bias=True)
-    assert wanted["layers.0.feed_forward.experts.3.w2"] == Beside(8, bias=True)
+    wanted = adapter_specs_for(ARGS.replace(lora_targets=("wq", "w2"), n_layers=1))
+    assert wanted["layers.0.attention.wq"] == AdapterSpec(8, bias=True)
+    assert wanted["layers.0.attention.wo"] == AdapterSpec(0, bias=True)
+    assert wanted["layers.0.feed_forward.experts.3.w2"] == AdapterSpec(8, bias=True)
     assert "output" not in wanted
     assert "layers.0.feed_forward.gate" not in wanted
     shapes = {
@@ -121,14 +123,14 @@ def test_besides_follow_configuration_and_tensors():
         "layers.0.attention.wq.bias": (32,),
         "layers.0.attention.wo.weight": (32, 32),
     }
-    assert besides_of(shapes) == {"layers.0.attention.wq": Beside(8, bias=True)}
+    assert adapter_specs_of(shapes) == {"layers.0.attention.wq": AdapterSpec(8, bias=True)}
 
 
 def test_a_linear_that_is_not_there_is_named(tensors):
     decoder = decoder_from_canonical(ARGS, "base", tensors)
     for name in ("layers.0.attention.wx", "layers.9.feed_forward.experts.0.w1", "norm"):
         with pytest.raises(ConfigError, match=name.split(".experts")[0].replace(".", r"\.")):
-            add_beside(decoder, {name: Beside(4)})
+            add_adapters(decoder, {name: AdapterSpec(4)})
 
 
 def test_initial_values_change_nothing_and_depend_on_name_and_seed_alone():

@@ -39,7 +39,7 @@ def load(tensors, implementation, quant, ranks=None, **options):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
-def test_the_network_is_that_of_the_dequantised_weights(tensors, format, implementation):
+def test_the_network_is_that_of_the_dequantized_weights(tensors, format, implementation):
     quant = Quant.parse(format, output="int8")
     rounded = {
         name: dequantize(quantize(t, quant.format_of(name))) if quant.format_of(name) else t
@@ -54,7 +54,7 @@ def test_the_network_is_that_of_the_dequantised_weights(tensors, format, impleme
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
-def test_every_expert_is_quantised_and_the_router_never(tensors, format, implementation):
+def test_every_expert_is_quantized_and_the_router_never(tensors, format, implementation):
     decoder = load(tensors, implementation, Quant.parse(format))
     packed = {name: m for name, m in decoder.named_modules() if isinstance(m, PackedWeight)}
     wanted = {f"layers.{i}.feed_forward.experts.{w}" for i in range(2) for w in ("w1", "w2", "w3")}
@@ -88,7 +88,7 @@ def on_ranks(rank, world, tensors):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_hold_slices_of_the_quantised_whole(tensors, world):
+def test_ranks_hold_slices_of_the_quantized_whole(tensors, world):
     alone = {}
     for format in FORMATS:
         for implementation in ("base", "sparse"):
@@ -136,9 +136,9 @@ def test_the_real_sizes_come_to_the_arithmetic():
 
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
-def test_lora_learns_beside_quantised_experts(tensors, implementation):
+def test_lora_learns_beside_quantized_experts(tensors, implementation):
     """The gradients are those of LoRA beside the dequantised weights."""
-    from accessory.adapt.peft import besides_for, trainable_rule
+    from accessory.adapt.peft import adapter_specs_for, trainable_rule
 
     args = ARGS.replace(lora_rank=4)
     grads = []
@@ -148,7 +148,9 @@ def test_lora_learns_beside_quantised_experts(tensors, implementation):
         for name, t in tensors.items()
     }
     for values, q in ((tensors, quant), (rounded, None)):
-        decoder = load(values, implementation, q, beside=besides_for(args), trainable=trainable_rule(args, peft=True))
+        decoder = load(
+            values, implementation, q, adapters=adapter_specs_for(args), trainable=trainable_rule(args, peft=True)
+        )
         with torch.no_grad():
             for name, p in decoder.named_parameters():
                 if "lora_b" in name:

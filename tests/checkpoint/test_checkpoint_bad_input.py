@@ -12,8 +12,8 @@ from helpers.checkpoints import ARGS, random_tensors
 from safetensors.torch import load_file, save_file
 
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.info import info
-from accessory.checkpoint.verify import verify
+from accessory.convert.info import info
+from accessory.convert.verify import verify
 from accessory.errors import CheckpointError
 
 TENSORS = random_tensors()
@@ -246,7 +246,7 @@ def test_things_in_a_pickle_that_are_no_tensors(tmp_path):
     fails(tmp_path, r"consolidated\.00\.pth: norm\.weight: expected a tensor, found str")
 
 
-def test_quantised_tensors_are_named(tmp_path):
+def test_quantized_tensors_are_named(tmp_path):
     folder = make.write_torrent(tmp_path / "c", TENSORS)
     edit(folder / "consolidated.00.pth", lambda t: t.update({"norm.weight": torch.ones(48, dtype=torch.int8)}))
     fails(folder, r"quantised tensors cannot be read here: norm\.weight int8")

@@ -10,8 +10,8 @@ from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import concat, rotary_to_interleaved
 from accessory.checkpoint.load import load_decoder
-from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.config import ModelArgs, MoEArgs
+from accessory.convert.quantize import quantize_checkpoint
 from accessory.ops.quantized import FORMATS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -48,7 +48,7 @@ def test_copies_to_a_gpu_equal_the_file(tmp_path, dtype, block_bytes, monkeypatc
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_quantised_folder_is_what_quantising_on_the_gpu_gives(tmp_path, format, implementation):
+def test_a_quantized_folder_is_what_quantizing_on_the_gpu_gives(tmp_path, format, implementation):
     """Written by the CPU, what the GPU makes of the same weights while loading."""
     args = ModelArgs(
         dim=512, hidden_dim=768, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=64, moe=MoEArgs(num_experts=2)

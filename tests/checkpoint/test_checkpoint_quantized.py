@@ -9,22 +9,22 @@ import torch
 from helpers import checkpoints as make
 from helpers.adapters import peft_args, random_adapter, save_adapter
 from helpers.distributed import run_ranks
-from helpers.quantised import ARGS, CHOICES, EXPERT, QUANTS, half_tensors, write_quantised, write_source
+from helpers.quantized import ARGS, CHOICES, EXPERT, QUANTS, half_tensors, write_quantized, write_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.info import info
 from accessory.checkpoint.lazy import Constant, Stored
 from accessory.checkpoint.load import load_decoder
-from accessory.checkpoint.merge import merge
-from accessory.checkpoint.packed import Quantised
-from accessory.checkpoint.quantize import FILE_BYTES, plan_quantized, quantised_tensors, quantize_checkpoint
+from accessory.checkpoint.packed import Quantized
 from accessory.checkpoint.save import write_folder
-from accessory.checkpoint.verify import verify
+from accessory.convert.convert import convert
+from accessory.convert.info import info
+from accessory.convert.merge import merge
+from accessory.convert.quantize import FILE_BYTES, plan_quantized, quantize_checkpoint, quantized_tensors
+from accessory.convert.verify import verify
 from accessory.errors import CheckpointError, ConfigError
 from accessory.model.meta import MetaModel
 from accessory.ops.quantized import FORMATS, dequantize, quantize
@@ -44,7 +44,7 @@ def source(tensors, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(source, tmp_path_factory):
-    return write_quantised(source, tmp_path_factory.mktemp("quantised"))
+    return write_quantized(source, tmp_path_factory.mktemp("quantised"))
 
 
 def rounded(tensors, quant):
@@ -95,12 +95,12 @@ def test_what_a_folder_holds(folders, source, tensors, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_loading_gives_the_bytes_of_quantising_while_loading(folders, source, format, implementation):
+def test_loading_gives_the_bytes_of_quantizing_while_loading(folders, source, format, implementation):
     assert same_bytes(load(folders / format, implementation), load(source, implementation, QUANTS[format]))
 
 
 @pytest.mark.parametrize("to", ["base", "sparse", "hf", "torrent"])
-def test_every_layout_is_quantised_alike(folders, source, tmp_path, to):
+def test_every_layout_is_quantized_alike(folders, source, tmp_path, to):
     convert(source, tmp_path / to, to=to, progress=False)
     quantize_checkpoint(tmp_path / to, tmp_path / "out", QUANTS["int4"], search=False, progress=False)
     one, other = (load_file(f / "model.safetensors") for f in (folders / "int4", tmp_path / "out"))
@@ -192,7 +192,7 @@ def test_cuts_are_cuts_of_what_it_means(data):
     format = data.draw(st.sampled_from(FORMATS))
     weight = torch.randn(6, 384, generator=torch.Generator().manual_seed(0))
     packed = quantize(weight, format)
-    lazy = Quantised(format, {n: Constant(t) for n, t in packed.tensors().items()}, torch.float32)
+    lazy = Quantized(format, {n: Constant(t) for n, t in packed.tensors().items()}, torch.float32)
     want = dequantize(packed)
     for _ in range(data.draw(st.integers(1, 4))):
         if data.draw(st.booleans()):
@@ -211,7 +211,7 @@ def test_cuts_are_cuts_of_what_it_means(data):
 def test_several_files_and_their_index(source, tmp_path):
     opened = open_checkpoint(source)
     assert FILE_BYTES == 5e9
-    tensors = quantised_tensors(opened.tensors, QUANTS["nf4"])
+    tensors = quantized_tensors(opened.tensors, QUANTS["nf4"])
     plan = plan_quantized(tensors, ARGS, opened.llama_type, QUANTS["nf4"], file_bytes=10**6)
     write_folder(tmp_path / "out", tensors, plan, progress=False)
     files = sorted((tmp_path / "out").glob("*.safetensors"))

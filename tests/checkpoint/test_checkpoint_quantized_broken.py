@@ -7,13 +7,13 @@ import struct
 import pytest
 import torch
 from helpers import checkpoints as make
-from helpers.quantised import ARGS, EXPERT, half_tensors, write_quantised, write_source
+from helpers.quantized import ARGS, EXPERT, half_tensors, write_quantized, write_source
 from safetensors.torch import load_file, save_file
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.info import info
-from accessory.checkpoint.quantize import quantize_checkpoint
-from accessory.checkpoint.verify import verify
+from accessory.convert.info import info
+from accessory.convert.quantize import quantize_checkpoint
+from accessory.convert.verify import verify
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
 from accessory.model.meta import MetaModel
 
@@ -25,7 +25,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(source, tmp_path_factory):
-    return write_quantised(source, tmp_path_factory.mktemp("quantised"), ("int4", "nf4"))
+    return write_quantized(source, tmp_path_factory.mktemp("quantised"), ("int4", "nf4"))
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_verify_sees_what_rounding_hides(folders, tmp_path):
     assert not report.ok
 
 
-def test_what_cannot_be_quantised_leaves_nothing(folders, source, tmp_path, monkeypatch):
+def test_what_cannot_be_quantized_leaves_nothing(folders, source, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"int4: is quantised already \(experts int4, attention int8\)"):
         quantize_checkpoint(folders / "int4", tmp_path / "out", Quant("nf4"), progress=False)
     with pytest.raises(ConfigError, match="quant: nothing is to be quantised; give one of int8, fp8, int4, nf4"):

@@ -8,12 +8,12 @@ from helpers import checkpoints as make
 from helpers.checkpoints import ARGS, companions, random_tensors
 from safetensors.torch import load_file
 
-from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Computed, from_tensor
 from accessory.checkpoint.save import write_checkpoint
-from accessory.checkpoint.verify import verify
 from accessory.config import MoEArgs
+from accessory.convert.convert import convert
+from accessory.convert.verify import verify
 from accessory.errors import CheckpointError, ConfigError
 
 TENSORS = random_tensors()

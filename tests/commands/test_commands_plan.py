@@ -15,7 +15,7 @@ from accessory.checkpoint.names import expected_shapes
 from accessory.cli import main
 from accessory.commands import plan as command
 from accessory.config import PRESETS
-from accessory.model.setups import CARDS, Card
+from accessory.planner.setups import CARDS, Card
 
 HF_CONFIG = {
     "model_type": "mixtral",

@@ -25,7 +25,7 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantised(inputs):
+def quantized(inputs):
     plain = ["--quant", "int4", "--no-quant-search"]
     assert main(["quantize", str(inputs / "model"), str(inputs / "int4"), *plain]) == 0
     return inputs / "int4"
@@ -55,9 +55,9 @@ def test_the_folder_is_written_once_and_read_again(inputs, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_refused(inputs, quantised, tmp_path, capsys):
+def test_what_is_refused(inputs, quantized, tmp_path, capsys):
     out = tmp_path / "out"
-    assert "is quantised already" in refusal(capsys, "quantize", quantised, out, "--quant", "int8")
+    assert "is quantised already" in refusal(capsys, "quantize", quantized, out, "--quant", "int8")
     assert "nothing is to be quantised" in refusal(capsys, "quantize", inputs / "model", out, "--quant", "none")
     with pytest.raises(SystemExit):
         main(["quantize", str(inputs / "model"), str(out)])
@@ -65,22 +65,22 @@ def test_what_is_refused(inputs, quantised, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_every_command_reads_it(inputs, quantised, tmp_path, capsys):
-    about = said(capsys, "info", quantised)
+def test_every_command_reads_it(inputs, quantized, tmp_path, capsys):
+    about = said(capsys, "info", quantized)
     assert "quantised       experts int4, attention int4\n" in about
     assert "complete        yes" in about
-    checked = said(capsys, "verify", quantised)
+    checked = said(capsys, "verify", quantized)
     assert checked.splitlines()[0].endswith("(32 int4 + 9 float32)")
     assert checked.splitlines()[-1].startswith("whole: ")
-    assert main(["convert", str(quantised), str(tmp_path / "hf"), "--to", "hf"]) == 0
-    assert said(capsys, "verify", quantised, tmp_path / "hf").splitlines()[-1].startswith("equal: ")
+    assert main(["convert", str(quantized), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert said(capsys, "verify", quantized, tmp_path / "hf").splitlines()[-1].startswith("equal: ")
 
 
-def test_it_generates_what_quantising_while_loading_generates(inputs, quantised, capsys):
+def test_it_generates_what_quantizing_while_loading_generates(inputs, quantized, capsys):
     words = ["--prompt", "the cat", "--max-gen-len", "6", "--dtype", "fp32", "--device", "cpu", "--max-seq-len", "64"]
-    stored = said(capsys, "generate", quantised, *words)
+    stored = said(capsys, "generate", quantized, *words)
     assert stored == said(capsys, "generate", inputs / "model", *words, "--quant", "int4")
-    assert "is quantised already (experts int4" in refusal(capsys, "generate", quantised, *words, "--quant", "nf4")
+    assert "is quantised already (experts int4" in refusal(capsys, "generate", quantized, *words, "--quant", "nf4")
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def text(inputs):
     return path
 
 
-def test_int4_is_searched_for_unless_told_otherwise(inputs, quantised, tmp_path, capsys):
+def test_int4_is_searched_for_unless_told_otherwise(inputs, quantized, tmp_path, capsys):
     said(capsys, "quantize", inputs / "model", tmp_path / "searched", "--quant", "int4", "--device", "cpu")
     right = open_checkpoint(inputs / "model").tensors
     errors = []
-    for folder in (tmp_path / "searched", quantised):
+    for folder in (tmp_path / "searched", quantized):
         tensors = open_checkpoint(folder).tensors
         errors.append(
             sum(float((t.load().float() - right[n].load().float()).square().sum()) for n, t in tensors.items())
@@ -103,7 +103,7 @@ def test_int4_is_searched_for_unless_told_otherwise(inputs, quantised, tmp_path,
     assert 0 < errors[0] < 0.95 * errors[1]
 
 
-def test_a_text_to_calibrate_on(inputs, quantised, text, tmp_path, capsys):
+def test_a_text_to_calibrate_on(inputs, quantized, text, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["quantize", inputs / "model", out, "--quant", "int4", "--device", "cpu", "--calibrate", text]
     lines = said(capsys, *words, "--calibrate-tokens", "1024", "--allow-unreached").splitlines()
@@ -143,8 +143,8 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0, "max_steps": 3, "only_save_trainable"
 
 
 @pytest.mark.slow
-def test_qlora_learns_beside_it_as_beside_quantising_while_loading(inputs, quantised, tmp_path):
-    final = finetune(inputs, tmp_path / "stored", **LORA, pretrained_path=[str(quantised)])
+def test_qlora_learns_beside_it_as_beside_quantizing_while_loading(inputs, quantized, tmp_path):
+    final = finetune(inputs, tmp_path / "stored", **LORA, pretrained_path=[str(quantized)])
     finetune(inputs, tmp_path / "loaded", **LORA, quant="int4")
     assert curve(tmp_path / "stored") == curve(tmp_path / "loaded")
     assert len(curve(tmp_path / "stored")) == 3
@@ -171,8 +171,8 @@ def test_finetuning_chooses_part_by_part(inputs, tmp_path, chosen, quant):
         open_source(FinetuneConfig(**where, **chosen))
 
 
-def test_training_all_of_it_is_refused(inputs, quantised, tmp_path):
-    words = (f"quant: {quantised} is quantised, but quantised weights cannot be trained; set lora_rank",)
-    refused(inputs, tmp_path / "out", *words, pretrained_path=[str(quantised)])
-    changes = {"pretrained_path": [str(quantised)], "quant": "nf4", "lora_rank": 4}
+def test_training_all_of_it_is_refused(inputs, quantized, tmp_path):
+    words = (f"quant: {quantized} is quantised, but quantised weights cannot be trained; set lora_rank",)
+    refused(inputs, tmp_path / "out", *words, pretrained_path=[str(quantized)])
+    changes = {"pretrained_path": [str(quantized)], "quant": "nf4", "lora_rank": 4}
     refused(inputs, tmp_path / "out", "is quantised already (experts int4", **changes)

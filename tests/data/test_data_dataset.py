@@ -103,7 +103,7 @@ def test_preprocessing_of_the_original(opened, mixtral, tmp_path):
     assert spans(data, mixtral) == ["Hi.</s>"]
     assert data.example(0).image == str(tmp_path / "a.jpg")
     captions = [{"url": "a.jpg", "caption": text} for text in ("A cat.", ["A dog.", "A cow."])]
-    data = opened(captions, entry={"preprocess": "caption", "root": str(tmp_path)}, image_words=3)
+    data = opened(captions, entry={"preprocess": "caption", "root": str(tmp_path)}, image_tokens=3)
     assert [spans(data, mixtral, i) for i in (0, 1)] == [[" A cat.</s>"], [" A cow.</s>"]], "they open a text"
     with pytest.raises(InputError, match=r"items\.jsonl:1: preprocess: caption needs url and caption; found conv"):
         opened([TALK], entry={"preprocess": "caption"})
@@ -149,10 +149,10 @@ def test_broken_items_are_one_line_with_their_place(tmp_path, mixtral, name):
     path.write_text("\n".join(lines))
     meta = {"META": [{"path": str(path), "type": "text", "root": "pictures"}]}
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}:4: {message}") as error:
-        FinetuneData.open(meta, mixtral, max_words=64, image_words=4)
+        FinetuneData.open(meta, mixtral, max_words=64, image_tokens=4)
     assert "\n" not in str(error.value)
     problems = []
-    data = FinetuneData.open(meta, mixtral, max_words=64, problems=problems, image_words=4)
+    data = FinetuneData.open(meta, mixtral, max_words=64, problems=problems, image_tokens=4)
     assert problems == [str(error.value).removesuffix("; broken_images=skip leaves such items out")]
     assert [data.where(i) for i in range(len(data))] == [f"{path}:{n}" for n in (1, 2, 3, 5, 6, 7)]
 
@@ -165,7 +165,7 @@ def test_all_problems_are_told_in_order(tmp_path, mixtral):
     gone.write_text("[{]")
     problems = []
     meta = {"META": [{"path": str(path)}, {"path": str(gone)}]}
-    data = FinetuneData.open(meta, mixtral, max_words=64, problems=problems, image_words=4)
+    data = FinetuneData.open(meta, mixtral, max_words=64, problems=problems, image_tokens=4)
     image = list(BROKEN).index("missing image") + 1  # images are looked at when the whole file is read
     numbers = [n + 1 for n in range(len(bad)) if n + 1 != image]
     expected = [*numbers, *(n + 200 + len(bad) for n in numbers), image, image + 200 + len(bad)]
@@ -256,7 +256,7 @@ def test_what_was_encoded_is_kept(tmp_path, opened, mixtral, mixtral_json, monke
     write_picture(tmp_path / "a.jpg")
     items = [TALK, {**MESSAGES, "image": "a.jpg"}, SINGLE]
     options = {"entry": {"root": str(tmp_path)}, "cache_ann_on_disk": True, "image_words": 5}
-    plain = opened(items, entry=options["entry"], image_words=5)
+    plain = opened(items, entry=options["entry"], image_tokens=5)
     encoded = []
     real = encoding.encode_item
     monkeypatch.setattr(encoding, "encode_item", lambda *a: (encoded.append(1), real(*a))[1])
@@ -277,7 +277,7 @@ def test_what_was_encoded_is_kept(tmp_path, opened, mixtral, mixtral_json, monke
     # Whatever it follows from makes another one; what it does not follow from does not.
     assert count(max_words=45)[0] == 0
     assert count(seed=3)[0] == 0
-    assert count(image_words=7)[0] == 0, "places are not kept"
+    assert count(image_tokens=7)[0] == 0, "places are not kept"
     assert count(template="mistral")[0] == 3
     assert count(dialog=False)[0] == 3
     assert count(tokenizer=mixtral_json)[0] == 3

@@ -33,14 +33,16 @@ def opened(tmp_path, mixtral):
     for seed, name in enumerate(("a.png", "b.png")):
         write_picture(tmp_path / name, seed=seed)
 
-    def run(*files, max_words=256, tokenizer=mixtral, image_words=WORDS, kinds=None, entry=(), **options):
+    def run(*files, max_words=256, tokenizer=mixtral, image_tokens=WORDS, kinds=None, entry=(), **options):
         entries = []
         for n, items in enumerate(files):
             path = tmp_path / f"{n}.jsonl"
             path.write_text("".join(json.dumps(item) + "\n" for item in items))
             kind = kinds[n] if kinds else "text"
             entries.append({"path": str(path), "type": kind, "root": str(tmp_path), **dict(entry)})
-        return FinetuneData.open({"META": entries}, tokenizer, max_words=max_words, image_words=image_words, **options)
+        return FinetuneData.open(
+            {"META": entries}, tokenizer, max_words=max_words, image_tokens=image_tokens, **options
+        )
 
     return run
 
@@ -48,7 +50,7 @@ def opened(tmp_path, mixtral):
 def test_places_stand_behind_bos_and_are_never_learnt(opened, mixtral, tmp_path):
     data = opened([TALK, seen()])
     plain, image = data.example(0), data.example(1)
-    assert plain == opened([TALK], image_words=0).example(0)
+    assert plain == opened([TALK], image_tokens=0).example(0)
     assert image.ids == [mixtral.bos_id, *[IMAGE_ID] * WORDS, *plain.ids[1:]]
     assert image.learn == [False, *[False] * WORDS, *plain.learn[1:]]
     assert (image.image, image.places, image.truncated) == (str(tmp_path / "a.png"), WORDS, False)
@@ -105,15 +107,15 @@ def test_cuts_never_cut_an_image(mixtral, tmp_path_factory, max_words, words):
     items = [TALK, seen(), {"messages": dialogue("q", "a " * 30)}, seen({"messages": dialogue("q", "a " * 30)})]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, items)))
     meta = {"META": [{"path": str(folder / "a.jsonl"), "root": str(folder)}]}
-    whole = FinetuneData.open(meta, mixtral, max_words=4096, image_words=words)
+    whole = FinetuneData.open(meta, mixtral, max_words=4096, image_tokens=words)
     wanted = [i for i in range(4) if any(whole.example(i).learn[1:max_words])]
     if not wanted:
         with pytest.raises(
             InputError, match=f"max_words: got {max_words}, but no item has anything to learn in so few"
         ):
-            FinetuneData.open(meta, mixtral, max_words=max_words, image_words=words)
+            FinetuneData.open(meta, mixtral, max_words=max_words, image_tokens=words)
         return
-    data = FinetuneData.open(meta, mixtral, max_words=max_words, image_words=words)
+    data = FinetuneData.open(meta, mixtral, max_words=max_words, image_tokens=words)
     assert [data.where(i) for i in range(len(data))] == [whole.where(i) for i in wanted]
     assert data.dropped == 4 - len(wanted)
     for i, w in enumerate(wanted):
@@ -128,7 +130,7 @@ def test_too_little_room_for_an_image_says_so(opened):
     with pytest.raises(
         InputError, match=r"max_words: got 64, but .* in so few tokens, of which an image takes 291; give"
     ):
-        opened([seen()], max_words=64, image_words=291)
+        opened([seen()], max_words=64, image_tokens=291)
 
 
 def test_a_model_that_sees_nothing_refuses_images(opened, tmp_path):
@@ -137,11 +139,11 @@ def test_a_model_that_sees_nothing_refuses_images(opened, tmp_path):
         r"a llama_type that does, as mixtral_ens, and no_visual=false, or take image out of the items$"
     )
     with pytest.raises(InputError, match=message):
-        opened([TALK, seen(), seen(image="gone.png")], image_words=0)
+        opened([TALK, seen(), seen(image="gone.png")], image_tokens=0)
     problems = []
-    assert len(opened([TALK, seen(), seen()], image_words=0, problems=problems)) == 3
+    assert len(opened([TALK, seen(), seen()], image_tokens=0, problems=problems)) == 3
     assert len(problems) == 1
-    unknown = opened([TALK, seen()], image_words=None)
+    unknown = opened([TALK, seen()], image_tokens=None)
     assert [unknown.example(i).places for i in (0, 1)] == [0, 0]
     assert unknown.example(1).image == str(tmp_path / "a.png")
 
@@ -153,7 +155,7 @@ def test_the_cache_knows_no_places(opened, tmp_path):
     assert isinstance(again.files[0].encoded.ids, np.memmap)
     assert (again.files[0].encoded.ids < 32_000).all()
     assert [again.example(i) for i in (0, 1)] == [first.example(i) for i in (0, 1)]
-    assert opened([TALK, seen()], image_words=9, **options).lengths[1] == first.lengths[1] + 4
+    assert opened([TALK, seen()], image_tokens=9, **options).lengths[1] == first.lengths[1] + 4
     (tmp_path / "a.png").unlink()
     with pytest.raises(InputError, match=r"0\.jsonl:2: image: .*a\.png: no such file"):
         opened([TALK, seen()], **options)
@@ -166,11 +168,11 @@ def test_data_is_the_same_data_only_with_the_same_images(opened):
         opened([TALK, seen(image="b.png")]).fingerprint(),
         opened([seen(), TALK]).fingerprint(),
         opened([TALK, TALK]).fingerprint(),
-        opened([TALK, seen()], image_words=6).fingerprint(),
+        opened([TALK, seen()], image_tokens=6).fingerprint(),
     ]
     assert len(set(prints)) == 5
     assert opened([TALK, seen()]).fingerprint() == prints[0]
-    assert opened([TALK, TALK], image_words=0).fingerprint() == prints[3], "without images, nothing has changed"
+    assert opened([TALK, TALK], image_tokens=0).fingerprint() == prints[3], "without images, nothing has changed"
 
 
 def test_images_and_texts_share_rows_and_groups_are_kept(opened):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.checkpoint.verify import verify
 from accessory.cli import main
+from accessory.convert.verify import verify
 from accessory.demos import first_run as demo
 from accessory.model.meta import MetaModel
 

@@ -15,8 +15,8 @@ from helpers import browser as web
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.checkpoint.convert import convert
 from accessory.config import MoEArgs
+from accessory.convert.convert import convert
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
 from accessory.model.meta import MetaModel

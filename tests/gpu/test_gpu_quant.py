@@ -51,7 +51,7 @@ def median_error(got, want):
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("tokens", [(1, 1), (3, 2), (2, 40)], ids=str)
 @torch.no_grad()
-def test_logits_are_those_of_the_dequantised_network(tensors, format, implementation, tokens, monkeypatch):
+def test_logits_are_those_of_the_dequantized_network(tensors, format, implementation, tokens, monkeypatch):
     packed, dense = pair(tensors, implementation, format)
     # fp8's own products, which round inputs too, are compared below.
     monkeypatch.setattr("accessory.ops.linear.has_fp8", lambda *_: False)
@@ -111,11 +111,11 @@ def test_fp8_products_round_inputs_and_nothing_else():
 
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
-def test_lora_learns_beside_quantised_experts(tensors, implementation):
+def test_lora_learns_beside_quantized_experts(tensors, implementation):
     from helpers.training import batches
 
-    from accessory.parallel.fsdp import Grid
-    from accessory.train.trainer import Trainer, Weights
+    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.train.trainer import LossWeights, Trainer
 
     curves = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
@@ -123,6 +123,6 @@ def test_lora_learns_beside_quantised_experts(tensors, implementation):
         decoder = make_decoder(
             implementation, tensors=tensors, args=ARGS, device=device, dtype=dtype, quant="nf4", peft=peft
         )
-        trainer = Trainer(decoder, Grid(), Weights(0.1), clip=1.0)
+        trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.1), clip=1.0)
         curves.append([trainer.step(batches(n), 1e-3)["loss"] for n in range(5)])
     assert curves[1] == pytest.approx(curves[0], rel=2e-2)

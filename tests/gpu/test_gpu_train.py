@@ -8,8 +8,8 @@ from helpers.random_models import write_speaking
 from helpers.training import ARGS, batches, make_decoder
 
 from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
-from accessory.parallel.fsdp import Grid
-from accessory.train.trainer import Trainer, Weights
+from accessory.parallel.fsdp import DeviceMesh
+from accessory.train.trainer import LossWeights, Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +48,7 @@ def test_bf16_steps_follow_fp32(implementation, packed, peft):
     curves = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         decoder = make_decoder(implementation, peft=peft, device=device, dtype=dtype)
-        trainer = Trainer(decoder, Grid(), Weights(ARGS.load_balancing_weight), clip=1.0)
+        trainer = Trainer(decoder, DeviceMesh(), LossWeights(ARGS.load_balancing_weight), clip=1.0)
         assert all(p.dtype == torch.float32 for _, p in trainer.named)
         records = [trainer.step(batches(step, packed=packed), 1e-3) for step in range(10)]
         curves.append([r["loss"] + r["balance"] for r in records])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from accessory.checkpoint.folder import open_chain, open_checkpoint
 from accessory.checkpoint.load import chained_args, load_decoder
-from accessory.checkpoint.merge import Report, merge
 from accessory.config import Implementation
+from accessory.convert.merge import Report, merge
 from accessory.errors import CheckpointError
 from helpers import checkpoints as make
 from helpers.adapters import SEVEN, peft_args, random_adapter, save_adapter

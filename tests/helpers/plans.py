@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accessory.config import PRESETS, Implementation, ModelArgs
-from accessory.model.memory import Formats, Inference, Setup, Training
+from accessory.planner.memory import Formats, Inference, Setup, Training
 from helpers import sizes
 
 BIG, TINY = PRESETS["8x7b"], PRESETS["tiny"]

@@ -92,7 +92,7 @@ def oracle_tensors(args: ModelArgs = ARGS) -> dict[str, torch.Tensor]:
 
 def make_decoder(
     implementation: str,
-    grid: Any = None,
+    mesh: Any = None,
     mode: str = "sdp",
     checkpointing: bool = False,
     peft: Any = None,
@@ -104,13 +104,13 @@ def make_decoder(
     sees: bool = False,
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
-    from accessory.adapt.peft import besides_for, trainable_rule
+    from accessory.adapt.peft import adapter_specs_for, trainable_rule
     from accessory.adapt.quant import Quant
     from accessory.checkpoint.folder import Checkpoint
     from accessory.checkpoint.lazy import Constant
     from accessory.checkpoint.load import load_decoder
     from accessory.config import LlamaType
-    from accessory.parallel.fsdp import shard
+    from accessory.parallel.fsdp import apply_fsdp
 
     values = {n: Constant(t) for n, t in (tensors or oracle_tensors(args)).items()}
     checkpoint = Checkpoint(
@@ -123,11 +123,11 @@ def make_decoder(
         implementation,
         device=device,
         dtype=dtype,
-        ranks=grid.model if grid else None,
-        beside=besides_for(args) if peft else None,
+        ranks=mesh.model if mesh else None,
+        adapters=adapter_specs_for(args) if peft else None,
         trainable=trainable_rule(args, bool(peft)),
         quant=Quant.parse(quant),
-        wrap=(lambda d: shard(d, grid, mode, dtype)) if grid else None,
+        wrap=(lambda d: apply_fsdp(d, mesh, mode, dtype)) if mesh else None,
         sees=sees,
     )
     for layer in decoder.layers:
@@ -137,7 +137,7 @@ def make_decoder(
 
 def train(
     implementation: str,
-    grid: Any = None,
+    mesh: Any = None,
     *,
     mode: str = "sdp",
     packed: bool = False,
@@ -153,16 +153,16 @@ def train(
     quant: str | None = None,
 ) -> list[tuple[float, float, float]]:
     """(cross-entropy, balance, gradient norm) of each step, by the project's trainer."""
-    from accessory.parallel.fsdp import Grid
-    from accessory.train.trainer import Trainer, Weights
+    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.train.trainer import LossWeights, Trainer
 
-    grid = grid or Grid()
-    decoder = make_decoder(implementation, grid, mode, checkpointing, peft, tensors, args=args, quant=quant)
-    trainer = Trainer(decoder, grid, Weights(balance, z, global_statistics), weight_decay=DECAY, clip=CLIP)
+    mesh = mesh or DeviceMesh()
+    decoder = make_decoder(implementation, mesh, mode, checkpointing, peft, tensors, args=args, quant=quant)
+    trainer = Trainer(decoder, mesh, LossWeights(balance, z, global_statistics), weight_decay=DECAY, clip=CLIP)
     out = []
     for step in range(steps):
-        parts = batches(step, packed=packed, parts=accum * grid.data_size)
-        record = trainer.step(parts[grid.data_rank :: grid.data_size], LR)
+        parts = batches(step, packed=packed, parts=accum * mesh.data_size)
+        record = trainer.step(parts[mesh.data_rank :: mesh.data_size], LR)
         out.append((record["loss"], record["balance"], record["grad_norm"]))
     return out
 

@@ -11,11 +11,11 @@ from helpers.vision import random_tower, tiny_clip, tiny_sphinx
 from PIL import Image
 
 from accessory.adapt.quant import Quant
-from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.info import info
-from accessory.checkpoint.quantize import quantize_checkpoint
-from accessory.checkpoint.verify import verify
+from accessory.convert.convert import convert
+from accessory.convert.info import info
+from accessory.convert.quantize import quantize_checkpoint
+from accessory.convert.verify import verify
 from accessory.data.transform import get_transform
 from accessory.errors import CheckpointError, ConfigError, InputError
 from accessory.model.meta import MetaModel
@@ -60,13 +60,13 @@ def model(folder):
 
 def test_features_are_the_towers_and_places_are_counted(model, folder):
     assert model.sees
-    assert model.image_words == tiny_sphinx().words(1) == 10
-    pixels = model.eyes.open(picture())
+    assert model.image_tokens == tiny_sphinx().image_tokens(1) == 10
+    pixels = model.image_processor.open(picture())
     assert torch.equal(pixels, get_transform("padded_resize", 64)(picture()))
-    ours, theirs = model.eyes.features([None, pixels]), random_tower(tiny_sphinx()).encode(pixels[None])
+    ours, theirs = model.image_processor.features([None, pixels]), random_tower(tiny_sphinx()).encode(pixels[None])
     torch.testing.assert_close(ours.visual_VTC, theirs.visual_VTC)
     torch.testing.assert_close(ours.query_VQC, theirs.query_VQC)
-    assert model.eyes.features([None]) is None
+    assert model.image_processor.features([None]) is None
 
 
 def test_an_image_changes_what_is_said_and_no_neighbour(model, path):
@@ -95,7 +95,7 @@ def test_the_last_logits_say_what_is_generated(model, path):
 
 @pytest.mark.parametrize("kind", ["path", "text path", "picture", "tensor", "batch tensor"])
 def test_images_come_in_any_form(model, path, kind):
-    pixels = model.eyes.open(path)
+    pixels = model.image_processor.open(path)
     given = {
         "path": [path],
         "text path": [str(path)],
@@ -113,7 +113,7 @@ def test_an_image_is_looked_at_once(folder, path):
     model = load(folder)
     list(model.stream_generate(PROMPTS[0], path, **GENERATE))
     model.generate(PROMPTS, [path, path, None], **GENERATE)
-    assert model.eyes.tower.runs == 1
+    assert model.image_processor.tower.runs == 1
 
 
 def test_evaluating_after_an_image(model, path):
@@ -148,8 +148,8 @@ def test_either_implementation_from_either_layout(folder, model, path, tmp_path,
 
 def test_five_views(tmp_path, path):
     model = load(write_seeing(tmp_path / "model", vision=tiny_clip(), views=5), max_seq_len=96)
-    assert model.image_words == 5 * (5 + 2)
-    assert model.eyes.tower.pixels == 56
+    assert model.image_tokens == 5 * (5 + 2)
+    assert model.image_processor.tower.pixels == 56
     seen = model.compute_logits(PROMPTS[:2], [path, picture()])
     equal(seen[1], model.compute_logits(PROMPTS[1:2], [picture()])[0])
 
@@ -160,7 +160,7 @@ def on_ranks(rank, world, folder, path):
     model = load(folder, mp_group=dist.group.WORLD)
     images = [picture(), None, path]
     logits = [x[:, ::97].clone() for x in model.compute_logits(PROMPTS, images)]
-    return logits, model.generate(PROMPTS, images, **GENERATE), model.eyes.tower.runs
+    return logits, model.generate(PROMPTS, images, **GENERATE), model.image_processor.tower.runs
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -175,11 +175,11 @@ def test_ranks_see_alike(folder, model, path, world):
 
 
 def test_a_wrapper_of_ranks_takes_images(folder, model, path):
-    images = [picture(), None, model.eyes.open(path)]
+    images = [picture(), None, model.image_processor.open(path)]
     options = {"with_visual": True, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}
     with MultiGpuWrapper(folder, gpus=2, **options) as wrapper:
         assert wrapper.sees
-        assert wrapper.image_words == model.image_words
+        assert wrapper.image_tokens == model.image_tokens
         assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
         streamed = list(wrapper.stream_generate(PROMPTS[0], str(path), **GENERATE))
         assert streamed[-1]["text"] == model.generate(PROMPTS[:1], [path], **GENERATE)[0]
@@ -188,11 +188,11 @@ def test_a_wrapper_of_ranks_takes_images(folder, model, path):
         assert wrapper.generate(PROMPTS[:1], **GENERATE) == model.generate(PROMPTS[:1], **GENERATE)
 
 
-def test_quantised_and_in_16_bits(folder, path):
+def test_quantized_and_in_16_bits(folder, path):
     for options in ({"quant": "int8"}, {"dtype": torch.bfloat16}):
         model = load(folder, **options)
         assert torch.isfinite(model.compute_logits(PROMPTS[:1], [path])[0]).all()
-        assert model.eyes.tower.dtype == options.get("dtype", torch.float32)  # encoders are never quantised
+        assert model.image_processor.tower.dtype == options.get("dtype", torch.float32)  # encoders are never quantised
 
 
 def test_the_originals_spelling_of_encoders_loads(tmp_path, folder, model, path):

@@ -12,7 +12,7 @@ from helpers import checkpoints as make
 from helpers.random_models import canonical_from_hf, hf_mixtral, write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.checkpoint.convert import convert
+from accessory.convert.convert import convert
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.model.meta import MetaModel

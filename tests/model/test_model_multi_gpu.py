@@ -17,7 +17,7 @@ import torch
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.checkpoint.convert import convert
+from accessory.convert.convert import convert
 from accessory.errors import CheckpointError, InputError, RankError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper

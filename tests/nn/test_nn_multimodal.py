@@ -12,7 +12,7 @@ from accessory.checkpoint.names import image_shapes
 from accessory.config import LlamaType, ModelArgs
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder, init_weights
-from accessory.parallel.held import held_tensors
+from accessory.parallel.local_shard import local_tensors
 from accessory.vision_config import IMAGE_ID, SPHINX, with_image
 
 ARGS = TINY
@@ -24,7 +24,7 @@ def seeing(implementation="sparse", vision=None, seed=3):
     decoder = Decoder(args, implementation, sees=True)
     init_weights(decoder, seed, std=0.5)
     tensors = oracle_tensors(ARGS)
-    for held in held_tensors(decoder):
+    for held in local_tensors(decoder):
         if held.name in tensors:
             held.tensor.copy_(tensors[held.name])
     with torch.no_grad():  # a norm of ones and zeros would hide one that is left out
@@ -54,7 +54,7 @@ def test_logits_are_those_of_transformers_given_the_embeddings(implementation, v
     """transformers' Mixtral with token embeddings and the words of two images laid out by hand."""
     decoder = seeing(implementation, vision)
     features = random_tower(vision, views).encode(random_pixels(vision, 2, views))
-    words = vision.words(views)
+    words = vision.image_tokens(views)
     rows = [with_image([1, 7, 9, 12], words, 1), with_image([5, 8, 3, 2], words, 1)]
     assert rows[0][0] == 1  # behind BOS
     assert rows[1][0] == IMAGE_ID  # in front of everything without one
@@ -81,7 +81,7 @@ def test_text_is_bit_for_bit_what_a_network_without_eyes_says():
 def test_rows_with_and_without_images_share_a_batch(vision):
     decoder = seeing(vision=vision)
     features = random_tower(vision).encode(random_pixels(vision, 1))
-    row = with_image([1, 7, 9], vision.words(1), 1)
+    row = with_image([1, 7, 9], vision.image_tokens(1), 1)
     batch = torch.zeros(2, len(row), dtype=torch.int64)
     batch[0, :4], batch[1] = torch.tensor([1, 5, 6, 7]), torch.tensor(row)
     together = decoder(batch, images=features).logits
@@ -94,7 +94,7 @@ def test_with_a_cache_and_without():
     vision = tiny_sphinx()
     decoder = seeing(vision=vision)
     features = random_tower(vision).encode(random_pixels(vision, 1))
-    row = torch.tensor([with_image([1, 7, 9, 4, 2], vision.words(1), 1)])
+    row = torch.tensor([with_image([1, 7, 9, 4, 2], vision.image_tokens(1), 1)])
     whole = decoder(row, images=features).logits
     cache = ContiguousCache(ARGS, 1, row.shape[1], "cpu", torch.float32)
     first = row.shape[1] - 2
@@ -120,7 +120,7 @@ def test_gradients_by_finite_differences():
     decoder = seeing(vision=vision).double()
     tower = random_tower(vision, dtype=torch.float64)
     features = tower.encode(random_pixels(vision, 1))
-    row = torch.tensor([with_image([1, 7, 9], vision.words(1), 1)])
+    row = torch.tensor([with_image([1, 7, 9], vision.image_tokens(1), 1)])
     label = torch.tensor([9])
 
     def loss():
@@ -146,7 +146,7 @@ def test_gradients_by_finite_differences():
 
 def test_the_originals_numbers():
     """291 positions an image, 1455 in high resolution; 5632 channels of three encoders, 768 of the Q-Former."""
-    assert (SPHINX.words(1), SPHINX.words(5)) == (291, 1455)
+    assert (SPHINX.image_tokens(1), SPHINX.image_tokens(5)) == (291, 1455)
     assert (SPHINX.pixels(1), SPHINX.pixels(5)) == (512, 1024)
     shapes = image_shapes(ModelArgs())
     assert shapes["visual_proj.0.weight"] == (4096, 5632)

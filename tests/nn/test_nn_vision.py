@@ -11,7 +11,7 @@ from helpers.vision import CLIP, CONVNEXT, DINOV2, QFORMER, random_pixels, rando
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accessory.nn.vision import Features, Kept, VisionTower, content_of, normalised, views_of
+from accessory.nn.vision import FeatureCache, Features, VisionTower, content_of, normalised, views_of
 from accessory.nn.vision_encoders import resampled_positions
 from accessory.vision_config import CLIP_MEAN, CLIP_STD, SPHINX, VISION_PRESETS, EncoderArgs, VisionArgs
 
@@ -106,7 +106,7 @@ def test_positions_are_resampled_at_the_hubs_scale():
 
 
 def test_token_counts_of_the_real_ensemble():
-    assert (SPHINX.words(1), SPHINX.words(5)) == (291, 1455)
+    assert (SPHINX.image_tokens(1), SPHINX.image_tokens(5)) == (291, 1455)
     assert (SPHINX.pixels(1), SPHINX.pixels(5)) == (512, 1024)
     assert [e.tokens for e in SPHINX.all] == [257, 257, 257, 32]
     assert SPHINX.channels == 1024 + 3072 + 1536
@@ -121,7 +121,7 @@ def test_a_small_ensemble_gives_as_many_tokens_as_its_configuration_says(views):
     assert features.visual_VTC.shape == (2 * views, 5, 120)
     assert features.query_VQC is not None
     assert features.query_VQC.shape == (2 * views, 3, 24)
-    assert views * (5 + 3 + 2) == args.words(views)
+    assert views * (5 + 3 + 2) == args.image_tokens(views)
     assert tower.empty().visual_VTC.shape == (0, 5, 120)
     assert tower.encode(torch.empty(0, 3, tower.pixels, tower.pixels)).query_VQC.shape == (0, 3, 24)
 
@@ -247,7 +247,7 @@ def test_what_is_kept_is_bounded_and_the_least_recently_used_goes_first():
 
 @given(st.integers(0, 60), st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9), st.booleans())))
 def test_keeping_is_as_in_a_list_that_is_kept_in_order_of_use(limit, steps):
-    kept, model = Kept(limit), []
+    kept, model = FeatureCache(limit), []
     for name, size, put in steps:
         entry = next((e for e in model if e[0] == name), None)
         if put:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.ops.grouped import expert_swiglu, grouped_linear_reference, sort_by_expert, swiglu, swiglu_pairs
+from accessory.ops.grouped import decode_experts, grouped_experts, grouped_linear_reference, sort_by_expert, swiglu
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
@@ -31,12 +31,14 @@ def problem(T, E, K, D=12, F=20, seed=0):
 def test_experts_are_the_definition_on_every_path(T, E, K, seed):
     args = problem(T, E, min(K, E), seed=seed)
     expected = by_definition(*args).float()
-    torch.testing.assert_close(expert_swiglu(*args), expected, rtol=1e-4, atol=1e-5)  # sorted: gradients are kept
+    torch.testing.assert_close(grouped_experts(*args), expected, rtol=1e-4, atol=1e-5)  # sorted: gradients are kept
     x, w1, w2, w3, weight, expert = args
     w13 = torch.cat([w1, w3], 1)
-    torch.testing.assert_close(swiglu_pairs(x, w1, w2, w3, weight, expert, w13_EGD=w13), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        decode_experts(x, w1, w2, w3, weight, expert, w13_EGD=w13), expected, rtol=1e-4, atol=1e-5
+    )
     halves = [
-        swiglu_pairs(x, w1[a:b], w2[a:b], w3[a:b], weight, expert, first=a, w13_EGD=w13[a:b])
+        decode_experts(x, w1[a:b], w2[a:b], w3[a:b], weight, expert, first=a, w13_EGD=w13[a:b])
         for a, b in ((0, E // 2), (E // 2, E))
     ]
     torch.testing.assert_close(sum(halves), expected, rtol=1e-4, atol=1e-5)
@@ -44,8 +46,8 @@ def test_experts_are_the_definition_on_every_path(T, E, K, seed):
 
 def test_slices_of_the_hidden_dimension_add_up():
     x, w1, w2, w3, weight, expert = problem(7, 4, 2)
-    parts = [expert_swiglu(x, w1[:, s], w2[:, :, s], w3[:, s], weight, expert) for s in (slice(0, 8), slice(8, 20))]
-    torch.testing.assert_close(sum(parts), expert_swiglu(x, w1, w2, w3, weight, expert))
+    parts = [grouped_experts(x, w1[:, s], w2[:, :, s], w3[:, s], weight, expert) for s in (slice(0, 8), slice(8, 20))]
+    torch.testing.assert_close(sum(parts), grouped_experts(x, w1, w2, w3, weight, expert))
 
 
 def test_an_idle_expert_has_a_zero_gradient_not_none():
@@ -53,7 +55,7 @@ def test_an_idle_expert_has_a_zero_gradient_not_none():
     expert = torch.tensor([[0, 2]] * 5)
     for w in (w1, w2, w3):
         w.requires_grad_()
-    expert_swiglu(x, w1, w2, w3, weight, expert).sum().backward()
+    grouped_experts(x, w1, w2, w3, weight, expert).sum().backward()
     for w in (w1, w2, w3):
         assert w.grad[[1, 3]].abs().sum() == 0
         assert w.grad[[0, 2]].abs().sum() > 0
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_the_definition():
     x, w1, w2, w3, weight, expert = problem(6, 3, 2)
     leaves = [t.clone().requires_grad_() for t in (x, w1, w2, w3, weight)]
     probe = torch.randn(6, 12)
-    (expert_swiglu(*leaves, expert) * probe).sum().backward()
+    (grouped_experts(*leaves, expert) * probe).sum().backward()
     dense = [t.clone().double().requires_grad_() for t in (x, w1, w2, w3, weight)]
     y = sum(
         dense[4][:, k, None]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
-from accessory.ops.grouped import expert_swiglu
+from accessory.ops.grouped import grouped_experts
 from accessory.ops.linear import linear
 from accessory.ops.quantized import FORMATS, GROUP, Packed, dequantize, packed_shapes, quantize, unpack
 
@@ -71,7 +71,7 @@ def test_int4_by_hand():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_cut_of_the_quantised_is_the_quantised_cut(format):
+def test_a_cut_of_the_quantized_is_the_quantized_cut(format):
     w = weight(columns=512)
     packed = quantize(w, format)
     assert torch.equal(dequantize(packed.narrow(0, 10, 20)), dequantize(packed)[10:30])
@@ -103,7 +103,7 @@ def test_rows_without_whole_groups_are_refused(format, columns):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_products_are_those_of_the_dequantised_weight(format):
+def test_products_are_those_of_the_dequantized_weight(format):
     w, x = quantize(weight(), format), torch.randn(5, 256, requires_grad=True)
     (linear(x, w) * 2).sum().backward()
     torch.testing.assert_close(linear(x, w), x @ dequantize(w).T)
@@ -120,7 +120,7 @@ def test_grouped_products_too(format):
     results = []
     for w in (packed, [dequantize(p) for p in packed]):
         x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y_TD = expert_swiglu(x_TD, *w, weight_TK, expert_TK)
+        y_TD = grouped_experts(x_TD, *w, weight_TK, expert_TK)
         y_TD.square().sum().backward()
         results.append((y_TD.detach(), x_TD.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

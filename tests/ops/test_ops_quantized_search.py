@@ -50,9 +50,9 @@ def test_normal_groups_come_near_the_best_there_is():
             q = (w / scale + zero).round().clamp(0, 15)
             best = torch.minimum(best, ((q - zero) * scale - w).square().double().sum(-1, keepdim=True))
     plain, found = group_errors(quantize(w, "int4"), w), group_errors(search_int4(w), w)
-    many = group_errors(search_int4(w, starts=MANY_STARTS, rounds=MANY_ROUNDS), w)
+    grouped = group_errors(search_int4(w, starts=MANY_STARTS, rounds=MANY_ROUNDS), w)
     assert found.sum() < 1.08 * best.sum() < 0.95 * plain.sum()
-    assert many.sum() < 1.05 * best.sum()
+    assert grouped.sum() < 1.05 * best.sum()
 
 
 def test_an_outlier_is_cut_off_by_hand():

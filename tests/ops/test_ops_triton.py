@@ -16,7 +16,7 @@ CASES = [  # T, E, K, D, F, first, held
 
 
 def check(T, E, K, D, F, first, held, device, dtype):
-    from accessory.ops.triton.pairs import swiglu_pairs
+    from accessory.ops.triton.decode_experts import decode_experts
 
     g = torch.Generator().manual_seed(T * 100 + E)
     w1, w2, w3 = (torch.randn(E, *s, generator=g) * 0.2 for s in ((F, D), (D, F), (F, D)))
@@ -32,7 +32,7 @@ def check(T, E, K, D, F, first, held, device, dtype):
                 h = (a * a.sigmoid() * (w3[e].double() @ x[t].double())).to(dtype).double()
                 expected[t] += weight[t, k].double() * (w2[e].double() @ h)
     part = [w[first : first + held].contiguous().to(device) for w in (w1, w2, w3)]
-    y = swiglu_pairs(x.to(device), *part, weight.to(device), expert.to(device), first)
+    y = decode_experts(x.to(device), *part, weight.to(device), expert.to(device), first)
     assert relative(y, expected) <= (2e-6 if dtype == torch.float32 else 2e-3)
 
 

@@ -17,12 +17,12 @@ TOKENS_BT = torch.arange(18).view(2, 9) * 3 % 64
 
 def whole(implementation):
     """A network with random values beside its weights, and them under canonical names."""
-    from accessory.adapt.peft import add_beside, besides_for
+    from accessory.adapt.peft import adapter_specs_for, add_adapters
     from accessory.checkpoint.load import destinations
     from accessory.nn.decoder import Decoder, init_weights
 
     decoder = Decoder(ARGS, implementation)
-    add_beside(decoder, besides_for(ARGS), ARGS.lora_scale)
+    add_adapters(decoder, adapter_specs_for(ARGS), ARGS.lora_scale)
     init_weights(decoder, std=0.2)
     # init_weights draws in the order of the network, which both implementations share
     return decoder, {name: tensor.clone() for name, tensor in destinations(decoder)}
@@ -43,10 +43,10 @@ def gradients(decoder):
 def rank_main(rank, world, implementation):
     import torch.distributed as dist
 
-    from accessory.adapt.peft import add_beside, besides_for
+    from accessory.adapt.peft import adapter_specs_for, add_adapters
     from accessory.checkpoint.load import destinations
     from accessory.nn.decoder import Decoder
-    from accessory.parallel import plan
+    from accessory.parallel import sharding
     from accessory.parallel.apply import parallelize
     from accessory.parallel.mesh import Ranks
 
@@ -54,11 +54,11 @@ def rank_main(rank, world, implementation):
     _, tensors = whole(implementation)
     with torch.device("meta"):
         decoder = Decoder(ARGS, implementation)
-        add_beside(decoder, besides_for(ARGS), ARGS.lora_scale)
+        add_adapters(decoder, adapter_specs_for(ARGS), ARGS.lora_scale)
     parallelize(decoder, ranks).to_empty(device="cpu")
     parts = {}
     for name, place in destinations(decoder):
-        part = plan.rank_part(name, tensors[name].shape, ARGS, implementation, rank, world)
+        part = sharding.rank_part(name, tensors[name].shape, ARGS, implementation, rank, world)
         parts[name] = part
         source = tensors[name] if part.dim is None else tensors[name].narrow(part.dim, part.start, part.length)
         place.copy_(source)
@@ -66,7 +66,7 @@ def rank_main(rank, world, implementation):
     logits.square().sum().backward()
     found = gradients(decoder)
     for name, grad in found.items():
-        sharers = plan.gradient_sharers(name, ARGS, implementation, world)
+        sharers = sharding.gradient_sharers(name, ARGS, implementation, world)
         if sharers > 1:
             all_grads = [torch.empty_like(grad) for _ in range(world)]
             dist.all_gather(all_grads, grad.contiguous())

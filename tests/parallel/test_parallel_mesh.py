@@ -5,7 +5,7 @@ import pytest
 from accessory.config import PRESETS, ModelArgs
 from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
-from accessory.parallel import plan
+from accessory.parallel import sharding
 from accessory.parallel.apply import parallelize
 from accessory.parallel.mesh import Ranks, first_host, launch_of
 
@@ -62,11 +62,13 @@ def cut(args, implementation, rank, world):
 
 
 def test_heads_are_cut_shared_or_kept_whole(caplog):
-    assert [plan.attention_mode(SMALL, n) for n in (1, 2, 4, 8)] == ["cut", "cut", "kv replicated", "kv replicated"]
+    assert [sharding.attention_mode(SMALL, n) for n in (1, 2, 4, 8)] == ["cut", "cut", "kv replicated", "kv replicated"]
     layer = cut(SMALL, "sparse", 5, 8).layers[0]
     assert layer.attention.wq.weight.shape == (8, 64)
     assert layer.attention.wk.weight.shape == (8, 64)  # one whole head, the second: rank 5 · 2 heads // 8 ranks
-    assert plan.rank_part("layers.0.attention.wk.weight", (16, 64), SMALL, "sparse", 5, 8) == plan.Slice(0, 8, 8)
+    assert sharding.rank_part("layers.0.attention.wk.weight", (16, 64), SMALL, "sparse", 5, 8) == sharding.Slice(
+        0, 8, 8
+    )
     odd = SMALL.replace(n_heads=9, n_kv_heads=3, head_dim=8)
     with caplog.at_level(logging.WARNING):
         layer = cut(odd, "sparse", 0, 2).layers[0]
@@ -93,5 +95,5 @@ def test_what_cannot_be_cut_names_the_field_and_both_numbers(changes, implementa
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_the_real_sizes_can_be_cut(preset, implementation, world):
-    plan.check_ranks(PRESETS[preset], implementation, world)
-    assert plan.attention_mode(PRESETS[preset], world) == "cut"
+    sharding.check_ranks(PRESETS[preset], implementation, world)
+    assert sharding.attention_mode(PRESETS[preset], world) == "cut"

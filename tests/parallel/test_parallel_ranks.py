@@ -6,8 +6,8 @@ import torch.distributed as dist
 from helpers.distributed import run_ranks
 from helpers.random_models import write_speaking
 
-from accessory.checkpoint.convert import convert
 from accessory.config import ModelArgs, MoEArgs
+from accessory.convert.convert import convert
 from accessory.model.meta import MetaModel
 from accessory.nn.decoder import Decoder, init_weights
 
@@ -173,7 +173,7 @@ def cut(whole, parallelize, ranks):
 
 
 def gradient_errors(part, whole, ranks):
-    from accessory.parallel.plan import rank_part
+    from accessory.parallel.sharding import rank_part
 
     errors = []
     theirs = dict(whole.named_parameters())

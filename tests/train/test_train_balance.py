@@ -15,9 +15,9 @@ from accessory.config import ModelArgs, MoEArgs
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
 from accessory.nn.decoder import Decoder, init_weights
-from accessory.parallel.fsdp import Grid, shard
-from accessory.parallel.held import held_tensors, local
-from accessory.train.trainer import Trainer, Weights, _Sums
+from accessory.parallel.fsdp import DeviceMesh, shard
+from accessory.parallel.local_shard import local, local_tensors
+from accessory.train.trainer import LossWeights, Trainer, _Sums
 
 IMPLEMENTATIONS = ["base", "sparse"]
 E, K = 4, 2
@@ -103,8 +103,8 @@ def test_padding_packing_and_recomputation_count_nothing_twice(implementation, r
     with_empty = batch([document(*A), document(*B), document(*C)], [])
     assert not padded.counted_BT.all()
     for micro in (padded, packed, with_empty):
-        trainer = Trainer(known(implementation, recompute=recompute), Grid(), Weights(BALANCE, Z))
-        record = trainer.passes([micro])
+        trainer = Trainer(known(implementation, recompute=recompute), DeviceMesh(), LossWeights(BALANCE, Z))
+        record = trainer.forward_backward([micro])
         assert record["balance"] == pytest.approx(balance_of(A + B + C), rel=1e-6)
         assert record["z"] == pytest.approx(z_of(A + B + C), rel=1e-6)
         assert record["tokens"] == 10
@@ -119,18 +119,18 @@ def test_padding_packing_and_recomputation_count_nothing_twice(implementation, r
 
 def test_accumulation_takes_the_token_weighted_mean_of_the_parts():
     parts = [A, B, C]
-    trainer = Trainer(known("sparse"), Grid(), Weights(BALANCE, Z))
-    record = trainer.passes([batch([document(*part)]) for part in parts])
+    trainer = Trainer(known("sparse"), DeviceMesh(), LossWeights(BALANCE, Z))
+    record = trainer.forward_backward([batch([document(*part)]) for part in parts])
     assert record["balance"] == pytest.approx(weighted(balance_of, parts), rel=1e-6)
     assert record["balance"] != pytest.approx(balance_of(A + B + C), rel=1e-3)  # which is what it would be in one
     assert record["z"] == pytest.approx(z_of(A + B + C), rel=1e-6)  # z is linear in the tokens
 
 
 def test_a_micro_step_of_empty_rows_changes_nothing():
-    alone = Trainer(known("sparse", experts=True), Grid(), Weights(BALANCE, Z))
-    record = alone.passes([batch([document(*A)])])
-    padded = Trainer(known("sparse", experts=True), Grid(), Weights(BALANCE, Z))
-    again = padded.passes([batch([document(*A)]), batch([], [])])
+    alone = Trainer(known("sparse", experts=True), DeviceMesh(), LossWeights(BALANCE, Z))
+    record = alone.forward_backward([batch([document(*A)])])
+    padded = Trainer(known("sparse", experts=True), DeviceMesh(), LossWeights(BALANCE, Z))
+    again = padded.forward_backward([batch([document(*A)]), batch([], [])])
     for key in ("loss", "balance", "z", "tokens"):
         assert again[key] == pytest.approx(record[key], rel=1e-6)
     for (name, a), (_, b) in zip(alone.named, padded.named, strict=True):
@@ -143,8 +143,8 @@ def test_an_idle_expert_has_a_zero_gradient(implementation):
     with torch.no_grad():
         for layer in decoder.layers:  # what experts add must not send a token to the last one
             layer.feed_forward.experts.w2.mul_(0.01)
-    trainer = Trainer(decoder, Grid(), Weights(BALANCE, Z))
-    trainer.passes([batch([document(*A)], [document(*C)])])
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(BALANCE, Z))
+    trainer.forward_backward([batch([document(*A)], [document(*C)])])
     for layer in decoder.layers:
         for kind in ("w1", "w2", "w3"):
             grad = layer.feed_forward.experts.get_parameter(kind).grad
@@ -171,26 +171,26 @@ def on_two_ranks(rank, world):
 
     from accessory.parallel.mesh import Ranks
 
-    grid = Grid.of(Ranks.of(dist.group.WORLD), 1, "cpu")
+    mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), 1, "cpu")
     out = {}
     for name, parts in ON_RANKS.items():
         for implementation in IMPLEMENTATIONS:
             for everywhere in (False, True):
                 decoder = known(implementation, experts=True)
                 values = {n: p.detach().clone() for n, p in decoder.named_parameters()}
-                shard(decoder, grid, "fsdp" if everywhere else "sdp", torch.float32)
+                shard(decoder, mesh, "fsdp" if everywhere else "sdp", torch.float32)
                 fill(decoder, values)
-                trainer = Trainer(decoder, grid, Weights(BALANCE, Z, everywhere))
-                record = trainer.passes([rows_of(parts[rank])])
+                trainer = Trainer(decoder, mesh, LossWeights(BALANCE, Z, everywhere))
+                record = trainer.forward_backward([rows_of(parts[rank])])
                 gradients = {n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for n, p in trainer.named}
                 out[name, implementation, everywhere] = (record, gradients)
     return out
 
 
 def fill(decoder, values):
-    from accessory.parallel.held import held_parameters
+    from accessory.parallel.local_shard import local_parameters
 
-    for held in held_parameters(decoder):
+    for held in local_parameters(decoder):
         source = values[held.name]
         for dim, (start, length) in enumerate(zip(held.offsets, held.tensor.shape, strict=True)):
             source = source.narrow(dim, start, length)
@@ -202,9 +202,9 @@ def test_data_parallel_ranks():
     for results in run_ranks(on_two_ranks, 2):
         for (name, implementation, everywhere), (record, gradients) in results.items():
             parts = ON_RANKS[name]
-            alone = Trainer(known(implementation, experts=True), Grid(), Weights(BALANCE, Z))
+            alone = Trainer(known(implementation, experts=True), DeviceMesh(), LossWeights(BALANCE, Z))
             rows = [document(*part) for part in parts if part]
-            wanted = alone.passes([batch(*[[r] for r in rows])] if everywhere else [batch([r]) for r in rows])
+            wanted = alone.forward_backward([batch(*[[r] for r in rows])] if everywhere else [batch([r]) for r in rows])
             told = f"{name}, {implementation}, global statistics {everywhere}"
             for key in ("loss", "balance", "z", "tokens"):
                 assert record[key] == pytest.approx(wanted[key], rel=1e-5), f"{told}: {key}"
@@ -235,9 +235,9 @@ def test_gradients_of_the_whole_loss_are_finite_differences(implementation, peft
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
             if name.endswith("gate.weight"):
                 p.mul_(4)
-    trainer = Trainer(decoder, Grid(), Weights(0.5, 0.1))
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.5, 0.1))
     micro = batches(0, parts=2)
-    trainer.passes(micro)
+    trainer.forward_backward(micro)
     gradients = {name: p.grad.clone() for name, p in trainer.named}
     _, routing = loss_of(trainer, micro)
     checked = 0
@@ -274,6 +274,6 @@ def loss_of(trainer, micro):
 def test_held_gradients_cover_the_network():
     """Every canonical tensor of the network gets a gradient in a step, experts that idle included."""
     decoder = known("base", experts=True)
-    Trainer(decoder, Grid(), Weights(BALANCE)).passes([batch([document(*A)])])
+    Trainer(decoder, DeviceMesh(), LossWeights(BALANCE)).forward_backward([batch([document(*A)])])
     assert all(p.grad is not None and local(p.grad).shape == local(p).shape for p in decoder.parameters())
-    assert len(list(held_tensors(decoder))) == 2 * (2 + 4 + 1 + 3 * E) + 3
+    assert len(list(local_tensors(decoder))) == 2 * (2 + 4 + 1 + 3 * E) + 3

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import runs
 
-from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.merge import merge
+from accessory.convert.convert import convert
+from accessory.convert.merge import merge
 from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
@@ -27,8 +27,8 @@ def trained(inputs, tmp_path, monkeypatch):
 
         kept = {}
 
-        def keep(config, grid, device):
-            kept["run"] = prepare(config, grid, device)
+        def keep(config, mesh, device):
+            kept["run"] = prepare(config, mesh, device)
             return kept["run"]
 
         prepare = module.prepare

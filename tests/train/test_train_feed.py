@@ -18,7 +18,7 @@ from accessory.data.batches import IGNORED
 from accessory.data.dataset import Example
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.fsdp import Grid
+from accessory.parallel.fsdp import DeviceMesh
 from accessory.train.feed import Feed, Schedule, Split
 from accessory.vision_config import IMAGE_ID
 
@@ -41,13 +41,13 @@ class Items:
 class Place:
     """A data-parallel rank's place in a grid, without processes."""
 
-    def __new__(cls, rank: int, size: int) -> Grid:
+    def __new__(cls, rank: int, size: int) -> DeviceMesh:
         class Ranks:
             pass
 
         ranks = Ranks()
         ranks.rank, ranks.size = rank, size
-        return Grid(data=ranks)
+        return DeviceMesh(data=ranks)
 
 
 def schedule(data, rows=8, *, packing=False, epochs=1.0, max_steps=None, seed=0):
@@ -103,7 +103,7 @@ def test_micro_batches_are_consecutive_over_the_ranks():
 def test_threads_change_nothing(workers):
     data = Items(50)
     plan = schedule(data, epochs=2.0)
-    feed = Feed(data, plan, Split(4, 2, 1), Grid(), workers=workers)
+    feed = Feed(data, plan, Split(4, 2, 1), DeviceMesh(), workers=workers)
     got = list(feed.steps(3))
     assert [step for step, _ in got] == list(range(3, plan.steps))
     for step, batches in got:
@@ -115,7 +115,7 @@ def test_an_error_of_a_thread_reaches_the_run():
     data = Items(50)
     data.example = lambda i: (_ for _ in ()).throw(ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
-        list(Feed(data, schedule(data), Split(8, 1, 1), Grid(), workers=2).steps(0))
+        list(Feed(data, schedule(data), Split(8, 1, 1), DeviceMesh(), workers=2).steps(0))
 
 
 def test_evaluation_sees_everything_once():
@@ -194,7 +194,7 @@ def test_each_image_once_and_the_same_crop_on_any_rank(count, every, packing, se
     plan = schedule(data, packing=packing, seed=seed, epochs=2.0)
     places = [Place(rank, split.data_size) for rank in range(split.data_size)]
     feeds = [Feed(data, plan, split, place, load=Numbers(), workers=workers) for place in places]
-    alone = Feed(data, plan, Split(split.rows, 1, 1), Grid(), load=Numbers())
+    alone = Feed(data, plan, Split(split.rows, 1, 1), DeviceMesh(), load=Numbers())
     seen: list[list[tuple[int, float]]] = [[], []]
     for parts in zip(*(feed.steps(0) for feed in feeds), strict=True):
         step = parts[0][0]
@@ -218,13 +218,13 @@ def test_each_image_once_and_the_same_crop_on_any_rank(count, every, packing, se
 def test_a_run_that_goes_on_sees_the_same_crops():
     data = Seen(40)
     plan = schedule(data, packing=True, epochs=2.0)
-    whole = {s: images_of(b) for s, (b,) in Feed(data, plan, Split(8, 1, 1), Grid(), load=Numbers()).steps(0)}
+    whole = {s: images_of(b) for s, (b,) in Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers()).steps(0)}
     resumed = Feed(
         data, schedule(data, packing=True, epochs=2.0), Split(4, 1, 2), Place(1, 2), load=Numbers(), workers=2
     )
     for step, batches in resumed.steps(3):
         assert set(images_of(batches[0])) <= set(whole[step])
-    other = Feed(data, schedule(data, packing=True, seed=1), Split(8, 1, 1), Grid(), load=Numbers())
+    other = Feed(data, schedule(data, packing=True, seed=1), Split(8, 1, 1), DeviceMesh(), load=Numbers())
     crops = {i: c for s in whole if s < plan.lengths[0] for i, c in whole[s]}
     assert dict(image for batch in other.all_batches() for image in images_of(batch)) != crops
     assert crops[6] == pytest.approx(Random("0 0 6").random()), "of seed, epoch and item"
@@ -232,10 +232,10 @@ def test_a_run_that_goes_on_sees_the_same_crops():
 
 def test_text_alone_has_no_pixels():
     data = Seen(8, every=100)
-    batches = Feed(data, schedule(data), Split(4, 1, 1), Grid(), load=Numbers()).all_batches()
+    batches = Feed(data, schedule(data), Split(4, 1, 1), DeviceMesh(), load=Numbers()).all_batches()
     assert [b.pixels_I3PP is None for b in batches] == [0 not in b.items for b in batches]
     with pytest.raises(InputError, match=r"items\.jsonl:1: image: there is nothing that loads it"):
-        list(Feed(data, schedule(data), Split(4, 1, 1), Grid()).all_batches())
+        list(Feed(data, schedule(data), Split(4, 1, 1), DeviceMesh()).all_batches())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -247,9 +247,9 @@ def test_an_image_that_cannot_be_decoded_is_fatal_or_grey(workers, caplog):
         match=r"^items\.jsonl:(5|11): image: (4|10): is truncated \(x\); get it again, or leave it out; "
         r"broken_images=skip goes on without it$",
     ):
-        list(Feed(data, plan, Split(8, 1, 1), Grid(), load=load, workers=workers).steps(0))
-    plain = Feed(data, plan, Split(8, 1, 1), Grid(), load=Numbers())
-    feed = Feed(data, plan, Split(8, 1, 1), Grid(), load=load, broken="skip", workers=workers)
+        list(Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, workers=workers).steps(0))
+    plain = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
+    feed = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, broken="skip", workers=workers)
     with caplog.at_level(logging.WARNING):
         steps = [(a, b) for _, (a,) in feed.steps(0) for b in plain.batches(_)]
         list(feed.all_batches())
@@ -271,7 +271,7 @@ def test_an_image_that_cannot_be_decoded_is_fatal_or_grey(workers, caplog):
 def test_an_item_alone():
     data = Seen(8)
     plan = schedule(data)
-    feed = Feed(data, plan, Split(8, 1, 1), Grid(), load=Numbers())
+    feed = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
     (batch,) = feed.batches(0)
     alone = feed.alone(0, 6)
     assert (alone.items, images_of(alone)) == ((6,), [i for i in images_of(batch) if i[0] == 6])
@@ -290,7 +290,7 @@ class Counted(Numbers):
 
 def test_held_out_images_are_never_all_in_memory():
     data, load = Seen(64, every=1), Counted()
-    feed = Feed(data, schedule(data, rows=4), Split(4, 1, 1), Grid(), load=load, workers=2)
+    feed = Feed(data, schedule(data, rows=4), Split(4, 1, 1), DeviceMesh(), load=load, workers=2)
     batches = feed.all_batches()
     assert len(batches) == 16
     assert load.made == 0
@@ -309,7 +309,7 @@ def test_held_out_images_are_never_all_in_memory():
 
 def test_threads_prepare_a_bounded_number_of_micro_batches():
     data, load, threads = Seen(400, every=1), Counted(), threading.active_count()
-    feed = Feed(data, schedule(data), Split(2, 4, 1), Grid(), load=load, workers=3)
+    feed = Feed(data, schedule(data), Split(2, 4, 1), DeviceMesh(), load=load, workers=3)
     steps = feed.steps(0)
     next(steps)
     time.sleep(0.2)
@@ -327,7 +327,7 @@ def test_real_images(tmp_path):
     data.example = lambda i: (lambda e: replace(e, image=str(real[e.image])) if e.image else e)(example(i))
     load = ImageLoader.of("random_resized_crop", 16)
     for pin in (False, torch.cuda.is_available()):
-        (batch,) = Feed(data, schedule(data), Split(8, 1, 1), Grid(), load=load, pin=pin).batches(0)
+        (batch,) = Feed(data, schedule(data), Split(8, 1, 1), DeviceMesh(), load=load, pin=pin).batches(0)
         wanted = [load(real[str(i)], Random(f"0 0 {i}")) for i in batch.items if i in (0, 3)]
         assert torch.equal(batch.pixels_I3PP, torch.stack(wanted))
     assert batch.to("meta").pixels_I3PP.shape == (2, 3, 16, 16)

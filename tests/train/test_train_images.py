@@ -24,7 +24,7 @@ from accessory.train.run import finetune
 from accessory.vision_config import with_image
 
 SEEING = ARGS.replace(vision=tiny_clip())
-WORDS = tiny_clip().words(1)
+WORDS = tiny_clip().image_tokens(1)
 STEPS = 6
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 
@@ -118,18 +118,18 @@ def oracle():
     return by_transformers()
 
 
-def train(implementation, grid=None, tensors=None, *, mode="sdp", peft=None, checkpointing=False):
-    from accessory.parallel.fsdp import Grid
-    from accessory.train.trainer import Trainer, Weights
+def train(implementation, mesh=None, tensors=None, *, mode="sdp", peft=None, checkpointing=False):
+    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.train.trainer import LossWeights, Trainer
 
-    grid = grid or Grid()
+    mesh = mesh or DeviceMesh()
     tensors = tensors or oracle_tensors(ARGS) | projections()
-    decoder = make_decoder(implementation, grid, mode, checkpointing, peft, tensors, args=SEEING, sees=True)
-    weights = Weights(ARGS.load_balancing_weight, global_statistics=True)
-    trainer = Trainer(decoder, grid, weights, weight_decay=DECAY, clip=CLIP, tower=random_tower(tiny_clip()))
+    decoder = make_decoder(implementation, mesh, mode, checkpointing, peft, tensors, args=SEEING, sees=True)
+    weights = LossWeights(ARGS.load_balancing_weight, global_statistics=True)
+    trainer = Trainer(decoder, mesh, weights, weight_decay=DECAY, clip=CLIP, tower=random_tower(tiny_clip()))
     out = []
     for step in range(STEPS):
-        record = trainer.step([batches(step, grid.data_size)[grid.data_rank]], LR)
+        record = trainer.step([batches(step, mesh.data_size)[mesh.data_rank]], LR)
         out.append((record["loss"], record["balance"], record["grad_norm"]))
     return out
 
@@ -143,13 +143,13 @@ CASES = {
 def on_grids(rank, world, cases, tensors):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import Grid
+    from accessory.parallel.fsdp import DeviceMesh
     from accessory.parallel.mesh import Ranks
 
     out = []
     for (_, model), how in cases:
-        grid = Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
-        out.append([train(i, grid, tensors, **how) for i in ("base", "sparse")])
+        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
+        out.append([train(i, mesh, tensors, **how) for i in ("base", "sparse")])
     return out
 
 
@@ -242,7 +242,7 @@ def test_stage_1_then_stage_2(inputs, tmp_path):
     assert len(model.generate(["hello"], [inputs / "1.png"], max_gen_len=4)) == 1
 
 
-def test_adapters_beside_a_quantised_network(inputs, tmp_path):
+def test_adapters_beside_a_quantized_network(inputs, tmp_path):
     """LoRA, projections, start and end over an int8 base; what was trained is saved alone and loaded behind it."""
     output = run(inputs, tmp_path / "run", quant="int8", lora_rank=2, only_save_trainable=True)
     trained = final_tensors(output)

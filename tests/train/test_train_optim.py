@@ -8,8 +8,8 @@ from helpers.distributed import run_ranks
 from helpers.training import ARGS, CLIP, batches, close, make_decoder, oracle_tensors
 from torch import nn
 
-from accessory.parallel.fsdp import Grid, model_copies, squared_norm
-from accessory.parallel.held import held_parameters, local
+from accessory.parallel.fsdp import DeviceMesh, model_copies, squared_norm
+from accessory.parallel.local_shard import local, local_parameters
 from accessory.train.optim import (
     LossScale,
     allocate_moments,
@@ -19,7 +19,7 @@ from accessory.train.optim import (
     scale_gradients,
     updates_made,
 )
-from accessory.train.trainer import Trainer, Weights
+from accessory.train.trainer import LossWeights, Trainer
 
 PLAN = {"lr": 4.0, "min_lr": 1.0, "warmup_epochs": 0.5, "epochs": 2.5}
 
@@ -78,7 +78,7 @@ def test_decay_is_that_of_adamw():
 def test_made_moments_are_those_that_a_step_makes():
     def fresh():
         decoder = make_decoder("base")
-        return Trainer(decoder, Grid(), Weights(0.1))
+        return Trainer(decoder, DeviceMesh(), LossWeights(0.1))
 
     stepped, made = fresh(), fresh()
     stepped.step(batches(0), 1e-3)
@@ -97,7 +97,7 @@ def test_made_moments_are_those_that_a_step_makes():
         assert one["exp_avg"].dtype == torch.float32
     # The first moments after one step: (1 - 0.9) g and (1 - 0.95) g²
     again = fresh()
-    again.passes(batches(0))
+    again.forward_backward(batches(0))
     for (name, a), (_, b) in zip(stepped.named, again.named, strict=True):
         state = stepped.optimizer.state[a]
         torch.testing.assert_close(state["exp_avg"], 0.1 * b.grad, rtol=1e-5, atol=1e-9, msg=name)
@@ -106,10 +106,10 @@ def test_made_moments_are_those_that_a_step_makes():
 
 def test_clipping_is_torchs():
     decoder = make_decoder("sparse")
-    trainer = Trainer(decoder, Grid(), Weights(0.1), clip=CLIP)
-    trainer.passes(batches(0))
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.1), clip=CLIP)
+    trainer.forward_backward(batches(0))
     parameters = [p for _, p in trainer.named]
-    norm = math.sqrt(float(squared_norm(decoder, Grid())))
+    norm = math.sqrt(float(squared_norm(decoder, DeviceMesh())))
     before = [p.grad.clone() for p in parameters]
     wanted = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
     assert norm == pytest.approx(wanted, rel=1e-6)
@@ -129,12 +129,12 @@ def norms(rank, world, tensors, cases):
 
     out = []
     for model, implementation, mode, peft in cases:
-        grid = Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
-        decoder = make_decoder(implementation, grid, mode, peft=peft, tensors=tensors)
-        trainer = Trainer(decoder, grid, Weights(0.1, 0.01, True))
-        trainer.passes(batches(0, parts=grid.data_size)[grid.data_rank : grid.data_rank + 1])
-        copies = {h.name: model_copies(decoder, h.name, grid) if grid.model else 1 for h in held_parameters(decoder)}
-        out.append((float(squared_norm(decoder, grid)), copies))
+        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
+        decoder = make_decoder(implementation, mesh, mode, peft=peft, tensors=tensors)
+        trainer = Trainer(decoder, mesh, LossWeights(0.1, 0.01, True))
+        trainer.forward_backward(batches(0, parts=mesh.data_size)[mesh.data_rank : mesh.data_rank + 1])
+        copies = {h.name: model_copies(decoder, h.name, mesh) if mesh.model else 1 for h in local_parameters(decoder)}
+        out.append((float(squared_norm(decoder, mesh)), copies))
     return out
 
 
@@ -150,8 +150,8 @@ def test_the_norm_counts_each_number_once_on_mixed_meshes(world):
     """Equal to the norm of the whole network's gradient, as torch takes it in one process."""
     for results in run_ranks(norms, world, oracle_tensors(), MESHES[world]):
         for (model, implementation, mode, peft), (squared, copies) in zip(MESHES[world], results, strict=True):
-            alone = Trainer(make_decoder(implementation, peft=peft), Grid(), Weights(0.1, 0.01))
-            alone.passes(batches(0))
+            alone = Trainer(make_decoder(implementation, peft=peft), DeviceMesh(), LossWeights(0.1, 0.01))
+            alone.forward_backward(batches(0))
             wanted = torch.nn.utils.get_total_norm([local(p.grad) for _, p in alone.named])
             assert math.sqrt(squared) == pytest.approx(float(wanted), rel=1e-5), (model, implementation, mode)
             assert set(copies.values()) <= {1, 2, 4}
@@ -194,7 +194,7 @@ def test_scaled_losses_give_the_same_steps():
     """A loss scale that is a power of two changes no bit of the parameters' way."""
     curves = []
     for value in (1.0, 2.0**10):
-        trainer = Trainer(make_decoder("sparse"), Grid(), Weights(0.1), clip=CLIP)
+        trainer = Trainer(make_decoder("sparse"), DeviceMesh(), LossWeights(0.1), clip=CLIP)
         trainer.loss_scale = LossScale(value)
         records = [trainer.step(batches(step), 1e-3) for step in range(3)]
         curves.append([(r["loss"], r["balance"], r["grad_norm"]) for r in records])

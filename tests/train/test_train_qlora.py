@@ -29,7 +29,7 @@ def alone(implementation, quant):
 
 @pytest.mark.parametrize("quant", ["nf4", "int4"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_it_is_lora_beside_the_dequantised_weights(implementation, quant):
+def test_it_is_lora_beside_the_dequantized_weights(implementation, quant):
     choice = Quant.parse(quant)
     rounded = {n: dequantize(quantize(t, f)) if (f := choice.format_of(n)) else t for n, t in tensors().items()}
     close(alone(implementation, quant), train(implementation, peft=LORA, steps=STEPS, args=SIZES, tensors=rounded))
@@ -38,14 +38,14 @@ def test_it_is_lora_beside_the_dequantised_weights(implementation, quant):
 def on_grids(rank, world, cases, values):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import Grid
+    from accessory.parallel.fsdp import DeviceMesh
     from accessory.parallel.mesh import Ranks
 
     out = []
     for (_, model), mode, quant in cases:
-        grid = Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
+        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
         options = {"mode": mode, "quant": quant, "peft": LORA, "steps": STEPS, "args": SIZES, "tensors": values}
-        out.append([train(i, grid, **options) for i in IMPLEMENTATIONS])
+        out.append([train(i, mesh, **options) for i in IMPLEMENTATIONS])
     return out
 
 

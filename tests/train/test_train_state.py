@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from accessory.config import LORA_TARGETS
 from accessory.errors import AccessoryError, CheckpointError
-from accessory.parallel.fsdp import Grid
+from accessory.parallel.fsdp import DeviceMesh
 from accessory.train import state as state_module
 from accessory.train.optim import updates_made
 from accessory.train.state import (
@@ -25,18 +25,18 @@ from accessory.train.state import (
     state_tensors,
     trained_tensors,
 )
-from accessory.train.trainer import Trainer, Weights
+from accessory.train.trainer import LossWeights, Trainer
 
 LORA = {"lora_rank": 4, "bias_tuning": True}
 
 
-def trainer_of(implementation="sparse", grid=None, steps=2, tensors=None, mode="sdp", micro=1, **peft):
+def trainer_of(implementation="sparse", mesh=None, steps=2, tensors=None, mode="sdp", micro=1, **peft):
     """A trainer after some steps; the balance loss is left out, so that micro-batches do as ranks do."""
-    grid = grid or Grid()
-    decoder = make_decoder(implementation, grid, mode, peft=peft or None, tensors=tensors)
-    trainer = Trainer(decoder, grid, Weights(0.0), weight_decay=0.1, clip=1.0)
+    mesh = mesh or DeviceMesh()
+    decoder = make_decoder(implementation, mesh, mode, peft=peft or None, tensors=tensors)
+    trainer = Trainer(decoder, mesh, LossWeights(0.0), weight_decay=0.1, clip=1.0)
     for step in range(steps):
-        trainer.step(batches(step, parts=grid.data_size * micro)[grid.data_rank :: grid.data_size], 3e-3)
+        trainer.step(batches(step, parts=mesh.data_size * micro)[mesh.data_rank :: mesh.data_size], 3e-3)
     return trainer
 
 
@@ -204,7 +204,7 @@ def grid_of(model):
 
     from accessory.parallel.mesh import Ranks
 
-    return Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
+    return DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
 
 
 def save_on_ranks(rank, world, folder, cases, tensors):
@@ -259,7 +259,7 @@ def test_any_ranks_read_what_any_ranks_wrote(tmp_path, writers, cases, readers, 
 def fail_on_ranks(rank, world, folder, tensors):
     import torch.distributed.checkpoint as dcp
 
-    trainer = trainer_of(grid=grid_of(1), steps=1, tensors=tensors)
+    trainer = trainer_of(mesh=grid_of(1), steps=1, tensors=tensors)
     folder = Path(folder)
     save(trainer, folder, 1)
 
@@ -278,9 +278,9 @@ def fail_on_ranks(rank, world, folder, tensors):
         except AccessoryError as error:
             said.append(str(error))
         setattr(holder, name, original)
-        trainer.grid.wait()
+        trainer.mesh.wait()
         said.append(sorted(p.name for p in folder.iterdir()))
-        trainer.grid.wait()
+        trainer.mesh.wait()
     save(trainer, folder, 2)
     return said
 

@@ -42,13 +42,13 @@ def alone(implementation, lora=False):
 def on_grids(rank, world, cases, tensors):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import Grid
+    from accessory.parallel.fsdp import DeviceMesh
     from accessory.parallel.mesh import Ranks
 
     out = []
     for (_, model), options in cases:
-        grid = Grid.of(Ranks.of(dist.group.WORLD), model, "cpu")
-        out.append([train(i, grid, tensors=tensors, **options) for i in IMPLEMENTATIONS])
+        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
+        out.append([train(i, mesh, tensors=tensors, **options) for i in IMPLEMENTATIONS])
     return out
 
 

@@ -131,9 +131,9 @@ def _write_recipe(
 ) -> Path:
     """The YAML of a stage, and the JSON that tells the network what it sees with."""
     home.mkdir(parents=True, exist_ok=True)
-    eyes = {"name": "efficientnet", "kind": "efficientnet_lite0", "size": scale.size, "path": str(encoder)}
+    image_processor = {"name": "efficientnet", "kind": "efficientnet_lite0", "size": scale.size, "path": str(encoder)}
     vision = home / "vision.json"
-    vision.write_text(json.dumps({"vision": {"encoders": [eyes]}}, indent=1), encoding="utf-8")
+    vision.write_text(json.dumps({"vision": {"encoders": [image_processor]}}, indent=1), encoding="utf-8")
     values = {
         "pretrained_path": [str(path) for path in chain],
         "llama_config": [str(vision)],

@@ -103,7 +103,7 @@ def int4_bias(PERMUTE: tl.constexpr):
 def nested_scale(
     code_ptr, nested_ptr, offset_ptr, table_ptr, row, group, mask, G: tl.constexpr, NESTED: tl.constexpr
 ):  # fmt: skip
-    """nf4-dq's scales (`ops.double`) of rows and groups, fp32; the table of codes follows nf4's 16 values."""
+    """nf4-dq's scales (`ops.double_quantization`) of rows and groups, fp32; `table_ptr`: 16 values, then codes."""
     code = tl.load(code_ptr + row.to(tl.int64) * G + group, mask=mask, other=0).to(tl.int32)
     nested = tl.load(nested_ptr + row.to(tl.int64) * (G // NESTED) + group // NESTED, mask=mask, other=0.0)
     return tl.load(table_ptr + 16 + code) * nested + tl.load(offset_ptr + row, mask=mask, other=0.0)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops import double
+from accessory.ops import double_quantization
 from accessory.ops.quantized import GROUP, ZERO_STEPS, Packed, nf4_table
 from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
 
@@ -207,7 +207,7 @@ def pointers(p: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _tables(device: torch.device) -> Tensor:
-    return torch.cat([nf4_table(device), double.values(device)])
+    return torch.cat([nf4_table(device), double_quantization.values(device)])
 
 
 def constants(p: Packed) -> dict[str, Any]:
@@ -251,10 +251,10 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     return y_TO
 
 
-def swiglu_pairs(
+def decode_experts(
     x_TD: Tensor, w1: Packed, w2: Packed, w3: Packed, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
 ) -> Tensor:
-    """`ops.triton.pairs.swiglu_pairs` with quantised stacks of one format: (T, D) fp32."""
+    """`ops.triton.decode_experts.decode_experts` with quantised stacks of one format: (T, D) fp32."""
     (T, D), (E, F, _), K = x_TD.shape, w1.shape, expert_TK.shape[1]
     h_NF = torch.empty(T * K, F, dtype=x_TD.dtype, device=x_TD.device)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)

@@ -1,0 +1,273 @@
+"""The merge certificate: networks that should compute the same do compute the same, shown on random tokens.
+
+Both run in fp32, layer by layer, with one layer of one network in memory, so that a model is certified on a machine
+that could never hold it. All networks send a token to the experts that the first one chooses: a close call between
+experts, turned by the last bit, would otherwise look like a mistake. How often they would choose otherwise is counted.
+
+Legend: B sequences, T tokens, D dim, E experts, K experts a token, V vocabulary, N = B·T.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.adapt.peft import adapter_specs_of, add_adapters
+from accessory.checkpoint.lazy import Computed, Lazy
+from accessory.checkpoint.load import destinations
+from accessory.config import Implementation, ModelArgs
+from accessory.errors import CheckpointError
+from accessory.nn.decoder import Decoder, Layer
+from accessory.ops.rope import rope_frequencies, rotations
+from accessory.progress import progress_bar
+
+SEQUENCES, TOKENS = 2, 64
+_SHAKEN = "shaken"
+# fp32 keeps 7 digits, and sums in another order cost a few units of the last one. What that comes to depends on the
+# network, and is measured: the first one runs once more while the result of every layer is shaken.
+EXACT_BOUND = 1e-5
+_SHAKE, _SHAKES = 2.0**-22, 8.0  # relative; how many times what shaking does is still rounding
+# Rounded weights are held against the same weights rounded otherwise, which may do several times more or less.
+_ROUNDINGS = 4.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two networks' logits at the same tokens, token by token: ‖difference‖ / ‖logits‖, and the Kullback-Leibler
+    divergence of the predicted next-token distributions, nats."""
+
+    largest: float
+    mean: float
+    kl: float  # mean
+    turned: int  # (token, layer) decisions in which the other network prefers other experts
+    closeness: float  # the largest difference of probability that such a decision turned on
+
+    @classmethod
+    def between(cls, reference_NV: Tensor, other_NV: Tensor, turned: int = 0, closeness: float = 0.0) -> Difference:
+        a, b = reference_NV.double(), other_NV.double()
+        relative_N = (a - b).norm(dim=-1) / a.norm(dim=-1)
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        return cls(float(relative_N.max()), float(relative_N.mean()), kl, turned, closeness)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` found: each network's difference to the one with the adapter beside its weights.
+
+    exact: merged, not rounded; stored: as written; adapter: without the adapter. shaken: the same network, shaken in
+    the last bits of fp32. otherwise: merged, with rounding errors of the size that they have, but of random sign.
+    """
+
+    tokens: int
+    layers: int
+    dtype: torch.dtype
+    exact: Difference
+    stored: Difference
+    adapter: Difference | None = None
+    shaken: Difference | None = None
+    otherwise: Difference | None = None
+
+    @property
+    def exact_bound(self) -> float:
+        return max(EXACT_BOUND, _SHAKES * self.shaken.largest) if self.shaken else EXACT_BOUND
+
+    @property
+    def stored_bound(self) -> float:
+        return self.exact_bound + (_ROUNDINGS * self.otherwise.largest if self.otherwise else 0.0)
+
+    def check(self) -> None:
+        """CheckpointError where merged and unmerged logits differ by more than rounding explains."""
+        for which, difference, bound in (
+            ("merged, in fp32,", self.exact, self.exact_bound),
+            (f"merged and rounded to {_short(self.dtype)},", self.stored, self.stored_bound),
+        ):
+            if not difference.largest <= bound:  # NaN is no pass
+                raise CheckpointError(
+                    f"merged and unmerged logits differ: {which} by {difference.largest:.2g} of the logits, of which "
+                    f"rounding explains {bound:.2g}; nothing was written"
+                )
+
+    def lines(self) -> list[str]:
+        kind = _short(self.dtype)
+        out = [
+            f"certificate: {self.tokens} random tokens, logits beside the weights against logits merged",
+            f"  before rounding: {_told(self.exact)} (bound {self.exact_bound:.1e})",
+            f"  rounded to {kind}: {_told(self.stored)} (bound {self.stored_bound:.1e})",
+        ]
+        if self.stored.turned:
+            out.append(
+                f"  rounding would turn {self.stored.turned} of {self.tokens * self.layers} routing decisions, all of "
+                f"them on differences of at most {self.stored.closeness:.1e} in probability"
+            )
+        if self.adapter is not None:
+            out.append(f"  the adapter itself changes the logits by: {_told(self.adapter)}")
+            if self.stored.mean > self.adapter.mean:
+                out.append(
+                    f"  warning: rounding to {kind} changes them more than the adapter does; --dtype fp32 keeps it"
+                )
+        return out
+
+
+def certify(
+    networks: Mapping[str, Mapping[str, Lazy]],
+    args: ModelArgs,
+    implementation: Implementation,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+) -> Certificate:
+    """Compare `networks`: "adapters", the reference, with "exact" (merged, not rounded) and "stored" (in `dtype`).
+
+    Each is a mapping from canonical names to whole tensors, LoRA and biases included. With "base", what the adapter
+    changes is measured too. Nothing is judged here: see `Certificate.check`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(args.vocab_size, (SEQUENCES, TOKENS), generator=generator)
+    if any(tensor.dtype.itemsize < 4 for tensor in networks["stored"].values()):
+        networks = {**networks, "otherwise": _rounded_otherwise(networks["exact"], networks["stored"])}
+    run = _Run(networks, args, implementation, tokens_BT, torch.device(device))
+    logits = run.logits(progress)
+    differences = {
+        name: Difference.between(logits["adapters"], logits[name], run.turned[name], run.closeness[name])
+        for name in logits
+    }
+    return Certificate(
+        tokens=tokens_BT.numel(),
+        layers=args.n_layers,
+        dtype=dtype,
+        exact=differences["exact"],
+        stored=differences["stored"],
+        adapter=differences.get("base"),
+        shaken=differences[_SHAKEN],
+        otherwise=differences.get("otherwise"),
+    )
+
+
+def _rounded_otherwise(exact: Mapping[str, Lazy], stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The exact weights with the stored ones' rounding errors, their signs drawn anew: what rounding as such does.
+
+    An error is taken for half a unit in the last place at most, so that mistakes do not make room for themselves.
+    """
+
+    def made(name: str) -> Tensor:
+        right = exact[name].load().float()
+        most = right.abs().mul_(torch.finfo(stored[name].dtype).eps / 2)
+        error = stored[name].load().to(torch.float32, copy=True).sub_(right)  # never into what may be a file
+        error = torch.minimum(error, most, out=error).maximum(most.neg_())
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        for dim, size in enumerate(error.shape):  # a sign for every row and one for every column, which costs little
+            signs = torch.randint(0, 2, (size,), generator=generator).float().mul_(2).sub_(1)
+            error.mul_(signs if dim == error.dim() - 1 else signs[:, None])
+        return error.add_(right)
+
+    return {name: Computed(t.shape, torch.float32, partial(made, name)) for name, t in exact.items()}
+
+
+class _Run:
+    """Several networks over the same tokens, in step; the first one's routing is everybody's."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Mapping[str, Lazy]],
+        args: ModelArgs,
+        implementation: Implementation,
+        tokens_BT: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.networks, self.args, self.implementation = networks, args, implementation
+        self.tokens_BT, self.device = tokens_BT, device
+        self.turned = dict.fromkeys((*networks, _SHAKEN), 0)
+        self.closeness = dict.fromkeys((*networks, _SHAKEN), 0.0)
+
+    @torch.no_grad()
+    def logits(self, progress: bool) -> dict[str, Tensor]:
+        """fp32 (N, V) of each network, and of the first one shaken."""
+        args, (B, T) = self.args, self.tokens_BT.shape
+        frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
+        rotation_BT1c = rotations(torch.arange(T).expand(B, T), *frequencies).to(self.device)
+        stream = {name: self._embedded(tensors) for name, tensors in self.networks.items()}
+        first = next(iter(stream))
+        stream[_SHAKEN] = stream[first]
+        generator = torch.Generator().manual_seed(0)
+        steps = progress_bar(args.n_layers * len(self.networks), "certifying", progress, unit=" layers")
+        with steps:
+            for i in range(args.n_layers):
+                chosen_NK: Tensor | None = None
+                for name, tensors in self.networks.items():
+                    layer = self._layer(tensors, i)
+                    stream[name], chosen_NK = self._step(name, layer, stream[name], rotation_BT1c, chosen_NK)
+                    if name == first:
+                        shaken_BTD, _ = self._step(_SHAKEN, layer, stream[_SHAKEN], rotation_BT1c, chosen_NK)
+                        noise_BTD = torch.randn(shaken_BTD.shape, generator=generator).to(self.device)
+                        stream[_SHAKEN] = shaken_BTD * (1 + _SHAKE * noise_BTD)
+                    del layer  # before the next one is made
+                    steps.update()
+        return {
+            name: self._head(self.networks[first if name == _SHAKEN else name], x_BTD) for name, x_BTD in stream.items()
+        }
+
+    def _embedded(self, tensors: Mapping[str, Lazy]) -> Tensor:
+        return tensors["tok_embeddings.weight"].load()[self.tokens_BT].float().to(self.device)
+
+    def _filled(self, tensors: Mapping[str, Lazy], i: int, part: str) -> Decoder:
+        """A decoder of one layer of which just the modules under `part` are there, with the values of layer `i`."""
+        own = {n.replace(f"layers.{i}.", "layers.0.", 1): t for n, t in tensors.items() if n.startswith(f"layers.{i}.")}
+        own |= {n: t for n, t in tensors.items() if not n.startswith("layers.")}
+        with torch.device("meta"):
+            decoder = Decoder(self.args.replace(n_layers=1), self.implementation)
+            add_adapters(decoder, adapter_specs_of({n: t.shape for n, t in own.items()}), self.args.lora_scale)
+            decoder.cast(torch.float32)
+        decoder.get_submodule(part).to_empty(device=self.device)
+        for name, place in destinations(decoder):
+            if name.startswith(part + "."):
+                own[name].copy_to(place)
+        return decoder.eval()
+
+    def _layer(self, tensors: Mapping[str, Lazy], i: int) -> Layer:
+        layer = self._filled(tensors, i, "layers.0").layers[0]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def _step(
+        self, name: str, layer: Layer, x_BTD: Tensor, rotation_BT1c: Tensor, chosen_NK: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x_BTD = x_BTD + layer.attention(layer.attention_norm(x_BTD), rotation_BT1c, None, None)
+        x_ND = layer.ffn_norm(x_BTD).flatten(0, 1)
+        p_NE = F.softmax(layer.feed_forward.gate(x_ND), dim=-1, dtype=torch.float32)
+        own_NK = p_NE.topk(self.args.moe.num_experts_per_tok).indices
+        if chosen_NK is None:
+            chosen_NK = own_NK
+        self._count_turned(name, p_NE, own_NK, chosen_NK)
+        weight_NK = p_NE.gather(-1, chosen_NK)
+        weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
+        y_ND = layer.feed_forward.experts(x_ND, weight_NK, chosen_NK)
+        return x_BTD + y_ND.view_as(x_BTD), chosen_NK
+
+    def _count_turned(self, name: str, p_NE: Tensor, own_NK: Tensor, chosen_NK: Tensor) -> None:
+        turned_N = (own_NK.sort(-1).values != chosen_NK.sort(-1).values).any(-1)
+        if turned_N.any():
+            gap_N = p_NE.gather(-1, own_NK).sum(-1) - p_NE.gather(-1, chosen_NK).sum(-1)
+            self.turned[name] += int(turned_N.sum())
+            self.closeness[name] = max(self.closeness[name], float(gap_N[turned_N].max()))
+
+    def _head(self, tensors: Mapping[str, Lazy], x_BTD: Tensor) -> Tensor:
+        norm = self._filled(tensors, 0, "norm").norm
+        output = self._filled(tensors, 0, "output").output
+        return output(norm(x_BTD)).flatten(0, 1).float().cpu()
+
+
+def _told(d: Difference) -> str:
+    return f"at most {d.largest:.1e}, {d.mean:.1e} in the mean, divergence {d.kl:.1e} nats"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype))

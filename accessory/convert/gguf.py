@@ -1,0 +1,271 @@
+"""GGUF files of dense Llama and Mistral networks: their sizes, and tensors that are dequantised when they are read.
+
+What a quantised block means is the `gguf` package's knowledge. Only what is asked for is read of the mapped file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.copying import copy_dense
+from accessory.checkpoint.files import File
+from accessory.checkpoint.lazy import Lazy, Stored
+from accessory.config import ModelArgs
+from accessory.convert import gguf_tokenizer
+from accessory.convert.dense import ONE_EXPERT, Dense, TensorCache, check_dense, some
+from accessory.convert.gguf_header import Entry, GGUFFile, read_header
+from accessory.errors import CheckpointError
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+
+_DECODE_ELEMENTS = 2**21  # dequantised at once; the intermediate values are some ten times as many bytes
+
+_NAMES = {
+    "token_embd.weight": "tok_embeddings.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+
+
+def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
+    """Open the GGUF file of a dense network of architecture "llama"; no tensor is read.
+
+    Quantised tensors are handed out in `dtype`, plain ones (F32, F16, BF16) in their own. q and k rows are
+    interleaved in the file already; where there is no output.weight the embedding serves (tied).
+
+    Raises CheckpointError for a file that is truncated, of another kind, architecture or type, or incomplete, and
+    MissingExtraError without the gguf package.
+    """
+    file = read_header(Path(path))
+    source = _Source(file.path)
+    factors = file.entries.pop("rope_freqs.weight", None)
+    args = _model_args(file, None if factors is None else _lazy(file, factors, source, torch.float32).load())
+    tensors: dict[str, Lazy] = {}
+    unknown = []
+    for name, entry in file.entries.items():
+        canonical = _canonical(name)
+        if canonical is None:
+            unknown.append(name)
+        else:
+            tensors[canonical] = _lazy(file, entry, source, dtype)
+    if unknown:
+        raise CheckpointError(f"{path}: holds tensors that a Mixtral cannot have: {some(unknown)}")
+    if "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    check_dense(tensors, args, file.path, _spelling)
+    return Dense(
+        path=file.path,
+        args=args,
+        tensors=tensors,
+        resources=lambda scratch: gguf_tokenizer.write(file.metadata, scratch, file.path),
+    )
+
+
+class _Source:
+    """The mapped file, and the tensors dequantised last."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = File(path)
+        self.cache = TensorCache()
+
+    def rows(self, entry: Entry) -> np.ndarray:
+        """The tensor's bytes, (rows, bytes of a row), mapped."""
+        return self.file.flat(torch.uint8, entry.start, entry.nbytes).view(entry.shape[0], -1).numpy()
+
+
+class _Dequantized(Lazy):
+    """A window of rows and columns of a quantised matrix."""
+
+    def __init__(
+        self, source: _Source, entry: Entry, dtype: torch.dtype, rows: range | None = None, cols: range | None = None
+    ) -> None:
+        self.source, self.entry, self.dtype = source, entry, dtype
+        self.rows = range(entry.shape[0]) if rows is None else rows
+        self.cols = range(entry.shape[1]) if cols is None else cols
+        self.shape = (len(self.rows), len(self.cols))
+
+    def load(self) -> Tensor:
+        whole = self._whole()
+        if whole is not None:
+            return whole[self.rows.start : self.rows.stop, self.cols.start : self.cols.stop]
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.decode_into(out)
+        return out
+
+    def _copy_to(self, dst: Tensor) -> None:
+        if self._whole() is not None:
+            copy_dense(dst, self.load())
+        else:
+            self.decode_into(dst)
+
+    def _whole(self) -> Tensor | None:
+        """The whole tensor out of the cache; None where it is too large for that."""
+
+        def decode() -> Tensor:
+            out = torch.empty(self.entry.shape, dtype=self.dtype)
+            _Dequantized(self.source, self.entry, self.dtype).decode_into(out)
+            return out
+
+        return self.source.cache.get((self.entry.name, self.dtype), self.nbytes_whole, decode)
+
+    @property
+    def nbytes_whole(self) -> int:
+        return math.prod(self.entry.shape) * self.dtype.itemsize
+
+    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
+        cut = (self.rows, self.cols)[dim][start : start + length]
+        rows, cols = (cut, self.cols) if dim == 0 else (self.rows, cut)
+        return _Dequantized(self.source, self.entry, self.dtype, rows, cols)
+
+    def decode_into(self, dst: Tensor) -> None:
+        """Dequantise the blocks that the window touches, some rows at a time."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType[self.entry.kind]
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        first, last = self.cols.start // block, -(-self.cols.stop // block)
+        skip = self.cols.start - first * block
+        data = self.source.rows(self.entry)[:, first * block_bytes : last * block_bytes]
+        step = max(1, _DECODE_ELEMENTS // max(1, (last - first) * block))
+        for start in range(0, len(self.rows), step):
+            rows = self.rows[start : start + step]
+            values = torch.from_numpy(dequantize(np.ascontiguousarray(data[rows.start : rows.stop]), kind))
+            dst[start : start + step].copy_(values[:, skip : skip + len(self.cols)].to(self.dtype))
+
+
+def _lazy(file: GGUFFile, entry: Entry, source: _Source, dtype: torch.dtype) -> Lazy:
+    if entry.kind in PLAIN:
+        return Stored(source.file, entry.start, entry.shape, PLAIN[entry.kind])
+    if entry.kind not in QUANTIZED:
+        known = ", ".join((*PLAIN, *QUANTIZED))
+        raise CheckpointError(f"{file.path}: {entry.name} is of type {entry.kind}; readable are {known}")
+    if len(entry.shape) != 2:
+        raise CheckpointError(f"{file.path}: {entry.name} has shape {entry.shape}, but only matrices can be quantised")
+    return _Dequantized(source, entry, dtype)
+
+
+def _canonical(name: str) -> str | None:
+    if name in _NAMES:
+        return _NAMES[name]
+    parts = name.split(".")
+    if (
+        len(parts) == 4
+        and parts[0] == "blk"
+        and parts[1].isdigit()
+        and parts[3] == "weight"
+        and parts[2] in _LAYER_NAMES
+    ):
+        return f"layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
+    return None
+
+
+def _spelling(canonical: str) -> str:
+    """A canonical name as GGUF spells it."""
+    for theirs, ours in _NAMES.items():
+        if ours == canonical:
+            return theirs
+    _, layer, rest = canonical.split(".", 2)
+    return next(f"blk.{layer}.{theirs}.weight" for theirs, ours in _LAYER_NAMES.items() if f"{ours}.weight" == rest)
+
+
+def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
+    data, path = file.metadata, file.path
+    arch = data.get("general.architecture")
+    if arch != "llama":
+        raise CheckpointError(f"{path}: general.architecture is {arch!r}; only 'llama' (Llama, Mistral) can be read")
+    if data.get("split.count", 1) > 1:
+        raise CheckpointError(f"{path}: one of {data['split.count']} pieces; join them with llama-gguf-split --merge")
+    if data.get("llama.expert_count", 0) > 0:
+        raise CheckpointError(f"{path}: already a mixture: llama.expert_count is {data['llama.expert_count']}")
+
+    def number(key: str, default: Any = None) -> Any:
+        value = data.get(f"llama.{key}", default)
+        if not isinstance(value, int | float):
+            what = "is missing" if value is None else f"is {value!r}, but it must be one number for all layers"
+            raise CheckpointError(f"{path}: llama.{key} {what}")
+        return value
+
+    heads = number("attention.head_count")
+    head_dim = number(
+        "attention.key_length", number("rope.dimension_count", number("embedding_length") // max(heads, 1))
+    )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if number(key, head_dim) != head_dim:
+            raise CheckpointError(f"{path}: llama.{key} is {number(key)}, but heads of {head_dim} need {head_dim}")
+    if "token_embd.weight" not in file.entries:
+        raise CheckpointError(f"{path}: tensors are missing: token_embd.weight")
+    theta = float(number("rope.freq_base", 10000.0))
+    window, context = data.get("llama.attention.sliding_window") or 0, number("context_length")
+    return ModelArgs(
+        dim=number("embedding_length"),
+        hidden_dim=number("feed_forward_length"),
+        head_dim=head_dim,
+        n_layers=number("block_count"),
+        n_heads=heads,
+        n_kv_heads=number("attention.head_count_kv", heads),
+        vocab_size=file.entries["token_embd.weight"].shape[0],
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(data, path, factors, theta),
+        # A Mixtral attends to everything: beyond the window it would be another network.
+        max_seq_len=min(context, window) if window else context,
+        moe=ONE_EXPERT,
+    )
+
+
+def _rope_scaling(data: Mapping[str, Any], path: Path, factors: Tensor | None, theta: float) -> dict[str, Any] | None:
+    kind = data.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in data else "none")
+    factor = float(data.get("llama.rope.scaling.factor", data.get("llama.rope.scale_linear", 1.0)) or 1.0)
+    if factors is not None and not bool((factors == 1).all()):
+        return _llama3_scaling(factors, theta, path)
+    if kind in ("none", "") or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    original = data.get("llama.rope.scaling.original_context_length")
+    if kind != "yarn" or not original or data.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{path}: llama.rope.scaling.type {kind!r} with these parameters cannot be carried over")
+    out = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original)}
+    for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if f"llama.rope.scaling.{key}" in data:
+            out[name] = data[f"llama.rope.scaling.{key}"]
+    return out
+
+
+def _llama3_scaling(factors: Tensor, theta: float, path: Path) -> dict[str, Any]:
+    """The parameters behind the per-frequency divisors (head_dim / 2,) that GGUF keeps of Llama 3's scaling."""
+    factor, low, high = float(factors.max()), 1.0, 4.0
+    inverse = theta ** -(torch.arange(len(factors), dtype=torch.float64) / len(factors))
+    for original in (8192, 4096, 2048, 16384, 32768):
+        smooth = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        if torch.allclose(1 / ((1 - smooth) / factor + smooth), factors.double(), rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "factor": round(factor, 4),
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise CheckpointError(
+        f"{path}: rope_freqs.weight: its frequencies are not those of Llama 3's scaling, which is all we know"
+    )

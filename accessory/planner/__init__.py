@@ -1,0 +1,1 @@
+"""What fits which GPUs: plain arithmetic on a configuration, without torch."""

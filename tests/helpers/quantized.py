@@ -1,0 +1,37 @@
+"""A small checkpoint and its quantised folders, of every format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from accessory.adapt.quant import Quant
+from accessory.convert.quantize import quantize_checkpoint
+from helpers import checkpoints as make
+from helpers.checkpoints import Tensors
+from helpers.random_models import canonical_from_hf, hf_mixtral
+from helpers.sizes import CUTTABLE
+from helpers.small_tokenizers import byte_level_folder
+
+ARGS = CUTTABLE.replace(n_layers=1, vocab_size=352)
+CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}  # format → of attention
+QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
+EXPERT = "layers.0.feed_forward.experts.3.w1.weight"
+
+
+def half_tensors() -> Tensors:
+    """bfloat16 but norms and routers, as such folders have them."""
+    found = {n: t.bfloat16() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
+    return found | {n: t.float() for n, t in found.items() if n.endswith(("norm.weight", "gate.weight"))}
+
+
+def write_source(folder: Path, tensors: Tensors) -> Path:
+    make.write_accessory(folder, tensors, "sparse", ARGS, world=2)
+    return byte_level_folder(folder)
+
+
+def write_quantized(source: Path, root: Path, formats: Iterable[str] = CHOICES) -> Path:
+    """`root`/format of each."""
+    for format in formats:
+        quantize_checkpoint(source, root / format, QUANTS[format], search=False, progress=False)
+    return root

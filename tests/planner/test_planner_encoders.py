@@ -1,0 +1,149 @@
+"""The planner's arithmetic on images, against the encoders themselves and what a GPU showed."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers.live import LiveBytes
+from helpers.plans import BIG, TINY, finetuning, running
+from helpers.vision import tiny_clip, tiny_sphinx
+
+from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
+from accessory.errors import ConfigError
+from accessory.nn.decoder import Decoder
+from accessory.nn.vision import VisionTower
+from accessory.nn.vision_encoders import build_encoder
+from accessory.planner.encoders import encoder_numbers, encoders_bytes, encoding_bytes, features_bytes
+from accessory.planner.memory import Inference, Setup, disk_bytes, pieces, trained_numbers
+from accessory.planner.peaks import CONTEXT, estimate
+from accessory.vision_config import SPHINX, VISION_PRESETS, EncoderArgs, VisionArgs
+
+SMALL = VISION_PRESETS["small"]
+# As little as each may say: the rest is transformers' defaults.
+SHORT = [
+    EncoderArgs(name="clip", kind="clip", size=224, config={"hidden_size": 768, "patch_size": 32}),
+    EncoderArgs(name="dinov2", kind="dinov2", size=224, config={"hidden_size": 768, "patch_size": 14}),
+    EncoderArgs(name="convnext", kind="convnext", size=224, config={"hidden_sizes": [96, 192, 384, 768]}),
+    EncoderArgs(name="blip2", kind="blip2", size=224, config={"num_query_tokens": 32, "qformer": {"hidden_size": 768}}),
+]
+
+
+@pytest.mark.parametrize("encoder", [*SPHINX.all, *SMALL.all, *tiny_sphinx().all, *SHORT], ids=lambda e: e.name)
+def test_numbers_are_those_of_the_network(encoder):
+    with torch.device("meta"):
+        module = build_encoder(encoder)
+    held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    assert encoder_numbers(encoder) == sum(t.numel() for t in held)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ConfigError, match=r"encoder clip: config\.hidden_size is missing"):
+        encoder_numbers(EncoderArgs(name="clip", kind="clip", size=28, config={"patch_size": 14}))
+
+
+@pytest.mark.parametrize(
+    ("vision", "images", "views"),
+    [
+        *[(vision, *much) for vision in (SMALL, tiny_sphinx()) for much in ((1, 1), (4, 1), (1, 5), (4, 5), (20, 1))],
+        (SPHINX, 1, 1),
+        pytest.param(SPHINX, 4, 5, marks=pytest.mark.slow),
+        pytest.param(SPHINX, 20, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_looking_takes_what_live_tensors_take(vision, images, views):
+    with torch.device("meta"):
+        tower = VisionTower(vision, views).to(torch.bfloat16)
+        pixels = torch.empty(images, 3, tower.pixels, tower.pixels)
+        with LiveBytes(tower) as live:
+            features = tower.run(pixels)
+    assert features.nbytes == features_bytes(vision, images * views)
+    assert encoding_bytes(vision, images, views) == pytest.approx(live.peak, rel=0.03 if vision is SPHINX else 0.1)
+
+
+@pytest.mark.parametrize(("images", "views", "measured"), [(1, 1, 0.13), (4, 1, 0.53), (1, 5, 0.67), (4, 5, 2.17)])
+def test_looking_as_measured(images, views, measured):
+    """benchmarks/README.md, images on one 80 GB card."""
+    assert encoding_bytes(SPHINX, images, views) / 1e9 == pytest.approx(measured, rel=0.03, abs=0.005)
+
+
+def test_ranks_share_views():
+    shared = encoding_bytes(SPHINX, 4, 1, ranks=4) - features_bytes(SPHINX, 4)
+    assert shared == encoding_bytes(SPHINX, 1, 1) - features_bytes(SPHINX, 1)
+    assert encoding_bytes(SPHINX, 1, 1, ranks=8) == encoding_bytes(SPHINX, 1, 1)
+
+
+# --------------------------------------------------------------------------- among everything else
+
+
+@pytest.mark.parametrize("vision", [SPHINX, tiny_clip()], ids=["sphinx", "clip alone"])
+@pytest.mark.parametrize("kind", ["full", "lora", "mm_stage1"])
+def test_projections_are_held_and_trained(vision, kind):
+    lora = 4 if kind == "lora" else -1
+    mode = {"trainable_mode": "mm_stage1"} if kind == "mm_stage1" else {}
+    args = TINY.replace(vision=vision, lora_rank=lora, **mode)
+    with torch.device("meta"):
+        decoder = Decoder(args, "sparse", sees=True)
+        add_adapters(decoder, adapter_specs_for(args))
+    setup = finetuning(args, kind=kind, views=1)
+    found = Counter({p.name: p.numbers for p in pieces(setup) if "proj." in p.name or "_img" in p.name})
+    assert found == {n: p.numel() for n, p in decoder.named_parameters() if "proj." in n or "_img" in n}
+    rule = trainable_rule(args, kind == "lora")
+    assert trained_numbers(setup) == sum(p.numel() for n, p in decoder.named_parameters() if rule(n))
+
+
+def test_a_resident_ensemble_as_measured():
+    """benchmarks/README.md: encoders 6.82 GB, with the int8 network 53.75."""
+    terms = estimate(running(quant="int8", views=5)).terms
+    assert (terms["image encoders"] + terms["libraries' workspace"]) / 1e9 == pytest.approx(6.82, abs=0.01)
+    resident = terms["weights"] + terms["image encoders"] + terms["libraries' workspace"]
+    assert resident / 1e9 == pytest.approx(53.75, abs=0.05)
+
+
+def test_stage_1_as_measured():
+    """benchmarks/README.md: 8 rows of one image and 128 words over nf4, 37.9 GB."""
+    args = BIG.replace(trainable_mode="mm_stage1")
+    task = {"kind": "mm_stage1", "batch_size": 8, "max_words": 291 + 128, "packing": False, "checkpointing": True}
+    setup = finetuning(args, "nf4", **task, views=1)
+    assert setup.images == 8
+    assert estimate(setup).allocated / 1e9 == pytest.approx(37.9, rel=0.02)
+
+
+def test_images_that_rows_have_room_for():
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=1).images == 2 * 14
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=5).images == 2 * 2
+    assert finetuning(batch_size=2, max_words=4096, packing=False, views=1).images == 2
+    assert running(batch=3, views=5).images == 3
+    assert running(batch=3).images == running().image_tokens == 0
+
+
+@pytest.mark.parametrize("views", [1, 5])
+def test_seeing_takes_its_encoders_more(views):
+    for blind, seeing in (
+        (running(quant="int4"), running(quant="int4", views=views)),
+        (finetuning(kind="lora"), finetuning(kind="lora", views=views)),
+        (finetuning(kind="full", dp=8), finetuning(kind="full", dp=8, views=views)),
+    ):
+        assert estimate(seeing).total - estimate(blind).total >= encoders_bytes(SPHINX)
+
+
+def test_many_images_before_few_words_are_the_largest_moment():
+    few = running(quant="int4", batch=4, context=1500, prompt=1456, views=5)
+    assert estimate(few).moment == "reading the prompt"
+    small = Setup(args=TINY, task=Inference(batch=4, context=1600), views=5)
+    found = estimate(small)
+    assert found.moment == "looking at images"
+    assert found.terms["images"] == encoding_bytes(SPHINX, 4, 5)
+    assert found.total > encoders_bytes(SPHINX) + found.terms["images"] + CONTEXT
+
+
+def test_disk_holds_encoders():
+    more = disk_bytes(running(views=1))["model"] - disk_bytes(running())["model"]
+    projections = sum(p.numbers for p in pieces(running(views=1)) if "proj." in p.name or "_img" in p.name)
+    assert more == encoders_bytes(SPHINX) + 2 * projections
+    assert disk_bytes(running(views=1), model=5)["model"] == 5
+
+
+def test_an_ensemble_of_one():
+    alone = VisionArgs(encoders=(SPHINX.encoders[0],))
+    terms = estimate(running(BIG.replace(vision=alone), views=1)).terms
+    assert terms["image encoders"] == 2 * encoder_numbers(SPHINX.encoders[0])
