@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import expected_shapes
 from accessory.checkpoint.save import write_checkpoint
@@ -31,6 +30,7 @@ from accessory.config import MIXTRAL_8X7B, ModelArgs
 from accessory.convert.convert import convert
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.convert.verify import verify
+from accessory.formats import Quant
 
 
 def synthetic(args: ModelArgs) -> dict[str, Lazy]:

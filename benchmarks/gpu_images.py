@@ -19,13 +19,13 @@ from gpu_train import matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.adapt.peft import trainable_rule
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.load import load_decoder
 from accessory.checkpoint.names import image_shapes
 from accessory.config import PRESETS, ModelArgs
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
 from accessory.engine.generate import Generation
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.nn.vision import Features, VisionTower
 from accessory.parallel.fsdp import DeviceMesh

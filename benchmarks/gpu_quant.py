@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from gpu_train import forward_flops, matmul_rate, random_batch
 
 from accessory.adapt.peft import adapter_specs_for, trainable_rule
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.load import load_decoder
@@ -33,9 +32,11 @@ from accessory.checkpoint.names import expected_shapes
 from accessory.config import PRESETS, LlamaType, ModelArgs
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
+from accessory.formats import Format, Quant
 from accessory.nn.decoder import Decoder
-from accessory.ops.grouped import sort_by_expert
-from accessory.ops.quantized import Format, Packed, quantize, unpacked
+from accessory.ops.experts import sort_by_expert
+from accessory.ops.quantized import Packed, quantize
+from accessory.ops.quantized_products import dequantized
 from accessory.parallel.fsdp import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
@@ -222,7 +223,7 @@ def products(args: ModelArgs, formats: Sequence[Format], pairs: Sequence[int]) -
 
 
 def dequantized_before(a_NR: torch.Tensor, p: Packed, end_E: torch.Tensor, transposed: bool) -> torch.Tensor:
-    weight = unpacked(p, a_NR.dtype)
+    weight = dequantized(p, a_NR.dtype)
     return F.grouped_mm(a_NR, weight.transpose(1, 2) if transposed else weight, offs=end_E)
 
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
-from accessory.adapt.quant import Quant, quantize_skeleton
+from accessory.adapt.quant import quantize_skeleton
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import DeviceMesh
 from accessory.planner.memory import Formats, Inference, Setup, Training

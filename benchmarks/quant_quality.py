@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.load import load_decoder
 from accessory.config import LlamaType, ModelArgs, MoEArgs
 from accessory.convert.calibrate import Calibration
 from accessory.convert.dense import Dense
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
-from accessory.ops.quantized import dequantize, quantize
+from accessory.ops.quantized import Packed, dequantize, quantize
 from accessory.ops.quantized_search import search_int4
 
 Tensors = dict[str, Tensor]
@@ -178,9 +178,14 @@ def rounded(kind: str, tensors: Tensors, args: ModelArgs, calibrate_BT: Tensor, 
     for name, tensor in tensors.items():
         format = quant.format_of(name)
         if format is not None:
-            packed = quantize(tensor.to(device), format, search=kind == "int4 searched")
+            packed = pack(tensor.to(device), kind)
             out[name] = dequantize(packed).cpu()
     return out
+
+
+def pack(weight: Tensor, kind: str) -> Packed:
+    """Round a weight to the format of a kind that needs no calibration."""
+    return search_int4(weight) if kind == "int4 searched" else quantize(weight, kind.split()[0])  # type: ignore[arg-type]
 
 
 def bits(kind: str) -> str:
@@ -290,9 +295,7 @@ def real_rounded(kind: str, quant: Quant, tensors: Tensors, args: ModelArgs, see
         calibration = Calibration(lazies(tensors), args, quant, seen_BT, device=device)
         return tensors | {name: dequantize(packed) for name, packed in calibration.weights()}
     return tensors | {
-        name: dequantize(quantize(t.to(device), kind.split()[0], search=kind == "int4 searched")).cpu()  # type: ignore[arg-type]
-        for name, t in tensors.items()
-        if quant.format_of(name)
+        name: dequantize(pack(t.to(device), kind)).cpu() for name, t in tensors.items() if quant.format_of(name)
     }
 
 
@@ -313,7 +316,7 @@ def speed(device: str) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            search_int4(weight) if search else quantize(weight, "int4", search=False)
+            search_int4(weight) if search else quantize(weight, "int4")
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, find_weights
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
 from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, layer_numbers, shape_problem
-from accessory.checkpoint.packed import declared_quant, read_quantized, spell
+from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.formats import Quant
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,7 @@ class Checkpoint:
         """Say, where a dense layout is written out of a quantised folder, what its numbers are."""
         if self.quant is not None:
             kind = str(self.tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
-            log.warning(
-                "%s is quantised (%s): written is what its numbers mean, %s", self.path, spell(self.quant), kind
-            )
+            log.warning("%s is quantised (%s): written is what its numbers mean, %s", self.path, self.quant, kind)
 
 
 @dataclass

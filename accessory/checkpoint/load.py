@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from accessory.adapt.peft import AdapterSpec, adapter_specs_of, add_adapters, initial_tensor
-from accessory.adapt.quant import Quant, quantize_skeleton
+from accessory.adapt.quant import quantize_skeleton
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_tensor, is_of_images
-from accessory.checkpoint.packed import Quantized, quantized_blocks, spell
+from accessory.checkpoint.packed import Quantized, quantized_blocks
 from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
+from accessory.formats import GROUP, Quant
 from accessory.nn.decoder import Decoder
-from accessory.ops.quantized import GROUP, Packed
+from accessory.ops.quantized import Packed
 from accessory.parallel.apply import parallelize
 from accessory.parallel.local_shard import LocalShard, local_tensors
 from accessory.parallel.mesh import Ranks
@@ -133,8 +134,8 @@ def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Qu
         return chosen
     if chosen not in (None, own.quant):
         raise ConfigError(
-            f"quant: {own.path} is quantised already ({spell(own.quant)}), so it cannot be loaded as "
-            f"{spell(chosen or own.quant)}; leave quant out, or give the folder that it was made from"
+            f"quant: {own.path} is quantised already ({own.quant}), so it cannot be loaded as "
+            f"{chosen or own.quant}; leave quant out, or give the folder that it was made from"
         )
     return own.quant
 

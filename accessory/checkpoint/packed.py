@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.adapt.quant import PARTS, Quant
 from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.lazy import Computed, Constant, Lazy
 from accessory.config import read_json
 from accessory.errors import ConfigError
-from accessory.ops.quantized import GROUP, PIECES, Format, Packed, dequantize, double_quantized, packed_shapes, quantize
+from accessory.formats import GROUP, Format, Quant
+from accessory.limits import QUANTIZED_AT_ONCE_GPU
+from accessory.ops.quantized import PIECES, Packed, dequantize, double_quantized, packed_shapes, quantize
+from accessory.ops.quantized_search import search_int4
 
 VERSION = 1
 # Numbers of a weight that are quantised at a time: what a CPU's cache holds, and enough to keep a GPU busy.
-BLOCK_CPU, BLOCK_GPU = 2**20, 2**24
+BLOCK_CPU = 2**20
 
 
 class Quantized(Lazy):
@@ -126,14 +128,14 @@ def quantized_blocks(
         return
     on_cpu = torch.device(device).type == "cpu"
     rows, columns = tensor.shape
-    step = max(1, (BLOCK_CPU if on_cpu else BLOCK_GPU) // max(1, columns))
+    step = max(1, (BLOCK_CPU if on_cpu else QUANTIZED_AT_ONCE_GPU) // max(1, columns))
     if not tensor.piecewise:
         tensor, step = Constant(tensor.load()), step if on_cpu else max(1, rows)
     for start in range(0, rows, step):
         block = tensor.narrow(0, start, min(step, rows - start))
         values = torch.empty(block.shape, dtype=block.dtype, device=device)
         block.copy_to(values)
-        yield quantize(values, format, search)
+        yield search_int4(values) if search and format == "int4" else quantize(values, format)
 
 
 def declared_quant(folder: Path) -> Quant | None:
@@ -160,12 +162,6 @@ def declared_quant(folder: Path) -> Quant | None:
 def declaration(quant: Quant) -> dict[str, Any]:
     """What goes into config.json as "quantization"."""
     return {"format_version": VERSION, **quant.to_dict()}
-
-
-def spell(quant: Quant) -> str:
-    """For people: "experts int4, attention int8"."""
-    chosen = quant.to_dict()
-    return ", ".join(f"{part} {chosen[part]}" for part in PARTS if chosen[part] is not None)
 
 
 def is_quantized_piece(name: str) -> bool:

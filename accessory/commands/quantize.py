@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.data.plain_text import token_rows
 from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError
+from accessory.formats import Quant
 
 ROW = 512  # tokens of the text that are read in one go
 TOKENS = 128 * ROW

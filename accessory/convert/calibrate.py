@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, ConfigError
+from accessory.formats import Quant
 from accessory.ops.attention import attention
 from accessory.ops.gptq import gptq
 from accessory.ops.norm import rms_norm

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
-from accessory.checkpoint.packed import Quantized, spell
+from accessory.checkpoint.packed import Quantized
 from accessory.config import LlamaType, ModelArgs
+from accessory.formats import Quant
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Info:
             total, active = self.parameters
             out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
         if self.quant is not None:
-            out.append(f"quantised       {spell(self.quant)}")
+            out.append(f"quantised       {self.quant}")
         if self.args is not None and self.llama_type is not None and self.llama_type.image_views:
             out.append(f"images          {_spell_images(self.args, self.llama_type.image_views, self.encoders)}")
         out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")

@@ -12,18 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.atomic import check_destination, check_free_space, clear_aside, refuse_overlap, set_aside
 from accessory.checkpoint.files import read_safetensors
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.packed import Quantized, Quantizing, declaration, spell
+from accessory.checkpoint.packed import Quantized, Quantizing, declaration
 from accessory.checkpoint.save import write_folder
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs
 from accessory.convert.calibrate import CALIBRATED, Calibration, Reached
 from accessory.errors import ConfigError
-from accessory.ops.quantized import FORMATS, GROUP
+from accessory.formats import FORMATS, GROUP, Quant
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +66,10 @@ def quantize_checkpoint(
     refuse_overlap(source.path, Path(dst))
     if source.quant is not None:
         raise ConfigError(
-            f"{source.path}: is quantised already ({spell(source.quant)}); give the folder that it was made from"
+            f"{source.path}: is quantised already ({source.quant}); give the folder that it was made from"
         )
     tensors = quantized_tensors(source.tensors, quant, search, device)
-    log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, spell(quant))
+    log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, quant)
     reached: Reached | None = None
     with ExitStack() as stack:
         if calibrate is not None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accessory.limits import GRAPH_LARGEST_BATCH, GRAPH_SMALLEST_EXTENT
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 
-# A graph has fixed shapes: keys are read up to a power of two of at least this, one graph each, captured when needed.
-SMALLEST_EXTENT = 256
-# Beyond this many sequences the launches that a graph saves no longer matter.
-LARGEST_BATCH = 64
+# A graph has fixed shapes: keys are read up to a power of two, one graph each, captured when needed.
 
 
 class DecodeGraphs:
@@ -31,7 +29,7 @@ class DecodeGraphs:
 
     def fits(self, batch: int) -> bool:
         experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
-        if not experts.w1.is_cuda or batch > LARGEST_BATCH:
+        if not experts.w1.is_cuda or batch > GRAPH_LARGEST_BATCH:
             return False
         args = self.decoder.args
         with torch.no_grad():
@@ -84,4 +82,4 @@ class DecodeGraphs:
 
 
 def _power_of_two(n: int) -> int:
-    return max(SMALLEST_EXTENT, 1 << (n - 1).bit_length())
+    return max(GRAPH_SMALLEST_EXTENT, 1 << (n - 1).bit_length())

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
 from accessory.config import LlamaType, ModelArgs
@@ -23,6 +22,7 @@ from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
 from accessory.errors import ConfigError, InputError
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import Ranks
 from accessory.vision_config import with_image

@@ -5,6 +5,7 @@ Legend: T tokens, D dim, F hidden dim held here, K experts a token, E experts he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
-from accessory.ops.grouped import decode_experts, pairs_in_place
+from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
 from accessory.ops.linear import Weight
 
 
@@ -67,25 +68,28 @@ class StackedExperts(nn.Module):
     def plain(self) -> bool:
         return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
 
-    @property
-    def quantized(self) -> bool:
-        return all(isinstance(w, PackedWeight) for w in (self.w1, self.w2, self.w3))
-
     def fuse(self) -> None:
         if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.fused.refresh([self.w1, self.w3])
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
-        if self.plain and pairs_in_place(x_TD, expert_TK, self.fused.tensor, quantized=self.quantized):
-            w13 = self.fused.tensor
+        if self.plain:
             w1, w2, w3 = (product_of(w) for w in (self.w1, self.w2, self.w3))
-            return decode_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
+            w13 = self.fused.tensor
+            kernel = decode_kernel(x_TD, w1, expert_TK.numel(), fused=w13 is not None)
+            if kernel is not None:
+                return decode_experts(kernel, x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
         return self.grouped(x_TD, weight_TK, expert_TK)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
-        return self.plain and x_TD.is_cuda and pairs_in_place(x_TD, expert_TK, None, quantized=self.quantized)
+        decode = product_of(self.w1) if self.plain else None
+        return x_TD.is_cuda and runs_host_free(x_TD, expert_TK.numel(), decode=decode, grouped=self.grouped_weights())
+
+    def grouped_weights(self) -> Sequence[Weight]:
+        """The stacks that `grouped` multiplies as grouped products; none where it is a loop over experts."""
+        return ()
 
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The implementation's own way, for prompts, batches and training."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.nn.experts import StackedExperts
-from accessory.ops.grouped import sort_by_expert, swiglu
+from accessory.ops.experts import sort_by_expert, swiglu
 
 
 class BaseExperts(StackedExperts):

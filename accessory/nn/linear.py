@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.formats import Format
 from accessory.ops.linear import Weight, linear
 from accessory.ops.norm import rms_norm
-from accessory.ops.quantized import Format, Packed, packed_shapes
+from accessory.ops.quantized import Packed, packed_shapes
 
 
 class PackedWeight(nn.Module):
@@ -41,7 +42,7 @@ class PackedWeight(nn.Module):
 
 
 def product_of(weight: Tensor | PackedWeight) -> Tensor | Packed:
-    """What `ops.linear` and `ops.grouped` take of a module's weight."""
+    """What `ops.linear` takes of a module's weight."""
     return weight.packed() if isinstance(weight, PackedWeight) else weight
 
 

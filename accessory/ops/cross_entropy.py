@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 1024  # widened to fp32 at a time
+from accessory.limits import CROSS_ENTROPY_ROWS
+
+# The logits of so many tokens are widened to fp32 at a time.
+ROWS = CROSS_ENTROPY_ROWS
 
 
 class _CrossEntropySum(torch.autograd.Function):

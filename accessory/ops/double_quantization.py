@@ -21,15 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256
+from accessory.formats import DOUBLE_QUANTIZATION_BLOCK, nested_scales
+
+BLOCK = DOUBLE_QUANTIZATION_BLOCK
 # bitsandbytes' library for CPUs looks codes up for values on a grid of 16 bits, its CUDA kernels compare with the
 # middles between values: near a middle they may differ by one code.
 GRID = 2**16 - 1
-
-
-def step(groups: int) -> int:
-    """S: how many neighbouring scales of a row of `groups` are sure to be of one block."""
-    return math.gcd(groups, BLOCK)
 
 
 @cache
@@ -76,7 +73,7 @@ def compress(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse_B = torch.where(largest_B > 0, 1.0 / largest_B, 0.0)
     code_Bn = nearest(centred_Bn * inverse_B[:, None], on_grid=not scale.is_cuda)
     code_Bn.masked_fill_(largest_B[:, None] == 0, 0)
-    first_OH = torch.arange(0, O * G, step(G), device=scale.device).view(O, -1)
+    first_OH = torch.arange(0, O * G, G // nested_scales(G), device=scale.device).view(O, -1)
     code = code_Bn.flatten()[: O * G].view(O, G)
     return code, largest_B[first_OH // BLOCK], mean.expand(O).clone()
 

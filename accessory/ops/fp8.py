@@ -15,18 +15,6 @@ from torch import Tensor
 from accessory.ops.quantized import FP8_LARGEST, Packed
 
 
-def has_fp8(x: Tensor, packed: Packed) -> bool:
-    """Whether the card multiplies fp8 by row scales (compute capability 9.0), for these sizes and without gradients."""
-    return (
-        packed.format == "fp8"
-        and x.is_cuda
-        and x.dtype == torch.bfloat16
-        and not torch.is_grad_enabled()
-        and x.shape[-1] % 16 == packed.shape[-2] % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
-
-
 def to_fp8_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """(float8 e4m3 (T, I), fp32 scale (T, 1)) with x ≈ q · scale."""
     scale_T1 = (x_TI.abs().amax(-1, keepdim=True).float() / FP8_LARGEST).clamp_min(1e-12)
@@ -41,9 +29,10 @@ def fp8_linear(x_TI: Tensor, packed: Packed) -> Tensor:
     )
 
 
-def fp8_grouped_linear(x_NI: Tensor, packed: Packed, end_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert and ending at `end_E` (int32), times an fp8 stack (E, O, I): (N, O) bf16."""
+def fp8_grouped_linear(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, `count_E` of each, times an fp8 stack (E, O, I): (N, O) bf16."""
     q_NI, scale_N1 = to_fp8_rows(x_NI)
+    end_E = count_E.cumsum(0).to(torch.int32)
     return torch._scaled_grouped_mm(
         q_NI, packed.data.transpose(1, 2), scale_N1.squeeze(1), packed.scale, offs=end_E, out_dtype=torch.bfloat16
     )

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from accessory.ops.quantized import GROUP, Format, Packed, int4_with, packed_shapes, quantize
+from accessory.formats import GROUP, Format
+from accessory.ops.quantized import Packed, int4_with, packed_shapes, quantize
 from accessory.ops.quantized_search import MANY_ROUNDS, MANY_STARTS, search_int4, search_scales
 
 # Of the mean of H's diagonal, added to all of it: what is not in the text may come all the same. Few inputs say little

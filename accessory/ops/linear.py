@@ -1,6 +1,9 @@
-"""The one place where a weight meets its input: what the weight is decides the product.
+"""Linear and grouped products: what the weight is decides how it meets its input.
 
-Legend: I in features, O out features, r LoRA's rank, E experts. A stack of weights has a leading E.
+A weight is a tensor, or `Packed` where it is quantised, alone or with its bias and its LoRA (`Weight`). Of the kernels
+that compute a product, `ops.dispatch` chooses one.
+
+Legend: I in features, O out features, r LoRA's rank, E experts, N rows sorted by expert. A stack has a leading E.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.ops.fp8 import fp8_linear, has_fp8
-from accessory.ops.quantized import TILED_ROWS_GPU, Packed, packed_linear
+from accessory.ops.dense_products import grouped_dense
+from accessory.ops.dispatch import Product, product
+from accessory.ops.quantized import Packed
+from accessory.ops.quantized_products import packed_grouped, packed_linear
 
 
 class Weight(NamedTuple):
-    """The weight of a linear, or a stack, and what finetuning has put beside it: y = W x + scale · B (A x) + bias."""
+    """The weight of a linear, or a stack, with its adapter: y = W x + scale · B (A x) + bias."""
 
     weight: Tensor | Packed  # (O, I) or (E, O, I)
     bias: Tensor | None = None  # (O,) or (E, O)
@@ -42,8 +47,8 @@ class Weight(NamedTuple):
 
         weights: Sequence[Tensor | Packed]
         weights = self.weight.unbind() if isinstance(self.weight, Tensor) else [self.weight[e] for e in range(E)]
-        beside = zip(entries(self.bias), entries(self.lora_a), entries(self.lora_b), strict=True)
-        return [Weight(w, *b, lora_scale=self.lora_scale) for w, b in zip(weights, beside, strict=True)]
+        adapters = zip(entries(self.bias), entries(self.lora_a), entries(self.lora_b), strict=True)
+        return [Weight(w, *adapter, lora_scale=self.lora_scale) for w, adapter in zip(weights, adapters, strict=True)]
 
 
 def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = None) -> Tensor:
@@ -55,10 +60,29 @@ def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = 
         return y + linear(weight.scaled(linear(x, weight.lora_a)), weight.lora_b)
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if isinstance(weight, Packed):
-        tiled = x.numel() <= TILED_ROWS_GPU * x.shape[-1]
-        if not tiled and has_fp8(x, weight):
-            y = fp8_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-        else:
-            y = packed_linear(x, weight)
+        y = packed_linear(x, weight)
         return y if bias_O is None else y + bias_O
     return F.linear(x, weight.to(x.dtype), bias_O)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's weight, plus its LoRA and bias: (N, O) in x's dtype."""
+    if isinstance(weight_EOI, Weight):
+        w = weight_EOI
+        y_NO = grouped_linear(x_NI, w.weight, count_E)
+        if w.lora_a is not None and w.lora_b is not None:
+            low_NR = w.scaled(grouped_linear(x_NI, w.lora_a, count_E))
+            y_NO = y_NO + grouped_linear(low_NR, w.lora_b, count_E)
+        if w.bias is not None:
+            bias_EO = w.bias.to(x_NI.dtype)
+            y_NO = y_NO + bias_EO.repeat_interleave(count_E, dim=0, output_size=x_NI.shape[0])
+        return y_NO
+    if isinstance(weight_EOI, Packed):
+        return packed_grouped(x_NI, weight_EOI, count_E)
+    return grouped_dense(x_NI, weight_EOI, count_E)
+
+
+def grouped_products(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, rows: int) -> list[Product]:
+    """What `grouped_linear` would ask `ops.dispatch` for `rows` rows like those of x."""
+    w = weight_EOI if isinstance(weight_EOI, Weight) else Weight(weight_EOI)
+    return [product("grouped", x_NI, stack, rows) for stack in (w.weight, w.lora_a, w.lora_b) if stack is not None]

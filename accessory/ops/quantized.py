@@ -1,4 +1,4 @@
-"""Quantised weights: five formats, what they mean (`dequantize`), and their products.
+"""Quantised weights: how five formats round, and what they mean (`dequantize`). `formats` has their bytes.
 
 A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in bytes a number:
 
@@ -16,27 +16,19 @@ Legend: O out, I in features, E experts, G groups of a row, T rows of input.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.errors import ConfigError
+from accessory.formats import FORMATS, GROUP, Format, check_cut, nested_scales
 from accessory.ops import double_quantization
 
-Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
-FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4", "nf4", "nf4-dq")
-GROUP = {"int4": 128, "nf4": 64, "nf4-dq": 64}  # the others scale whole rows
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
 FP8_LARGEST = 448.0
-# Up to so many rows of input a GPU reads a quantised weight once a row, up to so many it dequantises it tile by tile
-# inside one product; beyond, dequantising it first is quicker.
-FEW_ROWS_GPU, TILED_ROWS_GPU = 4, 128
 
 # The quantiles of a normal distribution that nf4 rounds to; constants of the format.
 NF4 = (
@@ -109,16 +101,6 @@ class Packed:
         return Packed("nf4", self.data, double_quantization.expand(self.scale, self.nested, self.offset))
 
 
-def check_cut(format: Format, start: int, length: int) -> None:
-    """ConfigError where a cut along the reduction would go through a group."""
-    group = GROUP.get(format)
-    if group is not None and (start % group or length % group):
-        raise ConfigError(
-            f"quant: {format} scales {group} numbers together, so {length} of a row, from {start} on, cannot be held "
-            "alone; use fewer ranks, or int8"
-        )
-
-
 def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor that a weight (…, O, I) is made of. ConfigError where I has no whole groups."""
     *rows, I = shape  # noqa: E741
@@ -131,25 +113,21 @@ def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tup
     if format == "nf4":
         return {**shapes, "scale": ((*rows, I // group), torch.float32)}
     if format == "nf4-dq":
-        H = I // group // double_quantization.step(I // group)
+        H = nested_scales(I // group)
         nested = {"nested": ((*rows, H), torch.float32), "offset": ((*rows,), torch.float32)}
         return {**shapes, "scale": ((*rows, I // group), torch.uint8), **nested}
     return {**shapes, "scale": ((*rows, I // group), torch.bfloat16), "zero": ((*rows, I // group), torch.uint8)}
 
 
-def quantize(weight: Tensor, format: Format, search: bool = False) -> Packed:
+def quantize(weight: Tensor, format: Format) -> Packed:
     """Round a weight, or a stack, to a format. Computed in fp32, wherever the weight lies.
 
-    `search`: int4's scales for the smallest squared error (`ops.quantized_search`), which takes fifteen times as long
-    as from a group's ends. The other formats have nothing to search.
+    int4's scales come from each group's ends; `ops.quantized_search` looks for better ones. ConfigError for an unknown
+    format, and for rows without whole groups.
     """
     if format not in FORMATS:
         raise ConfigError(f"quant: got {format!r}, but it must be one of {', '.join(FORMATS)}")
     packed_shapes(format, tuple(weight.shape))
-    if format == "int4" and search:
-        from accessory.ops.quantized_search import search_int4
-
-        return search_int4(weight)
     return _QUANTIZE[format](weight.detach().float())
 
 
@@ -242,61 +220,3 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
         assert packed.zero is not None, "int4 has zero points"
         value = (q.float() - packed.zero[..., None].float() / ZERO_STEPS) * packed.scale[..., None].float()
     return value.flatten(-2).to(dtype)
-
-
-def unpacked(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """`dequantize`, by the quickest way where the weight lies."""
-    if packed.data.is_cuda and has_triton():
-        from accessory.ops.triton import packed as kernels
-
-        return kernels.dequantize(packed, dtype)
-    return dequantize(packed, dtype)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ with the weight dequantised for the product alone, forward and backward: neither keeps it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
-        ctx.packed, ctx.dtype = packed, x.dtype
-        rows = x.numel() // x.shape[-1]
-        if 0 < rows <= TILED_ROWS_GPU and dequantizes_in_tiles(x):
-            from accessory.ops.triton import packed_grouped as kernels
-
-            y = kernels.product(x.reshape(rows, -1), packed)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, unpacked(packed, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ unpacked(ctx.packed, ctx.dtype), None
-
-
-def dequantizes_in_tiles(x: Tensor) -> bool:
-    """Whether `ops.triton.packed_grouped` is there for x: 16 bits, on a card with bf16 tensor cores."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and has_triton()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
-
-
-def packed_linear(x: Tensor, packed: Packed) -> Tensor:
-    """x (…, I) times a quantised weight, (…, O) in x's dtype. Gradients flow to x, exact for the dequantised weight."""
-    rows = x.numel() // x.shape[-1]
-    if reads_in_place(x) and 0 < rows <= FEW_ROWS_GPU:
-        from accessory.ops.triton import packed as kernels
-
-        return kernels.linear(x.reshape(rows, -1), packed).view(*x.shape[:-1], -1)
-    return _FrozenLinear.apply(x, packed)
-
-
-def reads_in_place(x: Tensor) -> bool:
-    """Whether kernels that unpack a weight while they read it are there for x, and no gradient is wanted."""
-    return x.is_cuda and x.dtype != torch.float32 and not torch.is_grad_enabled() and has_triton()
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accessory.ops.quantized import GROUP, ZERO_STEPS, Packed, int4_with, packed_shapes
+from accessory.formats import GROUP
+from accessory.ops.quantized import ZERO_STEPS, Packed, int4_with, packed_shapes
 
 # Shares of the whole range to begin with. Normal and heavy-tailed groups end between 0.8 and 0.95 of it.
 STARTS = (0.98, 0.93, 0.88)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accessory.adapt.peft import AdapterSpec, adapter_specs_for, trainable_rule
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint, open_chain
 from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
-from accessory.checkpoint.packed import spell
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import DeviceMesh, apply_fsdp
 from accessory.parallel.local_shard import local_parameters
@@ -114,7 +113,7 @@ def open_source(config: FinetuneConfig) -> Source:
     quant = chained_quant(checkpoints, Quant.parse(config.quant, config.quant_attention, config.quant_output))
     if quant is not None and not kind.peft and args.trainable_mode != "mm_stage1":
         held = [str(c.path) for c in checkpoints if c.quant is not None]
-        given = f"{held[-1]} is quantised" if held else f"got {spell(quant)}"
+        given = f"{held[-1]} is quantised" if held else f"got {quant}"
         raise ConfigError(
             f"quant: {given}, but quantised weights cannot be trained; set lora_rank, bias_tuning or norm_tuning, or "
             + ("start from the folder that it was made from" if held else "leave quant out")

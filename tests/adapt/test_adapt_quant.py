@@ -6,14 +6,14 @@ from helpers.distributed import run_ranks
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import CUTTABLE
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.load import load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.errors import ConfigError
+from accessory.formats import FORMATS, Quant
 from accessory.nn.linear import PackedWeight
-from accessory.ops.quantized import FORMATS, dequantize, quantize
+from accessory.ops.quantized import dequantize, quantize
 
 # Sizes whose groups survive four cuts.
 ARGS = CUTTABLE

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers.checkpoints import random_tensors, write_accessory
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint import copying
 from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.folder import open_checkpoint
@@ -12,7 +11,7 @@ from accessory.checkpoint.lazy import concat, rotary_to_interleaved
 from accessory.checkpoint.load import load_decoder
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert.quantize import quantize_checkpoint
-from accessory.ops.quantized import FORMATS
+from accessory.formats import FORMATS, Quant
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant, Stored
 from accessory.checkpoint.load import load_decoder
@@ -26,8 +25,9 @@ from accessory.convert.merge import merge
 from accessory.convert.quantize import FILE_BYTES, plan_quantized, quantize_checkpoint, quantized_tensors
 from accessory.convert.verify import verify
 from accessory.errors import CheckpointError, ConfigError
+from accessory.formats import FORMATS, Quant
 from accessory.model.meta import MetaModel
-from accessory.ops.quantized import FORMATS, dequantize, quantize
+from accessory.ops.quantized import dequantize, quantize
 
 IMPLEMENTATIONS = ("base", "sparse")
 

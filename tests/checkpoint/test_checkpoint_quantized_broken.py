@@ -10,11 +10,11 @@ from helpers import checkpoints as make
 from helpers.quantized import ARGS, EXPERT, half_tensors, write_quantized, write_source
 from safetensors.torch import load_file, save_file
 
-from accessory.adapt.quant import Quant
 from accessory.convert.info import info
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.convert.verify import verify
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.formats import Quant
 from accessory.model.meta import MetaModel
 
 

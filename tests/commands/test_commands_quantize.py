@@ -5,11 +5,10 @@ import json
 import pytest
 from helpers.runs import curve, dialogues, finetune, refused, write_data, write_model
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.packed import spell
 from accessory.cli import main
 from accessory.errors import ConfigError
+from accessory.formats import Quant
 from accessory.train.build import open_source
 from accessory.train.config import FinetuneConfig
 
@@ -167,7 +166,7 @@ def test_finetuning_chooses_part_by_part(inputs, tmp_path, chosen, quant):
     source = open_source(FinetuneConfig(**where, **chosen, lora_rank=4))
     assert source.quant == quant
     assert source.identity()["quant"] == quant.to_dict()
-    with pytest.raises(ConfigError, match=f"quant: got {spell(quant)}, but quantised weights cannot be trained"):
+    with pytest.raises(ConfigError, match=f"quant: got {quant}, but quantised weights cannot be trained"):
         open_source(FinetuneConfig(**where, **chosen))
 
 

@@ -5,12 +5,13 @@ import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import TINY
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.lazy import Constant
 from accessory.convert.calibrate import FEW_TOKENS, Calibration, Reached
 from accessory.errors import CheckpointError, ConfigError
+from accessory.formats import Quant
 from accessory.ops.gptq import gptq
 from accessory.ops.quantized import dequantize, quantize
+from accessory.ops.quantized_search import search_int4
 
 ARGS = TINY.replace(dim=128, hidden_dim=256, head_dim=32, vocab_size=96)
 INT4 = Quant("int4", "int4", "int4")
@@ -67,7 +68,14 @@ def test_a_text_not_seen_fares_better_than_with_plain_or_searched_numbers(tensor
         return float((logits(values, unseen) - right).square().mean())
 
     plain, searched = (
-        error(tensors | {n: dequantize(quantize(t, "int4", search=s)) for n, t in tensors.items() if INT4.format_of(n)})
+        error(
+            tensors
+            | {
+                n: dequantize(search_int4(t) if s else quantize(t, "int4"))
+                for n, t in tensors.items()
+                if INT4.format_of(n)
+            }
+        )
         for s in (False, True)
     )
     assert error(outcome(tensors, calibrated[0])) < 0.8 * searched
@@ -142,7 +150,7 @@ def test_an_expert_without_tokens_is_refused_unless_allowed(tensors):
     assert len(none) >= 2
     layer, expert, _ = none[0]
     name = f"layers.{layer}.feed_forward.experts.{expert}.w1.weight"
-    plain = quantize(tensors[name], "int4", search=False)
+    plain = quantize(tensors[name], "int4")
     error = [(dequantize(p) - tensors[name]).square().sum() for p in (packed[name], plain)]
     assert error[0] < error[1]
     assert f"layers.{layer} expert {expert}" in reached.lines()[-1]

@@ -11,11 +11,11 @@ import torch
 from helpers import checkpoints as make
 from helpers.random_models import canonical_from_hf, hf_mixtral
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.errors import CheckpointError
+from accessory.formats import Quant
 
 ARGS = ModelArgs(
     dim=128, hidden_dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=64,
@@ -25,7 +25,7 @@ CALIBRATE = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_see
 # The last layer's weights never come: the process waits there to be killed.
 RUN = """
 import sys, time, torch
-from accessory.adapt.quant import Quant
+from accessory.formats import Quant
 from accessory.convert import quantize
 def weights(self, progress, own=quantize.Calibration.weights):
     for n, found in enumerate(own(self, progress)):

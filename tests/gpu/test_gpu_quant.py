@@ -8,12 +8,13 @@ from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_
 from helpers.sizes import SPEAKING
 from helpers.training import make_decoder
 
-from accessory.adapt.quant import Quant
 from accessory.config import MoEArgs
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
-from accessory.ops.fp8 import fp8_grouped_linear, fp8_linear, has_fp8, to_fp8_rows
-from accessory.ops.quantized import FORMATS, dequantize, quantize
+from accessory.formats import FORMATS, Quant
+from accessory.ops import dispatch
+from accessory.ops.fp8 import fp8_grouped_linear, fp8_linear, to_fp8_rows
+from accessory.ops.quantized import dequantize, quantize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,8 +55,7 @@ def median_error(got, want):
 def test_logits_are_those_of_the_dequantized_network(tensors, format, implementation, tokens, monkeypatch):
     packed, dense = pair(tensors, implementation, format)
     # fp8's own products, which round inputs too, are compared below.
-    monkeypatch.setattr("accessory.ops.linear.has_fp8", lambda *_: False)
-    monkeypatch.setattr("accessory.ops.grouped.has_fp8", lambda *_: False)
+    monkeypatch.setattr("accessory.ops.dispatch._capability", lambda device: (8, 9))
     ids = torch.randint(0, 512, tokens, generator=torch.Generator().manual_seed(1)).cuda()
     assert median_error(packed(ids).logits, dense(ids).logits) <= 3e-2
 
@@ -75,12 +75,12 @@ def test_a_prompt_in_fp8_is_one_whose_inputs_were_rounded(tensors, implementatio
     def linear(x, w):
         return (rounded(x) @ dequantize(w).T).to(x.dtype)
 
-    def grouped(x, w, end):
-        starts = [0, *end.tolist()]
+    def grouped(x, w, count):
+        starts = [0, *count.cumsum(0).tolist()]
         return torch.cat([linear(x[a:b], w[e]) for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
-    monkeypatch.setattr("accessory.ops.linear.fp8_linear", linear)
-    monkeypatch.setattr("accessory.ops.grouped.fp8_grouped_linear", grouped)
+    plain, load = {"fp8:fp8_linear": linear, "fp8:fp8_grouped_linear": grouped}, dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda function: plain.get(function) or load(function))
     # An input that lies between two of fp8's numbers, 6% apart, falls to either by how a product before it was rounded.
     assert median_error(got, packed(ids).logits) <= 8e-2
 
@@ -101,10 +101,10 @@ def test_fp8_products_round_inputs_and_nothing_else():
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(70, 256, generator=g, device="cuda", dtype=torch.bfloat16)
     w = quantize(torch.randn(8, 128, 256, generator=g, device="cuda") * 0.1, "fp8")
-    assert has_fp8(x, w)
+    assert dispatch.choose(dispatch.product("grouped", x, w, len(x))).function == "fp8:fp8_grouped_linear"
     assert relative(fp8_linear(x, w[3]), x.float() @ dequantize(w[3]).T) <= 4e-2
     count_E = torch.tensor([10, 0, 20, 5, 5, 0, 29, 1], device="cuda")
-    got = fp8_grouped_linear(x, w, count_E.cumsum(0).to(torch.int32))
+    got = fp8_grouped_linear(x, w, count_E)
     rows = x.split(count_E.tolist())
     want = torch.cat([r.float() @ dequantize(w[e]).T for e, r in enumerate(rows)])
     assert relative(got, want) <= 4e-2

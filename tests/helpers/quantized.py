@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from accessory.adapt.quant import Quant
 from accessory.convert.quantize import quantize_checkpoint
+from accessory.formats import Quant
 from helpers import checkpoints as make
 from helpers.checkpoints import Tensors
 from helpers.random_models import canonical_from_hf, hf_mixtral

@@ -105,11 +105,11 @@ def make_decoder(
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
-    from accessory.adapt.quant import Quant
     from accessory.checkpoint.folder import Checkpoint
     from accessory.checkpoint.lazy import Constant
     from accessory.checkpoint.load import load_decoder
     from accessory.config import LlamaType
+    from accessory.formats import Quant
     from accessory.parallel.fsdp import apply_fsdp
 
     values = {n: Constant(t) for n, t in (tensors or oracle_tensors(args)).items()}

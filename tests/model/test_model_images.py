@@ -10,7 +10,6 @@ from helpers.seeing import ARGS, seeing_tensors, write_seeing
 from helpers.vision import random_tower, tiny_clip, tiny_sphinx
 from PIL import Image
 
-from accessory.adapt.quant import Quant
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.convert import convert
 from accessory.convert.info import info
@@ -18,6 +17,7 @@ from accessory.convert.quantize import quantize_checkpoint
 from accessory.convert.verify import verify
 from accessory.data.transform import get_transform
 from accessory.errors import CheckpointError, ConfigError, InputError
+from accessory.formats import Quant
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.vision_config import IMAGE_ID

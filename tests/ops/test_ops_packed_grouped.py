@@ -47,8 +47,10 @@ def test_grouped_on_the_gpu(format, case, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gradients_on_the_gpu(format, rows):
     """Whatever way a product takes at this size, its gradient is the dense product's."""
-    from accessory.ops.grouped import grouped_linear, sort_by_expert
-    from accessory.ops.quantized import dequantize, packed_linear, quantize
+    from accessory.ops.experts import sort_by_expert
+    from accessory.ops.linear import grouped_linear
+    from accessory.ops.quantized import dequantize, quantize
+    from accessory.ops.quantized_products import packed_linear
 
     torch.manual_seed(rows)
     stack = quantize(torch.randn(4, 256, 384, device="cuda") * 0.2, format)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
-from accessory.ops.grouped import grouped_experts
+from accessory.formats import FORMATS, GROUP
+from accessory.ops.experts import grouped_experts
 from accessory.ops.linear import linear
-from accessory.ops.quantized import FORMATS, GROUP, Packed, dequantize, packed_shapes, quantize, unpack
+from accessory.ops.quantized import Packed, dequantize, packed_shapes, quantize, unpack
 
 
 def weight(rows=96, columns=256, dtype=torch.float32, seed=0):

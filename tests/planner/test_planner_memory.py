@@ -8,13 +8,13 @@ import torch
 from helpers.plans import BOTH, CUTTABLE, TINY, finetuning, running
 
 from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
-from accessory.adapt.quant import Quant
 from accessory.config import PRESETS
 from accessory.engine.graphs import _power_of_two
 from accessory.errors import ConfigError
+from accessory.formats import FORMATS, Quant
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
-from accessory.ops.quantized import FORMATS, packed_shapes
+from accessory.ops.quantized import packed_shapes
 from accessory.parallel.apply import local_part
 from accessory.planner.memory import (
     Formats,

@@ -6,7 +6,7 @@ import pytest
 from helpers.distributed import run_ranks
 from helpers.training import ARGS, close, oracle_tensors, train
 
-from accessory.adapt.quant import Quant
+from accessory.formats import Quant
 from accessory.ops.quantized import dequantize, quantize
 
 IMPLEMENTATIONS = ["base", "sparse"]

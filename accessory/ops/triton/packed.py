@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.formats import GROUP
 from accessory.ops import double_quantization
-from accessory.ops.quantized import GROUP, ZERO_STEPS, Packed, nf4_table
+from accessory.ops.quantized import ZERO_STEPS, Packed, nf4_table
 from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
 
 CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}

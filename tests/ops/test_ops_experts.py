@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.ops.grouped import decode_experts, grouped_experts, grouped_linear_reference, sort_by_expert, swiglu
+from accessory.ops.dense_products import grouped_loop
+from accessory.ops.experts import decode_experts_fused, grouped_experts, sort_by_expert, swiglu
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
@@ -34,12 +35,9 @@ def test_experts_are_the_definition_on_every_path(T, E, K, seed):
     torch.testing.assert_close(grouped_experts(*args), expected, rtol=1e-4, atol=1e-5)  # sorted: gradients are kept
     x, w1, w2, w3, weight, expert = args
     w13 = torch.cat([w1, w3], 1)
-    torch.testing.assert_close(
-        decode_experts(x, w1, w2, w3, weight, expert, w13_EGD=w13), expected, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(decode_experts_fused(x, w13, w2, weight, expert), expected, rtol=1e-4, atol=1e-5)
     halves = [
-        decode_experts(x, w1[a:b], w2[a:b], w3[a:b], weight, expert, first=a, w13_EGD=w13[a:b])
-        for a, b in ((0, E // 2), (E // 2, E))
+        decode_experts_fused(x, w13[a:b], w2[a:b], weight, expert, first=a) for a, b in ((0, E // 2), (E // 2, E))
     ]
     torch.testing.assert_close(sum(halves), expected, rtol=1e-4, atol=1e-5)
 
@@ -78,9 +76,7 @@ def test_gradients_are_those_of_the_definition():
 
 
 def test_no_rows_at_all():
-    assert grouped_linear_reference(
-        torch.empty(0, 4), torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64)
-    ).shape == (0, 5)
+    assert grouped_loop(torch.empty(0, 4), torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64)).shape == (0, 5)
 
 
 def test_sorting_is_stable_and_counts_every_pair():
@@ -94,4 +90,4 @@ def test_torch_grouped_mm_agrees_with_the_reference_where_the_cpu_has_it():
         pytest.skip("torch.nn.functional.grouped_mm is missing from this torch")
     x, w, count = torch.randn(9, 16), torch.randn(3, 24, 16), torch.tensor([4, 0, 5])
     y = torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=count.cumsum(0).to(torch.int32))
-    torch.testing.assert_close(y, grouped_linear_reference(x, w, count))
+    torch.testing.assert_close(y, grouped_loop(x, w, count))

@@ -1,0 +1,30 @@
+"""Limits of kernels, graphs and blocks: up to where which way is the quicker one, measured on an H100.
+
+`benchmarks/README.md` has the measurements. `ops.dispatch` and the engine decide by these numbers, and the planner
+counts with them. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+# (token, expert) pairs up to which experts' weights are read where they lie, pair by pair. More pairs read a weight
+# several times, and a grouped product reads it once. On a CPU sorting the tokens costs more than it saves.
+DECODE_PAIRS_CPU = 4
+DECODE_PAIRS_GPU = 8
+DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slower, so reading again pays longer
+
+# Rows of input up to which a GPU reads a quantised weight once a row.
+IN_PLACE_ROWS = 4
+# Rows of input (of a stack: rows an expert, on average) up to which a quantised weight is dequantised tile by tile
+# inside the product. With more rows each tile is dequantised so often that a pass before the product is quicker.
+TILED_ROWS = 128
+TILED_ROWS_AN_EXPERT = 256
+
+# CUDA graphs of decoding: the shortest context that one is captured for, and the largest batch. In larger batches the
+# launches that a graph saves no longer matter.
+GRAPH_SMALLEST_EXTENT = 256
+GRAPH_LARGEST_BATCH = 64
+
+# Rows of logits that cross-entropy widens to fp32 at a time.
+CROSS_ENTROPY_ROWS = 1024
+# Numbers that a GPU quantises at a time while a weight is loaded.
+QUANTIZED_AT_ONCE_GPU = 2**24

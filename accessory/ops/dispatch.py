@@ -1,0 +1,198 @@
+"""Which kernel runs when: one table, from what a product is to the function that computes it.
+
+`find` takes a `Product`, plain values that say what is multiplied, where, and how much of it. It returns the first row
+of `TABLE` that fits: of several rows that fit, the first one is the quickest. `product` makes a `Product` of tensors.
+The planner asks about networks that are not there yet, so torch is imported in functions only.
+
+A new kernel is a file and a row here. A new format is `formats.STORAGE`, its rounding in `ops.quantized`, and the rows
+of the kernels that read it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection, Iterable
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from accessory import limits
+from accessory.formats import FORMATS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: a whole feed-forward of experts, pair
+# by pair. A backward product gives the gradient of the input. dequantize: no product, the weight in 16 or 32 bits.
+Op = Literal["linear", "linear_backward", "grouped", "grouped_backward", "decode", "dequantize"]
+DENSE = "dense"
+
+
+class Product(NamedTuple):
+    """What is to be multiplied. The defaults are those of a plan: a card of compute capability 9.0, in 16 bits."""
+
+    op: Op
+    weight: str = DENSE  # or a format of `accessory.formats`
+    rows: int = 0  # rows of input; of experts, (token, expert) pairs
+    experts: int = 1  # weights of the stack
+    in_features: int = 0
+    out_features: int = 0
+    device: str = "cuda"
+    capability: tuple[int, int] = (9, 0)  # of the card; (0, 0) on a CPU
+    dtype: str = "bfloat16"  # of the input
+    grad: bool = False  # whether gradients are recorded
+    fused: bool = False  # whether w1 and w3 lie in one tensor
+    triton: bool = True  # whether Triton is installed
+
+
+class Kernel(NamedTuple):
+    """A row of the table: a function, and the products that it computes."""
+
+    op: Op
+    function: str  # "module:name" in accessory.ops
+    weights: Collection[str] = (DENSE, *FORMATS)
+    devices: Collection[str] = ("cpu", "cuda")
+    capability: tuple[int, int] = (0, 0)  # the least
+    dtypes: Collection[str] = ("bfloat16", "float16", "float32")
+    rows: tuple[int, int] | None = None  # the fewest and the most
+    rows_an_expert: int | None = None  # the most, on average
+    multiple: int = 1  # of which both numbers of features must be
+    grad: bool = True  # whether it may run where gradients are recorded
+    fused: bool = False  # whether it needs w1 and w3 in one tensor
+    triton: bool = False  # whether it needs Triton
+    host_free: bool = True  # whether the host need not know which expert got which rows, as a CUDA graph wants it
+
+    def fits(self, p: Product) -> bool:
+        return (
+            self.op == p.op
+            and p.weight in self.weights
+            and p.device in self.devices
+            and p.dtype in self.dtypes
+            and (p.device == "cpu" or p.capability >= self.capability)
+            and (self.rows is None or self.rows[0] <= p.rows <= self.rows[1])
+            and (self.rows_an_expert is None or p.rows <= self.rows_an_expert * p.experts)
+            and p.in_features % self.multiple == p.out_features % self.multiple == 0
+            and (self.grad or not p.grad)
+            and (p.fused or not self.fused)
+            and (p.triton or not self.triton)
+        )
+
+    def load(self) -> Callable[..., Tensor]:
+        """The function, its module imported."""
+        return _load(self.function)
+
+
+_CUDA, _CPU = ("cuda",), ("cpu",)
+_16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
+_AMPERE, _HOPPER = (8, 0), (9, 0)
+
+TABLE: tuple[Kernel, ...] = (
+    # A dense weight alone has one product everywhere, torch's, and `ops.linear` calls it without asking.
+    Kernel("linear", "triton.packed:linear", FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
+           grad=False, triton=True),
+    Kernel("linear", "triton.packed_grouped:product", FORMATS, _CUDA, _AMPERE, _16_BITS, rows=(1, limits.TILED_ROWS),
+           triton=True),
+    Kernel("linear", "fp8:fp8_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
+    Kernel("linear", "quantized_products:dequantized_linear", FORMATS),
+    Kernel("linear_backward", "quantized_products:dequantized_linear_backward", FORMATS),
+
+    Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped", "dense_products:grouped_loop", (DENSE,), host_free=False),
+    Kernel("grouped", "fp8:fp8_grouped_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
+    Kernel("grouped", "triton.packed_grouped:product", FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
+    Kernel("grouped", "quantized_products:dequantized_grouped", FORMATS, _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped", "quantized_products:dequantized_grouped", FORMATS, _CUDA, host_free=False),
+    Kernel("grouped", "quantized_products:expert_by_expert", FORMATS, _CPU, host_free=False),
+    Kernel("grouped_backward", "triton.packed_grouped:gradient", FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
+    Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", FORMATS, _CUDA, host_free=False),
+    Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", FORMATS, _CPU, host_free=False),
+
+    Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,
+           rows=(0, limits.DECODE_PAIRS_GPU), grad=False, triton=True),
+    Kernel("decode", "triton.packed:decode_experts", FORMATS, _CUDA, dtypes=_16_BITS,
+           rows=(0, limits.DECODE_PAIRS_GPU_QUANTIZED), grad=False, triton=True),
+    Kernel("decode", "experts:decode_experts_fused", (DENSE,), _CPU, rows=(0, limits.DECODE_PAIRS_CPU), grad=False,
+           fused=True, host_free=False),
+
+    Kernel("dequantize", "triton.packed:dequantize", FORMATS, _CUDA, triton=True),
+    Kernel("dequantize", "quantized:dequantize", FORMATS),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def find(product: Product) -> Kernel | None:
+    """The kernel for a product; None where no row fits, which for "decode" means: compute the experts grouped."""
+    return next((kernel for kernel in TABLE if kernel.fits(product)), None)
+
+
+def choose(product: Product) -> Kernel:
+    """`find`, where the table has a row for everything. LookupError names the product where it has none."""
+    kernel = find(product)
+    if kernel is None:
+        raise LookupError(f"no kernel for {product}")
+    return kernel
+
+
+def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
+    """Whether a layer's experts run without the host learning which tokens they got, as a CUDA graph wants it.
+
+    decode: their product pair by pair, None where that is no choice. grouped: all products of the other way, empty
+    where it always waits for the host.
+    """
+    kernel = None if decode is None else find(decode)
+    if kernel is not None:
+        return kernel.host_free
+    products = list(grouped)
+    return bool(products) and all(choose(p).host_free for p in products)
+
+
+def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, grad: bool | None = None) -> Product:
+    """What multiplying x (…, I) by `weight` is: a tensor or `Packed`, (O, I) or a stack (E, O, I).
+
+    rows: rows of x, or of experts the number of (token, expert) pairs. grad: whether gradients are recorded, by default
+    what torch says.
+    """
+    import torch
+
+    *stack, out_features, in_features = weight.shape
+    device = x.device
+    return Product(
+        op,
+        getattr(weight, "format", DENSE),
+        rows,
+        stack[0] if stack else 1,
+        in_features,
+        out_features,
+        device.type,
+        _capability(device),
+        _name(x.dtype),
+        torch.is_grad_enabled() if grad is None else grad,
+        fused,
+        has_triton(),
+    )
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _load(function: str) -> Callable[..., Tensor]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(f"accessory.ops.{module}"), name)

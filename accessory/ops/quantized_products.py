@@ -1,0 +1,109 @@
+"""Products with quantised weights, forward and backward. The weights are frozen; gradients flow to the input.
+
+`ops.dispatch` chooses the kernel. Some read a weight where it lies, some dequantise it tile by tile inside the product.
+The functions below dequantise it before the product. None keeps a dequantised weight.
+
+Legend: T tokens, N rows sorted by expert, E experts, O out, I in features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.ops import dispatch
+from accessory.ops.dense_products import grouped_dense
+from accessory.ops.quantized import Packed
+
+
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
+    """x (…, I) times a quantised weight, (…, O) in x's dtype. Gradients are exact for the dequantised weight."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO = _FrozenLinear.apply(x_TI, packed) if torch.is_grad_enabled() else _linear(x_TI, packed)
+    return y_TO.view(*x.shape[:-1], -1)
+
+
+def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's quantised weight: (N, O) in x's dtype."""
+    if torch.is_grad_enabled():
+        return _FrozenGrouped.apply(x_NI, packed, count_E)
+    return _grouped(x_NI, packed, count_E)
+
+
+def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """`quantized.dequantize`, by the quickest way where the weight lies."""
+    kernel = dispatch.choose(dispatch.product("dequantize", packed.data, packed, 0)._replace(dtype="bfloat16"))
+    return kernel.load()(packed, dtype)
+
+
+def _linear(x_TI: Tensor, packed: Packed, grad: bool = False) -> Tensor:
+    return dispatch.choose(dispatch.product("linear", x_TI, packed, len(x_TI), grad=grad)).load()(x_TI, packed)
+
+
+def _grouped(x_NI: Tensor, packed: Packed, count_E: Tensor, grad: bool = False) -> Tensor:
+    kernel = dispatch.choose(dispatch.product("grouped", x_NI, packed, len(x_NI), grad=grad))
+    return kernel.load()(x_NI, packed, count_E)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        # torch has switched gradients off here, but the kernel must be one that training may use.
+        return _linear(x_TI, packed, grad=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dy_TO = grads[0]
+        kernel = dispatch.choose(dispatch.product("linear_backward", dy_TO, ctx.packed, len(dy_TO)))
+        return kernel.load()(dy_TO, ctx.packed), None
+
+
+class _FrozenGrouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+        ctx.packed, ctx.count_E = packed, count_E
+        return _grouped(x_NI, packed, count_E, grad=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        dy_NO = grads[0].contiguous()
+        kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, ctx.packed, len(dy_NO)))
+        return kernel.load()(dy_NO, ctx.packed, ctx.count_E), None, None
+
+
+# --------------------------------------------------------------------------- dequantised before the product
+
+
+def dequantized_linear(x_TI: Tensor, packed: Packed) -> Tensor:
+    return F.linear(x_TI, dequantized(packed, x_TI.dtype))
+
+
+def dequantized_linear_backward(dy_TO: Tensor, packed: Packed) -> Tensor:
+    return dy_TO @ dequantized(packed, dy_TO.dtype)
+
+
+def dequantized_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    return grouped_dense(x_NI, dequantized(packed, x_NI.dtype), count_E)
+
+
+def dequantized_grouped_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    return grouped_dense(dy_NO, dequantized(packed, dy_NO.dtype).transpose(1, 2), count_E)
+
+
+def expert_by_expert(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """One dequantised expert in memory at a time, of those that got rows."""
+    return _each(x_NI, packed, count_E, dequantized_linear, packed.shape[1])
+
+
+def expert_by_expert_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    return _each(dy_NO, packed, count_E, dequantized_linear_backward, packed.shape[2])
+
+
+def _each(a_NR: Tensor, packed: Packed, count_E: Tensor, function: Any, width: int) -> Tensor:
+    runs = a_NR.split(count_E.tolist())
+    products = [function(a, packed[e]) for e, a in enumerate(runs) if len(a)]
+    return torch.cat(products) if products else a_NR.new_empty(0, width)

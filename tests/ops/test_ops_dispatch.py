@@ -1,0 +1,125 @@
+"""The table of kernels: every row is there and reachable, and each limit is where `limits` says."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accessory import limits
+from accessory.formats import FORMATS
+from accessory.ops import dispatch
+from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_free
+
+SIZES = {"in_features": 4096, "out_features": 14336}
+OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "dequantize")
+PRODUCTS = st.builds(
+    Product,
+    op=st.sampled_from((*OPS, "decode")),
+    weight=st.sampled_from((dispatch.DENSE, *FORMATS)),
+    rows=st.integers(0, 5000),
+    experts=st.integers(1, 8),
+    in_features=st.sampled_from((4096, 129)),
+    out_features=st.sampled_from((14336, 24, 7)),
+    device=st.sampled_from(("cpu", "cuda")),
+    capability=st.sampled_from(((7, 5), (8, 0), (8, 9), (9, 0), (10, 0))),
+    dtype=st.sampled_from(("bfloat16", "float16", "float32")),
+    grad=st.booleans(),
+    fused=st.booleans(),
+    triton=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("kernel", TABLE, ids=lambda k: f"{k.op} {k.function}")
+def test_every_row_names_a_function_that_is_there(kernel):
+    if kernel.triton and not dispatch.has_triton():
+        pytest.skip("Triton is not installed")
+    assert callable(kernel.load())
+
+
+@given(p=PRODUCTS)
+@settings(max_examples=300)
+def test_every_product_has_a_kernel_that_fits_it(p):
+    kernel = find(p)
+    if kernel is None:
+        # A dense weight alone is torch's affair, needs no dequantising, and its gradients are torch's; of decoding None
+        # says that experts are computed grouped.
+        assert p.op == "decode" or (p.weight == dispatch.DENSE and p.op != "grouped")
+        return
+    assert kernel.op == p.op
+    assert p.weight in kernel.weights
+    assert not (p.grad and not kernel.grad)
+    assert p.triton or "triton" not in kernel.function
+    assert p.device == "cuda" or "triton" not in kernel.function
+
+
+def test_every_row_is_reached_by_some_product():
+    """A row behind one that fits all its products would be dead."""
+    found = set()
+    for op in (*OPS, "decode"):
+        for weight in (dispatch.DENSE, *FORMATS):
+            for rows in (1, 100, 100_000):
+                for device, dtype, grad in (("cpu", "float32", False), ("cuda", "bfloat16", False),
+                                            ("cuda", "bfloat16", True), ("cuda", "float32", False)):  # fmt: skip
+                    found.add(
+                        find(Product(op, weight, rows, 8, **SIZES, device=device, dtype=dtype, grad=grad, fused=True))
+                    )
+    assert set(TABLE) <= found
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "most", "here", "beyond"),
+    [
+        ("decode", "dense", limits.DECODE_PAIRS_GPU, "triton.decode_experts:decode_experts", None),
+        ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),
+        ("linear", "nf4", limits.IN_PLACE_ROWS, "triton.packed:linear", "triton.packed_grouped:product"),
+        ("linear", "nf4", limits.TILED_ROWS, "triton.packed_grouped:product", "quantized_products:dequantized_linear"),
+        ("linear", "fp8", limits.TILED_ROWS, "triton.packed_grouped:product", "fp8:fp8_linear"),
+        ("grouped", "int8", 8 * limits.TILED_ROWS_AN_EXPERT, "triton.packed_grouped:product",
+         "quantized_products:dequantized_grouped"),
+        ("grouped_backward", "int8", 8 * limits.TILED_ROWS_AN_EXPERT, "triton.packed_grouped:gradient",
+         "quantized_products:dequantized_grouped_backward"),
+    ],
+)  # fmt: skip
+def test_limits_are_where_they_were_measured(op, weight, most, here, beyond):
+    experts = 8 if op != "linear" else 1
+    assert choose(Product(op, weight, most, experts, **SIZES)).function == here
+    after = find(Product(op, weight, most + 1, experts, **SIZES))
+    assert (after.function if after else None) == beyond
+
+
+def test_products_in_fp8_are_only_for_what_needs_no_gradients():
+    p = Product("grouped", "fp8", 4096, 8, **SIZES)
+    assert choose(p).function == "fp8:fp8_grouped_linear"
+    assert choose(p._replace(grad=True)).function != "fp8:fp8_grouped_linear"
+    assert choose(p._replace(capability=(8, 9))).function != "fp8:fp8_grouped_linear"
+
+
+def test_graphs_hold_what_no_host_has_to_know():
+    decode, grouped = Product("decode", "int4", 12), Product("grouped", "dense", 64, 8, **SIZES)
+    assert host_free(decode, [])  # base, few pairs
+    assert not host_free(decode._replace(rows=14), [])  # base, more: a loop over experts
+    assert host_free(decode._replace(rows=14), [grouped])  # sparse
+    # A LoRA of rank 4 has no grouped product on the card, so the host has to loop over its experts.
+    assert not host_free(None, [grouped, grouped._replace(out_features=4)])
+
+
+def test_a_product_is_read_off_its_tensors():
+    x, stack = torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(4, 24, 16)
+    with torch.no_grad():
+        p = dispatch.product("grouped", x, stack, 3)
+    assert p == Product(
+        "grouped", "dense", 3, 4, 16, 24, "cpu", (0, 0), "bfloat16", False, False, dispatch.has_triton()
+    )
+    assert dispatch.product("grouped", x, stack, 3).grad
+
+
+def test_a_kernel_is_a_row(monkeypatch):
+    """How a kernel is added: a function in accessory.ops, and a row above those that are slower."""
+    row = Kernel("grouped", "norm:rms_norm", ("dense",), ("cpu",), rows=(0, 2))
+    monkeypatch.setattr(dispatch, "TABLE", (row, *TABLE))
+    find.cache_clear()
+    try:
+        assert choose(Product("grouped", device="cpu", rows=2)) is row
+        assert choose(Product("grouped", device="cpu", rows=3)).function == "dense_products:grouped_loop"
+    finally:
+        find.cache_clear()
