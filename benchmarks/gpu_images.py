@@ -19,7 +19,7 @@ from gpu_train import matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.adapt.peft import trainable_rule
-from accessory.checkpoint.load import load_decoder
+from accessory.build import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.names import image_shapes
 from accessory.config import PRESETS, ModelArgs
 from accessory.data.batches import collate
@@ -90,7 +90,10 @@ def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) 
     checkpoint = source(args)
     checkpoint.tensors.update(_projections(args))
     quant = Quant.parse(options.quant)
-    decoder = load_decoder([checkpoint], args, "sparse", device="cuda", dtype=torch.bfloat16, quant=quant, sees=True)
+    spec = NetworkSpec(
+        checkpoints=[checkpoint], args=args, implementation="sparse", quant=quant, image_views=tower.views
+    )
+    decoder = build(spec, device="cuda")
     row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
     ids = torch.randint(3, args.vocab_size, (options.prompt,)).tolist()
     placed = with_image([1, *ids], SPHINX.image_tokens(tower.views), 1)
@@ -117,18 +120,10 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
     args = args.replace(trainable_mode="mm_stage1")
     tower = random_tower(1)
     torch.cuda.reset_peak_memory_stats()
-    decoder = load_decoder(
-        [source(args)],
-        args,
-        "sparse",
-        device="cuda",
-        dtype=torch.bfloat16,
-        quant=Quant.parse("nf4"),
-        trainable=trainable_rule(args, peft=False),
-        sees=True,
-    )
-    for layer in decoder.layers:
-        layer.recompute = True  # type: ignore[assignment]
+    quant = Quant.parse("nf4")
+    spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation="sparse", quant=quant, image_views=1)
+    training = TrainingSpec(trainable=trainable_rule(args, peft=False), checkpointing=True)
+    decoder = build(spec, device="cuda", training=training)
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.0), clip=2.0, tower=tower)
     words, n = SPHINX.image_tokens(1), options.step_images
 

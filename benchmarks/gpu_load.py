@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
+from accessory.build import NetworkSpec, build
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.load import destinations, load_decoder
 from accessory.checkpoint.save import write_checkpoint
 from accessory.config import PRESETS, ModelArgs
 from accessory.nn.decoder import Decoder
+from accessory.parallel.local_shard import local_tensors
 
 READ_BYTES = 64 * 2**20
 
@@ -65,7 +66,12 @@ def random_tensors(args: ModelArgs, device: str) -> dict[str, Lazy]:
 
         return Computed(shape, torch.bfloat16, draw)
 
-    return {name: computed(n, tuple(t.shape)) for n, (name, t) in enumerate(destinations(decoder))}
+    return {name: computed(n, tuple(t.shape)) for n, (name, t) in enumerate(places_of(decoder).items())}
+
+
+def places_of(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Canonical tensors and where they lie in the network."""
+    return {shard.name: shard.tensor for shard in local_tensors(decoder)}
 
 
 def measure(folder: Path, files: list[Path], size: int, args: ModelArgs, device: str, tensors: dict[str, Lazy]) -> None:
@@ -84,7 +90,8 @@ def measure(folder: Path, files: list[Path], size: int, args: ModelArgs, device:
             with AnonymousPeak() as peak:
                 started = time.perf_counter()
                 checkpoint = open_checkpoint(folder)
-                decoder = load_decoder([checkpoint], args, implementation, device=device, dtype=torch.bfloat16)  # type: ignore[arg-type]
+                spec = NetworkSpec(checkpoints=[checkpoint], args=args, implementation=implementation)
+                decoder = build(spec, device=device, dtype=torch.bfloat16)  # type: ignore[arg-type]
                 seconds = time.perf_counter() - started
             print(
                 f"| {cache} | loading, {implementation} | {seconds:.2f} | {size / seconds / 1e9:.1f} "
@@ -99,7 +106,7 @@ def measure(folder: Path, files: list[Path], size: int, args: ModelArgs, device:
 
 def check(decoder: Decoder, tensors: dict[str, Lazy]) -> None:
     """A few tensors of every kind against what was drawn."""
-    places = dict(destinations(decoder))
+    places = places_of(decoder)
     last, most = decoder.args.n_layers - 1, decoder.args.moe.num_experts - 1
     for name in (
         "tok_embeddings.weight",

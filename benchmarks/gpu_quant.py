@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from gpu_train import forward_flops, matmul_rate, random_batch
 
 from accessory.adapt.peft import adapter_specs_for, trainable_rule
+from accessory.build import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.load import load_decoder
 from accessory.checkpoint.names import expected_shapes
 from accessory.config import PRESETS, LlamaType, ModelArgs
 from accessory.engine.generate import Generation
@@ -106,9 +106,8 @@ def inference(args: ModelArgs, format: str, options: argparse.Namespace, copy: f
     assert quant is not None
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    decoder = load_decoder(
-        [source(args)], args, options.implementation, device=options.device, dtype=torch.bfloat16, quant=quant
-    )
+    spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation=options.implementation, quant=quant)
+    decoder = build(spec, device=options.device)
     torch.cuda.synchronize()
     seconds, resident = time.perf_counter() - began, torch.cuda.memory_allocated() / 1e9
     row(format, "loaded and quantised, s", f"{seconds:.1f}")
@@ -159,18 +158,11 @@ def bytes_read(args: ModelArgs, quant: Quant, experts: float) -> float:
 def qlora(args: ModelArgs, format: str, options: argparse.Namespace, rate: float) -> None:
     args = args.replace(lora_rank=16, lora_alpha=16.0, norm_tuning=False)
     torch.cuda.reset_peak_memory_stats()
-    decoder = load_decoder(
-        [source(args)],
-        args,
-        options.implementation,
-        device=options.device,
-        dtype=torch.bfloat16,
-        quant=Quant.parse(format),
-        adapters=adapter_specs_for(args),
-        trainable=trainable_rule(args, peft=True),
-    )
-    for layer in decoder.layers:
-        layer.recompute = True  # type: ignore[assignment]
+    quant = Quant.parse(format)
+    spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation=options.implementation, quant=quant)
+    rule = trainable_rule(args, peft=True)
+    training = TrainingSpec(trainable=rule, adapters=adapter_specs_for(args), checkpointing=True)
+    decoder = build(spec, device=options.device, training=training)
     row(f"QLoRA, {format}", "peak while loading, GB", f"{torch.cuda.max_memory_allocated() / 1e9:.2f}")
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
     batch = random_batch(args, options)

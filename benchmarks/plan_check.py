@@ -213,11 +213,11 @@ def loading(args: ModelArgs, options: argparse.Namespace, format: str) -> Case:
     def run() -> Any:
         from gpu_quant import source
 
-        from accessory.checkpoint.load import load_decoder
+        from accessory.build import NetworkSpec, build
 
-        return load_decoder(
-            [source(args)], args, "sparse", device=options.device, dtype=torch.bfloat16, quant=Quant.parse(format)
-        )
+        quant = Quant.parse(format)
+        spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation="sparse", quant=quant)
+        return build(spec, device=options.device)
 
     return Case(f"{format}, loading and quantising", partial(predicted_of, setup), run)
 

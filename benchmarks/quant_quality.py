@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.build import NetworkSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant, Lazy
-from accessory.checkpoint.load import load_decoder
 from accessory.config import LlamaType, ModelArgs, MoEArgs
 from accessory.convert.calibrate import Calibration
 from accessory.convert.dense import Dense
@@ -201,7 +201,8 @@ def network(tensors: Mapping[str, Tensor | Lazy], args: ModelArgs, device: str) 
         tensors=lazies(tensors),
         files=[],
     )
-    return load_decoder([checkpoint], args, "sparse", dtype=torch.float32, device=device)
+    spec = NetworkSpec(checkpoints=[checkpoint], args=args, implementation="sparse")
+    return build(spec, dtype=torch.float32, device=device)
 
 
 def lazies(tensors: Mapping[str, Tensor | Lazy]) -> dict[str, Lazy]:

@@ -25,7 +25,6 @@ from accessory.formats import Quant
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished: whatever was writing this folder has not ended, or not well; run it again"
-_SIZES = "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".split()
 _LISTED = 3  # problems and names that one message spells out
 
 
@@ -113,32 +112,6 @@ def open_checkpoint(
     survey.raise_problems()
     assert survey.checkpoint is not None  # or there was a problem
     return survey.checkpoint
-
-
-def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] = ()) -> list[Checkpoint]:
-    """Open folders (or hf:// addresses) that are loaded one over the other; the first one is a whole model.
-
-    Errors are those of `open_checkpoint`, and CheckpointError for folders that do not fit together.
-    """
-    folders = [Path(resolve(path)) for path in paths]
-    for folder in folders:
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder}: is a PEFT adapter; bring it in with `accessory adapter import` first")
-    checkpoints = [open_checkpoint(folders[0], config_files)]
-    for folder in folders[1:]:
-        # A save of what was trained may come without a configuration; it then belongs to the first folder's.
-        own = _configs_in(folder) or _configs_in(folders[0])
-        checkpoint = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
-        for name in _SIZES:
-            given, wanted = getattr(checkpoint.args, name), getattr(checkpoints[0].args, name)
-            if given != wanted:
-                raise CheckpointError(f"{folder}: {name}: got {given}, but {folders[0]} has {wanted}: another model's")
-        checkpoints.append(checkpoint)
-    return checkpoints
-
-
-def _configs_in(folder: Path) -> list[Path]:
-    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
 
 
 def survey_folder(

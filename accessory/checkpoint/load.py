@@ -1,149 +1,24 @@
-"""From an opened checkpoint, or several one over the other, to a network whose parameters hold the values."""
+"""Filling: a network's parameters, or what a rank holds of them, get the values of lazy canonical tensors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from accessory.adapt.peft import AdapterSpec, adapter_specs_of, add_adapters, initial_tensor
-from accessory.adapt.quant import quantize_skeleton
-from accessory.checkpoint.folder import Checkpoint
-from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_tensor, is_of_images
+from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized, quantized_blocks
-from accessory.config import PEFT_FIELDS, Implementation, ModelArgs
-from accessory.errors import CheckpointError, ConfigError
-from accessory.formats import GROUP, Quant
+from accessory.errors import CheckpointError
+from accessory.formats import GROUP
 from accessory.nn.decoder import Decoder
 from accessory.ops.quantized import Packed
-from accessory.parallel.apply import parallelize
 from accessory.parallel.local_shard import LocalShard, local_tensors
-from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
 NAMES_SHOWN = 5
-
-
-def load_decoder(
-    checkpoints: Sequence[Checkpoint],
-    args: ModelArgs,
-    implementation: Implementation,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    ranks: Ranks | None = None,
-    progress: bool = False,
-    adapters: Mapping[str, AdapterSpec] | None = None,
-    trainable: Callable[[str], bool] | None = None,
-    seed: int = 0,
-    wrap: Callable[[Decoder], None] | None = None,
-    quant: Quant | None = None,
-    sees: bool = False,
-) -> Decoder:
-    """A decoder on `device` in `dtype`, filled from any layout; tensors of later checkpoints replace earlier ones.
-
-    With `ranks` it holds this rank's slices only, whatever number of files the checkpoint is cut into, and reads no
-    more of them. What finetuning has put beside weights, LoRA and biases, follows from the checkpoints' tensors and
-    from `beside` (by canonical linear); what only the latter names starts with the values that change nothing, drawn
-    from `seed`. Parameters that `trainable` says (by name in the network) are kept in fp32 and need gradients; `dtype`
-    is still what the network computes in. `quant` says which weights are quantised: copied as they lie where a
-    checkpoint holds them so, else on arrival, a block of rows at a time, so that nothing of the network is ever held
-    in 16 bits. `wrap` may cut the empty network further, as data parallelism does. `sees`: with projections for
-    images, which start with values drawn from `seed` where they are to be trained and no checkpoint has them; without
-    it, whatever is of images is left out. Values go from the file to their place in blocks, converted on the way:
-    beside the parameters themselves, no tensor is held. Raises CheckpointError listing tensors that are missing, extra
-    or of another shape than `args` says.
-    """
-    tensors: dict[str, Lazy] = {}
-    for checkpoint in checkpoints:
-        tensors.update(checkpoint.tensors)
-    left_out = is_encoder_tensor if sees else is_of_images
-    tensors = {name: tensor for name, tensor in tensors.items() if not left_out(name)}
-    where = ", ".join(str(c.path) for c in checkpoints)
-    with torch.device("meta"):
-        decoder = Decoder(args, implementation, sees=sees)
-        present = adapter_specs_of({name: tensor.shape for name, tensor in tensors.items()})
-        wanted = {name: present.get(name, AdapterSpec()) | b for name, b in {**present, **(adapters or {})}.items()}
-        add_adapters(decoder, wanted, args.lora_scale)
-        decoder.cast(dtype).compute_in(dtype).requires_grad_(False)
-        for name, parameter in decoder.named_parameters():
-            if trainable is not None and trainable(name):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-    if adapters:
-        for name, place in destinations(decoder):
-            if name not in tensors and companion_of(name) is not None:
-                shape = tuple(place.shape)
-                tensors[name] = Computed(shape, torch.float32, partial(initial_tensor, name, shape, seed))
-    if sees and trainable is not None:
-        for name, shape in image_shapes(args).items():
-            if trainable(name):
-                tensors.setdefault(name, Computed(shape, torch.float32, partial(initial_tensor, name, shape, seed)))
-    check_tensors(decoder, tensors, where)
-    if ranks is not None and ranks.size > 1:
-        parallelize(decoder, ranks)
-    if quant is not None:
-        quantize_skeleton(decoder, quant)
-    if wrap is not None:
-        wrap(decoder)
-    decoder.to_empty(device=device)
-    decoder.fuse()  # while the parameters are still empty, and this costs nothing
-    fill(decoder, tensors, progress=progress)
-    return decoder.eval()
-
-
-def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
-    """The configuration of checkpoints loaded one over the other: the first one's sizes, the adapters' own fields.
-
-    CheckpointError where adapters that stay beside one another scale their LoRA differently.
-    """
-    args = checkpoints[0].args
-    vision = next((c.args.vision for c in reversed(checkpoints) if c.args.vision is not None), None)
-    published = any(c.args.load_pretrained_visual_encoder for c in checkpoints)
-    args = args.replace(vision=vision, load_pretrained_visual_encoder=published)
-    adapter: Checkpoint | None = None
-    for checkpoint in checkpoints:
-        lora = {name for name in checkpoint.tensors if name.endswith(".lora_a.weight")}
-        if not lora and not any(companion_of(name) for name in checkpoint.tensors):
-            continue
-        own = checkpoint.args
-        if adapter is not None and lora and own.lora_scale != args.lora_scale:
-            left = [n for n in adapter.tensors if n.endswith(".lora_a.weight") and n not in lora]
-            if left:
-                raise CheckpointError(
-                    f"{adapter.path}: scales LoRA by {args.lora_scale:g}, {checkpoint.path} by {own.lora_scale:g}; "
-                    "merge the first into the weights before the second is loaded"
-                )
-        adapter = checkpoint
-        args = args.replace(**{field: getattr(own, field) for field in PEFT_FIELDS})
-    return args
-
-
-def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Quant | None:
-    """The formats to load checkpoints in, one over the other: those of a quantised folder, else what was `chosen`.
-
-    ConfigError where something else was chosen than the folder holds.
-    """
-    own = next((c for c in reversed(checkpoints) if c.quant is not None), None)
-    if own is None or own.quant is None:
-        return chosen
-    if chosen not in (None, own.quant):
-        raise ConfigError(
-            f"quant: {own.path} is quantised already ({own.quant}), so it cannot be loaded as "
-            f"{chosen or own.quant}; leave quant out, or give the folder that it was made from"
-        )
-    return own.quant
-
-
-def destinations(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Canonical tensor names and the parameters, or the parts of stacked parameters, that hold them (a rank's part)."""
-    for shard in local_tensors(decoder):
-        yield shard.name, shard.tensor
 
 
 def part_of(tensor: Lazy, shard: LocalShard) -> Lazy:
@@ -154,7 +29,8 @@ def part_of(tensor: Lazy, shard: LocalShard) -> Lazy:
 
 
 def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> None:
-    wanted = {name: tuple(t.shape) for name, t in destinations(decoder)}
+    """CheckpointError listing tensors that are missing, that `decoder` does not have, or of another shape."""
+    wanted = {shard.name: tuple(shard.tensor.shape) for shard in local_tensors(decoder)}
     problems = []
     for problem, names in (
         ("missing", wanted.keys() - tensors.keys()),

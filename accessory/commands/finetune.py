@@ -87,7 +87,7 @@ def _summary(config: FinetuneConfig, world: int, replicas: int) -> list[str]:
     ]
     if any("://" in path for path in config.pretrained_path):
         return [*lines, "the model is not checked: it would have to be downloaded"]
-    from accessory.train.build import open_source
+    from accessory.train.source import open_source
 
     source = open_source(config)
     trained = "everything"

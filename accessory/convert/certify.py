@@ -20,11 +20,11 @@ from torch import Tensor
 
 from accessory.adapt.peft import adapter_specs_of, add_adapters
 from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.load import destinations
 from accessory.config import Implementation, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.nn.decoder import Decoder, Layer
 from accessory.ops.rope import rope_frequencies, rotations
+from accessory.parallel.local_shard import local_tensors
 from accessory.progress import progress_bar
 
 SEQUENCES, TOKENS = 2, 64
@@ -227,7 +227,8 @@ class _Run:
             add_adapters(decoder, adapter_specs_of({n: t.shape for n, t in own.items()}), self.args.lora_scale)
             decoder.cast(torch.float32)
         decoder.get_submodule(part).to_empty(device=self.device)
-        for name, place in destinations(decoder):
+        for shard in local_tensors(decoder):
+            name, place = shard.name, shard.tensor
             if name.startswith(part + "."):
                 own[name].copy_to(place)
         return decoder.eval()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.atomic import check_destination, refuse_overlap
-from accessory.checkpoint.folder import Checkpoint, open_chain
+from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.hashing import each_tensor, names_of
 from accessory.checkpoint.lazy import Computed, Lazy
-from accessory.checkpoint.load import chained_args
 from accessory.checkpoint.names import companion_of, is_of_images
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.atomic import new_folder, refuse_overlap
-from accessory.checkpoint.folder import open_chain, open_checkpoint
+from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.load import chained_args
 from accessory.checkpoint.names import companion_of, expected_shapes, to_hf
 from accessory.checkpoint.save import write_checkpoint
 from accessory.checkpoint.writers import Target

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from accessory.checkpoint.folder import open_chain
-from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
+from accessory.build import NetworkSpec, build, build_tower
+from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
@@ -24,6 +24,7 @@ from accessory.engine.sampling import Sampling
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
+from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.mesh import Ranks
 from accessory.vision_config import with_image
 
@@ -134,32 +135,25 @@ class MetaModel(nn.Module):
             )
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
         args = chained_args(checkpoints)
-        formats = chained_quant(checkpoints, chosen)
+        spec = NetworkSpec(
+            checkpoints=checkpoints,
+            args=args,
+            implementation=kind.implementation,
+            quant=chained_quant(checkpoints, chosen),
+            image_views=views if with_visual else 0,
+        )
         check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
         ranks = None if mp_group is None else Ranks.of(mp_group)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         progress = progress and (ranks is None or ranks.rank == 0)
-        llma = load_decoder(
-            checkpoints,
-            args,
-            kind.implementation,
-            device=device,
-            dtype=dtype,
-            ranks=ranks,
-            progress=progress,
-            quant=formats,
-            sees=with_visual,
-        )
-        image_processor = None
+        llma = build(spec, DeviceMesh(model=ranks), device=device, dtype=dtype, progress=progress)
+        processor = None
         if with_visual:
-            # Here, so that text alone starts without them.
-            from accessory.checkpoint.vision import load_tower
-            from accessory.model.image_processor import ImageProcessor
+            from accessory.model.image_processor import ImageProcessor  # text alone starts without it
 
-            held = {name: tensor for c in checkpoints for name, tensor in c.vision.items()}
-            tower = load_tower(args.sees_with, views, held, device=device, dtype=dtype, progress=progress)
-            image_processor = ImageProcessor(tower, image_transform, ranks)
-        return cls(llma, tokenizer, max_seq_len, ranks, image_processor)
+            tower = build_tower(spec, device=device, dtype=dtype, progress=progress)
+            processor = ImageProcessor(tower, image_transform, ranks)
+        return cls(llma, tokenizer, max_seq_len, ranks, processor)
 
     def generate(
         self,

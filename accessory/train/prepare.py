@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 import torch
 
+from accessory.build import build, build_tower
 from accessory.data.batches import Batch
 from accessory.data.dataset import FinetuneData
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError
 from accessory.parallel.fsdp import DeviceMesh
-from accessory.train.build import Source, build, build_tower, open_source, warn_of_biases
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.feed import Feed, Schedule, Split
 from accessory.train.metrics import METRICS_FILE, write_whole
 from accessory.train.report import REPORT_FILE
+from accessory.train.source import COMPUTE, Source, open_source, warn_of_biases
 from accessory.train.state import Described, clean_states, complete_states, describe, load_state
 from accessory.train.trainer import LossWeights, Trainer
 
@@ -87,9 +88,10 @@ def prepare(config: FinetuneConfig, mesh: DeviceMesh, device: torch.device) -> R
         same = config.image_transform != "random_resized_crop"
         load = _loader(source, config.image_transform if same else "padded_resize")
         held_out = make_feed(others, _schedule(config, others, each.rows, 1.0), each, load=load).all_batches()
-    decoder = build(source, mesh, device, progress=mesh.first)
+    how: dict[str, Any] = {"device": device, "dtype": COMPUTE[config.precision], "progress": mesh.first}
+    decoder = build(source.network, mesh, training=source.training, **how)
     weights = LossWeights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
-    tower = build_tower(source, device, progress=mesh.first)
+    tower = build_tower(source.network, **how) if source.views else None
     trainer = Trainer(decoder, mesh, weights, weight_decay=config.weight_decay, clip=config.clip_grad, tower=tower)
     run = Run(config, mesh, folder, source, data, schedule, feed, trainer, held_out, identity, resumed)
     if resumed is not None:

@@ -22,7 +22,6 @@ from accessory.data.batches import Batch
 from accessory.errors import InputError
 from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.mesh import from_environment
-from accessory.train.build import COMPUTE, counts
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.metrics import MetricsLog
@@ -31,6 +30,7 @@ from accessory.train.optim import learning_rate, updates_made
 from accessory.train.prepare import FINAL, Run, prepare
 from accessory.train.progress import Progress, RouterWatch
 from accessory.train.report import write_report
+from accessory.train.source import COMPUTE, counts
 from accessory.train.state import complete_states, save_state
 from accessory.train.trainer import NotFiniteError
 

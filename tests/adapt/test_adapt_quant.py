@@ -6,14 +6,15 @@ from helpers.distributed import run_ranks
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import CUTTABLE
 
+from accessory.build import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant
-from accessory.checkpoint.load import load_decoder
 from accessory.config import LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.formats import FORMATS, Quant
 from accessory.nn.linear import PackedWeight
 from accessory.ops.quantized import dequantize, quantize
+from accessory.parallel.fsdp import DeviceMesh
 
 # Sizes whose groups survive four cuts.
 ARGS = CUTTABLE
@@ -25,16 +26,18 @@ def tensors():
     return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
 
 
-def load(tensors, implementation, quant, ranks=None, **options):
+def load(tensors, implementation, quant, ranks=None, args=ARGS, adapters=None, trainable=None):
     checkpoint = Checkpoint(
         path="memory",
         layout="hf",
-        args=ARGS,
+        args=args,
         llama_type=LlamaType(implementation),
         tensors={n: Constant(t) for n, t in tensors.items()},
         files=[],
     )
-    return load_decoder([checkpoint], ARGS, implementation, dtype=torch.float32, quant=quant, ranks=ranks, **options)
+    spec = NetworkSpec(checkpoints=[checkpoint], args=args, implementation=implementation, quant=quant)
+    training = TrainingSpec(trainable=trainable, adapters=adapters) if trainable else None
+    return build(spec, DeviceMesh(model=ranks), dtype=torch.float32, training=training)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -149,7 +152,12 @@ def test_lora_learns_beside_quantized_experts(tensors, implementation):
     }
     for values, q in ((tensors, quant), (rounded, None)):
         decoder = load(
-            values, implementation, q, adapters=adapter_specs_for(args), trainable=trainable_rule(args, peft=True)
+            values,
+            implementation,
+            q,
+            args=args,
+            adapters=adapter_specs_for(args),
+            trainable=trainable_rule(args, peft=True),
         )
         with torch.no_grad():
             for name, p in decoder.named_parameters():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers.checkpoints import random_tensors, write_accessory
 
+from accessory.build import NetworkSpec, build
 from accessory.checkpoint import copying
 from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import concat, rotary_to_interleaved
-from accessory.checkpoint.load import load_decoder
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.formats import FORMATS, Quant
@@ -57,8 +57,13 @@ def test_a_quantized_folder_is_what_quantizing_on_the_gpu_gives(tmp_path, format
     quant = Quant.parse(format, output="int8")
     quantize_checkpoint(source, tmp_path / "out", quant, search=False, progress=False)
     opened, dense = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
-    stored = load_decoder([opened], args, implementation, device="cuda", quant=opened.quant)
-    arrived = load_decoder([dense], args, implementation, device="cuda", quant=quant)
+
+    def loaded(checkpoint, quant=None):
+        spec = NetworkSpec(checkpoints=[checkpoint], args=args, implementation=implementation, quant=quant)
+        return build(spec, device="cuda")
+
+    stored = loaded(opened, quant=opened.quant)
+    arrived = loaded(dense, quant=quant)
     for (name, one), (_, other) in zip(stored.named_parameters(), arrived.named_parameters(), strict=True):
         if name.endswith(("nested", "offset")):  # of nf4-dq: less a mean, which a GPU sums in another order
             torch.testing.assert_close(one, other)
@@ -66,7 +71,7 @@ def test_a_quantized_folder_is_what_quantizing_on_the_gpu_gives(tmp_path, format
         alike = (one.view(torch.uint8) == other.view(torch.uint8)).float().mean()
         # A GPU divides a group's span by 15 by multiplying; a CPU rounds nf4-dq's scales on bitsandbytes' grid.
         assert alike == 1 or (format in ("int4", "nf4-dq") and alike > 0.99), (name, float(alike))
-    meant = load_decoder([opened], args, implementation, device="cuda")
+    meant = loaded(opened)
     tokens_BT = torch.arange(40, device="cuda").view(2, 20)
     with torch.inference_mode():
         want, got = meant(tokens_BT).logits, stored(tokens_BT).logits

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from accessory.build import NetworkSpec, build
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant, Stored
-from accessory.checkpoint.load import load_decoder
 from accessory.checkpoint.packed import Quantized
 from accessory.checkpoint.save import write_folder
 from accessory.convert.convert import convert
@@ -28,6 +28,7 @@ from accessory.errors import CheckpointError, ConfigError
 from accessory.formats import FORMATS, Quant
 from accessory.model.meta import MetaModel
 from accessory.ops.quantized import dequantize, quantize
+from accessory.parallel.fsdp import DeviceMesh
 
 IMPLEMENTATIONS = ("base", "sparse")
 
@@ -57,9 +58,13 @@ def rounded(tensors, quant):
 
 def load(folder, implementation, quant=None, ranks=None):
     checkpoint = open_checkpoint(folder)
-    return load_decoder(
-        [checkpoint], checkpoint.args, implementation, quant=quant or checkpoint.quant, ranks=ranks, dtype=torch.float32
+    spec = NetworkSpec(
+        checkpoints=[checkpoint],
+        args=checkpoint.args,
+        implementation=implementation,
+        quant=quant or checkpoint.quant,
     )
+    return build(spec, DeviceMesh(model=ranks), dtype=torch.float32)
 
 
 def same_bytes(a, b):
@@ -148,8 +153,8 @@ def test_a_rank_reads_its_slice_alone(folders, monkeypatch, format, implementati
 
     checkpoint = open_checkpoint(folders / format)
     monkeypatch.setattr(Stored, "load", counted)
-    options = {"quant": checkpoint.quant, "dtype": torch.bfloat16}
-    decoder = load_decoder([checkpoint], ARGS, implementation, ranks=Ranks(None, 1, 4), **options)
+    spec = NetworkSpec(checkpoints=[checkpoint], args=ARGS, implementation=implementation, quant=checkpoint.quant)
+    decoder = build(spec, DeviceMesh(model=Ranks(None, 1, 4)), dtype=torch.bfloat16)
     assert sum(read) == sum(p.nbytes for p in decoder.parameters())
 
 

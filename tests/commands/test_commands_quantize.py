@@ -9,8 +9,8 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.cli import main
 from accessory.errors import ConfigError
 from accessory.formats import Quant
-from accessory.train.build import open_source
 from accessory.train.config import FinetuneConfig
+from accessory.train.source import open_source
 
 SIZES = {"dim": 128, "hidden_dim": 128, "head_dim": 32}
 

@@ -13,9 +13,8 @@ from helpers.merging import (
 )
 from helpers.random_models import canonical_from_hf, hf_mixtral
 
-from accessory.checkpoint.folder import open_chain
+from accessory.checkpoint.chain import chained_args, open_chain
 from accessory.checkpoint.lazy import Constant
-from accessory.checkpoint.load import chained_args
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert import certify as certify_module
 from accessory.convert import merge as merge_module

@@ -11,8 +11,9 @@ from helpers.checkpoints import ARGS
 from helpers.random_models import canonical_from_hf, hf_mixtral
 from safetensors.torch import load_file, save_file
 
-from accessory.checkpoint.folder import open_chain, open_checkpoint
-from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.build import NetworkSpec, build
+from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.merge import merge
 from accessory.convert.peft_format import export_adapter, import_adapter
 from accessory.convert.peft_reader import read_adapter
@@ -37,7 +38,8 @@ def base(tmp_path_factory):
 def ours(base, adapter, implementation="sparse"):
     checkpoints = open_chain([base, adapter])
     args = chained_args(checkpoints)
-    decoder = load_decoder(checkpoints, args, implementation, dtype=torch.float32)
+    spec = NetworkSpec(checkpoints=checkpoints, args=args, implementation=implementation)
+    decoder = build(spec, dtype=torch.float32)
     with torch.no_grad():
         return decoder(IDS).logits
 

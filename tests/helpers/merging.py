@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.folder import open_chain, open_checkpoint
-from accessory.checkpoint.load import chained_args, load_decoder
+from accessory.build import NetworkSpec, build
+from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.folder import open_checkpoint
 from accessory.config import Implementation
 from accessory.convert.merge import Report, merge
 from accessory.errors import CheckpointError
@@ -54,7 +55,8 @@ def refused(tmp_path: Path, match: str, *paths: Path, **options: Any) -> None:
 def logits(folders: Sequence[Path], implementation: Implementation = "base") -> Tensor:
     checkpoints = open_chain(folders)
     args = chained_args(checkpoints)
-    decoder = load_decoder(checkpoints, args, implementation, dtype=torch.float32)
+    spec = NetworkSpec(checkpoints=checkpoints, args=args, implementation=implementation)
+    decoder = build(spec, dtype=torch.float32)
     with torch.no_grad():
         return decoder(IDS).logits
 

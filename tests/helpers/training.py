@@ -105,34 +105,27 @@ def make_decoder(
 ) -> Any:
     """The oracle's network, cut as `grid` says, through the project's own loading."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
+    from accessory.build import NetworkSpec, TrainingSpec, build
     from accessory.checkpoint.folder import Checkpoint
     from accessory.checkpoint.lazy import Constant
-    from accessory.checkpoint.load import load_decoder
     from accessory.config import LlamaType
     from accessory.formats import Quant
-    from accessory.parallel.fsdp import apply_fsdp
 
     values = {n: Constant(t) for n, t in (tensors or oracle_tensors(args)).items()}
     checkpoint = Checkpoint(
         path="memory", layout="hf", args=args, llama_type=LlamaType(implementation), tensors=values, files=[]
     )
     args = args.replace(**(peft or {}))
-    decoder = load_decoder(
-        [checkpoint],
-        args,
-        implementation,
-        device=device,
-        dtype=dtype,
-        ranks=mesh.model if mesh else None,
-        adapters=adapter_specs_for(args) if peft else None,
-        trainable=trainable_rule(args, bool(peft)),
-        quant=Quant.parse(quant),
-        wrap=(lambda d: apply_fsdp(d, mesh, mode, dtype)) if mesh else None,
-        sees=sees,
+    spec = NetworkSpec(
+        checkpoints=[checkpoint], args=args, implementation=implementation, quant=Quant.parse(quant), image_views=sees
     )
-    for layer in decoder.layers:
-        layer.recompute = checkpointing
-    return decoder
+    training = TrainingSpec(
+        trainable=trainable_rule(args, bool(peft)),
+        adapters=adapter_specs_for(args) if peft else {},
+        data_parallel=mode,
+        checkpointing=checkpointing,
+    )
+    return build(spec, mesh, device=device, dtype=dtype, training=training)
 
 
 def train(

@@ -131,3 +131,13 @@ def test_a_stack_gives_its_weights():
     packed = quantize(torch.randn(3, 8, 128), "int4")
     assert isinstance(packed[1], Packed)
     assert torch.equal(dequantize(packed)[1], dequantize(packed[1]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_rows_have_a_product_too(grad):
+    """A rank of base whose experts got no token."""
+    weight = quantize(torch.randn(6, 128), "int8")
+    x = torch.empty(0, 128, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        assert linear(x, weight).shape == (0, 6)
+        assert linear(x.view(2, 0, 128), weight).shape == (2, 0, 6)

@@ -18,24 +18,25 @@ TOKENS_BT = torch.arange(18).view(2, 9) * 3 % 64
 def whole(implementation):
     """A network with random values beside its weights, and them under canonical names."""
     from accessory.adapt.peft import adapter_specs_for, add_adapters
-    from accessory.checkpoint.load import destinations
     from accessory.nn.decoder import Decoder, init_weights
+    from accessory.parallel.local_shard import local_tensors
 
     decoder = Decoder(ARGS, implementation)
     add_adapters(decoder, adapter_specs_for(ARGS), ARGS.lora_scale)
     init_weights(decoder, std=0.2)
     # init_weights draws in the order of the network, which both implementations share
-    return decoder, {name: tensor.clone() for name, tensor in destinations(decoder)}
+    return decoder, {shard.name: shard.tensor.clone() for shard in local_tensors(decoder)}
 
 
 def gradients(decoder):
     out = {}
-    from accessory.checkpoint.load import destinations
+    from accessory.parallel.local_shard import local_tensors
 
     for name, p in decoder.named_parameters():
         p.data, p.grad = p.grad, None
         assert p.data is not None, name
-    for name, tensor in destinations(decoder):
+    for shard in local_tensors(decoder):
+        name, tensor = shard.name, shard.tensor
         out[name] = tensor.clone()
     return out
 
@@ -44,10 +45,10 @@ def rank_main(rank, world, implementation):
     import torch.distributed as dist
 
     from accessory.adapt.peft import adapter_specs_for, add_adapters
-    from accessory.checkpoint.load import destinations
     from accessory.nn.decoder import Decoder
     from accessory.parallel import sharding
     from accessory.parallel.apply import parallelize
+    from accessory.parallel.local_shard import local_tensors
     from accessory.parallel.mesh import Ranks
 
     ranks = Ranks.of(dist.group.WORLD)
@@ -57,7 +58,8 @@ def rank_main(rank, world, implementation):
         add_adapters(decoder, adapter_specs_for(ARGS), ARGS.lora_scale)
     parallelize(decoder, ranks).to_empty(device="cpu")
     parts = {}
-    for name, place in destinations(decoder):
+    for shard in local_tensors(decoder):
+        name, place = shard.name, shard.tensor
         part = sharding.rank_part(name, tensors[name].shape, ARGS, implementation, rank, world)
         parts[name] = part
         source = tensors[name] if part.dim is None else tensors[name].narrow(part.dim, part.start, part.length)

@@ -163,12 +163,13 @@ def random_decoder(args, implementation):
 def cut(whole, parallelize, ranks):
     """A parallel copy of `whole` that holds this rank's slices of its values."""
     from accessory.checkpoint.lazy import Constant
-    from accessory.checkpoint.load import destinations, fill
+    from accessory.checkpoint.load import fill
+    from accessory.parallel.local_shard import local_tensors
 
     part = parallelize(Decoder(whole.args, whole.implementation), ranks)
     for mine, theirs in zip(part.layers, whole.layers, strict=True):
         mine.feed_forward.k = theirs.feed_forward.k
-    fill(part, {name: Constant(tensor.contiguous()) for name, tensor in destinations(whole)})
+    fill(part, {shard.name: Constant(shard.tensor.contiguous()) for shard in local_tensors(whole)})
     return part
 
 

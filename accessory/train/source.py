@@ -1,4 +1,4 @@
-"""From a configuration to a network that is ready to be trained: opened, adapted, cut, sharded, filled."""
+"""What a run starts from: its checkpoints, opened, and which network is trained of them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accessory.adapt.peft import AdapterSpec, adapter_specs_for, trainable_rule
-from accessory.checkpoint.folder import Checkpoint, open_chain
-from accessory.checkpoint.load import chained_args, chained_quant, load_decoder
+from accessory.adapt.peft import adapter_specs_for, trainable_rule
+from accessory.build import NetworkSpec, TrainingSpec
+from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
+from accessory.checkpoint.folder import Checkpoint
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.errors import ConfigError
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
-from accessory.parallel.fsdp import DeviceMesh, apply_fsdp
 from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.sharding import check_ranks
 from accessory.train.config import FinetuneConfig
 from accessory.vision_config import VisionArgs
 
 if TYPE_CHECKING:
-    from accessory.nn.vision import VisionTower
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,24 @@ class Source:
         return trainable_rule(self.args, self.kind.peft, self.config.train_router)
 
     @property
-    def adapters(self) -> dict[str, AdapterSpec] | None:
-        return adapter_specs_for(self.args) if self.kind.peft else None
+    def network(self) -> NetworkSpec:
+        return NetworkSpec(
+            checkpoints=self.checkpoints,
+            args=self.args,
+            implementation=self.kind.implementation,
+            quant=self.quant,
+            image_views=self.views,
+        )
+
+    @property
+    def training(self) -> TrainingSpec:
+        return TrainingSpec(
+            trainable=self.trainable,
+            adapters=adapter_specs_for(self.args) if self.kind.peft else {},
+            seed=self.config.seed,
+            data_parallel=self.config.data_parallel,
+            checkpointing=self.config.checkpointing,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a state: sizes, what is trained, and whose
@@ -125,44 +141,6 @@ def open_source(config: FinetuneConfig) -> Source:
         )
     check_ranks(args, kind.implementation, config.model_parallel_size)
     return source
-
-
-def build(source: Source, mesh: DeviceMesh, device: torch.device, progress: bool) -> Decoder:
-    """The network on `device`: this rank's part, trained parameters in fp32, the rest in what it computes in."""
-    config, compute = source.config, COMPUTE[source.config.precision]
-
-    def wrap(decoder: Decoder) -> None:
-        apply_fsdp(decoder, mesh, config.data_parallel, compute)
-
-    decoder = load_decoder(
-        source.checkpoints,
-        source.args,
-        source.kind.implementation,
-        device=device,
-        dtype=compute,
-        ranks=mesh.model,
-        progress=progress,
-        adapters=source.adapters,
-        trainable=source.trainable,
-        seed=config.seed,
-        wrap=wrap,
-        quant=source.quant,
-        sees=source.views > 0,
-    )
-    for layer in decoder.layers:
-        layer.recompute = config.checkpointing  # type: ignore[assignment]
-    return decoder
-
-
-def build_tower(source: Source, device: torch.device, progress: bool) -> VisionTower | None:
-    """The frozen encoders of a run with images, whole on every rank, in what the network computes in."""
-    if not source.views:
-        return None
-    from accessory.checkpoint.vision import load_tower
-
-    held = {name: tensor for c in source.checkpoints for name, tensor in c.vision.items()}
-    dtype = COMPUTE[source.config.precision]
-    return load_tower(source.vision, source.views, held, device=device, dtype=dtype, progress=progress)
 
 
 def counts(decoder: Decoder) -> tuple[int, int]:

@@ -1,0 +1,84 @@
+"""Checkpoints that are loaded one over the other: a whole model, then adapters or other saves of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accessory.checkpoint.folder import Checkpoint, open_checkpoint
+from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.names import companion_of
+from accessory.config import PEFT_FIELDS, ModelArgs
+from accessory.errors import CheckpointError, ConfigError
+from accessory.formats import Quant
+
+_SIZES = "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".split()
+
+
+def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] = ()) -> list[Checkpoint]:
+    """Open folders (or hf:// addresses) that are loaded one over the other; the first one is a whole model.
+
+    Errors are those of `open_checkpoint`, and CheckpointError for folders that do not fit together.
+    """
+    folders = [Path(resolve(path)) for path in paths]
+    for folder in folders:
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder}: is a PEFT adapter; bring it in with `accessory adapter import` first")
+    checkpoints = [open_checkpoint(folders[0], config_files)]
+    for folder in folders[1:]:
+        # A save of what was trained may come without a configuration; it then belongs to the first folder's.
+        own = _configs_in(folder) or _configs_in(folders[0])
+        checkpoint = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
+        for name in _SIZES:
+            given, wanted = getattr(checkpoint.args, name), getattr(checkpoints[0].args, name)
+            if given != wanted:
+                raise CheckpointError(f"{folder}: {name}: got {given}, but {folders[0]} has {wanted}: another model's")
+        checkpoints.append(checkpoint)
+    return checkpoints
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    return [folder / name for name in ("params.json", "config.json") if (folder / name).is_file()]
+
+
+def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
+    """The configuration of checkpoints loaded one over the other: the first one's sizes, the adapters' own fields.
+
+    CheckpointError where adapters that stay beside one another scale their LoRA differently.
+    """
+    args = checkpoints[0].args
+    vision = next((c.args.vision for c in reversed(checkpoints) if c.args.vision is not None), None)
+    published = any(c.args.load_pretrained_visual_encoder for c in checkpoints)
+    args = args.replace(vision=vision, load_pretrained_visual_encoder=published)
+    adapter: Checkpoint | None = None
+    for checkpoint in checkpoints:
+        lora = {name for name in checkpoint.tensors if name.endswith(".lora_a.weight")}
+        if not lora and not any(companion_of(name) for name in checkpoint.tensors):
+            continue
+        own = checkpoint.args
+        if adapter is not None and lora and own.lora_scale != args.lora_scale:
+            left = [n for n in adapter.tensors if n.endswith(".lora_a.weight") and n not in lora]
+            if left:
+                raise CheckpointError(
+                    f"{adapter.path}: scales LoRA by {args.lora_scale:g}, {checkpoint.path} by {own.lora_scale:g}; "
+                    "merge the first into the weights before the second is loaded"
+                )
+        adapter = checkpoint
+        args = args.replace(**{field: getattr(own, field) for field in PEFT_FIELDS})
+    return args
+
+
+def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Quant | None:
+    """The formats to load checkpoints in, one over the other: those of a quantised folder, else what was `chosen`.
+
+    ConfigError where something else was chosen than the folder holds.
+    """
+    own = next((c for c in reversed(checkpoints) if c.quant is not None), None)
+    if own is None or own.quant is None:
+        return chosen
+    if chosen not in (None, own.quant):
+        raise ConfigError(
+            f"quant: {own.path} is quantised already ({own.quant}), so it cannot be loaded as "
+            f"{chosen or own.quant}; leave quant out, or give the folder that it was made from"
+        )
+    return own.quant
