@@ -119,7 +119,7 @@ def test_a_file_cut_anywhere_is_read_and_resumed(tmp_path_factory, data):
 
 
 WRITER = """
-import sys
+import sys, time
 from accessory.train.metrics import MetricsLog
 folder, resumed_at = sys.argv[1], int(sys.argv[2])
 with MetricsLog(folder, resumed_at=resumed_at) as log:
@@ -127,6 +127,7 @@ with MetricsLog(folder, resumed_at=resumed_at) as log:
     while True:
         step += 1
         log.write({"kind": "train", "step": step, "loss": 1 / step, "layers": {"share": [[step / 7] * 8] * 400}})
+        time.sleep(0.002)  # a busy machine's reader must keep up
 """
 
 
@@ -135,13 +136,15 @@ def test_a_writer_that_is_killed_leaves_one_curve(tmp_path):
     last = 0
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(last)])
-        deadline = time.monotonic() + 30
-        while (tmp_path / METRICS_FILE).stat().st_size < 200_000 or len(steps(tmp_path)) < last + 5:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            deadline = time.monotonic() + 60
+            while (tmp_path / METRICS_FILE).stat().st_size < 200_000 or len(steps(tmp_path)) < last + 5:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         seen = steps(tmp_path)
         assert seen == list(range(1, len(seen) + 1))
         last = len(seen) - 3  # the last checkpoint is older than the last line
