@@ -44,6 +44,7 @@ EXCUSE = "longer than 400 lines because"
 @dataclass(frozen=True)
 class Import:
     module: str
+    name: str  # with what is taken out of the module, which may be a module itself
     line: int
     at_module_level: bool  # run when the module is imported
     for_types: bool  # under `if TYPE_CHECKING:`
@@ -59,19 +60,23 @@ def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
     def visit(node: ast.AST, at_module_level: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, at_module_level, for_types)
+                yield Import(alias.name, alias.name, node.lineno, at_module_level, for_types)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - (node.level - 1)] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:  # `from accessory import nn` imports accessory.nn
                 whole = f"{module}.{alias.name}" if module == "accessory" else module
-                yield Import(whole, node.lineno, at_module_level, for_types)
+                yield Import(whole, f"{module}.{alias.name}", node.lineno, at_module_level, for_types)
         inside = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         types = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside, types)
 
     yield from visit(ast.parse(source), True, False)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def own_imports(path: Path) -> list[Import]:
@@ -109,6 +114,41 @@ def test_imports_point_down(path):
         if there in DOORS or FLOOR[there] > FLOOR[here] or (there != here and FLOOR[there] == FLOOR[here] > 0):
             wrong.append(f"{name_of(path)}:{found.line} imports {found.module}")
     assert not wrong, f"floor {FLOOR[here]} may import lower floors and its own folder only: {wrong}"
+
+
+def graph_of_files() -> dict[str, set[str]]:
+    """Which modules of the package each one imports, at its top, inside functions, or for types."""
+    known = {module_of(path): path for path in MODULES}
+    graph = {}
+    for module, path in known.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found = {name for i in imports_of(path.read_text(encoding="utf-8"), package) for name in (i.module, i.name)}
+        graph[module] = (found & known.keys()) - {module}
+    return graph
+
+
+def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import one another, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            if (module := todo.pop()) not in seen:
+                seen.add(module)
+                todo += graph[module]
+        reached[start] = seen
+    circles = {tuple(sorted(n for n in graph if n in reached[m] and m in reached[n])) for m in graph if m in reached[m]}
+    return [list(circle) for circle in sorted(circles)]
+
+
+def test_files_make_no_circles():
+    assert circles_of(graph_of_files()) == []
+
+
+def test_a_circle_is_found_wherever_its_imports_stand():
+    assert circles_of({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}) == [["b", "c"], ["d"]]
+    inside = {i.name for i in imports_of("def f():\n    from accessory.nn import moe", "accessory.ops")}
+    assert inside == {"accessory.nn.moe"}
 
 
 def test_every_folder_and_module_has_its_floor():
