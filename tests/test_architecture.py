@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "accessory"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # Imports point down only, and folders on one floor never meet. docs/architecture.md shows the same table.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -51,7 +52,7 @@ class Import:
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+    return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
 
 
 def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
@@ -169,23 +170,29 @@ def test_what_help_reads_imports_only_the_standard_library(name):
     assert not heavy
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_package_imports_no_example():
+    assert not [
+        name_of(path) for path in MODULES for found in own_imports(path) if "examples" in found.module.split(".")
+    ]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_optional_packages_are_imported_where_they_are_used(path):
     if name_of(path).startswith(KERNELS):
         return
-    core = core_packages()
+    allowed = core_packages() | {"accessory", "__future__", path.relative_to(ROOT).parts[0]}
     early = [
         f"{name_of(path)}:{found.line} {found.module}"
         for found in own_imports(path)
         if found.at_module_level
         and not found.for_types
         and (top := found.module.split(".")[0]) not in sys.stdlib_module_names
-        and top not in core | {"accessory", "__future__"}
+        and top not in allowed
     ]
-    assert not early, f"import it in a function; at module level only {sorted(core)}"
+    assert not early, f"import it in a function; at module level only {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_files_are_short_and_say_what_they_are(path):
     source = path.read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source))
@@ -193,7 +200,7 @@ def test_files_are_short_and_say_what_they_are(path):
     assert len(source.splitlines()) <= LINES or EXCUSE in docstring, f"split it, or say in its docstring: {EXCUSE} …"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_no_pickle_runs_code(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.demos.emoji.corpus import Emoji, code_of
 from accessory.errors import InputError
+from examples.emoji.corpus import Emoji, code_of
 
 
 def make(text: str, name: str, group: str) -> Emoji:

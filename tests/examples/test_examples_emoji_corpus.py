@@ -12,8 +12,8 @@ from helpers.emoji import make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accessory.demos.emoji import corpus
-from accessory.demos.emoji.corpus import GROUPS, KINDS
+from examples.emoji import corpus
+from examples.emoji.corpus import GROUPS, KINDS
 
 pytest.importorskip("PIL", reason="pip install pillow")
 

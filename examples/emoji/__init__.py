@@ -1,4 +1,4 @@
-"""A small model that sees: `python -m accessory.demos.emoji`, or `make demo-emoji`.
+"""A small model that sees: `python -m examples.emoji`, or `make demo-emoji`.
 
 The mixture grown from SmolLM2-135M gets EfficientNet-Lite0's features of emoji, learns first to take them for words,
 then, with LoRA, to name and sort what it sees; it is asked about emoji that it has never seen, in the drawing style

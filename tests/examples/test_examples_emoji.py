@@ -13,13 +13,13 @@ from helpers.emoji import no_font
 
 from accessory.config import ModelArgs
 from accessory.convert.merge import merge
-from accessory.demos.emoji import data, run
-from accessory.demos.emoji.evaluate import SIGHTS
-from accessory.demos.emoji.run import Scale
 from accessory.model.meta import MetaModel
 from accessory.nn.efficientnet import EfficientNetLite0
 from accessory.train.config import FinetuneConfig
 from accessory.train.prepare import FINAL
+from examples.emoji import data, run
+from examples.emoji.evaluate import SIGHTS
+from examples.emoji.run import Scale
 
 pytest.importorskip("PIL", reason="pip install pillow")
 from PIL import Image

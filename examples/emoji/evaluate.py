@@ -14,9 +14,10 @@ from rich.table import Table
 
 from accessory.data.conversation import Conversation, get_template
 from accessory.data.images import open_image
-from accessory.demos.emoji.corpus import GROUPS, KINDS, Emoji, group_of, is_name
-from accessory.demos.emoji.data import SIZE, Pictured
 from accessory.vision_config import CLIP_MEAN
+
+from .corpus import GROUPS, KINDS, Emoji, group_of, is_name
+from .data import SIZE, Pictured
 
 if TYPE_CHECKING:
     from accessory.model.meta import MetaModel

@@ -15,10 +15,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from accessory.demos.emoji.corpus import KINDS
-from accessory.demos.emoji.data import Amount, Pictured, prepare
-from accessory.demos.emoji.evaluate import OWN, Said, examine, page, pick, show, summary
-from accessory.demos.emoji.packages import encoder_folder
 from accessory.demos.first_run import make_base, program
 from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
@@ -26,6 +22,11 @@ from accessory.train.config import FinetuneConfig
 from accessory.train.metrics import write_whole
 from accessory.train.prepare import FINAL
 from accessory.train.run import finetune
+
+from .corpus import KINDS
+from .data import Amount, Pictured, prepare
+from .evaluate import OWN, Said, examine, page, pick, show, summary
+from .packages import encoder_folder
 
 MAX_SEQ_LEN = 512
 
@@ -183,7 +184,7 @@ def _examine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m accessory.demos.emoji", description="a small model that sees")
+    parser = argparse.ArgumentParser(prog="python -m examples.emoji", description="a small model that sees")
     parser.add_argument(
         "--dir", default="demo-model", metavar="DIR", help="where everything goes (default: demo-model)"
     )

@@ -16,9 +16,9 @@ from helpers.emoji import no_font
 
 from accessory.data.encoding import image_path
 from accessory.data.records import read_meta
-from accessory.demos.emoji import corpus, data
-from accessory.demos.emoji import packages as packaged
 from accessory.errors import InputError, MissingExtraError
+from examples.emoji import corpus, data
+from examples.emoji import packages as packaged
 
 pytest.importorskip("PIL", reason="pip install pillow")
 from PIL import Image, ImageFont

@@ -9,9 +9,9 @@ from helpers.emoji import make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accessory.demos.emoji import data, evaluate
-from accessory.demos.emoji.corpus import GROUPS
-from accessory.demos.emoji.evaluate import GREY, NONE, OTHER, OWN, SIGHTS, Said
+from examples.emoji import data, evaluate
+from examples.emoji.corpus import GROUPS
+from examples.emoji.evaluate import GREY, NONE, OTHER, OWN, SIGHTS, Said
 
 pytest.importorskip("PIL", reason="pip install pillow")
 from PIL import Image

@@ -13,9 +13,10 @@ import numpy as np
 
 from accessory.checkpoint.atomic import new_folder
 from accessory.data.images import open_image
-from accessory.demos.emoji.corpus import Emoji, families, held_out, items, plain, read_emoji
-from accessory.demos.emoji.packages import FLUENT, NAMES, Say, noto_font, npm_package
 from accessory.errors import InputError, MissingExtraError
+
+from .corpus import Emoji, families, held_out, items, plain, read_emoji
+from .packages import FLUENT, NAMES, Say, noto_font, npm_package
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ from accessory.config import MoEArgs
 from accessory.convert.convert import convert
 from accessory.model.meta import MetaModel
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256, moe=MoEArgs())
 
 
@@ -60,4 +60,7 @@ def test_simple_inference_on_any_number_of_ranks(folders, expected, kind, ranks)
 
 def test_every_example_is_listed_in_its_readme():
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"({path.name})" in page for path in EXAMPLES.glob("*.py"))
+    scripts = [path.name for path in EXAMPLES.glob("*.py") if path.name != "__init__.py"]
+    folders = [path.parent.name for path in EXAMPLES.glob("*/__main__.py")]
+    assert {"simple_inference.py", "emoji"} <= {*scripts, *folders}
+    assert all(f"({name})" in page for name in [*scripts, *folders])

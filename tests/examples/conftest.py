@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accessory.demos.emoji import corpus
-from accessory.demos.emoji.corpus import GROUPS
+from examples.emoji import corpus
+from examples.emoji.corpus import GROUPS
 
 
 @pytest.fixture
