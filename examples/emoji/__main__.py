@@ -1,4 +1,4 @@
-"""`python -m examples.emoji`."""
+"""What `python -m examples.emoji` runs."""
 
 import sys
 

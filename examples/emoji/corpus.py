@@ -1,6 +1,9 @@
-"""What the demo that sees learns: emoji by name and group, which of them are held out, questions and answers.
+"""What the model learns: emoji with their names and groups, which of them are held out, questions and answers.
 
-Unicode's groups are nine. (Its list has a tenth, Component: skin tones and hair, which are no emoji by themselves.)
+There are nine groups, as in Unicode. Unicode's tenth, Component, is left out: it holds skin tones and hair, which are
+no emoji by themselves.
+
+Shapes: N emoji, P numbers of a thumbnail.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ GROUPS = (
     "Flags",
 )
 _LIST = ", ".join(GROUPS)
-# Ways to ask. The first of each is what evaluation asks.
+# The wordings of each kind of question. Training draws one at random; evaluation asks the first.
 NAME = ("What is this?", "What does this picture show?", "Which emoji is this?", "Name this emoji.")
 GROUP = (
     f"Which of these groups does it belong to: {_LIST}?",
@@ -40,15 +43,15 @@ BOTH = (
     f"What is this, and which of these groups does it belong to: {_LIST}?",
     f"Name this emoji, then its group, one of {_LIST}.",
 )
-BRIEF = ("Its group:",)  # where every token counts: which groups there are is known from learning alone
+BRIEF = ("Its group:",)  # few tokens for a slow CPU: the model learns the groups' names from the answers
 KINDS = {"name": NAME, "group": GROUP, "both": BOTH, "brief": BRIEF}
 
-NEAR = 0.05  # root mean square difference of thumbnails, of 0 … 1, up to which two drawings are one
+NEAR = 0.05  # two drawings count as one if the root mean square difference of their thumbnails (0 … 1) is below this
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: its characters, their code points (`1f468-200d-1f3a4`), Unicode's name and group for it."""
+    """One emoji: its characters (`text`), their code points (`code`, as 1f468-200d-1f3a4), its name and group."""
 
     code: str
     text: str
@@ -57,24 +60,26 @@ class Emoji:
 
     @property
     def turns(self) -> bool:
-        """Whether its mirror image is the same emoji: not of signs, flags, and what has a direction in its name."""
+        """Whether its mirror image shows the same emoji. Signs, flags, clocks, moons and what has a side do not."""
         sided = re.search(r"\b(left|right|east|west|clock|clockwise|o’clock|thirty|quarter|crescent)", self.name)
         return self.group not in ("Symbols", "Flags") and sided is None
 
 
 def code_of(text: str) -> str:
+    """The code points of the characters in hexadecimal, joined by hyphens."""
     return "-".join(f"{ord(c):04x}" for c in text)
 
 
 def plain(code: str) -> str:
-    """Without the sign that asks for a picture, which file names have or lack at will."""
+    """The code without the variation selector fe0f, which some file names have and others lack."""
     return code.replace("-fe0f", "")
 
 
 def read_emoji(names: Path, codes: Iterable[str]) -> list[Emoji]:
-    """Those emoji of unicode-emoji-json that are among `codes`, in Unicode's order; it names no skin tones.
+    """Read the emoji of unicode-emoji-json whose code is among `codes`, in Unicode's order.
 
-    InputError for another file, or where none is among them.
+    The package lists no variants by skin tone, so these are left out. Raises InputError if the file is another one, or
+    if it has none of the codes.
     """
     path = names / "data-by-emoji.json"
     try:
@@ -89,7 +94,7 @@ def read_emoji(names: Path, codes: Iterable[str]) -> list[Emoji]:
     return found
 
 
-# --------------------------------------------------------------------------- which belong together
+# --------------------------------------------------------------------------- families
 
 _PERSONS = r"\b(men|women|man|woman|person|people|boy|girl|child|older|old|mrs?|mx)\b\.?"
 _SIDES = r"\b(backhand|index|pointing|upwards?|up|downwards?|down|left|right)(wards)?\b(-facing| facing)?"
@@ -98,9 +103,10 @@ _SIZES = r"\b(large|medium-small|medium|small)\b"
 
 
 def stem(emoji: Emoji) -> str:
-    """The name without what only varies it: skin, hair, who does it, where to, and the colour of a plain shape.
+    """The group, and the name without the words that tell variants apart.
 
-    Emoji of one stem are drawn alike; to learn from one would tell the other.
+    Such words say a skin tone, hair, a person's sex or age, a direction, or the colour of a plain shape. Emoji of one
+    stem are drawn alike, so whoever has learnt one of them knows the others.
     """
     name = emoji.name.lower().partition(":")[0]
     if re.search(r"o’clock|-thirty$", name):
@@ -122,9 +128,10 @@ def stem(emoji: Emoji) -> str:
 
 
 def families(emoji: Sequence[Emoji], thumbnails_NP: np.ndarray, near: float = NEAR) -> list[int]:
-    """For each emoji, the number of its family: it has a stem or, `near` enough, a drawing in common with another one.
+    """Sort the emoji into families, and give each emoji the number of its family.
 
-    thumbnails_NP: (N, P) numbers of each small picture, 0 … 1.
+    Two emoji are in one family if they have the same stem, if the root mean square difference of their thumbnails is
+    below `near`, or if a chain of such pairs joins them. thumbnails_NP: (N, P), each 0 … 1.
     """
     parents = list(range(len(emoji)))
 
@@ -144,9 +151,10 @@ def families(emoji: Sequence[Emoji], thumbnails_NP: np.ndarray, near: float = NE
 
 
 def held_out(groups: Sequence[str], families_N: Sequence[int], share: float, seed: int) -> set[int]:
-    """Which emoji nothing is learnt from: whole families, about `share` of each group's emoji, and never more.
+    """Choose the emoji that are kept out of training, by number.
 
-    A family that spans groups counts for that of most of its members.
+    Whole families are drawn at random, up to `share` of each group's emoji. A family that spans groups counts for the
+    group of most of its members.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for n, family in enumerate(families_N):
@@ -169,14 +177,14 @@ def held_out(groups: Sequence[str], families_N: Sequence[int], share: float, see
 
 
 def answer(kind: str, emoji: Emoji) -> str:
-    """What is learnt to be said to a question of this kind."""
+    """The right answer to a question of this kind."""
     if kind == "name":
         return emoji.name
     return emoji.group if kind in ("group", "brief") else f"{emoji.name}: {emoji.group}"
 
 
 def items(emoji: Emoji, image: str, kinds: Sequence[str], generator: random.Random) -> list[str]:
-    """A line of JSON, a dialogue about the image, for each kind of question, each asked in one way of its kind."""
+    """One dialogue about the image for each kind of question, as a line of JSON. The wording is drawn at random."""
     out = []
     for kind in kinds:
         turns = [("human", generator.choice(KINDS[kind])), ("gpt", answer(kind, emoji))]
@@ -186,12 +194,12 @@ def items(emoji: Emoji, image: str, kinds: Sequence[str], generator: random.Rand
 
 
 def group_of(reply: str) -> str | None:
-    """The one group that a reply names in full; None where it names none, or several."""
+    """The group that a reply names in full. None if the reply names no group, or more than one."""
     told = " ".join(reply.split()).casefold()
     named = [group for group in GROUPS if re.search(rf"(?<!\w){re.escape(group.casefold())}(?!\w)", told)]
     return named[0] if len(named) == 1 else None
 
 
 def is_name(reply: str, name: str) -> bool:
-    """Whether a reply is the name and nothing else; capitals and a full stop aside."""
+    """Whether a reply is the name and nothing else. Capitals and a full stop make no difference."""
     return " ".join(reply.split()).strip(" .").casefold() == name.casefold()

@@ -1,4 +1,4 @@
-"""The emoji as finetuning data: pictures in two drawing styles, JSONL with dialogues, YAML, and who is held out."""
+"""Write the emoji as finetuning data: pictures in two drawing styles, dialogues in JSONL, and YAML that names them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 else:
     Image = Any
 
-SHARE, SEED = 0.18, 0
-SIZE = 224  # pixels of the pictures that are made here
-_NOTO_SIZE = 109  # the one size that the font holds its pictures in
-_THUMBNAIL = 32
-_NOWHERE = "\U0010fffd"  # what no font has a picture of
+SHARE, SEED = 0.18, 0  # how much of each group is held out
+SIZE = 224  # pixels a side of the pictures that are made here
+_NOTO_SIZE = 109  # the font holds its pictures in this size alone
+_THUMBNAIL = 32  # pixels a side
+_NOWHERE = "\U0010fffd"  # a character that no font has a picture of
 
 
 @dataclass(frozen=True)
 class Pictured:
-    """An emoji, its pictures' paths below the data's folder, and whether it is held out."""
+    """An emoji, its family, whether it is held out, and where its pictures lie: paths within the data's folder."""
 
     emoji: Emoji
     family: int
@@ -43,17 +43,18 @@ class Pictured:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is written to learn from: other pictures of each emoji beside its own, and kinds of questions."""
+    """How much training data is written: `variants` more pictures of each emoji, and a dialogue for each of `kinds`."""
 
     variants: int
     kinds: tuple[str, ...]
 
 
 def prepare(packages: Path, folder: Path, amount: Amount, say: Say) -> list[Pictured]:
-    """Write `folder` (train.jsonl, held_out.jsonl, their YAML, pictures, emoji.json) unless it is there; who is in it.
+    """Write the data into `folder` unless it is there, and return every emoji in it.
 
-    InputError where packages can be neither found nor fetched; without the other drawing style's font, it is said and
-    left out.
+    The folder holds train.jsonl and held_out.jsonl, a YAML for each, pictures and emoji.json. Raises InputError if a
+    package is neither there nor can be fetched. Noto's font may be missing: then `say` gets the reason, and the
+    pictures in that style are left out.
     """
     if not (folder / "emoji.json").is_file():
         _need_pillow()
@@ -70,7 +71,7 @@ def prepare(packages: Path, folder: Path, amount: Amount, say: Say) -> list[Pict
 
 
 def read(folder: Path) -> list[Pictured]:
-    """What `prepare` wrote; InputError where it is not that."""
+    """Read back what `prepare` wrote. Raises InputError if emoji.json is missing or damaged."""
     path = folder / "emoji.json"
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +86,7 @@ def _write(partial: Path, folder: Path, fluent: Path, names: Path, font: Path | 
     for kind in ("fluent", "noto", "variants"):
         (partial / kind).mkdir()
     drawings = []
-    for one in emoji:  # as they are, transparent
+    for one in emoji:  # the files are copied as they are, with their transparency
         (partial / "fluent" / f"{one.code}.webp").write_bytes(files[plain(one.code)].read_bytes())
         drawings.append(_square(_picture(files[plain(one.code)]), _THUMBNAIL))
     small = np.stack([np.asarray(_on_white(d), np.float32).reshape(-1) / 255 for d in drawings])
@@ -113,8 +114,11 @@ def _write(partial: Path, folder: Path, fluent: Path, names: Path, font: Path | 
 
 
 def vary(picture: Image, turns: bool, generator: random.Random) -> Image:
-    """Another picture (RGB, SIZE each way) of a transparent one: turned a little, mirrored where it `turns`, smaller,
-    elsewhere, its colours a little other, on a plain ground of any colour."""
+    """Draw a variant of a transparent picture: RGB, SIZE pixels a side, on a plain ground of any colour.
+
+    The variant is rotated a little, scaled down and moved, and its colours change a little. If `turns` is true, it may
+    be mirrored as well.
+    """
     from PIL import Image, ImageEnhance
 
     ground = tuple(generator.randrange(256) for _ in range(3)) if generator.random() < 0.7 else (255, 255, 255)
@@ -134,7 +138,7 @@ def vary(picture: Image, turns: bool, generator: random.Random) -> Image:
 
 
 def _draw_noto(emoji: Sequence[Emoji], font: Path, partial: Path) -> dict[str, str]:
-    """Code -> path of the picture, of the emoji that the font has one of."""
+    """Draw each emoji that the font has, and return the paths by code, within `partial`."""
     from PIL import ImageFont
 
     face = ImageFont.truetype(str(font), _NOTO_SIZE)
@@ -148,7 +152,10 @@ def _draw_noto(emoji: Sequence[Emoji], font: Path, partial: Path) -> dict[str, s
 
 
 def draw(text: str, face: Any) -> Image | None:
-    """The picture of a text in a colour font, cut out and on a transparent square with a little room; None: nothing."""
+    """Draw a text in a colour font, in the middle of a transparent square. None if nothing is visible.
+
+    The square is 8% larger than the drawing's longer side.
+    """
     from PIL import Image, ImageDraw
 
     left, top, right, bottom = map(round, ImageDraw.Draw(Image.new("RGBA", (1, 1))).textbbox((0, 0), text, face))
@@ -169,13 +176,13 @@ def draw(text: str, face: Any) -> Image | None:
 def _picture(path: Path) -> Image:
     from PIL import Image
 
-    open_image(path)  # tells what is wrong with it; the picture is wanted with its transparency
+    open_image(path)  # only for its error message: it gives an RGB image, and transparency is needed here
     with Image.open(path) as image:
         return image.convert("RGBA")
 
 
 def _square(picture: Image, side: int) -> Image:
-    """Scaled to fit, in the middle of a transparent square."""
+    """Scale a picture to fit a transparent square of `side` pixels, and put it in the middle."""
     from PIL import Image
 
     scale = side / max(picture.size)

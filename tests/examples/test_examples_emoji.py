@@ -1,4 +1,4 @@
-"""The demo that sees: its course on a tiny network, its recipes and errors."""
+"""The emoji example: the whole of it on a tiny network, its recipes and its errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_scale() -> Scale:
 def test_from_packages_to_the_table_on_a_tiny_network(
     packages: Path, small_scale: Scale, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both stages, the examination, what is written; and that what is there is not done again."""
+    """Both stages, the questions, the files; a second run repeats nothing that is there."""
     from helpers.runs import write_model
 
     folder = packages.parent

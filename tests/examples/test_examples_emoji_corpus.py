@@ -1,4 +1,4 @@
-"""The demo that sees: names, families, who is held out; questions, and how answers count."""
+"""The emoji example: names, families, what is held out; questions, and how answers count."""
 
 from __future__ import annotations
 

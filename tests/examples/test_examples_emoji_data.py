@@ -1,4 +1,4 @@
-"""The demo that sees: what is fetched, what is written, and the pictures."""
+"""The emoji example: what it fetches and writes, and its pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo that sees: scores, tables and a page of pictures."""
+"""The emoji example: scores, tables and a page of pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 
 class Parrot:
-    """Stands for a model: says what is written on the picture, and one thing when there is none."""
+    """Stands for a model: an image that is a string is its own answer, and no image is always "Flags"."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
