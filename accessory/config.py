@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -391,10 +391,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def merge_config_files(paths: str | Path | Sequence[str | Path] | None) -> list[dict[str, Any]]:
-    """The contents of one, several or no configuration files, in order."""
-    if paths is None:
-        return []
-    return [read_json(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]

@@ -10,7 +10,6 @@ from accessory.checkpoint.lazy import Lazy
 from accessory.config import ModelArgs
 from accessory.vision_config import ENCODER_PREFIXES, PROJECTION
 
-COMPANIONS = ("bias", "lora_a.weight", "lora_b.weight")
 _LINEAR = re.compile(r"(.*\.w[qkvo123]|.*\.gate|output)\.weight")
 _COMPANION = re.compile(r"(.*)\.(bias|lora_a\.weight|lora_b\.weight)")
 _LAYER = re.compile(r"layers\.(\d+)\.")

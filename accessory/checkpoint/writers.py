@@ -100,10 +100,6 @@ def _transposed_rows(lazy: Lazy, start: int, length: int) -> Lazy:
     return lazy.t().narrow(0, start, length)
 
 
-def _transpose(lazy: Lazy) -> Lazy:
-    return lazy.t()
-
-
 def _plan_accessory(
     implementation: Implementation,
     tensors: Mapping[str, Lazy],
