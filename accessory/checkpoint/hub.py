@@ -107,13 +107,13 @@ def resolve(
     return _folder_or_gguf(folder, chosen)
 
 
-def fetch_configuration(path: str | Path, *, cache_dir: str | Path | None = None) -> list[Path]:
+def fetch_configuration(path: str | Path) -> list[Path]:
     """The configuration files of an hf:// address, later ones more telling; nothing else is fetched.
 
     Raises as `resolve` does, and CheckpointError for a folder that has none.
     """
     address = parse(path)
-    hub = _open(address, cache_dir, progress=False)
+    hub = _open(address, cache_dir=None, progress=False)
     names = hub.names()
     if names is None:
         folder = hub.cached_folder()

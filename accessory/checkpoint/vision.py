@@ -47,11 +47,11 @@ def load_tower(
     return tower
 
 
-def encoder_tensors(args: VisionArgs, tensors: Mapping[str, Lazy], *, progress: bool = False) -> dict[str, Lazy]:
+def encoder_tensors(args: VisionArgs, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """All tensors that `load_tower` would fill a tower with, from where it takes them, under our names."""
     with torch.device("meta"):
         tower = VisionTower(args, 1)
-    return _find(tower, tensors, progress)
+    return _find(tower, tensors, progress=False)
 
 
 def with_encoders(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Lazy]:

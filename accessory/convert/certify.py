@@ -122,7 +122,6 @@ def certify(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    seed: int = 0,
     progress: bool = True,
 ) -> Certificate:
     """Compare `networks`: "adapters", the reference, with "exact" (merged, not rounded) and "stored" (in `dtype`).
@@ -130,7 +129,7 @@ def certify(
     Each is a mapping from canonical names to whole tensors, LoRA and biases included. With "base", what the adapter
     changes is measured too. Nothing is judged here: see `Certificate.check`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(args.vocab_size, (SEQUENCES, TOKENS), generator=generator)
     if any(tensor.dtype.itemsize < 4 for tensor in networks["stored"].values()):
         networks = {**networks, "otherwise": _rounded_otherwise(networks["exact"], networks["stored"])}

@@ -46,7 +46,6 @@ def export_adapter(
     dst: str | Path,
     *,
     base: str | Path,
-    config_files: Sequence[str | Path] = (),
     overwrite: bool = False,
 ) -> list[str]:
     """Write the adapter in `src`, trained on `base`, as PEFT's folder `dst`; returns lines that say what is in it.
@@ -58,7 +57,7 @@ def export_adapter(
     for path in (src, base):
         if "://" not in str(path):
             refuse_overlap(Path(path), Path(dst))
-    whole, adapter = open_chain([base, src], config_files)
+    whole, adapter = open_chain([base, src])
     args = chained_args([whole, adapter])
     beside = {name: tensor for name, tensor in adapter.tensors.items() if companion_of(name)}
     saved = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
@@ -89,7 +88,6 @@ def import_adapter(
     to: Target | None = None,
     shards: int | None = None,
     safetensors: bool = False,
-    config_files: Sequence[str | Path] = (),
     overwrite: bool = False,
 ) -> list[str]:
     """Write PEFT's folder `src`, made for `base`, as an adapter of ours: a folder to be loaded after `base`.
@@ -100,7 +98,7 @@ def import_adapter(
     source = Path(resolve(src))
     for path in (source, *([Path(base)] if "://" not in str(base) else [])):
         refuse_overlap(path, Path(dst))
-    model = open_checkpoint(base, config_files)
+    model = open_checkpoint(base)
     tensors, args = read_adapter(source, model.args)
     for name in ("tok_embeddings.weight", "output.weight"):
         # PEFT saves these along with LoRA beside them, trained or not.

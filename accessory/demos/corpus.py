@@ -34,9 +34,9 @@ def corpus_folder() -> Path:
     raise MissingExtraError("the demo's dialogues are missing: pip install --no-deps chatterbot-corpus==1.3.3")
 
 
-def pairs(folder: Path, subjects: Sequence[str] = SUBJECTS) -> list[Pair]:
+def pairs(folder: Path) -> list[Pair]:
     """Questions with each of their answers that is one brief statement, in order and each once."""
-    found = [pair for subject in subjects for pair in _pairs_of(folder / f"{subject}.yml")]
+    found = [pair for subject in SUBJECTS for pair in _pairs_of(folder / f"{subject}.yml")]
     if not found:
         raise InputError(f"{folder}: no question with a brief answer in it; install chatterbot-corpus==1.3.3")
     return list(dict.fromkeys(found))

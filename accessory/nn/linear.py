@@ -57,10 +57,10 @@ class Linear(nn.Module):
     lora_a: Linear | None
     lora_b: Linear | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias: nn.Parameter | None = None
         self.bias_factor = 1.0
         self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
 

@@ -40,8 +40,6 @@ def export(
     shards: int = 1,
     image_views: int = 0,
     tokenizer: Path | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Write a state's parameters to `dst` in the accessory layout, over those of the checkpoints it started from.
 
@@ -73,8 +71,7 @@ def export(
         shards=largest_world(args, implementation, at_most=shards),
         dtype=dtype,
         resources=list(resources.values()),
-        overwrite=overwrite,
-        progress=progress,
+        overwrite=True,
         allow_partial=only_trained,
         image_views=max(image_views, *(c.llama_type.image_views for c in checkpoints)),
     )

@@ -35,7 +35,7 @@ class Progress:
         self._terminal = enabled and self._stream.isatty()
         self._started: tuple[int, float] | None = None  # after the first step, which is slower than those to come
         self._shown = -float("inf")
-        self._last = self._pending = ""
+        self._pending = ""
         self._bar: Any = None
         self._done = done
 

@@ -177,7 +177,6 @@ def _finish(run: Run) -> Path:
             shards=config.model_parallel_size,
             image_views=source.views,
             tokenizer=Path(config.tokenizer_path) if config.tokenizer_path else None,
-            overwrite=True,
         )
 
     final = run.mesh.from_first(written)
