@@ -186,9 +186,6 @@ class Constant(_Strided):
         return Constant(self.tensor.as_strided(tuple(shape), tuple(stride), offset))
 
 
-from_tensor = Constant
-
-
 class Computed(Lazy):
     """Made by `fn()` when it is asked for (dequantised, noise, a sum): `fn` must give the same values each time."""
 

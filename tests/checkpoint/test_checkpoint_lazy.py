@@ -12,10 +12,10 @@ from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.lazy import (
     Computed,
+    Constant,
     Lazy,
     Stored,
     concat,
-    from_tensor,
     rotary_to_half,
     rotary_to_interleaved,
 )
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def leaf(kind: str, tensor: torch.Tensor, tmp_path) -> Lazy:
     if kind == "constant":
-        return from_tensor(tensor)
+        return Constant(tensor)
     if kind == "computed":
         return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor)
     path = tmp_path / "tensor.pth"
@@ -78,13 +78,13 @@ def test_any_chain_of_operations_equals_eager_torch(data, kind, dtype, tmp_path_
 
 def test_rotary_orders_are_inverse_and_written_out():
     rows = torch.arange(8.0).view(8, 1)  # one head of four pairs
-    half = rotary_to_half(from_tensor(rows), 1)
+    half = rotary_to_half(Constant(rows), 1)
     assert half.load().flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     assert rotary_to_interleaved(half, 1) is not half
     assert torch.equal(rotary_to_interleaved(half, 1).load(), rows)
-    again = rotary_to_interleaved(from_tensor(half.load()), 1)
+    again = rotary_to_interleaved(Constant(half.load()), 1)
     assert torch.equal(again.load(), rows)
-    two_heads = rotary_to_half(from_tensor(torch.arange(8.0)), 2)  # a bias
+    two_heads = rotary_to_half(Constant(torch.arange(8.0)), 2)  # a bias
     assert two_heads.load().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -134,17 +134,17 @@ def test_transposed_and_narrowed_tensors_in_a_pickle_keep_their_meaning(tmp_path
 
 
 def test_wrong_cuts_are_refused():
-    lazy = from_tensor(torch.zeros(4, 3))
+    lazy = Constant(torch.zeros(4, 3))
     with pytest.raises(IndexError):
         lazy.narrow(0, 2, 3)
     with pytest.raises(IndexError):
         lazy.narrow(0, -1, 2)
     with pytest.raises(ValueError, match="matrix"):
-        from_tensor(torch.zeros(4)).t()
+        Constant(torch.zeros(4)).t()
     with pytest.raises(ValueError, match="destination"):
         lazy.copy_to(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="does not fit"):
-        concat([lazy, from_tensor(torch.zeros(4, 2))], 0)
+        concat([lazy, Constant(torch.zeros(4, 2))], 0)
     with pytest.raises(ValueError, match="heads"):
         rotary_to_half(lazy, 3)
 

@@ -9,7 +9,7 @@ from helpers.checkpoints import ARGS, companions, random_tensors
 from safetensors.torch import load_file
 
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.lazy import Computed, from_tensor
+from accessory.checkpoint.lazy import Computed, Constant
 from accessory.checkpoint.save import write_checkpoint
 from accessory.config import MoEArgs
 from accessory.convert.convert import convert
@@ -17,7 +17,7 @@ from accessory.convert.verify import verify
 from accessory.errors import CheckpointError, ConfigError
 
 TENSORS = random_tensors()
-LAZY = {name: from_tensor(tensor) for name, tensor in TENSORS.items()}
+LAZY = {name: Constant(tensor) for name, tensor in TENSORS.items()}
 
 
 def equal(found, expected) -> None:
@@ -139,7 +139,7 @@ def test_round_trip_through_every_layout_changes_no_bit(tmp_path):
 
 
 def test_dtype_converts_and_only_then(tmp_path):
-    mixed = {n: from_tensor(t.float() if "norm" in n else t) for n, t in TENSORS.items()}
+    mixed = {n: Constant(t.float() if "norm" in n else t) for n, t in TENSORS.items()}
     write_checkpoint(tmp_path / "kept", mixed, ARGS, to="base", shards=2, progress=False)
     kept = open_checkpoint(tmp_path / "kept")
     assert {n: t.dtype for n, t in kept.tensors.items()} == {n: t.dtype for n, t in mixed.items()}
@@ -154,7 +154,7 @@ def test_dtype_converts_and_only_then(tmp_path):
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 def test_biases_and_lora_are_written_and_read(implementation, tmp_path):
     tensors = {**TENSORS, **companions()}
-    lazy = {n: from_tensor(t) for n, t in tensors.items()}
+    lazy = {n: Constant(t) for n, t in tensors.items()}
     write_checkpoint(tmp_path / "out", lazy, ARGS, to=implementation, shards=4, progress=False)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.llama_type.peft
@@ -179,8 +179,8 @@ def test_trained_tensors_alone(tmp_path):
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path):
     for tensors, message in (
-        ({**LAZY, "norm.weight": from_tensor(torch.ones(3))}, r"norm\.weight: shape \(3,\), but .* \(48\)"),
-        ({**LAZY, "odd.weight": from_tensor(torch.ones(3))}, r"unexpected tensor odd\.weight"),
+        ({**LAZY, "norm.weight": Constant(torch.ones(3))}, r"norm\.weight: shape \(3,\), but .* \(48\)"),
+        ({**LAZY, "odd.weight": Constant(torch.ones(3))}, r"unexpected tensor odd\.weight"),
     ):
         with pytest.raises(CheckpointError, match=message):
             write_checkpoint(tmp_path / "out", tensors, ARGS, to="base", progress=False)
@@ -199,7 +199,7 @@ def test_shards_that_do_not_divide_name_field_and_both_numbers(tmp_path):
         with pytest.raises(ConfigError, match=message):
             write_checkpoint(tmp_path / "out", LAZY, ARGS, to=to, shards=shards, progress=False)
     args = ARGS.replace(moe=MoEArgs(num_experts=3))
-    lazy = {n: from_tensor(t) for n, t in random_tensors(args).items()}
+    lazy = {n: Constant(t) for n, t in random_tensors(args).items()}
     write_checkpoint(tmp_path / "three", lazy, args, to="base", progress=False)
     assert open_checkpoint(tmp_path / "three").shards == 1
     write_checkpoint(tmp_path / "sparse", lazy, args, to="sparse", progress=False)

@@ -13,7 +13,7 @@ from helpers.vision import CLIP, CONVNEXT, DINOV2, QFORMER, random_pixels, rando
 from safetensors.torch import save_file
 
 from accessory.checkpoint.files import read_file
-from accessory.checkpoint.lazy import Computed, Lazy, from_tensor
+from accessory.checkpoint.lazy import Computed, Constant, Lazy
 from accessory.checkpoint.vision import load_tower
 from accessory.checkpoint.vision_names import destinations
 from accessory.errors import CheckpointError
@@ -26,7 +26,7 @@ def tensors_of(tower: VisionTower) -> dict[str, torch.Tensor]:
 
 
 def lazily(tensors: dict[str, torch.Tensor]) -> dict[str, Lazy]:
-    return {name: from_tensor(tensor) for name, tensor in tensors.items()}
+    return {name: Constant(tensor) for name, tensor in tensors.items()}
 
 
 def within(tower: VisionTower, name: str) -> dict[str, torch.Tensor]:

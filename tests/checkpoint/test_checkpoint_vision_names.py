@@ -23,7 +23,7 @@ from helpers.vision import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accessory.checkpoint.lazy import Lazy, from_tensor
+from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision import fill
 from accessory.checkpoint.vision_names import canonical, destinations, expected_shapes, parts_of
@@ -33,7 +33,7 @@ from accessory.vision_config import SPHINX, EncoderArgs, VisionArgs
 
 
 def lazily(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Lazy]:
-    return {prefix + name: from_tensor(tensor) for name, tensor in state.items()}
+    return {prefix + name: Constant(tensor) for name, tensor in state.items()}
 
 
 def alone(encoder: EncoderArgs) -> VisionArgs:
@@ -325,7 +325,7 @@ def test_what_is_wrong_with_an_encoder_is_named(data):
         del good[name]
         wanted = f"1 tensors missing: {within}"
     elif what == "shape":
-        good[name] = from_tensor(torch.zeros(*SHAPES[name], 2))
+        good[name] = Constant(torch.zeros(*SHAPES[name], 2))
         wanted = f"{within} {good[name].shape} instead of {SHAPES[name]}"
     elif what == "unknown":
         good[name + "_more"] = good[name]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from accessory.checkpoint.lazy import from_tensor
+from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, expected_shapes
 from accessory.vision_config import SPHINX
@@ -87,7 +87,7 @@ def real_names() -> dict[str, tuple[int, ...]]:
 
 
 def test_the_originals_checkpoints_fill_every_tensor_of_the_real_ensemble():
-    raw = {name: from_tensor(torch.empty(shape, device="meta")) for name, shape in real_names().items()}
+    raw = {name: Constant(torch.empty(shape, device="meta")) for name, shape in real_names().items()}
     assert all(map(is_encoder_tensor, raw))
     expected = expected_shapes(SPHINX)
     found = canonical(raw, SPHINX, expected)
