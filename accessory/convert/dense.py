@@ -29,7 +29,6 @@ ONE_EXPERT = MoEArgs(num_experts=1, num_experts_per_tok=1)
 class Dense:
     """An opened dense checkpoint. `args.moe` says one expert; `tensors` maps canonical names to whole lazy tensors."""
 
-    path: Path
     args: ModelArgs
     tensors: dict[str, Lazy]
     # Puts the tokenizer's files into the folder it is given, where they are not files already; all of their paths.
@@ -180,7 +179,7 @@ def open_hf_dense(folder: str | Path) -> Dense:
         if name.endswith(("wq.weight", "wk.weight")):
             heads = args.n_heads if name.endswith("wq.weight") else args.n_kv_heads
             tensors[name] = rotary_to_interleaved(tensors[name], heads)
-    return Dense(path=folder, args=args, tensors=tensors, resources=lambda scratch: find_resources(folder))
+    return Dense(args=args, tensors=tensors, resources=lambda scratch: find_resources(folder))
 
 
 def _hf_args(config: Mapping[str, Any], path: Path) -> ModelArgs:

@@ -73,7 +73,6 @@ def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
     check_dense(tensors, args, file.path, _spelling)
     return Dense(
-        path=file.path,
         args=args,
         tensors=tensors,
         resources=lambda scratch: gguf_tokenizer.write(file.metadata, scratch, file.path),

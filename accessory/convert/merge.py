@@ -52,7 +52,6 @@ class Effect:
     name: str
     state: State
     size: float  # of the update relative to the weight, by Frobenius norm
-    entries: float  # share of the stored numbers that differ from before
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,12 @@ class Change:
         """CheckpointError where the merged weight is not finite."""
         size = self._size()
         if size == 0:
-            return Effect(self.name, "zero", 0.0, 0.0)
+            return Effect(self.name, "zero", 0.0)
         after, before = self.merged().to(self.dtype), self.before.load().to(self.dtype)
         if not torch.isfinite(after).all():
             kind = str(self.dtype).removeprefix("torch.")
             raise CheckpointError(f"{self.name}: merged, it holds infinite numbers or NaN in {kind}")
-        entries = float((after != before).double().mean())
-        return Effect(self.name, "changed" if entries else "swallowed", size, entries)
+        return Effect(self.name, "changed" if bool((after != before).any()) else "swallowed", size)
 
     def _size(self) -> float:
         a, b = self.pair.a.load().double(), self.pair.b.load().double()

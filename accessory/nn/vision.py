@@ -37,9 +37,6 @@ class Features(NamedTuple):
         """`function` of each of the two."""
         return Features(function(self.visual_VTC), None if self.query_VQC is None else function(self.query_VQC))
 
-    def to(self, device: torch.device | str) -> Features:
-        return self.map(lambda x_VTC: x_VTC.to(device))
-
     def narrow(self, start: int, length: int) -> Features:
         """`length` views from `start` on, not copied."""
         return self.map(lambda x_VTC: x_VTC.narrow(0, start, length))

@@ -80,7 +80,7 @@ class Schedule:
             part = min(1.0, epochs - epoch)
             self.plans.append(plan)
             self.lengths.append(max(1, round(plan.steps * part)))
-        self.epochs, self.seed = epochs, seed
+        self.seed = seed
         self.steps = sum(self.lengths)
         if max_steps is not None:
             self.steps = min(self.steps, max_steps)

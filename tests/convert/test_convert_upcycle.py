@@ -147,7 +147,7 @@ def test_every_layout_holds_the_same_mixture(tmp_path, to, shards):
 def dense_of(args: ModelArgs, seed: int = 0) -> Dense:
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: Constant(torch.randn(shape, generator=generator)) for name, shape in dense_shapes(args).items()}
-    return Dense(path=Path("nowhere"), args=args, tensors=tensors)
+    return Dense(args=args, tensors=tensors)
 
 
 SMALL = ModelArgs(dim=32, hidden_dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=17)
