@@ -199,7 +199,7 @@ def test_a_disk_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- ranks
 
 
-def grid_of(model):
+def mesh_of(model):
     import torch.distributed as dist
 
     from accessory.parallel.mesh import Ranks
@@ -210,14 +210,14 @@ def grid_of(model):
 def save_on_ranks(rank, world, folder, cases, tensors):
     """Save each case's state; returns its whole numbers as one process would hold them, for the trainer to compare."""
     for number, (model, implementation, mode, peft) in enumerate(cases):
-        trainer = trainer_of(implementation, grid_of(model), tensors=tensors, mode=mode, **peft)
+        trainer = trainer_of(implementation, mesh_of(model), tensors=tensors, mode=mode, **peft)
         save(trainer, Path(folder) / str(number))
 
 
 def load_on_ranks(rank, world, folder, cases, tensors):
     """Load each case's state, and save what was loaded at once."""
     for number, (model, implementation, mode, peft) in enumerate(cases):
-        trainer = trainer_of(implementation, grid_of(model), steps=0, tensors=tensors, mode=mode, **peft)
+        trainer = trainer_of(implementation, mesh_of(model), steps=0, tensors=tensors, mode=mode, **peft)
         load_state(trainer, Path(folder) / str(number) / "step-00000002")
         save(trainer, Path(folder) / f"{number} again")
 
@@ -260,7 +260,7 @@ def fail_on_ranks(rank, world, folder, tensors):
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
-    trainer = trainer_of(mesh=grid_of(1), steps=1, tensors=tensors)
+    trainer = trainer_of(mesh=mesh_of(1), steps=1, tensors=tensors)
     folder = Path(folder)
     save(trainer, folder, 1)
 
