@@ -23,7 +23,7 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """x (…, I) times a quantised weight, (…, O) in x's dtype. Gradients are exact for the dequantised weight."""
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO = _FrozenLinear.apply(x_TI, packed) if torch.is_grad_enabled() else _linear(x_TI, packed)
-    return y_TO.view(*x.shape[:-1], packed.shape[0])
+    return y_TO.view(*x.shape[:-1], packed.shape[-2])  # not -1: an idle expert of base has no rows
 
 
 def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
