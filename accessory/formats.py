@@ -59,8 +59,12 @@ def nested_scales(groups: int) -> int:
 
 def packed_bytes(format: Format, rows: int, columns: int) -> int:
     """Bytes of a quantised weight (rows, columns). ConfigError where a row has no whole groups."""
-    check_cut(format, 0, columns)
     number, group, shared = STORAGE[format]
+    if group and columns % group:
+        raise ConfigError(
+            f"quant: {format} scales {group} numbers together, but a row, or what a rank holds of it, has {columns}; "
+            "use fewer ranks, or int8"
+        )
     groups = columns // group if group else 1
     nested = 4 * (nested_scales(groups) + 1) if format == "nf4-dq" else 0  # and the row's offset
     return int(rows * columns * number) + rows * (groups * shared + nested)

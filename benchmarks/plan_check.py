@@ -30,8 +30,8 @@ from accessory.engine.graphs import DecodeGraphs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import DeviceMesh
-from accessory.planner.memory import Formats, Inference, Setup, Training
-from accessory.planner.peaks import CONTEXT, FRAGMENTATION, QUANTIZING, WORKSPACE, estimate
+from accessory.planner.peak import CONTEXT, FRAGMENTATION, QUANTIZING, WORKSPACE, estimate
+from accessory.planner.setup import Inference, Setup, Training
 from accessory.train.trainer import LossWeights, Trainer
 
 GENERATED = 48
@@ -158,7 +158,7 @@ def training(
         packing=packing,
         checkpointing=recompute,
     )
-    setup = Setup(args=args, task=task, implementation=implementation, formats=Formats.of(format))
+    setup = Setup(args=args, task=task, implementation=implementation, quant=Quant.parse(format) or Quant())
 
     def run() -> Any:
         decoder = made(args, implementation, options.device, format, peft=kind == "lora", train=True)
@@ -189,7 +189,7 @@ def inference(
 ) -> Case:
     prompt = max(1, context - GENERATED)
     task = Inference(batch=batch, context=context, prompt=prompt)
-    setup = Setup(args=args, task=task, implementation=implementation, formats=Formats.of(format))
+    setup = Setup(args=args, task=task, implementation=implementation, quant=Quant.parse(format) or Quant())
 
     def run() -> Any:
         decoder = made(args, implementation, options.device, format, peft=False, train=False)
@@ -208,7 +208,7 @@ def inference(
 
 def loading(args: ModelArgs, options: argparse.Namespace, format: str) -> Case:
     """Quantising while loading, from a stream of 16-bit tensors."""
-    setup = Setup(args=args, task=Inference(context=2, prompt=1), formats=Formats.of(format))
+    setup = Setup(args=args, task=Inference(context=2, prompt=1), quant=Quant.parse(format) or Quant())
 
     def run() -> Any:
         from gpu_quant import source

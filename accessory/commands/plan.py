@@ -11,10 +11,12 @@ from typing import Any
 
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
-from accessory.planner.encoders import encoder_numbers
-from accessory.planner.memory import Formats, Inference, Setup, Training, disk_bytes, host_bytes
-from accessory.planner.peaks import Estimate, estimate
-from accessory.planner.setups import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
+from accessory.formats import Quant
+from accessory.planner.encoders import parameter_count
+from accessory.planner.host import disk_bytes, host_bytes
+from accessory.planner.peak import Estimate, estimate
+from accessory.planner.search import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
+from accessory.planner.setup import Inference, Setup, Training
 
 GB = 1e9
 
@@ -26,7 +28,7 @@ class Model:
     name: str
     args: ModelArgs
     implementation: Implementation | None = None
-    formats: Formats | None = None  # of a quantised folder
+    quant: Quant | None = None  # of a quantised folder
     nbytes: int | None = None  # of its files
     views: int = 0  # of an image, where it takes any
 
@@ -95,12 +97,11 @@ def look_at(path: str) -> Model:
     from accessory.checkpoint.folder import open_checkpoint
 
     checkpoint = open_checkpoint(file)
-    quant = checkpoint.quant
     return Model(
         path,
         checkpoint.args,
         checkpoint.llama_type.implementation,
-        Formats(quant.experts, quant.attention, quant.output) if quant is not None else None,
+        checkpoint.quant,
         sum(p.stat().st_size for p in checkpoint.files),
         checkpoint.llama_type.image_views,
     )
@@ -138,12 +139,13 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')}: {when}; leave it out")
     if options.finetune == "mm_stage1" and options.image_views == 0:
         raise InputError("--image-views: got 0, but mm_stage1 trains what makes words of images; give 1 or 5")
-    formats = Formats.of(options.quant, options.quant_attention, options.quant_output)
-    if options.finetune in ("full", "lora") and formats.any:
-        raise InputError(
-            f"--quant: --finetune {options.finetune} keeps weights in 16 bits or more; use qlora for {formats}"
-        )
-    if options.finetune == "qlora" and options.quant == "none" and not formats.any:
+    quant = _quant(options)
+    if options.finetune in ("full", "lora") and quant != Quant():
+        from accessory.commands.plan_view import formats_of
+
+        kept = f"--finetune {options.finetune} keeps weights in 16 bits or more"
+        raise InputError(f"--quant: {kept}; use qlora for {formats_of(quant)}")
+    if options.finetune == "qlora" and options.quant == "none" and quant == Quant():
         raise InputError("--quant: got none, but qlora stands on quantised weights; use --finetune lora")
 
 
@@ -181,11 +183,15 @@ def _has_driver() -> bool:
     return True
 
 
+def _quant(options: argparse.Namespace) -> Quant:
+    return Quant.parse(options.quant, options.quant_attention, options.quant_output) or Quant()
+
+
 def _setup(options: argparse.Namespace, model: Model) -> Setup:
     tp, dp = _ranks(options)
-    args, formats = model.args, Formats.of(options.quant, options.quant_attention, options.quant_output)
-    if (options.quant, options.quant_attention, options.quant_output) == (None, None, None) and model.formats:
-        formats = model.formats
+    args, quant = model.args, _quant(options)
+    if (options.quant, options.quant_attention, options.quant_output) == (None, None, None) and model.quant:
+        quant = model.quant
     views = options.image_views if options.image_views is not None else model.views
     task: Inference | Training
     if options.finetune is None:
@@ -197,9 +203,11 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
         task = Inference(batch=options.batch or 1, context=context, prompt=options.prompt)
     else:
         if options.finetune == "full":
-            if formats.any:
+            if quant != Quant():
+                from accessory.commands.plan_view import formats_of
+
                 raise ConfigError(
-                    f"quant: {model.name} is quantised ({formats}), and quantised weights cannot be trained"
+                    f"quant: {model.name} is quantised ({formats_of(quant)}), and quantised weights cannot be trained"
                 )
             args = args.replace(lora_rank=-1, bias_tuning=False)
         elif options.finetune == "mm_stage1":
@@ -207,8 +215,8 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
         else:
             rank = options.lora_rank or (args.lora_rank if args.lora_rank > 0 else 16)
             args = args.replace(lora_rank=rank)
-        if options.finetune == "qlora" and options.quant is None and formats.experts is None and not model.formats:
-            formats = Formats.of("nf4", options.quant_attention, options.quant_output)
+        if options.finetune == "qlora" and options.quant is None and quant.experts is None and not model.quant:
+            quant = Quant.parse("nf4", options.quant_attention, options.quant_output) or Quant()
         task = Training(
             kind="lora" if options.finetune == "qlora" else options.finetune,
             batch_size=options.batch_size or 4,
@@ -218,7 +226,7 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             data_parallel=options.data_parallel or "sdp",
         )
     implementation: Implementation = options.implementation or model.implementation or "sparse"
-    setup = Setup(args=args, task=task, implementation=implementation, formats=formats, tp=tp, dp=dp, views=views)
+    setup = Setup(args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, views=views)
     name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
     if setup.image_tokens >= room:
         raise InputError(
@@ -268,7 +276,7 @@ def as_json(made: Plan) -> dict[str, Any]:
 
 
 def encoder_parameters(setup: Setup) -> int:
-    return sum(map(encoder_numbers, setup.args.sees_with.all)) if setup.views else 0
+    return sum(map(parameter_count, setup.args.sees_with.all)) if setup.views else 0
 
 
 def describe(setup: Setup) -> dict[str, Any]:
@@ -277,7 +285,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "gpus": setup.gpus,
         "model_parallel_size": setup.tp,
         "implementation": setup.implementation,
-        "formats": vars(setup.formats),
+        "formats": setup.quant.to_dict(),
         "image_views": setup.views,
     }
     task = setup.task
@@ -285,7 +293,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         return out | {"batch": task.batch, "context": task.context, "prompt": task.prompt}
     rank = setup.args.lora_rank if task.kind == "lora" else None
     return out | {
-        "finetune": "qlora" if task.kind == "lora" and setup.formats.any else task.kind,
+        "finetune": "qlora" if task.kind == "lora" and setup.quantized else task.kind,
         "lora_rank": rank,
         "data_parallel_size": setup.dp,
         "data_parallel": task.data_parallel,

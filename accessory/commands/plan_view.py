@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from accessory.commands.plan import encoder_parameters
-from accessory.planner.memory import Formats, Inference, Setup, Training
-from accessory.planner.setups import RESERVE, Fitting
+from accessory.formats import PARTS, Format, Quant
+from accessory.planner.search import RESERVE, Fitting
+from accessory.planner.setup import Inference, Setup, Training
 
 SHOWN = 5_000_000  # bytes; less is a row of noughts
 A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; for more there are torchrun and srun
@@ -74,7 +75,7 @@ def setups_table(found: list[Fitting]) -> Table:
         table.add_row(
             str(f.setup.gpus),
             f.card.name,
-            str(f.setup.formats),
+            formats_of(f.setup.quant),
             f"{f.estimate.total / 1e9:,.1f}",
             f"{f.margin / 1e9:,.1f}",
             how(f.setup),
@@ -87,20 +88,20 @@ def how(setup: Setup) -> str:
     task = setup.task
     if isinstance(task, Inference):
         words = [f"--n-gpus {setup.gpus}"] if setup.gpus > 1 else []
-        formats = setup.formats
-        words += [f"--quant {formats.experts or 'none'}"] if formats.any else []
-        if formats.any and str(formats) != formats.experts:
-            words.append(f"--quant-attention {formats.attention or 'none'} --quant-output {formats.output or 'none'}")
+        quant = setup.quant
+        words += [f"--quant {quant.experts or 'none'}"] if setup.quantized else []
+        if quant != _usual(quant.experts):
+            words.append(f"--quant-attention {quant.attention or 'none'} --quant-output {quant.output or 'none'}")
         return " ".join(words) or "–"
     words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
     words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
     words += ["trainable_mode=mm_stage1"] if task.kind == "mm_stage1" else []
     words += ["checkpointing=true"] if task.checkpointing else []
-    words += [f"quant={setup.formats.experts}"] if setup.formats.experts else []
-    usual = Formats.of(setup.formats.experts)
+    words += [f"quant={setup.quant.experts}"] if setup.quant.experts else []
+    usual = _usual(setup.quant.experts)
     for part in ("attention", "output"):
-        format = getattr(setup.formats, part)
+        format = getattr(setup.quant, part)
         words += [f"quant_{part}={format or 'none'}"] if format != getattr(usual, part) else []
     return " ".join(words) or "–"
 
@@ -113,7 +114,7 @@ def task_line(setup: Setup) -> str:
         line = f"{task.batch} sequence{'s' * (task.batch > 1)} of {task.context:,} tokens, {prompt} of them the prompt"
         return f"{line}; in each {views}" if setup.views else line
     kinds = {"full": "full", "mm_stage1": "what makes words of images alone"}
-    kind = kinds.get(task.kind) or f"{'Q' * setup.formats.any}LoRA of rank {setup.args.lora_rank}"
+    kind = kinds.get(task.kind) or f"{'Q' * setup.quantized}LoRA of rank {setup.args.lora_rank}"
     rows = f"{task.batch_size} row{'s' * (task.batch_size > 1)} of {task.max_words:,} tokens a GPU at once"
     more = f", {task.accum_iter} times a step" if task.accum_iter > 1 else ""
     images = f"; up to {setup.images} images there, each {views.removeprefix('an image ')}" if setup.views else ""
@@ -121,7 +122,7 @@ def task_line(setup: Setup) -> str:
 
 
 def setup_line(setup: Setup) -> str:
-    parts = [f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}", setup.implementation, f"weights {setup.formats}"]
+    parts = [f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}", setup.implementation, f"weights {formats_of(setup.quant)}"]
     if setup.tp > 1:
         parts.insert(1, f"{setup.tp} hold the model together")
     if isinstance(setup.task, Training):
@@ -129,6 +130,18 @@ def setup_line(setup: Setup) -> str:
             parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")
         parts.append("recomputing" if setup.task.checkpointing else "not recomputing")
     return ", ".join(parts)
+
+
+def formats_of(quant: Quant) -> str:
+    """One word where one option `--quant` says all, else the format of each part."""
+    if quant == _usual(quant.experts):
+        return quant.experts or "bf16"
+    return ", ".join(f"{part} {getattr(quant, part) or 'bf16'}" for part in PARTS)
+
+
+def _usual(experts: Format | None) -> Quant:
+    """The formats of the other parts where `--quant` says the experts' format alone."""
+    return Quant.parse(experts) or Quant()
 
 
 def gb(nbytes: float) -> str:

@@ -1,1 +1,1 @@
-"""What fits which GPUs: plain arithmetic on a configuration, without torch."""
+"""The memory plan of a task: which GPUs it fits, by arithmetic on a configuration. Nothing here imports torch."""

@@ -1,7 +1,8 @@
-"""What a layer's passes hold beside weights: what autograd keeps of forward, the largest moment of backward, prompts.
+"""What one layer holds beside its weights: what autograd keeps of forward, and the largest moments of its passes.
 
-Follows `nn.decoder`, `nn.experts_*` and `ops.grouped` line by line: the stream between layers is fp32, products are in
-16 bits, and SwiGLU leaves four tensors of the hidden size for backward (w1 x, its SiLU, w3 x, their product).
+The arithmetic follows `nn.decoder`, `nn.experts_base`, `nn.experts_sparse` and `ops.experts` line by line. The residual
+stream between layers is fp32. Products are in 16 bits. SwiGLU keeps four tensors of the hidden size for backward: w1 x,
+its SiLU, w3 x, and the product of the last two.
 
 Legend: T tokens, N = T·K (token, expert) pairs, D dim, F hidden dim held here, E experts held here.
 """
@@ -10,57 +11,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Bytes:
-    activations: int = 0
-    gradients: int = 0
-    copies: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.activations + self.gradients + self.copies
-
-
-NOTHING = Bytes()
+from accessory.planner.setup import Setup, Training
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer's sizes on one rank, and from them the bytes of the tensors that its passes make."""
+class LayerSizes:
+    """The sizes of a layer on one rank, and the bytes of the tensors that its passes make."""
 
     tokens: int
     pairs: int
     dim: int
     hidden: int
-    queries: int  # heads × head_dim
-    keys: int
+    queries: int  # query heads × head_dim
+    keys: int  # key/value heads × head_dim
     experts: int
-    one_by_one: bool  # base: expert after expert
+    expert_by_expert: bool  # base's loop; sparse computes all experts at once
 
     @property
-    def stream(self) -> int:
-        """(T, D) fp32."""
+    def tokens_fp32(self) -> int:
+        """(T, D)."""
         return 4 * self.tokens * self.dim
 
     @property
-    def model(self) -> int:
-        """(T, D) in 16 bits."""
+    def tokens_16bit(self) -> int:
+        """(T, D)."""
         return 2 * self.tokens * self.dim
 
     @property
-    def rows(self) -> int:
-        """(N, D) in 16 bits; twice of it in fp32."""
+    def pairs_16bit(self) -> int:
+        """(N, D)."""
         return 2 * self.pairs * self.dim
 
     @property
-    def wide(self) -> int:
-        """(N, F) in 16 bits."""
+    def pairs_fp32(self) -> int:
+        """(N, D)."""
+        return 4 * self.pairs * self.dim
+
+    @property
+    def hidden_16bit(self) -> int:
+        """(N, F)."""
         return 2 * self.pairs * self.hidden
 
     @property
     def stack(self) -> int:
-        """Numbers of one of the three weights of all experts."""
+        """Numbers of one of the three expert stacks (E, F, D)."""
         return self.experts * self.hidden * self.dim
 
     @property
@@ -69,104 +63,175 @@ class Layer:
         return 2 * self.dim * (self.queries + self.keys)
 
 
-@dataclass(frozen=True)
-class Learning:
-    """What of a layer is trained, and what its gradients cost: bytes a number once made, and besides while made."""
+def layer_sizes(setup: Setup, tokens: int) -> LayerSizes:
+    """A layer of the setup's network when one rank computes `tokens` tokens at once.
 
-    weights: bool
+    Base's ranks are taken to get equal shares of the pairs.
+    """
+    args = setup.args
+    ranks = setup.tp if setup.implementation == "base" else 1
+    return LayerSizes(
+        tokens=tokens,
+        pairs=tokens * args.moe.num_experts_per_tok // ranks,
+        dim=args.dim,
+        hidden=setup.expert_width,
+        queries=setup.query_heads * args.head_dim,
+        keys=setup.kv_heads * args.head_dim,
+        experts=setup.experts,
+        expert_by_expert=setup.implementation == "base",
+    )
+
+
+@dataclass(frozen=True)
+class LayerTraining:
+    """What of a layer is trained, and the bytes a number that this costs in its backward pass."""
+
+    weights: bool  # all of them
     attention_lora: bool = False
     experts_lora: bool = False
-    gate: bool = False
-    packed: bool = False  # quantised experts
+    gate: bool = False  # the router
+    quantized: bool = False  # the experts
     packing: bool = True  # several documents a row
-    gradient: int = 4
-    made: int = 2
-    copy: int = 2
-    accumulating: bool = False  # gradients of earlier micro-steps are there, and counted elsewhere
+    gradient: int = 4  # of a finished gradient
+    making: int = 2  # what a gradient takes more while it is made
+    copy: int = 2  # of the 16-bit copy that products read
+    accumulating: bool = False  # gradients of earlier micro-steps are there already, and counted elsewhere
 
 
-def attention_kept(layer: Layer, learning: Learning) -> int:
-    """The layer's input, attention's input, queries, keys, values, outcome, the sum behind it, the router's input."""
+def layer_training(setup: Setup, task: Training) -> LayerTraining:
+    """What the setup's task trains of each layer."""
+    targets = setup.args.lora_targets if setup.args.lora_rank > 0 else ()
+    full, parameter = task.kind == "full", task.parameter
+    # FSDP2 gathers 16-bit weights and gets 16-bit gradients, which it sums in fp32 in buffers of its own.
+    gathered = setup.dp > 1
+    return LayerTraining(
+        weights=full,
+        attention_lora=any(t in targets for t in ("wq", "wk", "wv", "wo")),
+        experts_lora=any(t in targets for t in ("w1", "w2", "w3")),
+        gate=full or "gate" in targets,
+        quantized=setup.quant.experts is not None,
+        packing=task.packing,
+        gradient=2 if gathered else parameter.gradient,
+        making=0 if gathered or parameter.weight == 2 else 2,
+        copy=0 if gathered else parameter.copy,
+        accumulating=task.accum_iter > 1 and not gathered,
+    )
+
+
+# --------------------------------------------------------------------------- what autograd keeps of forward
+
+
+def layer_kept(layer: LayerSizes, training: LayerTraining) -> int:
+    """Bytes that autograd keeps of a layer's forward pass until backward has passed it."""
+    return attention_kept(layer, training) + experts_kept(layer, training)
+
+
+def attention_kept(layer: LayerSizes, training: LayerTraining) -> int:
+    """The part of attention, of the two norms and of the router."""
     T, q, kv = layer.tokens, layer.queries, layer.keys
-    linears = learning.weights or learning.attention_lora
-    kept = 2 * layer.stream + (layer.model if linears else 0) + 2 * T * (q + kv)
-    # The kernel for packed rows is given keys and values repeated for every query head.
-    kept += 2 * T * (2 * q if learning.packing else kv)
-    kept += 2 * T * q + (layer.stream if learning.gate else 0)
+    kept = 2 * layer.tokens_fp32  # the inputs of the two norms
+    if training.weights or training.attention_lora:
+        kept += layer.tokens_16bit  # the input of wq, wk and wv
+    kept += 2 * T * (q + kv)  # rotated queries and keys
+    # The kernel for packed rows takes keys and values repeated for every query head; else the values are kept.
+    kept += 2 * T * (2 * q if training.packing else kv)
+    kept += 2 * T * q  # attention's result
+    if training.gate:
+        kept += layer.tokens_fp32  # the router's input
     return kept
 
 
-def experts_kept(layer: Layer, learning: Learning) -> int:
-    """Rows sorted by expert, four tensors of SwiGLU, and fp32 outcomes: once in sparse, in base twice (a product and
-    `index_add` keep one each)."""
-    linears = learning.weights or learning.experts_lora
-    outcomes = 2 * layer.rows * (2 if layer.one_by_one else 1)
-    return (layer.rows if linears else 0) + (4 if linears else 3) * layer.wide + outcomes
+def experts_kept(layer: LayerSizes, training: LayerTraining) -> int:
+    """The part of the experts."""
+    linears = training.weights or training.experts_lora
+    # The rows that w1 and w3 multiply; SwiGLU's tensors, of which w2's input is kept only where w2 learns.
+    kept = (layer.pairs_16bit if linears else 0) + (4 if linears else 3) * layer.hidden_16bit
+    # The experts' results in fp32: in base both the product with the router's weight and `index_add` keep them.
+    return kept + layer.pairs_fp32 * (2 if layer.expert_by_expert else 1)
 
 
-def layer_kept(layer: Layer, learning: Learning) -> int:
-    return attention_kept(layer, learning) + experts_kept(layer, learning)
+# --------------------------------------------------------------------------- backward
 
 
-def layer_backward(layer: Layer, learning: Learning) -> Bytes:
-    """The largest moment of one layer's backward pass, whose forward results are all there at its beginning: this
-    layer's activations, gradients, and copies of weights."""
-    fixed = attention_kept(layer, learning) + layer.stream  # and the gradient of the stream
-    copies = learning.copy * layer.attention if learning.weights else 0
-    experts = _one_by_one(layer, learning) if layer.one_by_one else _all_at_once(layer, learning)
-    attention = Bytes(3 * layer.stream + 4 * layer.tokens * (layer.queries + 2 * layer.keys))
-    moments = [
-        Bytes(fixed + m.activations, m.gradients, copies + m.copies)
-        for m in (*experts, attention)
-    ]  # fmt: skip
-    return max(moments, key=lambda m: m.total)
+@dataclass(frozen=True)
+class BackwardPeak:
+    """The bytes of one layer at the largest moment of its backward pass."""
+
+    activations: int = 0
+    gradients: int = 0
+    copies: int = 0  # the 16-bit copies of trained weights that backward has still to read
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.copies
 
 
-def _all_at_once(layer: Layer, learning: Learning) -> list[Bytes]:
-    """Sparse: backward through the sum over experts, w2, SwiGLU, w3 and w1, each with what is there at that time."""
-    wide, rows, stack = layer.wide, layer.rows, layer.stack
-    x = rows if learning.weights or learning.experts_lora else 0
-    trained = learning.weights
-    done = 0 if learning.accumulating or not trained else learning.gradient * stack
-    making = (learning.gradient + learning.made) * stack if trained else 0
-    copy = learning.copy * stack if trained else 0
-    unpacked = 2 * stack if learning.packed else 0
-    lora = wide if learning.experts_lora else 0
+def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
+    """The largest moment of a layer's backward pass, which begins with all that `layer_kept` counts."""
+    kept = attention_kept(layer, training) + layer.tokens_fp32  # and the gradient of the residual stream
+    copies = training.copy * layer.attention if training.weights else 0
+    experts = _backward_of_a_loop(layer, training) if layer.expert_by_expert else _backward_of_stacks(layer, training)
+    attention = BackwardPeak(3 * layer.tokens_fp32 + 4 * layer.tokens * (layer.queries + 2 * layer.keys))
+    moments = (
+        BackwardPeak(kept + moment.activations, moment.gradients, copies + moment.copies)
+        for moment in (*experts, attention)
+    )
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _backward_of_stacks(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
+    """Sparse: the moments of the sum over experts, of w2, SwiGLU, w3 and w1, in this order."""
+    NF, ND, stack = layer.hidden_16bit, layer.pairs_16bit, layer.stack
+    x = ND if training.weights or training.experts_lora else 0
+    done = 0 if training.accumulating or not training.weights else training.gradient * stack
+    making = (training.gradient + training.making) * stack if training.weights else 0
+    copy = training.copy * stack if training.weights else 0
+    dequantized = 2 * stack if training.quantized else 0
+    lora = NF if training.experts_lora else 0
     return [
-        Bytes(x + 4 * wide + 6 * rows, 0, 3 * copy),
-        Bytes(x + 5 * wide + rows + unpacked, making, 3 * copy),
-        Bytes(x + 6 * wide, done, 2 * copy),
-        Bytes(x + 3 * wide + rows + lora + unpacked, done + making, 2 * copy),
-        Bytes(x + wide + 2 * rows + lora + unpacked, 2 * done + making, copy),
+        BackwardPeak(x + 4 * NF + 6 * ND, 0, 3 * copy),
+        BackwardPeak(x + 5 * NF + ND + dequantized, making, 3 * copy),
+        BackwardPeak(x + 6 * NF, done, 2 * copy),
+        BackwardPeak(x + 3 * NF + ND + lora + dequantized, done + making, 2 * copy),
+        BackwardPeak(x + NF + 2 * ND + lora + dequantized, 2 * done + making, copy),
     ]
 
 
-def _one_by_one(layer: Layer, learning: Learning) -> list[Bytes]:
-    """Base: at the first expert everything kept is there; at the last, all gradients in parts, and one put together."""
-    wide, E, stack = layer.wide, layer.experts, layer.stack
-    trained = learning.weights
-    copy = learning.copy * 3 * stack if trained else 0
-    kept = experts_kept(layer, learning)
-    unpacked = 2 * stack // E if learning.packed else 0
-    parts = 3 * learning.gradient * stack if trained and not learning.accumulating else 0
-    together = learning.gradient * stack if trained else 0
+def _backward_of_a_loop(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
+    """Base: the moments of the expert that comes first and of the one that comes last."""
+    NF, E, stack = layer.hidden_16bit, layer.experts, layer.stack
+    copy = training.copy * 3 * stack if training.weights else 0
+    kept = experts_kept(layer, training)
+    dequantized = 2 * stack // E if training.quantized else 0
+    # Each expert leaves its own gradients; at the end those of a stack are put together, one stack after another.
+    parts = 3 * training.gradient * stack if training.weights and not training.accumulating else 0
+    together = training.gradient * stack if training.weights else 0
     return [
-        Bytes(kept + 3 * wide // E + 2 * layer.model + unpacked, parts // E, copy),
-        Bytes((kept + 2 * wide) // E + 2 * layer.model, parts + together, copy // E),
+        BackwardPeak(kept + 3 * NF // E + 2 * layer.tokens_16bit + dequantized, parts // E, copy),
+        BackwardPeak((kept + 2 * NF) // E + 2 * layer.tokens_16bit, parts + together, copy // E),
     ]
 
 
-def prompt_passes(layer: Layer, packed: bool) -> int:
-    """The largest moment of a forward pass without gradients. A quantised stack is unpacked for its product."""
+# --------------------------------------------------------------------------- prompts
+
+
+def prompt_peak(layer: LayerSizes, dequantized: bool) -> int:
+    """The largest moment of a layer's forward pass without gradients.
+
+    dequantized: whether a product with the experts' weights makes a 16-bit copy of them first.
+    """
     T, q, kv = layer.tokens, layer.queries, layer.keys
-    attention = 2 * layer.stream + layer.model + 2 * T * (q + 2 * kv) + 12 * T * (q + kv)
-    # The stream before and behind attention, its norm in fp32 and 16 bits.
-    around = 3 * layer.stream + layer.model
-    if layer.one_by_one:
-        share, weight = layer.experts, 2 * layer.hidden * layer.dim if packed else 0
-        wide, rows = layer.wide // share, layer.rows // share
-        experts = around + 2 * layer.stream + max(3 * wide + rows, 2 * wide + rows + weight, wide + 6 * rows)
+    # The stream before and after attention, the norm's result in fp32 and in 16 bits.
+    norms = 3 * layer.tokens_fp32 + layer.tokens_16bit
+    # The rotary embedding makes four tensors of queries and keys together: two in 16 bits and two in fp32.
+    attention = 2 * layer.tokens_fp32 + layer.tokens_16bit + 2 * T * (q + 2 * kv) + 12 * T * (q + kv)
+    NF, ND = layer.hidden_16bit, layer.pairs_16bit
+    if layer.expert_by_expert:
+        NF, ND = NF // layer.experts, ND // layer.experts
+        weight = 2 * layer.hidden * layer.dim if dequantized else 0
+        # The sum over experts, and the new one that `index_add` makes of it.
+        experts = 2 * layer.tokens_fp32 + max(3 * NF + ND, 2 * NF + ND + weight, NF + 6 * ND)
     else:
-        wide, rows, weight = layer.wide, layer.rows, 2 * layer.stack if packed else 0
-        experts = around + rows + max(3 * wide, 2 * wide + weight, wide + 5 * rows)
-    return max(attention, experts)
+        weight = 2 * layer.stack if dequantized else 0
+        experts = ND + max(3 * NF, 2 * NF + weight, NF + 5 * ND)
+    return max(attention, norms + experts)

@@ -1,9 +1,9 @@
-"""How many bytes image encoders take, resting and at work: plain arithmetic on `VisionArgs`, without torch.
+"""How many parameters image encoders have, and how many bytes they take while they encode.
 
-The networks are those of `nn.vision_encoders`, counted number by number; keys that a configuration leaves out have
-transformers' defaults. Encoders compute in 16 bits, without gradients.
+The networks are those of `nn.vision_encoders`, counted tensor by tensor. A key that a configuration leaves out has the
+default of transformers. Encoders compute in 16 bits, without gradients.
 
-Letters: h width, i width inside an MLP, T tokens of a view.
+Legend: h width of a transformer or of a stage, i inner width of its MLP.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from typing import Any
 
 from accessory.vision_config import VIEWS_AT_ONCE, EncoderArgs, Kind, VisionArgs
 
-# EfficientNet-Lite0 comes in one size: parameters, with the statistics of its norms; and bytes that it holds at its
-# widest place for each pixel of a view.
-_LITE_NUMBERS, _LITE_BYTES = 3_413_024, 117
+# EfficientNet-Lite0 comes in one size: its parameters, the statistics of its norms among them.
+_LITE_PARAMETERS = 3_413_024
+# Bytes that it holds for each pixel of a view where its tensors are widest.
+_LITE_BYTES_A_PIXEL = 117
 
 
-def encoder_numbers(encoder: EncoderArgs) -> int:
-    """Numbers that an encoder holds. ConfigError for a key that its configuration must have."""
-    return _NUMBERS[encoder.kind](encoder)
+def parameter_count(encoder: EncoderArgs) -> int:
+    """Parameters of an encoder. ConfigError names a key that its configuration must have and has not."""
+    return _PARAMETERS[encoder.kind](encoder)
 
 
 def encoders_bytes(vision: VisionArgs) -> int:
-    """All of them in 16 bits; every rank holds them whole."""
-    return 2 * sum(encoder_numbers(encoder) for encoder in vision.all)
+    """The weights of all encoders, 16 bits. Every rank holds all of them."""
+    return 2 * sum(parameter_count(encoder) for encoder in vision.all)
 
 
 def features_bytes(vision: VisionArgs, views: int) -> int:
-    """What the encoders saw of so many views, 16 bits."""
+    """The features that the encoders make of so many views, 16 bits."""
     query = 0 if vision.query is None else vision.query.tokens * vision.query.channels
     return 2 * views * (vision.encoders[0].tokens * vision.channels + query)
 
 
 def encoding_bytes(vision: VisionArgs, images: int, views: int, ranks: int = 1) -> int:
-    """The largest moment of looking at `images` images as `views` views each, work shared by `ranks`: pixels of the
-    views that are looked at together, what the encoder with the widest tensors makes of them, and all features."""
+    """The largest moment while `ranks` ranks encode `images` images of `views` views each.
+
+    Counted are the pixels of the views that are encoded together, the widest tensors of the widest encoder, and the
+    features of all views.
+    """
     together = min(VIEWS_AT_ONCE, -(-images * views // ranks))
     sizes = {encoder.size for encoder in vision.all}
     pixels = 3 * together * sum(6 * size**2 for size in sizes)  # fp32, and 16 bits as each encoder wants them
-    if views > 1:  # an image at twice the size, to be cut into quarters
+    if views > 1:  # the images at twice the size, fp32, from which four of the views are cut
         pixels += 3 * 4 * (2 * max(sizes)) ** 2 * -(-together // views)
     return pixels + together * max(map(_widest, vision.all)) + features_bytes(vision, images * views)
 
@@ -49,11 +53,14 @@ def encoding_bytes(vision: VisionArgs, images: int, views: int, ranks: int = 1) 
 
 
 def _widest(encoder: EncoderArgs) -> int:
-    """Bytes of a view in the middle of an MLP, where an encoder's tensors are widest: its input, that normed, and the
-    inner width before and behind the activation. Attention's scores are never there as a whole."""
+    """Bytes of one view in the middle of an MLP, where an encoder's tensors are widest.
+
+    There are the MLP's input, the normed input, and the inner tensor before and after the activation. A fused kernel
+    never holds all scores of attention.
+    """
     if encoder.kind == "efficientnet_lite0":
-        return _LITE_BYTES * encoder.size**2
-    if encoder.kind == "convnext":
+        return _LITE_BYTES_A_PIXEL * encoder.size**2
+    if encoder.kind == "convnext":  # its MLPs are four times as wide inside: h + h + 4 h + 4 h
         widths = encoder.value("hidden_sizes")
         return max(2 * 10 * h * (encoder.size // (4 << n)) ** 2 for n, h in enumerate(widths))
     values = _values(encoder, "vision" if encoder.kind == "blip2" else None)
@@ -86,35 +93,36 @@ def _dinov2(encoder: EncoderArgs) -> int:
 def _convnext(encoder: EncoderArgs) -> int:
     values = _values(encoder)
     widths, before = encoder.value("hidden_sizes"), 3
-    numbers = _norm(widths[-1])
+    count = _norm(widths[-1])
     for n, (depth, h) in enumerate(zip(values["depths"], widths, strict=True)):
-        step = 4 if n == 0 else 2  # pixels or positions that become one, each way; normed behind, or in front
-        numbers += _linear(step**2 * before, h) + _norm(h if n == 0 else before)
-        numbers += depth * (_linear(49, h) + _norm(h) + _mlp(h, 4 * h) + h)
+        # A stage begins with a strided convolution. The first one is normed after it, the others before.
+        stride = 4 if n == 0 else 2
+        count += _linear(stride**2 * before, h) + _norm(h if n == 0 else before)
+        count += depth * (_linear(49, h) + _norm(h) + _mlp(h, 4 * h) + h)
         before = h
-    return int(numbers)
+    return int(count)
 
 
 def _blip2(encoder: EncoderArgs) -> int:
-    sees, asks = _values(encoder, "vision"), _values(encoder, "qformer")
-    h, i, patch = int(sees["hidden_size"]), _inner(sees), int(sees["patch_size"])
+    vision, qformer = _values(encoder, "vision"), _values(encoder, "qformer")
+    h, i, patch = int(vision["hidden_size"]), _inner(vision), int(vision["patch_size"])
     tokens = (encoder.size // patch) ** 2 + 1
     image = h + tokens * h + _linear(3 * patch**2, h) + _norm(h)
-    image += sees["num_hidden_layers"] * (_attention(h) + _mlp(h, i) + 2 * _norm(h))
-    q, seen, layers = encoder.channels, int(asks["encoder_hidden_size"]), int(asks["num_hidden_layers"])
-    looking = -(-layers // int(asks["cross_attention_frequency"]))  # layers that look at the image
+    image += vision["num_hidden_layers"] * (_attention(h) + _mlp(h, i) + 2 * _norm(h))
+    q, image_width, layers = encoder.channels, int(qformer["encoder_hidden_size"]), int(qformer["num_hidden_layers"])
+    crossing = -(-layers // int(qformer["cross_attention_frequency"]))  # layers with attention over the image
     query = encoder.tokens * q + _norm(q)
-    query += layers * (_attention(q) + _mlp(q, _inner(asks)) + 2 * _norm(q))
-    query += looking * (2 * _linear(q, q) + 2 * _linear(seen, q) + _norm(q))
+    query += layers * (_attention(q) + _mlp(q, _inner(qformer)) + 2 * _norm(q))
+    query += crossing * (2 * _linear(q, q) + 2 * _linear(image_width, q) + _norm(q))
     return image + query
 
 
-_NUMBERS: dict[Kind, Callable[[EncoderArgs], int]] = {
+_PARAMETERS: dict[Kind, Callable[[EncoderArgs], int]] = {
     "clip": _clip,
     "convnext": _convnext,
     "dinov2": _dinov2,
     "blip2": _blip2,
-    "efficientnet_lite0": lambda _: _LITE_NUMBERS,
+    "efficientnet_lite0": lambda _: _LITE_PARAMETERS,
 }
 
 _DEFAULTS: dict[tuple[Kind, str | None], dict[str, Any]] = {
@@ -143,7 +151,7 @@ def _inner(values: Mapping[str, Any]) -> int:
 
 
 def _swiglu(values: Mapping[str, Any]) -> int:
-    """DINOv2's width of a gated MLP: two thirds of the plain one's, in eights."""
+    """The inner width of DINOv2's gated MLP: two thirds of a plain one's, rounded up to a multiple of 8."""
     return (int(_inner(values) * 2 / 3) + 7) // 8 * 8
 
 

@@ -14,8 +14,10 @@ from helpers.seeing import write_seeing
 from accessory.checkpoint.names import expected_shapes
 from accessory.cli import main
 from accessory.commands import plan as command
+from accessory.commands.plan_view import formats_of
 from accessory.config import PRESETS
-from accessory.planner.setups import CARDS, Card
+from accessory.formats import Quant
+from accessory.planner.search import CARDS, Card
 
 HF_CONFIG = {
     "model_type": "mixtral",
@@ -129,6 +131,21 @@ def test_json_of_a_finetune(as_json):
     assert found["setup"]["lora_rank"] == 16
     assert found["fits"] is True
     assert found["gpu"]["moment"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "shown"),
+    [
+        (Quant(), "bf16"),
+        (Quant("int4", "int4"), "int4"),
+        (Quant("int8", "int8", "int8"), "int8"),
+        (Quant("int4", "int8", "int8"), "experts int4, attention int8, output int8"),
+        (Quant("int4"), "experts int4, attention bf16, output bf16"),
+        (Quant(attention="int8"), "experts bf16, attention int8, output bf16"),
+    ],
+)
+def test_formats_are_shown_as_options_say_them(quant, shown):
+    assert formats_of(quant) == shown
 
 
 # --------------------------------------------------------------------------- cards and ranks

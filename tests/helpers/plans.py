@@ -1,11 +1,12 @@
-"""Setups for tests of the planner, each in one line: a network that runs, or one that is finetuned."""
+"""Setups for tests of the planner, each made in one line: a network that runs, or one that is finetuned."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accessory.config import PRESETS, Implementation, ModelArgs
-from accessory.planner.memory import Formats, Inference, Setup, Training
+from accessory.formats import Quant
+from accessory.planner.setup import Inference, Setup, Training
 from helpers import sizes
 
 BIG, TINY = PRESETS["8x7b"], PRESETS["tiny"]
@@ -22,8 +23,8 @@ def running(
     views: int = 0,
     **task: Any,
 ) -> Setup:
-    formats = Formats.of(quant)
-    return Setup(args=args, task=Inference(**task), formats=formats, implementation=implementation, tp=tp, views=views)
+    parts = Quant.parse(quant) or Quant()
+    return Setup(args=args, task=Inference(**task), quant=parts, implementation=implementation, tp=tp, views=views)
 
 
 def finetuning(
@@ -36,7 +37,7 @@ def finetuning(
     views: int = 0,
     **task: Any,
 ) -> Setup:
-    formats = Formats.of(quant)
+    parts = Quant.parse(quant) or Quant()
     return Setup(
-        args=args, task=Training(**task), formats=formats, implementation=implementation, tp=tp, dp=dp, views=views
+        args=args, task=Training(**task), quant=parts, implementation=implementation, tp=tp, dp=dp, views=views
     )

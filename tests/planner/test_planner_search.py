@@ -1,4 +1,4 @@
-"""The smallest setups that do a task, as the planner finds them: which, that they fit, and cards it knows."""
+"""The search for the smallest setups: which ones it finds, that they fit, and which cards it knows."""
 
 import pytest
 from helpers.plans import BIG, finetuning, running
@@ -6,16 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
-from accessory.planner.memory import Formats, Inference, Setup
-from accessory.planner.peaks import estimate
-from accessory.planner.setups import FORMATS as SEARCHED
-from accessory.planner.setups import RESERVE, Card, card_of, smallest, smallest_of_each
-
-RUN = Inference()
+from accessory.formats import Quant
+from accessory.planner.peak import estimate
+from accessory.planner.search import RESERVE, TRIED_FORMATS, Card, card_of, smallest, smallest_of_each
+from accessory.planner.setup import Inference, Setup
 
 
 def told(found):
-    return [(f.setup.gpus, str(f.setup.formats)) for f in found]
+    return [(f.setup.gpus, f.setup.quant.experts or "bf16") for f in found]
 
 
 def test_the_smallest_setups_that_run_mixtral():
@@ -34,7 +32,7 @@ def test_the_smallest_setup_that_trains_mixtral_in_full():
 @given(
     gb=st.floats(8, 200),
     kind=st.sampled_from([None, "full", "lora"]),
-    quant=st.sampled_from(SEARCHED),
+    quant=st.sampled_from(TRIED_FORMATS),
 )
 def test_what_is_found_fits_and_is_in_order(gb, kind, quant):
     card = Card("any", int(gb * 1e9))
@@ -49,10 +47,9 @@ def test_what_is_found_fits_and_is_in_order(gb, kind, quant):
 
 
 def test_formats_chosen_part_by_part_are_among_what_is_tried():
-    mixed = Setup(args=BIG, task=RUN, formats=Formats.of("int4", "int8", "int8"))
+    mixed = Setup(args=BIG, task=Inference(), quant=Quant("int4", "int8", "int8"))
     first = smallest_of_each(mixed, [card_of("H100")])[0]
-    assert first.setup.formats == mixed.formats
-    assert str(mixed.formats) == "experts int4, attention int8, output int8"
+    assert first.setup.quant == mixed.quant
 
 
 def test_an_unknown_card_is_named_with_those_that_are_known():

@@ -1,0 +1,107 @@
+"""The largest moment of a setup on one GPU: of loading, of a prompt or of a training step.
+
+A few constants are measured and not derived. They stand below, and `benchmarks/plan_check.py` measures them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accessory.limits import QUANTIZED_AT_ONCE_GPU, TILED_ROWS, TILED_ROWS_AN_EXPERT
+from accessory.planner.activations import layer_sizes, prompt_peak
+from accessory.planner.cache import cache_bytes
+from accessory.planner.encoders import encoders_bytes, encoding_bytes, features_bytes
+from accessory.planner.setup import Inference, Setup, Training
+from accessory.planner.training import training_moments
+from accessory.planner.weights import tensor_groups, weight_bytes
+from accessory.vision_config import CACHE_BYTES
+
+# CUDA's context and torch's kernels in a process, outside torch's allocator.
+CONTEXT = 600_000_000
+# What cuBLAS and the other libraries keep inside torch's allocator.
+WORKSPACE = 70_000_000
+# NCCL's buffers and channels, where there are several ranks.
+COLLECTIVES = 1_000_000_000
+# Of the memory that every step takes and gives back, the part that lies in holes of torch's allocator.
+FRAGMENTATION = 0.05
+# Bytes a number while a weight is quantised: in 16 and 32 bits, and as 64-bit places in nf4's table.
+QUANTIZING = 18
+
+OUTSIDE, HOLES = "CUDA context, collectives", "holes in the allocator"
+# What stays from one moment to the next; everything else comes and goes.
+LASTING = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The bytes of the largest moment on one GPU, by what takes them. `moment` names it."""
+
+    moment: str
+    terms: dict[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return sum(n for name, n in self.terms.items() if name not in (OUTSIDE, HOLES))
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+
+def estimate(setup: Setup) -> Estimate:
+    """ConfigError names the field and both numbers where the network cannot be quantised so."""
+    task = setup.task
+    moments = _inference_moments(setup, task) if isinstance(task, Inference) else training_moments(setup, task)
+    if setup.views:
+        _add_images(setup, moments)
+    moment, terms = max(moments.items(), key=lambda item: sum(item[1].values()))
+    passing = sum(n for name, n in terms.items() if name not in LASTING)
+    terms = {name: n for name, n in terms.items() if n}
+    terms["libraries' workspace"] = WORKSPACE
+    terms[OUTSIDE] = CONTEXT + (COLLECTIVES if setup.gpus > 1 else 0)
+    terms[HOLES] = int(FRAGMENTATION * passing)
+    return Estimate(moment, terms)
+
+
+def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int]]:
+    prompt = task.prompt if task.prompt is not None else task.context - 1
+    layer = layer_sizes(setup, task.batch * prompt)
+    tiled = layer.experts * (TILED_ROWS if layer.expert_by_expert else TILED_ROWS_AN_EXPERT)
+    weights = weight_bytes(setup)
+    largest = max(g.rows * g.columns for g in tensor_groups(setup) if g.role == "product")
+    at_once = min(QUANTIZED_AT_ONCE_GPU, largest)
+    # In 16 bits and in fp32; sampling sorts a copy.
+    logits = 4 * task.batch * setup.args.vocab_size * 2
+    return {
+        "loading": {"weights": weights, "quantising": QUANTIZING * at_once if setup.quantized else 0},
+        "reading the prompt": {
+            "weights": weights,
+            "key/value cache": cache_bytes(setup),
+            "activations": prompt_peak(layer, setup.quant.experts is not None and layer.pairs > tiled),
+            "logits": logits,
+        },
+    }
+
+
+def _add_images(setup: Setup, moments: dict[str, dict[str, int]]) -> None:
+    """Add the image encoders and what they make to the moments, and the moment at which they encode.
+
+    Encoders are loaded after the network and stay, as do features of earlier images. They encode new images before the
+    network runs: of its own memory only what lasts is there then.
+    """
+    vision, images, views = setup.args.sees_with, setup.images, setup.views
+    lasting = {"image encoders": encoders_bytes(vision), "features that are kept": CACHE_BYTES}
+    network = {name: n for name, n in list(moments.values())[-1].items() if name in ("weights", "optimiser")}
+    if isinstance(setup.task, Training):
+        gradients = moments["the end of forward"]["gradients"]  # of earlier micro-steps
+        embeddings = 4 * images * setup.image_tokens * setup.args.dim  # fp32, kept for backward
+    else:
+        gradients = embeddings = 0
+    for name, terms in moments.items():
+        if name != "loading":
+            terms.update(lasting)
+        if name not in ("loading", "the optimiser's step"):
+            terms["images"] = features_bytes(vision, images * views) + embeddings
+    encoding = {"gradients": gradients, "images": encoding_bytes(vision, images, views, setup.tp)}
+    moments["looking at images"] = network | lasting | encoding

@@ -1,0 +1,135 @@
+"""GPUs and their memories, and the search for the setups of a task that take the fewest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from accessory.errors import ConfigError
+from accessory.formats import Format, Quant
+from accessory.planner.peak import Estimate, estimate
+from accessory.planner.setup import Setup, Training
+
+# The memory that torch finds on each card, in GiB: a little less than its name says.
+CARDS: dict[str, float] = {
+    "B200": 178.3,
+    "H200": 139.7,
+    "H100": 79.1,
+    "A100-80": 79.1,
+    "A100-40": 39.4,
+    "L40S": 44.4,
+    "A40": 44.4,
+    "A6000": 47.5,
+    "6000-Ada": 47.5,
+    "5090": 31.3,
+    "4090": 23.6,
+    "3090": 23.6,
+    "L4": 22.0,
+    "A10": 22.0,
+}
+# The part of a card's memory that a proposed setup must leave free, because estimates are not exact.
+RESERVE = 0.03
+# The cards that are searched where no card is named and none is there.
+USUAL = ("4090", "L40S", "H100", "H200")
+# The formats that are tried, from the most exact to the least; None: 16 bits.
+TRIED_FORMATS: tuple[Format | None, ...] = (None, "int8", "fp8", "nf4", "int4")
+# The numbers of cards that are tried, and those of model-parallel ranks, which share one machine.
+TRIED_CARDS = (1, 2, 4, 8, 16, 32, 64)
+TRIED_TP = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of card, and how many of them there are."""
+
+    name: str
+    nbytes: int
+    count: int | None = None  # None: as many as are needed
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A setup, the cards that it fits, and the estimate that says so."""
+
+    setup: Setup
+    card: Card
+    estimate: Estimate
+
+    @property
+    def margin(self) -> int:
+        return self.card.nbytes - self.estimate.total
+
+
+def card_of(name: str) -> Card:
+    """The card of this name. ConfigError for an unknown one lists those that are known."""
+    known = {key.lower(): key for key in CARDS}
+    key = known.get(name.lower())
+    if key is None:
+        raise ConfigError(f"card: got {name!r}, but known are {', '.join(CARDS)}; give --memory GB for another")
+    return Card(key, int(CARDS[key] * 2**30))
+
+
+def fitting(setup: Setup, card: Card) -> Fitting | None:
+    """None where the setup would leave too little of the card free, or its network cannot be quantised so."""
+    try:
+        found = Fitting(setup, card, estimate(setup))
+    except ConfigError:
+        return None
+    return found if found.margin >= RESERVE * card.nbytes else None
+
+
+def smallest(setup: Setup, card: Card, limit: int = 5) -> list[Fitting]:
+    """At most `limit` setups for the task of `setup` on cards of one kind.
+
+    They come in order of the number of cards, then from the most exact format to the least. Each number and format
+    comes once: without recomputing where that fits, with the fewest model-parallel ranks, and with frozen weights
+    sharded only where it must be.
+    """
+    found: list[Fitting] = []
+    for count in TRIED_CARDS:
+        if card.count is not None and count > card.count:
+            break
+        for quant in _quants(setup):
+            candidates = (fitting(s, card) for s in _candidates(setup, count, quant))
+            best = next((c for c in candidates if c is not None), None)
+            if best is not None:
+                found.append(best)
+            if len(found) == limit:
+                return found
+    return found
+
+
+def smallest_of_each(setup: Setup, cards: Sequence[Card]) -> list[Fitting]:
+    """The first of `smallest` for each kind of card."""
+    return [best for card in cards for best in smallest(setup, card, 1)]
+
+
+def _quants(setup: Setup) -> Iterator[Quant]:
+    """The setup's own formats first, where it has chosen them part by part; full finetuning quantises nothing."""
+    if isinstance(setup.task, Training) and setup.task.kind == "full":
+        yield Quant()
+        return
+    tried = [Quant.parse(format) or Quant() for format in TRIED_FORMATS]
+    if setup.quant not in tried:
+        yield setup.quant
+    yield from tried
+
+
+def _candidates(setup: Setup, count: int, quant: Quant) -> Iterator[Setup]:
+    """The ways to cut a setup over `count` cards, the preferred ones first."""
+    if not isinstance(setup.task, Training):
+        if count in TRIED_TP:
+            yield from _cut(setup, tp=count, dp=1, quant=quant)
+        return
+    for recompute in (True,) if setup.task.checkpointing else (False, True):
+        for tp in (n for n in TRIED_TP if count % n == 0):
+            for mode in ("sdp", "fsdp") if count > tp else ("sdp",):
+                task = replace(setup.task, checkpointing=recompute, data_parallel=mode)
+                yield from _cut(setup, tp=tp, dp=count // tp, quant=quant, task=task)
+
+
+def _cut(setup: Setup, **changes: object) -> Iterator[Setup]:
+    try:
+        yield replace(setup, **changes)  # type: ignore[arg-type]
+    except ConfigError:  # the network cannot be cut so
+        return

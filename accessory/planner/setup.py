@@ -1,0 +1,123 @@
+"""What a memory plan is asked for: a network, how it is cut over GPUs, and what it is to do.
+
+The other modules of this folder take a `Setup` and count bytes. A GB is 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from accessory.config import Implementation, ModelArgs
+from accessory.formats import Quant
+from accessory.parallel.sharding import attention_mode, check_ranks
+
+# "lora" over quantised weights is QLoRA. "mm_stage1" trains only the projections of image features.
+TrainingKind = Literal["full", "lora", "mm_stage1"]
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """The bytes that each trained parameter takes."""
+
+    weight: int = 4
+    gradient: int = 4
+    moments: int = 8  # AdamW's two, fp32 each
+    copy: int = 2  # the 16-bit copy that products read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """`batch` sequences at once, each of at most `context` tokens: prompt and answer together."""
+
+    batch: int = 1
+    context: int = 4096
+    prompt: int | None = None  # tokens of the prompt; None: all of `context` but one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One step of a finetune. The defaults are those of `FinetuneConfig`."""
+
+    kind: TrainingKind = "full"
+    batch_size: int = 4
+    max_words: int = 4096
+    accum_iter: int = 1
+    packing: bool = True
+    checkpointing: bool = False
+    data_parallel: Literal["sdp", "fsdp"] = "sdp"
+    parameter: ParameterBytes = field(default_factory=ParameterBytes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a rank computes at once."""
+        return self.batch_size * self.max_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A network, how it is cut over GPUs, and its task.
+
+    `args` says which linears have LoRA, and of which rank. Raises ConfigError, which names the field and both numbers,
+    where `tp` ranks cannot hold such a network.
+    """
+
+    args: ModelArgs
+    task: Inference | Training
+    implementation: Implementation = "sparse"
+    quant: Quant = field(default_factory=Quant)
+    tp: int = 1  # model-parallel ranks
+    dp: int = 1  # data-parallel ranks
+    views: int = 0  # how many views of an image the encoders see; 0: text alone, no encoders
+
+    def __post_init__(self) -> None:
+        check_ranks(self.args, self.implementation, self.tp)
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.dp
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any part of the network is quantised."""
+        return self.quant != Quant()
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one image takes in a sequence."""
+        return self.args.sees_with.image_tokens(self.views) if self.views else 0
+
+    @property
+    def images(self) -> int:
+        """Images that a rank encodes at once: one a sequence or row; in a packed row as many as have room."""
+        if not self.views:
+            return 0
+        if isinstance(self.task, Inference):
+            return self.task.batch
+        in_a_row = self.task.max_words // self.image_tokens if self.task.packing else 1
+        return self.task.batch_size * max(1, in_a_row)
+
+    # What one model-parallel rank holds.
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer: base deals out whole experts, sparse gives each rank a slice of all."""
+        experts = self.args.moe.num_experts
+        return experts // self.tp if self.implementation == "base" else experts
+
+    @property
+    def expert_width(self) -> int:
+        """How much of an expert's hidden dimension."""
+        hidden = self.args.hidden_dim
+        return hidden if self.implementation == "base" else hidden // self.tp
+
+    @property
+    def query_heads(self) -> int:
+        whole = attention_mode(self.args, self.tp) == "whole"
+        return self.args.n_heads if whole else self.args.n_heads // self.tp
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; where there are more ranks than heads, neighbouring ranks hold the same one."""
+        whole = attention_mode(self.args, self.tp) == "whole"
+        return self.args.n_kv_heads if whole else max(1, self.args.n_kv_heads // self.tp)

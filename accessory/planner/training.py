@@ -1,0 +1,132 @@
+"""The moments of a training step that may be its largest, and what takes the memory at each of them.
+
+Legend: L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from accessory.limits import CROSS_ENTROPY_ROWS
+from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
+from accessory.planner.setup import Setup, Training
+from accessory.planner.weights import TensorGroup, group_bytes, is_trained, tensor_groups
+
+# Cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
+CROSS_ENTROPY_TENSORS = 3
+
+
+def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
+    """Bytes on one rank: for each moment, by what takes them."""
+    L, parameter = setup.args.n_layers, task.parameter
+    groups = list(tensor_groups(setup))
+    trained = [g for g in groups if is_trained(g, setup)]
+
+    def summed(some: Iterable[TensorGroup], bytes_each: int) -> int:
+        return sum(_share(g, g.numel * bytes_each, setup, task) for g in some)
+
+    lasting = {
+        "weights": sum(_share(g, group_bytes(g, setup), setup, task) for g in groups),
+        "optimiser": summed(trained, parameter.moments),
+    }
+    gradients = summed(trained, parameter.gradient)
+    layer_gradients = (gradients - summed((g for g in trained if not g.in_layer), parameter.gradient)) // L
+    # Backward begins with the head; the embedding's gradient is the last one made.
+    head_gradients = summed((g for g in trained if _is_head(g)), parameter.gradient)
+    # Between micro-steps all gradients are there.
+    earlier_gradients = gradients if task.accum_iter > 1 else 0
+    layer_copies, head_copies = _copies(setup, task, trained)
+    whole_weights = _gathered(setup, task, groups)
+
+    layer, learning = layer_sizes(setup, task.tokens), layer_training(setup, task)
+    kept = layer.tokens_fp32 if task.checkpointing else layer_kept(layer, learning)
+    backward = layer_backward(layer, learning)
+    # The last norm's input and result; the head's 16-bit input, where the head learns.
+    head = 2 * layer.tokens_fp32 + (layer.tokens_16bit if task.kind == "full" else 0)
+
+    def moment(activations: int, finished: int, copies: int, layer: BackwardPeak, logits: int = 0) -> dict[str, int]:
+        """`finished`: gradients that backward has left behind. `layer`: what the layer takes that it is in."""
+        return {
+            **lasting,
+            "gradients": max(finished, earlier_gradients) + layer.gradients,
+            "16-bit copies of weights": copies + layer.copies,
+            "whole weights, summed gradients": whole_weights,
+            "activations": activations + layer.activations,
+            "logits": logits,
+        }
+
+    stream = layer.tokens_fp32  # the gradient that comes from the layer above
+    return {
+        "the end of forward": moment(
+            L * kept + head, 0, layer_copies + head_copies, BackwardPeak(), _logits(setup, task)
+        ),
+        "backward of the last layer": moment(
+            (L - 1) * kept + stream, head_gradients, layer_copies * (L - 1) // L, backward
+        ),
+        "backward of the first layer": moment(stream, head_gradients + (L - 1) * layer_gradients, 0, backward),
+        "the optimiser's step": {
+            **lasting,
+            "gradients": gradients,
+            "a gradient's squares": _squares(setup, task, trained),
+        },
+    }
+
+
+def _share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) -> int:
+    """What one data-parallel rank holds of `nbytes` that belong to a group.
+
+    Norms and routers lie whole on every rank, and so do frozen weights under sdp.
+    """
+    cut = is_trained(group, setup) or task.data_parallel == "fsdp"
+    whole = group.role == "fp32" or setup.dp == 1 or not cut
+    return nbytes if whole else math.ceil(nbytes / setup.dp)
+
+
+def _is_head(group: TensorGroup) -> bool:
+    return group.name.startswith("output")
+
+
+def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[int, int]:
+    """Bytes of the 16-bit copies that autograd keeps of the trained weights of all layers, and of the head.
+
+    A layer that is computed again in backward makes its copies there. FSDP2's 16-bit weights need no copies.
+    """
+    if setup.dp > 1:
+        return 0, 0
+    copied = [g for g in trained if g.role in ("product", "adapter")]
+    head = task.parameter.copy * sum(g.numel for g in copied if _is_head(g))
+    layers = task.parameter.copy * sum(g.numel for g in copied) - head
+    return 0 if task.checkpointing else layers, head
+
+
+def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
+    """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums in fp32."""
+    if setup.dp == 1:
+        return 0
+    L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32"]
+
+    def whole(g: TensorGroup) -> int:
+        if is_trained(g, setup):
+            return g.numel * (4 if setup.quantized else 2)
+        return g.nbytes(2) if task.data_parallel == "fsdp" else 0
+
+    layer = sum(whole(g) for g in cut if g.in_layer) // L
+    outside = sum(whole(g) for g in cut if not g.in_layer)
+    reduced = 4 * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L
+    # fsdp holds this layer, the next one and the buffer that it arrives in; sdp all layers, from forward to backward.
+    return outside + layer * (3 if task.data_parallel == "fsdp" else L) + reduced
+
+
+def _logits(setup: Setup, task: Training) -> int:
+    """The logits of all tokens and their gradient in 16 bits, and some rows in fp32."""
+    V = setup.args.vocab_size
+    return 2 * 2 * task.tokens * V + CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, task.tokens) * V
+
+
+def _squares(setup: Setup, task: Training, trained: list[TensorGroup]) -> int:
+    """The squares, fp32, of the largest gradient: the norm is taken tensor by tensor."""
+    if not task.parameter.moments:
+        return 0
+    L = setup.args.n_layers
+    return 4 * max(_share(g, g.numel // (L if g.in_layer else 1), setup, task) for g in trained)

@@ -1,0 +1,52 @@
+"""What a setup says of itself, and that a plan is made without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.plans import finetuning, running
+
+import accessory.planner
+
+MODULES = sorted(path.stem for path in Path(accessory.planner.__file__).parent.glob("*.py"))
+
+
+def test_images_that_rows_have_room_for():
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=1).images == 2 * 14
+    assert finetuning(batch_size=2, max_words=4096, packing=True, views=5).images == 2 * 2
+    assert finetuning(batch_size=2, max_words=4096, packing=False, views=1).images == 2
+    assert running(batch=3, views=5).images == 3
+    assert running(batch=3).images == running().image_tokens == 0
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_no_module_imports_torch():
+    """Nor does anything that they import."""
+    for name in MODULES:
+        done = run(f"import sys, accessory.planner.{name}; assert 'torch' not in sys.modules")
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        [],
+        ["--quant", "int4"],
+        ["--quant", "fp8", "--implementation", "base", "--batch", "6"],
+        ["--image-views", "5"],
+        *(["--finetune", kind] for kind in ("full", "lora", "qlora", "mm_stage1")),
+    ],
+    ids=" ".join,
+)
+def test_a_plan_needs_no_torch(task):
+    code = (
+        "import sys; sys.modules['torch'] = None; from accessory.cli import main; "
+        f"sys.exit(main(['plan', '8x7b', '--memory', '2000', *{task}]))"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "fits" in done.stdout
