@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from accessory.limits import DECODE_PAIRS_GPU, GRAPH_LARGEST_BATCH, GRAPH_SMALLEST_EXTENT
+from accessory.limits import GRAPH_LARGEST_BATCH, GRAPH_SMALLEST_EXTENT
+from accessory.ops.dispatch import DENSE, Op, Product, host_free
 from accessory.planner.setup import Inference, Setup
-
-
-def cache_slots(setup: Setup, tokens: int) -> int:
-    """Slots of a cache for so many tokens a sequence: a power of two where decoding runs as CUDA graphs."""
-    assert isinstance(setup.task, Inference)
-    pairs = setup.task.batch * setup.args.moe.num_experts_per_tok
-    plain = setup.args.lora_rank < 1 and not setup.args.bias_tuning
-    host_free = setup.implementation == "sparse" or (plain and pairs <= DECODE_PAIRS_GPU)
-    if setup.tp > 1 or setup.task.batch > GRAPH_LARGEST_BATCH or not host_free:
-        return tokens
-    return max(GRAPH_SMALLEST_EXTENT, 1 << (tokens - 1).bit_length())
+from accessory.planner.weights import TensorGroup, tensor_groups
 
 
 def cache_bytes(setup: Setup) -> int:
@@ -23,3 +14,32 @@ def cache_bytes(setup: Setup) -> int:
     args = setup.args
     slots = cache_slots(setup, setup.task.context)
     return 2 * 2 * args.n_layers * setup.task.batch * slots * setup.kv_heads * args.head_dim
+
+
+def cache_slots(setup: Setup, tokens: int) -> int:
+    """Slots for so many tokens a sequence: a power of two where decoding runs as CUDA graphs."""
+    if not decodes_as_graphs(setup):
+        return tokens
+    return max(GRAPH_SMALLEST_EXTENT, 1 << (tokens - 1).bit_length())
+
+
+def decodes_as_graphs(setup: Setup) -> bool:
+    """Whether the engine replays decoding steps as CUDA graphs.
+
+    `engine.graphs` and `nn.experts` ask `ops.dispatch` the same questions about tensors.
+    """
+    assert isinstance(setup.task, Inference)
+    if setup.tp > 1 or setup.task.batch > GRAPH_LARGEST_BATCH:
+        return False
+    pairs, E = setup.task.batch * setup.args.moe.num_experts_per_tok, setup.args.moe.num_experts
+
+    def product(op: Op, stack: TensorGroup) -> Product:
+        return Product(op, stack.format or DENSE, pairs, E, stack.columns, stack.rows)
+
+    experts = [group for group in tensor_groups(setup) if ".experts." in group.name]
+    # Weights that adapters stand beside are not read pair by pair, and base's other way is a loop.
+    adapted = any(group.role == "adapter" for group in experts)
+    decode = None if adapted else product("decode", experts[0])
+    stacks = [group for group in experts if not group.name.endswith(".bias")]
+    grouped = [] if setup.implementation == "base" else [product("grouped", stack) for stack in stacks]
+    return host_free(decode, grouped)

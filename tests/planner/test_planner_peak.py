@@ -104,9 +104,10 @@ def test_more_to_run_never_takes_less(batch, context, more, quant, implementatio
 
     assert total(context=context + more) >= total()
     assert total(args=CUTTABLE.replace(n_layers=4)) > total()
-    largest = 64 if implementation == "sparse" else 4  # 8 pairs, which base decodes in place
+    # CUDA graphs round the cache up, up to so many sequences: base decodes 8 pairs in place, of quantised weights 12.
+    largest = 64 if implementation == "sparse" else 4 if quant is None else 6
     if tp > 1 or batch + more > largest >= batch:
-        return  # beyond so many sequences, and on several ranks, caches are no longer rounded up
+        return
     assert total(batch=batch + more) >= total()
 
 
