@@ -11,9 +11,9 @@ from typing import Any
 
 from accessory import __version__
 from accessory.config import SHORT_DTYPES
+from accessory.data.template_names import TEMPLATES
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
-TEMPLATES = ("default", "alpaca", "mistral", "chatml", "none", "tokenizer")
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 QUANT = ("nf4", "nf4-dq", "int4", "int8", "fp8", "none")
 LAYOUTS = ("base", "sparse", "hf", "torrent")

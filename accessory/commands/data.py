@@ -18,9 +18,10 @@ from rich.console import Console
 from accessory.commands import data_view as view
 from accessory.commands.finetune import find_recipe
 from accessory.config import LlamaType, ModelArgs
-from accessory.data.conversation import Template, get_template
 from accessory.data.dataset import FinetuneData
 from accessory.data.records import place, read_yaml
+from accessory.data.template_base import Template
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.train.config import FinetuneConfig

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from accessory.config import SHORT_DTYPES
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
 from accessory.data.encoding import refuse_tags, without_tag
 from accessory.data.images import open_image
+from accessory.data.templates import get_template
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper

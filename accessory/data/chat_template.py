@@ -1,4 +1,7 @@
-"""The tokenizer's own chat template: Jinja source that came with the weights, rendered in a sandbox."""
+"""The tokenizer's own chat template: Jinja source that came with the weights, rendered in a sandbox.
+
+The built-in templates (default, alpaca, mistral, chatml, none) are in `templates.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from accessory.data.conversation import OWN, Message, Template, read_messages
+from accessory.data.messages import Message, check_ends_with_user, read_messages
+from accessory.data.template_base import Template
+from accessory.data.template_names import OWN
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError, MissingExtraError
 
@@ -16,10 +21,10 @@ _PROBE = "Probe"
 
 
 class TokenizerTemplate(Template):
-    """Renders as Hugging Face's `apply_chat_template` does, and encodes to the same ids.
+    """Gives the text and ids that Hugging Face's `apply_chat_template` gives, with one difference.
 
-    With one difference: a control string inside a message's content stays characters, so nobody can end a turn or
-    begin another one by writing its marker.
+    A control string inside a message's content stays characters. So nobody can end a turn, or begin another one, by
+    writing its marker.
     """
 
     name = OWN
@@ -35,8 +40,7 @@ class TokenizerTemplate(Template):
 
     def prompt_ids(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
         checked, guard = self._guarded(read_messages(messages))
-        if checked[-1]["role"] == "assistant":
-            raise InputError("messages: the last one is the assistant's; a prompt must end with the user's")
+        check_ends_with_user(checked)
         return self._ids(self._render(checked, prompt=True), guard, tokenizer, prefix=True)
 
     def encode(self, messages: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -62,7 +66,7 @@ class TokenizerTemplate(Template):
         return ids, mask
 
     def _answer_span(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
-        """Where in the rendered dialogue the answer of `messages[index]` begins, and where its end marker ends."""
+        """Where the answer in `messages[index]` begins in the rendered dialogue, and where its end marker ends."""
         before = self._render(messages[:index], prompt=True) if index else ""
         until = self._render(messages[: index + 1], prompt=False)
         if not (whole.startswith(until) and until.startswith(before)):
@@ -85,7 +89,10 @@ class TokenizerTemplate(Template):
         return before if found and whole.startswith(prompt) and before.isspace() else ""
 
     def _guarded(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
-        """Break control strings within contents by a character that occurs nowhere else; `_ids` takes it out again."""
+        """The messages with a guard character inside every control string of their contents, and that character.
+
+        The guard occurs nowhere else, and `_ids` takes it out again. It is "" where no content holds a control string.
+        """
         contents = "".join(message["content"] for message in messages)
         if not any(text in contents for text in self._control):
             return messages, ""
@@ -120,7 +127,7 @@ class TokenizerTemplate(Template):
             )
         except InputError:
             raise
-        except Exception as error:  # somebody else's program: whatever it raises is its message
+        except Exception as error:  # the template is somebody else's program and may raise anything
             message = f"template: the tokenizer's chat template cannot write these messages ({error})"
             raise InputError(message) from error
 
@@ -134,7 +141,7 @@ def _compile(source: str) -> Any:
         raise MissingExtraError("the tokenizer's own chat template needs Jinja: pip install jinja2") from error
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks answers for training; here it only has to be read over."""
+        """{% generation %} … {% endgeneration %} marks answers for training. Here its content is rendered as it is."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from accessory.data import token_cache
-from accessory.data.conversation import get_template
 from accessory.data.encoding import Encoded, Encoding, encode_source, image_path
 from accessory.data.image_check import broken_headers
 from accessory.data.images import MAX_PIXELS
 from accessory.data.records import Records, Source, open_records, place, read_meta
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 from accessory.vision_config import IMAGE_ID, with_image

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from accessory.data.conversation import Template, get_template
 from accessory.data.records import Records, Source
 from accessory.data.system_prompt import format_prompt
+from accessory.data.template_base import Template
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 from accessory.progress import progress_bar

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from accessory.convert.merge import Report, merge
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
+from accessory.data.templates import get_template
 from accessory.demos.corpus import as_json_lines, corpus_folder, pairs, split
 from accessory.demos.first_run import MAX_SEQ_LEN, make_base, program
 from accessory.model.meta import MetaModel

@@ -11,8 +11,9 @@ from rich.console import Console
 from accessory.convert.convert import convert
 from accessory.convert.upcycle import smollm2_gguf, upcycle
 from accessory.convert.verify import verify
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
 from accessory.data.stream import StreamDecoder
+from accessory.data.templates import get_template
 from accessory.engine.generate import Generation
 from accessory.model.meta import MetaModel
 

@@ -10,7 +10,9 @@ from typing import Any
 if not __package__:  # started as a file: look for the package in this checkout, not for modules in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from accessory.data.conversation import OWN, TEMPLATES, Conversation, get_template
+from accessory.data.conversation import Conversation
+from accessory.data.template_names import OWN, TEMPLATES
+from accessory.data.templates import get_template
 from accessory.demos import serving
 from accessory.demos.page import Ask, Demo, Message, import_gradio
 

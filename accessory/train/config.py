@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
-from accessory.data.conversation import TEMPLATES
 from accessory.data.system_prompt import SYSTEM_PROMPTS
+from accessory.data.template_names import TEMPLATES
 from accessory.errors import ConfigError
 from accessory.train.loggers import LOGGERS
 from accessory.train.values import check, convert, read_mapping, read_value

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
 from accessory.data.images import open_image
+from accessory.data.templates import get_template
 from accessory.vision_config import CLIP_MEAN
 
 from .corpus import GROUPS, KINDS, Emoji, group_of, is_name

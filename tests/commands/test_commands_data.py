@@ -17,9 +17,9 @@ from accessory.commands import data as command
 from accessory.commands import data_view
 from accessory.commands.data import check_bos
 from accessory.config import ModelArgs
-from accessory.data.conversation import get_template
 from accessory.data.dataset import FinetuneData
 from accessory.data.records import read_yaml
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.train.config import PACKAGE
 

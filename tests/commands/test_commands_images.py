@@ -17,7 +17,8 @@ from helpers import pictures
 from helpers.seeing import write_seeing
 
 from accessory.cli import main
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
+from accessory.data.templates import get_template
 from accessory.model.meta import MetaModel
 
 PROMPT = "What is it?"

@@ -10,7 +10,8 @@ import torch
 from helpers.command_line import convert_to_base, program, standard_input, write_hf
 
 from accessory.cli import main
-from accessory.data.conversation import Conversation, get_template
+from accessory.data.conversation import Conversation
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.model.meta import MetaModel
 

@@ -8,7 +8,7 @@ from helpers.dialogues import HI, MORE, dialogue, learnt, mistral_common_ids
 from helpers.small_tokenizers import CHATML, MIXTRAL_CHAT, byte_level_folder, mixtral_json_folder, write_json
 
 from accessory.data.chat_template import TokenizerTemplate
-from accessory.data.conversation import get_template
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.errors import InputError, MissingExtraError
 

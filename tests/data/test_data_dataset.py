@@ -12,9 +12,9 @@ from helpers.dialogues import dialogue, learnt
 from helpers.pictures import write_picture
 
 from accessory.data import encoding, token_cache
-from accessory.data.conversation import get_template
 from accessory.data.dataset import FinetuneData
 from accessory.data.system_prompt import format_prompt
+from accessory.data.templates import get_template
 from accessory.errors import InputError, MissingExtraError
 
 TALK = {
@@ -283,7 +283,7 @@ def test_what_was_encoded_is_kept(tmp_path, opened, mixtral, mixtral_json, monke
     assert count(tokenizer=mixtral_json)[0] == 3
     assert count(entry={**options["entry"], "prompt_type": "qg"})[0] == 3
     assert count([*items, TALK])[0] == 4
-    monkeypatch.setattr("accessory.data.conversation.DefaultTemplate.system", "Another.")
+    monkeypatch.setattr("accessory.data.templates.DefaultTemplate.system", "Another.")
     assert count()[0] == 3, "a template that writes otherwise"
     monkeypatch.undo()
     (tmp_path / "a.jpg").unlink()
