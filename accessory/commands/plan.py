@@ -5,53 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accessory.commands.plan_result import Model, Plan
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
-from accessory.planner.encoders import parameter_count
 from accessory.planner.host import disk_bytes, host_bytes
-from accessory.planner.peak import Estimate, estimate
-from accessory.planner.search import USUAL, Card, Fitting, card_of, smallest, smallest_of_each
+from accessory.planner.peak import estimate
+from accessory.planner.search import USUAL, Card, card_of, smallest, smallest_of_each
 from accessory.planner.setup import Inference, Setup, Training
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is planned for: a preset, or what a path's headers or configuration say."""
-
-    name: str
-    args: ModelArgs
-    implementation: Implementation | None = None
-    quant: Quant | None = None  # of a quantised folder
-    nbytes: int | None = None  # of its files
-    views: int = 0  # of an image, where it takes any
-
-
-@dataclass(frozen=True)
-class Plan:
-    model: Model
-    setup: Setup
-    estimate: Estimate
-    card: Card | None
-    setups: list[Fitting]
-    host: int
-    disk: dict[str, int]
-
-    @property
-    def margin(self) -> int | None:
-        return None if self.card is None else self.card.nbytes - self.estimate.total
-
-    @property
-    def fits(self) -> bool | None:
-        if self.card is None or self.margin is None:
-            return None
-        return self.margin >= 0 and (self.card.count is None or self.setup.gpus <= self.card.count)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -77,8 +43,11 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def look_at(path: str) -> Model:
-    """A preset by its name; a JSON file; a folder, by its headers, or by its configuration while it has no weights;
-    an hf:// address, of which only the configuration is fetched."""
+    """The model that `path` stands for: a preset's name, a JSON file, a folder or an hf:// address.
+
+    A folder is read by its tensors' headers, or by its configuration while it has no weights. Of an address only the
+    configuration is fetched.
+    """
     if path.lower() in PRESETS:
         return Model(path.lower(), PRESETS[path.lower()])
     if path.startswith(("hf://", "hf:/")):
@@ -150,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> Card | None:
-    """The card that is named, or those that are there; None: neither. `--gpus` says how many there are."""
+    """The card that the options name, or the cards of this machine; None without either. `--gpus` says how many."""
     if options.card is not None:
         card = card_of(options.card)
     elif options.memory is not None:
@@ -173,7 +142,7 @@ def _present(gpus: int | None) -> Card | None:
 
 
 def _has_driver() -> bool:
-    """Whether asking torch for cards, which takes seconds, can lead to any."""
+    """Whether there can be a GPU here. It is asked first, since importing torch to ask it takes seconds."""
     import ctypes
 
     try:
@@ -258,7 +227,7 @@ def as_json(made: Plan) -> dict[str, Any]:
             "name": made.model.name,
             "parameters": total,
             "active_parameters": active,
-            "image_encoders": encoder_parameters(made.setup),
+            "image_encoders": made.encoder_parameters,
         },
         "setup": describe(made.setup),
         "gpu": {"moment": made.estimate.moment, "terms": made.estimate.terms, "total": made.estimate.total},
@@ -275,12 +244,8 @@ def as_json(made: Plan) -> dict[str, Any]:
     }
 
 
-def encoder_parameters(setup: Setup) -> int:
-    return sum(map(parameter_count, setup.args.sees_with.all)) if setup.views else 0
-
-
 def describe(setup: Setup) -> dict[str, Any]:
-    """What distinguishes a set-up, in plain values."""
+    """A set-up as plain values."""
     out: dict[str, Any] = {
         "gpus": setup.gpus,
         "model_parallel_size": setup.tp,

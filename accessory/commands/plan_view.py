@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.table import Table
 
-from accessory.commands.plan import encoder_parameters
+from accessory.commands.plan_result import Plan
 from accessory.formats import PARTS, Format, Quant
 from accessory.planner.search import RESERVE, Fitting
 from accessory.planner.setup import Inference, Setup, Training
 
-SHOWN = 5_000_000  # bytes; less is a row of noughts
-A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; for more there are torchrun and srun
-
-if TYPE_CHECKING:
-    from accessory.commands.plan import Plan
+SHOWN = 5_000_000  # bytes; a smaller term would show as zeros
+A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; torchrun and srun start more
 
 
 def show(made: Plan) -> None:
@@ -24,7 +19,7 @@ def show(made: Plan) -> None:
     total, active = made.model.args.parameter_counts()
     line = f"[bold]{made.model.name}[/]: {total / 1e9:.4g} B parameters, of which a token uses {active / 1e9:.4g} B"
     if made.setup.views:
-        line += f"; image encoders of {encoder_parameters(made.setup) / 1e9:.3g} B"
+        line += f"; image encoders of {made.encoder_parameters / 1e9:.3g} B"
     console.print(line)
     console.print(f"task      {task_line(made.setup)}")
     console.print(f"set-up    {setup_line(made.setup)}")
