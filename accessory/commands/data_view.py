@@ -1,32 +1,31 @@
-"""What `accessory data check` shows: counts, a histogram, steps, and items with what is learnt of them in colour."""
+"""What `accessory data check` shows: counts, a histogram, steps, and items, in which colour marks what is learnt."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from accessory.commands.data_choices import Choices
+from accessory.commands.training_speed import Speed
 from accessory.data.dataset import FinetuneData
 from accessory.data.images import read_header
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import AccessoryError
 from accessory.train.feed import Schedule
+from accessory.train.metrics import METRICS_FILE
 from accessory.vision_config import IMAGE_ID
-
-if TYPE_CHECKING:
-    from accessory.commands.data import Choices
 
 SHOWN_PROBLEMS = 20
 _PREVIEWED = 2  # items of each group
-_TOKENS = 400  # of an item
-_BAR = 40
+_TOKENS = 400  # of an item that are shown
+_BAR = 40  # characters of the histogram's longest bar
 LEARNT, REST, SPECIAL = "green", "dim", "bold magenta"
-MARKS = ("⟦", "⟧")  # around what is learnt, where there are no colours
+MARKS = ("⟦", "⟧")  # stand around what is learnt, where there are no colours
 
 
 def heading(choices: Choices, tokenizer: Tokenizer) -> str:
@@ -39,11 +38,11 @@ def heading(choices: Choices, tokenizer: Tokenizer) -> str:
 
 
 def counts(data: FinetuneData) -> RenderableType:
-    """A line a file and, where there are several, a group: items, tokens, how much is cut, left out and learnt."""
+    """Items, tokens and what is cut, left out and learnt: a line a file, and one a group where there are several."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "type", "items", "tokens", "mean", "cut", "left out", "learnt"):
         table.add_column(name, justify="left" if name in ("file", "type") else "right", overflow="fold")
-    learnt = learnt_tokens(data)
+    learnt = data.learnt_tokens()
     for number, file in enumerate(data.files):
         share = "" if file.taken == file.items else f" of {file.items:,}"
         own = data.file_of == number
@@ -73,38 +72,24 @@ def _cells(
     ]
 
 
-def learnt_tokens(data: FinetuneData) -> np.ndarray:
-    """Of each item, how many of its tokens are learnt (N,)."""
-    out = np.zeros(len(data), np.int64)
-    for number, file in enumerate(data.files):
-        own = data.file_of == number
-        begin = file.encoded.start[:-1][data.index[own]]
-        spans = np.stack([begin, begin + data.lengths[own] - data.places[own]], axis=1).ravel()
-        if len(spans):
-            # A sum from each bound to the next; every other one lies between items. The last bound may be the end.
-            sums = np.add.reduceat(file.encoded.learn, spans[: -1 if spans[-1] == len(file.encoded.learn) else None])
-            out[own] = sums[::2]
-    return out
-
-
-def images(data: FinetuneData, words: int | None) -> str:
-    """How many items have an image, and what they take of a row."""
+def images(data: FinetuneData, image_tokens: int | None) -> str:
+    """How many items have an image, and what share of all tokens their images take."""
     items = sum(len(f.encoded.images) for f in data.files)
     paths = {(f.source.root, image) for f in data.files for image in f.encoded.images.values()}
     every = sum(len(f.encoded.lines) for f in data.files)
     share = f"images    {items:,} of {every:,} items have one, of {len(paths):,} files"
     left = f"; {data.broken:,} items are left out for theirs" if data.broken else ""
-    if words:
+    if image_tokens:
         tokens = int(data.lengths.sum())
         taken = int(data.places.sum())
-        return f"{share}; {words:,} positions each, {_percent(taken, tokens)} of all tokens{left}"
-    if words is None:
+        return f"{share}; {image_tokens:,} positions each, {_percent(taken, tokens)} of all tokens{left}"
+    if image_tokens is None:
         return f"{share}; the positions they take are not counted: --model is no folder of a model that sees{left}"
     return f"{share}; the run looks at none{left}"
 
 
 def histogram(data: FinetuneData) -> RenderableType:
-    """Items by their tokens before any cut, in bins that double."""
+    """How many items have how many tokens, before any cut, in bins that double."""
     lines = [Text("tokens of an item", style="bold")]
     bins = np.floor(np.log2(np.maximum(data.whole, 1))).astype(int)
     numbers = np.bincount(bins)
@@ -136,8 +121,31 @@ def steps(choices: Choices, schedule: Schedule) -> str:
     )
 
 
+def time(data: FinetuneData, schedule: Schedule, speed: Speed | None) -> str:
+    """How long the run will take, and how that is known; or what to do to know it."""
+    if speed is None:
+        return (
+            "time      unknown here; give --tokens-per-second (of all GPUs together), or make a few steps of the run: "
+            f"its {METRICS_FILE} tells"
+        )
+    tokens = sum(int(data.lengths[i]) for step in range(schedule.steps) for row in schedule.rows(step) for i in row)
+    rate = speed.tokens_per_second
+    return f"time      about {duration(tokens / rate)} for {tokens:,} tokens at {rate:,.0f} a second ({speed.source})"
+
+
+def bos(data: FinetuneData, tokenizer: Tokenizer, misplaced: Sequence[str] | None) -> str:
+    """Where BOS stands, in a line. misplaced: what `check_bos` found."""
+    if misplaced is None:
+        return "BOS       the tokenizer puts none before a text"
+    if misplaced:
+        return f"BOS       wrong in {len(misplaced):,} items"
+    items = sum(len(f.encoded.lines) for f in data.files)
+    name = f"{tokenizer.bos_token} (id {tokenizer.bos_id})"
+    return f"BOS       {name} begins each of the {items:,} items, and is nowhere else"
+
+
 def problems(found: Iterable[str]) -> RenderableType:
-    """Every problem up to a number, then how many there are, a file."""
+    """The first problems, then how many there are in each file."""
     found = list(found)
     if not found:
         return Text("\nnothing is wrong", style="green")
@@ -156,7 +164,7 @@ def _file_of(problem: str) -> str:
 
 
 def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: bool) -> RenderableType:
-    """The first items of a group as the model reads them. `marked`: what is learnt stands in brackets."""
+    """The first items of a group as the model reads them. `marked`: brackets, not colours, show what is learnt."""
     lines = []
     for item in np.flatnonzero(data.groups == group)[:_PREVIEWED].tolist():
         example = data.example(item)
@@ -176,7 +184,7 @@ def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: boo
 def _size(image: str) -> str:
     try:
         return " ({:,} × {:,})".format(*read_header(image))
-    except AccessoryError:  # told among the problems, or not looked at
+    except AccessoryError:  # the problems name it, or nobody looked at this image
         return ""
 
 
@@ -187,8 +195,10 @@ def _legend(marked: bool) -> Text:
 def painted(
     ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: bool, places: int = 0, at: int = 0
 ) -> Text:
-    """Token ids as text: control tokens by their names, line ends visible, what is learnt in its own colour. Before
-    number `at` stands how many `places` an image has there."""
+    """Token ids as text: control tokens by their names, line ends visible, what is learnt in a colour of its own.
+
+    places: how many positions an image has there; the text says so before token number `at`.
+    """
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     text, run, before, begun = Text(), b"", False, False
 

@@ -207,6 +207,21 @@ class FinetuneData:
         encoded, at = self._place(item)
         return place(self.files[self.file_of[item]].source.path, int(encoded.lines[at]))
 
+    def learnt_tokens(self) -> np.ndarray:
+        """How many tokens of each item are learnt, int64 (N,)."""
+        out = np.zeros(len(self), np.int64)
+        for number, file in enumerate(self.files):
+            own = self.file_of == number
+            begin = file.encoded.start[:-1][self.index[own]]
+            spans = np.stack([begin, begin + self.lengths[own] - self.places[own]], axis=1).ravel()
+            if len(spans):
+                # A sum runs from each bound to the next, and every other one lies between items.
+                # The last bound may be the end of the array, which `reduceat` does not take.
+                learn = file.encoded.learn
+                sums = np.add.reduceat(learn, spans[: -1 if spans[-1] == len(learn) else None])
+                out[own] = sums[::2]
+        return out
+
     def source_of(self, item: int) -> Source:
         return self.files[self.file_of[item]].source
 

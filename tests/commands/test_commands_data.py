@@ -13,10 +13,9 @@ from helpers.pictures import write_picture
 from helpers.small_tokenizers import byte_level_folder
 
 from accessory.cli import main
-from accessory.commands import data as command
-from accessory.commands import data_view
-from accessory.commands.data import check_bos
+from accessory.commands import data_view, training_speed
 from accessory.config import ModelArgs
+from accessory.data.bos_check import check_bos
 from accessory.data.dataset import FinetuneData
 from accessory.data.records import read_yaml
 from accessory.data.templates import get_template
@@ -211,7 +210,7 @@ def test_learnt_tokens_are_counted(tmp_path):
     for most in (1000, 90, 60):
         data = FinetuneData.open(meta, tokenizer, max_words=most)
         wanted = [sum(data.example(i).learn) for i in range(len(data))]
-        assert data_view.learnt_tokens(data).tolist() == wanted
+        assert data.learnt_tokens().tolist() == wanted
 
 
 def recipe(tmp_path, **fields):
@@ -280,10 +279,8 @@ def test_bos_that_nobody_adds(tmp_path):
     tokenizer = load_tokenizer(byte_level_folder(tmp_path / "t"))
     (tmp_path / "a.jsonl").write_text(json.dumps(TALK))
     data = FinetuneData.open({"META": [{"path": str(tmp_path / "a.jsonl")}]}, tokenizer, max_words=400)
-    assert check_bos(data, tokenizer, get_template("default")) == (
-        "BOS       the tokenizer puts none before a text",
-        [],
-    )
+    assert check_bos(data, tokenizer, get_template("default")) is None
+    assert data_view.bos(data, tokenizer, None) == "BOS       the tokenizer puts none before a text"
 
 
 def test_the_model_it_is_for(tmp_path, checked, capsys):
@@ -305,10 +302,10 @@ def test_the_speed_of_a_gpu_makes_an_estimate(tmp_path, checked, capsys, monkeyp
     shutil.copy(MIXTRAL_TOKENIZER, folder / "tokenizer.model")
     args = ModelArgs(vocab_size=32000, dim=64, hidden_dim=64, n_layers=1, n_heads=4, n_kv_heads=2)
     (folder / "config.json").write_text(json.dumps(args.to_dict()))
-    assert command._matrix_rate("cpu", 64) > 1e6
+    assert training_speed._matrix_rate("cpu", 64) > 1e6
     per_token = 6 * args.parameter_counts()[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "_matrix_rate", lambda *_: per_token / command.EFFICIENCY * 10)
+    monkeypatch.setattr(training_speed, "_matrix_rate", lambda *_: per_token / training_speed.EFFICIENCY * 10)
     status, out = checked([TALK], model=folder, options=["--gpus", "2"])
     assert status == 0
     assert "tokens at 20 a second (supposing that 2 GPUs like this one, which multiplies at 0 TFLOP/s, keep 35%" in out
