@@ -7,7 +7,7 @@ channels stand side by side, and BLIP-2's Q-Former with an image encoder of its 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -20,20 +20,13 @@ VIEWS = (1, 5)
 CACHE_BYTES = 256 * 2**20  # features of images that are kept, so that an image shown again is not encoded again
 VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
 
-# Stands in a row of token ids where a position of an image is: never an id that a tokenizer knows.
+# The id of an image's positions in a row of token ids. No tokenizer has it. `data.image_tokens` inserts it.
 IMAGE_ID = -1
 
 # What is trained of a model that sees, beside its decoder, and how the names of its frozen encoders' tensors begin:
 # ours, and those of the original's checkpoints.
 PROJECTION = re.compile(r"(visual_proj|qformer_proj)\.[01]\.(weight|bias)|(start|end)_img")
 ENCODER_PREFIXES = ("vision.", "clip.", "openclip_convnext_xxl.", "dinov2_vitg14.", "qformer.")
-
-
-def with_image(ids: Sequence[int], words: int, bos_id: int | None) -> list[int]:
-    """`ids` with the places of an image: behind the beginning-of-sequence token, where there is one."""
-    begins = 1 if len(ids) and ids[0] == bos_id else 0
-    return [*ids[:begins], *[IMAGE_ID] * words, *ids[begins:]]
-
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

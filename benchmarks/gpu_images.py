@@ -24,13 +24,14 @@ from accessory.checkpoint.names import image_shapes
 from accessory.config import PRESETS, ModelArgs
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
+from accessory.data.image_tokens import insert_image_tokens
 from accessory.engine.generate import Generation
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.nn.vision import Features, VisionTower
 from accessory.parallel.fsdp import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
-from accessory.vision_config import SPHINX, with_image
+from accessory.vision_config import SPHINX
 
 
 def main() -> None:
@@ -96,7 +97,7 @@ def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) 
     decoder = build(spec, device="cuda")
     row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
     ids = torch.randint(3, args.vocab_size, (options.prompt,)).tolist()
-    placed = with_image([1, *ids], SPHINX.image_tokens(tower.views), 1)
+    placed = insert_image_tokens([1, *ids], SPHINX.image_tokens(tower.views), 1)
     images = pixels(tower, 8).cpu()
     first(decoder, [1, *ids], None)
     first(decoder, placed, tower.encode(images[:1]))
@@ -128,7 +129,8 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
     words, n = SPHINX.image_tokens(1), options.step_images
 
     def batch() -> object:
-        ids = [with_image([1, *torch.randint(3, args.vocab_size, (128,)).tolist()], words, 1) for _ in range(n)]
+        texts = [[1, *torch.randint(3, args.vocab_size, (128,)).tolist()] for _ in range(n)]
+        ids = [insert_image_tokens(text, words, 1) for text in texts]
         examples = [[Example(i, [False] * (words + 1) + [True] * 128, places=words)] for i in ids]
         return collate(examples, list(range(n)), pixels=list(pixels(tower, n).cpu()))
 

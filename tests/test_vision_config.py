@@ -6,7 +6,7 @@ import pytest
 
 from accessory.config import ModelArgs
 from accessory.errors import ConfigError
-from accessory.vision_config import IMAGE_ID, SPHINX, VISION_PRESETS, VisionArgs, with_image
+from accessory.vision_config import SPHINX, VISION_PRESETS, VisionArgs
 
 
 def test_sphinx_by_hand():
@@ -46,13 +46,6 @@ def test_published_encoders_have_addresses():
     assert paths[1].startswith("hf://laion/")
     small = args.replace(vision="small")  # whose encoder is published nowhere that is known here
     assert small.sees_with.encoders[0].path is None
-
-
-def test_where_an_image_stands():
-    assert with_image([1, 5, 6], 2, bos_id=1) == [1, IMAGE_ID, IMAGE_ID, 5, 6]
-    assert with_image([5, 6], 2, bos_id=1) == [IMAGE_ID, IMAGE_ID, 5, 6]
-    assert with_image([5, 6], 2, bos_id=None) == [IMAGE_ID, IMAGE_ID, 5, 6]
-    assert with_image([1, 5], 0, bos_id=1) == [1, 5]
 
 
 CLIP = {"name": "clip", "kind": "clip", "size": 28, "config": {"hidden_size": 8, "patch_size": 14}}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from accessory.config import SHORT_DTYPES
 from accessory.data.conversation import Conversation
-from accessory.data.encoding import refuse_tags, without_tag
+from accessory.data.image_tokens import refuse_tags, without_tag
 from accessory.data.images import open_image
 from accessory.data.templates import get_template
 from accessory.errors import AccessoryError, InputError

@@ -16,12 +16,12 @@ import numpy as np
 from accessory.data import token_cache
 from accessory.data.encoding import Encoded, Encoding, encode_source, image_path
 from accessory.data.image_check import broken_headers
+from accessory.data.image_tokens import image_start, insert_image_tokens
 from accessory.data.images import MAX_PIXELS
 from accessory.data.records import Records, Source, open_records, place, read_meta
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
-from accessory.vision_config import IMAGE_ID, with_image
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +197,9 @@ class FinetuneData:
         if image is not None:
             image = image_path(image, self.source_of(item))
         if places:
-            ids = with_image(ids, places, self.bos_id)
-            behind = ids.index(IMAGE_ID)
-            learn[behind:behind] = [False] * places
+            start = image_start(ids, self.bos_id)
+            learn[start:start] = [False] * places
+            ids = insert_image_tokens(ids, places, self.bos_id)
         return Example(ids, learn, bool(self.whole[item] > self.max_words), image, places)
 
     def where(self, item: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from accessory.data.image_tokens import item_without_tags
 from accessory.data.records import Records, Source
 from accessory.data.system_prompt import format_prompt
 from accessory.data.template_base import Template
@@ -25,7 +26,6 @@ from accessory.progress import progress_bar
 
 _PIECE = 128  # items that a thread encodes at a time
 _PLAIN = get_template("none")
-IMAGE_TAG = "<image>"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
     image = item.get("image") or None
     if image is not None:
         image_path(image, source)
-        item = _without_tags(item)
+        item = item_without_tags(item)
     turns = next((item[key] for key in ("conversations", "messages") if item.get(key) is not None), None)
     if turns is not None:
         ids, learn = how.template.encode(turns, how.tokenizer)
@@ -84,29 +84,6 @@ def image_path(image: Any, source: Source) -> str:
     if not isinstance(image, str):
         raise InputError(f"image: got {image!r:.60}, but it must be a path")
     return os.path.join(source.root, image)
-
-
-def refuse_tags(prompts: Sequence[Any], images: Sequence[Any], of: str = "prompt") -> None:
-    """InputError for a prompt that speaks of an image where `images` has none (None) for it."""
-    for n, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
-            raise InputError(f"{of}s[{n}]: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
-
-
-def without_tag(text: str) -> str:
-    """A message that does not say where its image is: that is behind BOS, as in the original."""
-    return text.replace(IMAGE_TAG, "").strip() if IMAGE_TAG in text else text
-
-
-def _without_tags(value: Any, depth: int = 5) -> Any:
-    """All texts of an item, `without_tag`."""
-    if isinstance(value, str):
-        return without_tag(value)
-    if isinstance(value, list) and depth:
-        return [_without_tags(v, depth - 1) for v in value]
-    if isinstance(value, Mapping) and depth:
-        return {key: v if key == "image" else _without_tags(v, depth - 1) for key, v in value.items()}
-    return value
 
 
 def _single_turn(item: Mapping[str, Any], source: Source, how: Encoding) -> tuple[list[int], list[bool]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accessory.data.encoding import without_tag
+from accessory.data.image_tokens import without_tag
 from accessory.data.images import open_image
 from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError

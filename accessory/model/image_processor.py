@@ -5,7 +5,6 @@ Legend: I images, P pixels each way, V views of all images.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accessory.data.encoding import IMAGE_TAG, refuse_tags
 from accessory.data.images import open_image
 from accessory.data.transform import get_transform
 from accessory.errors import InputError
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 else:
     Picture = Any
 
-_TAG = re.compile(rf"{IMAGE_TAG}\s*")
 Image = str | Path | Picture | Tensor
 Images = Tensor | Sequence[Image | None] | None
 
@@ -56,11 +53,6 @@ class ImageProcessor:
         if len(images) != count:
             raise InputError(f"images: got {len(images)} for {count} {of}s; give one each, None where there is none")
         return [None if i is None else self.open(i, f"images[{n}]") for n, i in enumerate(images)]
-
-    def without_tags(self, prompts: Sequence[Any], pixels: Sequence[Tensor | None], of: str = "prompt") -> list[Any]:
-        """Prompts that do not say where their image is: that is behind BOS. InputError for one that has none."""
-        refuse_tags(prompts, pixels, of)
-        return [_TAG.sub("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def features(self, pixels: Sequence[Tensor | None]) -> Features | None:
         """What the encoders see of those that are there, in order; None where none is."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from accessory.build import NetworkSpec, build, build_tower
 from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
 from accessory.config import LlamaType, ModelArgs
+from accessory.data.image_tokens import insert_image_tokens, remove_tags
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
 from accessory.engine.generate import Generation
@@ -26,7 +27,6 @@ from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.mesh import Ranks
-from accessory.vision_config import with_image
 
 if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images
@@ -226,7 +226,7 @@ class MetaModel(nn.Module):
         prompt_ids = [self._prompt_ids(p, n, max_gen_len, words[n]) for n, p in enumerate(prompts)]
         generation = Generation(
             self.llma,
-            [with_image(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, words, strict=True)],
+            [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, words, strict=True)],
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
             sampling=Sampling(temperature, top_p, seed),
@@ -261,7 +261,7 @@ class MetaModel(nn.Module):
         if self.image_processor is None:
             return prompts, none
         pixels = none if images is None else self.image_processor.open_all(images, len(prompts), of)
-        return self.image_processor.without_tags(prompts, pixels, of), pixels
+        return remove_tags(prompts, pixels, of), pixels
 
     def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, words: int = 0) -> list[int]:
         if isinstance(prompt, str):
@@ -307,10 +307,10 @@ class MetaModel(nn.Module):
         words = [0 if p is None else self.image_tokens for p in pixels]
         rows = [self._example_ids(e, n, bos, eos, words[n]) for n, e in enumerate(examples)]
         out = []
-        step = self.args.max_batch_size
+        bos_id, step = self.tokenizer.bos_id, self.args.max_batch_size
         for first in range(0, len(rows), step):
             here = slice(first, first + step)
-            placed = [with_image(ids, w, self.tokenizer.bos_id) for ids, w in zip(rows[here], words[here], strict=True)]
+            placed = [insert_image_tokens(i, n, bos_id) for i, n in zip(rows[here], words[here], strict=True)]
             tokens_BT = torch.zeros(len(placed), max(map(len, placed)), dtype=torch.int64)
             for n, ids in enumerate(placed):
                 tokens_BT[n, : len(ids)] = torch.tensor(ids)
@@ -355,7 +355,7 @@ class MetaModel(nn.Module):
             raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
         examples, pixels = self._pixels(images, examples, "example")
         if contexts is not None and self.image_processor is not None:
-            contexts = self.image_processor.without_tags(contexts, pixels)
+            contexts = remove_tags(contexts, pixels)
         ids = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
         starts = [
             self._context_length(contexts[n], e, ids[n], n, bos) if contexts is not None else 1

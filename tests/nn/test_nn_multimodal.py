@@ -10,10 +10,11 @@ from helpers.vision import random_pixels, random_tower, tiny_clip, tiny_sphinx
 
 from accessory.checkpoint.names import image_shapes
 from accessory.config import LlamaType, ModelArgs
+from accessory.data.image_tokens import insert_image_tokens
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder, init_weights
 from accessory.parallel.local_shard import local_tensors
-from accessory.vision_config import IMAGE_ID, SPHINX, with_image
+from accessory.vision_config import IMAGE_ID, SPHINX
 
 ARGS = TINY
 
@@ -55,7 +56,7 @@ def test_logits_are_those_of_transformers_given_the_embeddings(implementation, v
     decoder = seeing(implementation, vision)
     features = random_tower(vision, views).encode(random_pixels(vision, 2, views))
     words = vision.image_tokens(views)
-    rows = [with_image([1, 7, 9, 12], words, 1), with_image([5, 8, 3, 2], words, 1)]
+    rows = [insert_image_tokens([1, 7, 9, 12], words, 1), insert_image_tokens([5, 8, 3, 2], words, 1)]
     assert rows[0][0] == 1  # behind BOS
     assert rows[1][0] == IMAGE_ID  # in front of everything without one
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_text_is_bit_for_bit_what_a_network_without_eyes_says():
 def test_rows_with_and_without_images_share_a_batch(vision):
     decoder = seeing(vision=vision)
     features = random_tower(vision).encode(random_pixels(vision, 1))
-    row = with_image([1, 7, 9], vision.image_tokens(1), 1)
+    row = insert_image_tokens([1, 7, 9], vision.image_tokens(1), 1)
     batch = torch.zeros(2, len(row), dtype=torch.int64)
     batch[0, :4], batch[1] = torch.tensor([1, 5, 6, 7]), torch.tensor(row)
     together = decoder(batch, images=features).logits
@@ -94,7 +95,7 @@ def test_with_a_cache_and_without():
     vision = tiny_sphinx()
     decoder = seeing(vision=vision)
     features = random_tower(vision).encode(random_pixels(vision, 1))
-    row = torch.tensor([with_image([1, 7, 9, 4, 2], vision.image_tokens(1), 1)])
+    row = torch.tensor([insert_image_tokens([1, 7, 9, 4, 2], vision.image_tokens(1), 1)])
     whole = decoder(row, images=features).logits
     cache = ContiguousCache(ARGS, 1, row.shape[1], "cpu", torch.float32)
     first = row.shape[1] - 2
@@ -120,7 +121,7 @@ def test_gradients_by_finite_differences():
     decoder = seeing(vision=vision).double()
     tower = random_tower(vision, dtype=torch.float64)
     features = tower.encode(random_pixels(vision, 1))
-    row = torch.tensor([with_image([1, 7, 9], vision.image_tokens(1), 1)])
+    row = torch.tensor([insert_image_tokens([1, 7, 9], vision.image_tokens(1), 1)])
     label = torch.tensor([9])
 
     def loss():

@@ -17,11 +17,11 @@ from helpers.vision import random_tower, tiny_clip
 from accessory.checkpoint.names import image_shapes
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
+from accessory.data.image_tokens import insert_image_tokens
 from accessory.errors import ConfigError
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
 from accessory.train.run import finetune
-from accessory.vision_config import with_image
 
 SEEING = ARGS.replace(vision=tiny_clip())
 WORDS = tiny_clip().image_tokens(1)
@@ -52,7 +52,7 @@ def batches(step, parts):
     for ids, learn, image in documents(step):
         places = WORDS if image is not None else 0
         learn = [learn[0], *[False] * places, *learn[1:]] if places else learn
-        examples.append((Example(ids=with_image(ids, places, 1), learn=learn, places=places), image))
+        examples.append((Example(ids=insert_image_tokens(ids, places, 1), learn=learn, places=places), image))
     per = len(examples) // parts
     out = []
     for i in range(parts):
