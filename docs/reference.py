@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/reference.md: options out of argparse, signatures and docstrings out of the source.
+"""Write the generated parts of docs/reference.md: options of commands, fields of recipes, signatures and docstrings.
 
 python docs/reference.py            rewrites the file
 python docs/reference.py --check    exits with 1 where it would change
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -60,6 +62,18 @@ def command_section(name: str, parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines)
 
 
+def recipe_section() -> str:
+    """Every field of a recipe, what it means and its default."""
+    from accessory.train.config import FinetuneConfig, required_fields
+
+    lines = ["| field | meaning | default |", "|---|---|---|"]
+    for f in dataclasses.fields(FinetuneConfig):
+        value = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        shown = "required" if f.name in required_fields(FinetuneConfig) else f"`{json.dumps(value)}`"
+        lines.append(f"| `{f.name}` | {f.metadata['help']} | {shown} |")
+    return "\n".join(lines)
+
+
 def api_section(module: str, class_name: str, methods: list[str]) -> str:
     """The signatures and docstrings of a class, as they stand in the source."""
     source = (ROOT / module).read_text(encoding="utf-8")
@@ -78,7 +92,11 @@ def generated() -> dict[str, str]:
     """Name of each generated part, and what it must be."""
     commands = "\n\n".join(command_section(name, parser) for name, parser in command_parsers().items())
     methods = ["from_pretrained", "generate", "stream_generate", "compute_logits", "evaluate_examples"]
-    return {"commands": commands, "MetaModel": api_section("accessory/model/meta.py", "MetaModel", methods)}
+    return {
+        "commands": commands,
+        "recipe": recipe_section(),
+        "MetaModel": api_section("accessory/model/meta.py", "MetaModel", methods),
+    }
 
 
 def renewed(page: str) -> str:

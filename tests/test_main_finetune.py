@@ -1,5 +1,6 @@
 """The flags of `main_finetune.py`: the original's, spelled and meant as there, and ours."""
 
+import argparse
 import dataclasses
 import os
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 
 from accessory import main_finetune
 from accessory.errors import ConfigError
-from accessory.main_finetune import HELP, main, parser, read_flags
+from accessory.main_finetune import main, parser, read_flags
 from accessory.train.config import FinetuneConfig
+from accessory.train.options import POSITIVE, option
 
 PACKAGE = Path(main_finetune.__file__).parent
 NEEDED = ["--pretrained_path", "model", "--data_config", "data.yaml"]
@@ -22,9 +24,32 @@ def parse(*words):
 
 
 def test_every_field_is_a_flag_with_help():
-    fields = {f.name for f in dataclasses.fields(FinetuneConfig)}
-    assert set(HELP) == fields
-    assert fields <= {action.dest for action in parser()._actions}
+    told = {action.dest: action.help for action in parser()._actions if action.help != argparse.SUPPRESS}
+    for field in dataclasses.fields(FinetuneConfig):
+        assert field.metadata["help"]
+        assert told[field.name].startswith(field.metadata["help"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongerConfig(FinetuneConfig):
+    sharpness: float = option(0.5, "how sharp it gets", POSITIVE)
+
+
+def test_a_new_field_is_one_line(tmp_path):
+    """Its flag, its help, its key in YAML, its check and its place in what a run writes down follow."""
+    flags = parser(LongerConfig)
+    assert "--sharpness X         how sharp it gets (default: 0.5)" in flags.format_help()
+    given = flags.parse_args([*NEEDED, "--sharpness", "2"])
+    config, _ = read_flags(given, config=LongerConfig)
+    assert isinstance(config, LongerConfig)
+    assert config.sharpness == config.to_dict()["sharpness"] == 2.0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("pretrained_path: m\ndata_config: d\noutput_dir: o\nsharpness: 3\n")
+    assert LongerConfig.from_yaml(recipe).sharpness == 3.0
+    with pytest.raises(ConfigError, match="unknown key 'sharpness'"):
+        FinetuneConfig.from_yaml(recipe)
+    with pytest.raises(ConfigError, match=r"sharpness: got -1\.0, but it must be more than 0"):
+        LongerConfig.from_yaml(recipe, ["sharpness=-1"])
 
 
 def test_flags_that_are_left_out_mean_what_they_mean_in_the_original():

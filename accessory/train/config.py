@@ -1,15 +1,15 @@
 """What a finetuning run is to do: `FinetuneConfig`, read from YAML, command lines or Python, and checked at once.
 
-Values may come as text (a flag, `key=value`, `1e-5`, which YAML calls text): the field's type decides what they are.
+Values may be text: a flag, `key=value`, or `1e-5`, which YAML calls text. A field's type decides how text is read.
+A new field is one line of `FinetuneConfig`. Its flag, its line of `--help`, its key in YAML and its check follow.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -20,10 +20,17 @@ from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import ConfigError
 from accessory.train.loggers import LOGGERS
+from accessory.train.options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Allowed, one_of, option, required
 from accessory.train.values import check, convert, read_mapping, read_value
 
 PACKAGE = Path(__file__).parents[1]
 AUTO = "auto"  # resume: go on with the newest state of output_dir, or begin where there is none
+
+DEVICE = Allowed(lambda name: re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None, "cpu, cuda or cuda:N")
+A_TOKEN_AND_THE_NEXT = Allowed(lambda n: n >= 2, "at least 2, a token and the next one")
+FITS_32_BITS = Allowed(lambda n: 0 <= n < 2**32, "at least 0 and less than 2^32")
+Quantized = Literal[False, "nf4", "nf4-dq", "int4", "int8", "fp8"]  # true is the first, as in the original
+FORMAT_OR_NONE = one_of([*filter(None, get_args(Quantized)), "none"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,100 +42,122 @@ class FinetuneConfig:
     """
 
     # The model
-    pretrained_path: list[str]  # folders or hf:// addresses; later ones (adapters) are loaded over earlier ones
-    llama_type: str | None = None  # None: what the folders say
-    llama_config: list[str] = field(default_factory=list)  # JSON files; their keys win over the folders' own
-    tokenizer_path: str | None = None  # None: that of the folders
-    no_visual: bool = False  # train a model that sees (llama_type …_ens, …_ens5) on text alone, and without its eyes
-    trainable_mode: Literal["sg", "mm_stage1", "mm_stage2"] | None = None  # mm_stage1: of images only what is projected
-    quant: Literal[False, "nf4", "nf4-dq", "int4", "int8", "fp8"] = False  # true is nf4, as in the original
-    quant_attention: str | None = None  # attention's own format, or none; None: as quant says
-    quant_output: str | None = None  # the output head's; None: int8 with int8, else 16 bits
+    pretrained_path: list[str] = required("folders or hf:// addresses, later ones (adapters) loaded over earlier ones")
+    llama_type: str | None = option(
+        None, "mixtral or mixtral_sparse, with _peft appended for adapters; default: what the folder says"
+    )
+    llama_config: list[str] = option(
+        [], "JSON files whose keys win over the folder's own, later ones over earlier ones"
+    )
+    tokenizer_path: str | None = option(None, "default: the folder's")
+    no_visual: bool = option(False, "train a model that takes images on text alone")
+    trainable_mode: Literal["sg", "mm_stage1", "mm_stage2"] | None = option(
+        None, "mm_stage1: train only what makes words of images; mm_stage2 or sg: all but the encoders"
+    )
+    quant: Quantized = option(
+        False, "weights that are not trained in fewer bits: nf4, nf4-dq, int4, int8 or fp8; alone: nf4"
+    )
+    # None: the format of `quant`; for the head, int8 with int8 and 16 bits with all others.
+    quant_attention: str | None = option(None, "attention's own format, or none", FORMAT_OR_NONE)
+    quant_output: str | None = option(None, "the output head's own format, or none", FORMAT_OR_NONE)
 
     # The data
-    data_config: str  # YAML with META, a list of files
-    dialog: bool = True  # single turns are dialogues of two messages; False: they follow their file's prompt_type
-    template: str | None = None  # of dialogues; None: the original's
-    prompt_type: str | None = None  # of single turns whose file names none
-    max_words: int = 4096  # tokens of a row
-    packing: bool = True  # several documents in a row, which never see one another
-    eval_data: str | None = None  # like data_config, held out
-    eval_interval: int = 0  # steps; 0: only before and after
-    image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
-    broken_images: Literal["fail", "skip"] = "fail"  # what becomes of items whose image cannot be read
-    cache_ann_on_disk: bool = False
-    num_workers: int = 0  # threads that prepare batches
-    pin_mem: bool = True
+    data_config: str = required("a YAML file with META, the list of data files")
+    dialog: bool = option(True, "write single turns as dialogues")  # False: as the prompt_type of their file
+    template: str | None = option(
+        None,
+        "how dialogues are written: default, alpaca, mistral, chatml, none, or the tokenizer's own",
+        one_of(TEMPLATES),
+    )
+    prompt_type: str | None = option(
+        None,
+        "how single turns are written whose file does not say: alpaca, shortqa, qg, caption, None",
+        one_of(SYSTEM_PROMPTS),
+    )
+    max_words: int = option(4096, "tokens of a row", A_TOKEN_AND_THE_NEXT)
+    packing: bool = option(True, "put several documents into a row, where they never see one another (on)")
+    eval_data: str | None = option(None, "a YAML file like data_config, of items that are held out")
+    # 0: only before the first step and after the last one.
+    eval_interval: int = option(0, "steps between evaluations of eval_data", NOT_NEGATIVE)
+    image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = option(
+        "random_resized_crop", "random_resized_crop, resized_center_crop or padded_resize"
+    )
+    broken_images: Literal["fail", "skip"] = option("fail", "fail, or skip items whose image cannot be read")
+    cache_ann_on_disk: bool = option(False, "keep encoded items beside the data files")
+    num_workers: int = option(0, "threads that prepare batches", NOT_NEGATIVE)
+    pin_mem: bool = option(True, "pin batches in memory (on)")
 
     # The steps
-    batch_size: int = 4  # rows a data-parallel rank and micro-step
-    accum_iter: int = 1  # micro-steps a step
-    epochs: float = 1.0
-    max_steps: int | None = None
-    lr: float = 5e-6
-    min_lr: float = 0.0
-    warmup_epochs: float = 0.1
-    weight_decay: float = 0.0
-    clip_grad: float = 2.0  # 0 or less: off
-    seed: int = 0
+    batch_size: int = option(4, "rows a data-parallel rank and micro-step", AT_LEAST_ONE)
+    accum_iter: int = option(1, "micro-steps a step", AT_LEAST_ONE)
+    epochs: float = option(1.0, "may be a fraction", POSITIVE)
+    max_steps: int | None = option(None, "end after so many steps", AT_LEAST_ONE)
+    lr: float = option(5e-6, "the highest learning rate", POSITIVE)
+    min_lr: float = option(0.0, "the learning rate of the end", NOT_NEGATIVE)
+    warmup_epochs: float = option(0.1, "in which the learning rate rises from 0", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "of everything but norms and biases", NOT_NEGATIVE)
+    clip_grad: float = option(2.0, "the largest norm of a gradient; 0 or less: any")
+    seed: int = option(0, "of the order of the data and of new adapters", FITS_32_BITS)
 
     # The loss
-    load_balancing_weight: float | None = None  # None: the model's
-    z_loss_weight: float = 0.0
-    global_batch_statistics: bool = False
+    load_balancing_weight: float | None = option(None, "of the load-balancing loss; default: the model's")
+    z_loss_weight: float = option(0.0, "of the routers' z-loss", NOT_NEGATIVE)
+    global_batch_statistics: bool = option(False, "balance the batch of all ranks rather than each rank's own")
 
-    # What is trained; None: as llama_config and llama_type say
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] | None = None
-    bias_tuning: bool | None = None
-    norm_tuning: bool | None = None
-    train_router: bool = False
+    # What is trained. None: what llama_config and llama_type say.
+    lora_rank: int | None = option(None, "of LoRA, beside the linears of lora_targets; -1: none")
+    lora_alpha: float | None = option(None, "LoRA's update is scaled by alpha / rank; default: by 1")
+    lora_targets: tuple[str, ...] | None = option(
+        None, "some of wq wk wv wo w1 w2 w3 gate output; default: the first seven"
+    )
+    bias_tuning: bool | None = option(None, "add and train biases; the result cannot become a Hugging Face Mixtral")
+    norm_tuning: bool | None = option(None, "with adapters, train the norms too")
+    train_router: bool = option(False, "with adapters, train the routers too")
 
     # The ranks
-    model_parallel_size: int = 1
-    data_parallel: Literal["sdp", "fsdp"] = "sdp"
-    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
-    checkpointing: bool = False
-    device: str | None = None  # None: cuda where there is one
+    model_parallel_size: int = option(1, "ranks that hold the model together", AT_LEAST_ONE)
+    data_parallel: Literal["sdp", "fsdp"] = option(
+        "sdp", "sdp keeps parameters whole between forward and backward, fsdp does not"
+    )
+    precision: Literal["bf16", "fp16", "fp32", "tf32"] = option("bf16", "bf16, fp16, fp32 or tf32")
+    checkpointing: bool = option(False, "compute activations again instead of keeping them")
+    device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one", DEVICE)
 
     # What is written
-    output_dir: str
-    save_interval: int = 1  # epochs; 0: never
-    save_iteration_interval: int | None = None  # steps
-    keep: int = 2  # states
-    only_save_trainable: bool = False
-    resume: str | None = None  # "auto", or the folder of a state or a run
-    overwrite: bool = False  # begin anew in an output_dir that holds a run
-    loggers: list[str] = field(default_factory=list)
+    output_dir: str = required("where everything is written")
+    save_interval: int = option(1, "epochs between states", NOT_NEGATIVE)  # 0: none at the end of an epoch
+    save_iteration_interval: int | None = option(None, "steps between states", AT_LEAST_ONE)
+    keep: int = option(2, "states that are kept, the last ones", AT_LEAST_ONE)
+    only_save_trainable: bool = option(
+        False, "write only what was trained; the folder is then loaded behind the one it was trained on"
+    )
+    resume: str | None = option(
+        None, "auto: go on with the newest state of output_dir; or the folder of a state or a run"
+    )
+    overwrite: bool = option(False, "begin anew in an output_dir that holds a run")
+    loggers: list[str] = option([], "some of tensorboard wandb trackio, beside metrics.jsonl", one_of(LOGGERS))
 
     def __post_init__(self) -> None:
-        for name, hint in field_types().items():
+        for name, hint in field_types(type(self)).items():
             object.__setattr__(self, name, convert(name, getattr(self, name), hint))
         for name in ("data_config", "eval_data", "llama_config"):
             object.__setattr__(self, name, _packaged(getattr(self, name)))
-        for name, (within, wanted) in _RANGES.items():
-            value = getattr(self, name)
-            check(value is None or within(value), name, value, wanted)
-        self._check_names()
+        for f in fields(self):
+            self._check_allowed(f.name, f.metadata["allowed"])
+        self._check_network()
         self._check_against_each_other()
 
-    def _check_names(self) -> None:
+    def _check_allowed(self, name: str, allowed: Allowed) -> None:
+        value = getattr(self, name)
+        for one in value if isinstance(value, list | tuple) else [value]:
+            check(one is None or allowed.passes(one), name, one, allowed.wanted)
+
+    def _check_network(self) -> None:
+        """The network's own classes check what is theirs."""
         if self.llama_type is not None:
             LlamaType.parse(self.llama_type)
-        network = ("load_balancing_weight", *PEFT_FIELDS)
-        ModelArgs(**{n: getattr(self, n) for n in network if getattr(self, n) is not None})
-        for name, known in (("template", TEMPLATES), ("prompt_type", SYSTEM_PROMPTS)):
-            value = getattr(self, name)
-            check(value is None or value in known, name, value, "one of " + ", ".join(known))
-        formats = [*filter(None, get_args(field_types()["quant"])), "none"]
-        for name in ("quant_attention", "quant_output"):
-            value = getattr(self, name)
-            check(value is None or value in formats, name, value, "one of " + ", ".join(formats))
-        for name in self.loggers:
-            check(name in LOGGERS, "loggers", name, "one of " + ", ".join(LOGGERS))
-        device = self.device or "cpu"
-        check(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, "device", device, "cpu, cuda or cuda:N")
+        names = ("load_balancing_weight", *PEFT_FIELDS)
+        ModelArgs(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     def _check_against_each_other(self) -> None:
         check(bool(self.pretrained_path), "pretrained_path", self.pretrained_path, "at least one folder")
@@ -151,7 +180,7 @@ class FinetuneConfig:
         origins: dict[str, str] = {}
         for key, value, line in read_mapping(path):
             origin = f"{path}:{line}"
-            _check_known(key, origin)
+            cls._check_known(key, origin)
             if key in values:
                 raise ConfigError(f"{origin}: {key} is there twice; remove one")
             values[key], origins[key] = value, origin
@@ -159,10 +188,10 @@ class FinetuneConfig:
             key, equals, value = text.partition("=")
             if not equals:
                 raise ConfigError(f"{text!r}: expected key=value, for instance lr=1e-5")
-            _check_known(key, text)
+            cls._check_known(key, text)
             values[key] = read_value(value, text)
             origins.pop(key, None)
-        missing = [name for name in required_fields() if name not in values]
+        missing = [name for name in required_fields(cls) if name not in values]
         if missing:
             given = " ".join(f"{name}=…" for name in missing)
             raise ConfigError(f"{path}: {', '.join(missing)}: missing; write it in the file or give {given} after it")
@@ -173,6 +202,14 @@ class FinetuneConfig:
             if name not in origins:  # of an override, which the message names
                 raise
             raise ConfigError(f"{origins[name]}: {error}") from error
+
+    @classmethod
+    def _check_known(cls, key: object, origin: str) -> None:
+        known = [f.name for f in fields(cls)]
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
+            raise ConfigError(f"{origin}: unknown key {key!r}; {hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON and YAML know values."""
@@ -203,43 +240,14 @@ class FinetuneConfig:
 # --------------------------------------------------------------------------- fields
 
 
-@functools.cache
-def field_types() -> Mapping[str, Any]:
+def field_types(config: type[FinetuneConfig]) -> Mapping[str, Any]:
     """The type of every field, by name."""
-    return get_type_hints(FinetuneConfig)
+    return get_type_hints(config)
 
 
-def required_fields() -> list[str]:
+def required_fields(config: type[FinetuneConfig]) -> list[str]:
     """The fields without a default."""
-    return [f.name for f in fields(FinetuneConfig) if f.default is MISSING and f.default_factory is MISSING]
-
-
-def _check_known(key: object, origin: str) -> None:
-    known = list(field_types())
-    if key not in known:
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
-        raise ConfigError(f"{origin}: unknown key {key!r}; {hint}")
-
-
-_Range = tuple[Callable[[Any], bool], str]
-_AT_LEAST_ONE: _Range = (lambda n: n >= 1, "at least 1")
-_NOT_NEGATIVE: _Range = (lambda n: n >= 0, "at least 0")
-_POSITIVE: _Range = (lambda n: n > 0, "more than 0")
-_RANGES: dict[str, _Range] = {
-    "max_words": (lambda n: n >= 2, "at least 2, a token and the next one"),
-    "epochs": _POSITIVE,
-    "lr": _POSITIVE,
-    **dict.fromkeys(
-        ("batch_size", "accum_iter", "max_steps", "model_parallel_size", "save_iteration_interval", "keep"),
-        _AT_LEAST_ONE,
-    ),
-    **dict.fromkeys(
-        ("min_lr", "warmup_epochs", "weight_decay", "z_loss_weight", "eval_interval", "save_interval", "num_workers"),
-        _NOT_NEGATIVE,
-    ),
-    "seed": (lambda n: 0 <= n < 2**32, "at least 0 and less than 2^32"),
-}
+    return [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _packaged(value: Any) -> Any:
