@@ -16,7 +16,7 @@ from accessory.data.dataset import FinetuneData
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.errors import InputError
-from accessory.train.feed import Schedule
+from accessory.train.dataloader import Schedule
 
 
 def check(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from accessory.data.dataset import FinetuneData
 from accessory.data.images import read_header
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import AccessoryError
-from accessory.train.feed import Schedule
+from accessory.train.dataloader import Schedule
 from accessory.train.metrics import METRICS_FILE
 from accessory.vision_config import IMAGE_ID
 

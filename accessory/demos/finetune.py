@@ -23,8 +23,8 @@ from accessory.demos.first_run import MAX_SEQ_LEN, make_base, program
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
 from accessory.train.metrics import read_metrics
-from accessory.train.prepare import FINAL
 from accessory.train.run import finetune
+from accessory.train.run_folder import FINAL
 
 HELD_OUT = ("What is your mood?", "Do you ever get lonely?", "Why can you not eat?")
 SHARE, SEED = 0.15, 0  # this part of the other questions is held out, too

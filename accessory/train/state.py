@@ -45,7 +45,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Described:
+class StateInfo:
     """What `state.json` says beside the tensors."""
 
     step: int
@@ -174,7 +174,7 @@ def clean_states(folder: Path, later_than: int) -> None:
     if not folder.is_dir():
         return
     for state in complete_states(folder):
-        if describe(state, check=False).step > later_than:
+        if read_state_info(state, check=False).step > later_than:
             _drop(state)
     whole = set(complete_states(folder))
     for path in folder.iterdir():
@@ -183,7 +183,7 @@ def clean_states(folder: Path, later_than: int) -> None:
     sync_folder(folder)
 
 
-def describe(state: Path, check: bool = True) -> Described:
+def read_state_info(state: Path, check: bool = True) -> StateInfo:
     """CheckpointError where the folder is no state, one of a format that is not known, or, with `check`, damaged."""
     if not (state / _DESCRIPTION).is_file():
         raise CheckpointError(f"{state}: holds no {_DESCRIPTION}; give a folder step-… of a run's states")
@@ -195,7 +195,7 @@ def describe(state: Path, check: bool = True) -> Described:
         if found != size:
             told = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
             raise CheckpointError(f"{state / name}: {told}; remove this state to go on from an earlier one")
-    return Described(values["step"], values, state)
+    return StateInfo(values["step"], values, state)
 
 
 def state_tensors(state: Path) -> dict[str, Lazy]:
@@ -226,8 +226,8 @@ def load_state(trainer: Trainer, state: Path) -> None:
     CheckpointError names tensors that are missing or of another shape, before anything is touched.
     """
     tensors = state_tensors(state)
-    described = describe(state)
-    allocate_moments(trainer.optimizer, int(described.values["updates"]))
+    info = read_state_info(state)
+    allocate_moments(trainer.optimizer, int(info.values["updates"]))
     wanted = local_state(trainer)
     for name, shard in wanted.items():
         if name not in tensors:

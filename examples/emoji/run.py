@@ -20,8 +20,8 @@ from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
 from accessory.train.metrics import write_whole
-from accessory.train.prepare import FINAL
 from accessory.train.run import finetune
+from accessory.train.run_folder import FINAL
 
 from .corpus import KINDS
 from .data import Amount, Pictured, prepare

@@ -16,7 +16,7 @@ from accessory.convert.merge import merge
 from accessory.model.meta import MetaModel
 from accessory.nn.efficientnet import EfficientNetLite0
 from accessory.train.config import FinetuneConfig
-from accessory.train.prepare import FINAL
+from accessory.train.run_folder import FINAL
 from examples.emoji import data, run
 from examples.emoji.evaluate import SIGHTS
 from examples.emoji.run import Scale

@@ -267,7 +267,7 @@ SPOTS = (
 def die_at(rank: int, spot: str, time_of: int = 1) -> None:
     """Arrange for this process to be killed when it comes to `spot` the `time_of`-th time."""
     from accessory.checkpoint import atomic, save
-    from accessory.train import run, state
+    from accessory.train import run_folder, state
 
     left = [time_of]
 
@@ -324,7 +324,7 @@ def die_at(rank: int, spot: str, time_of: int = 1) -> None:
     elif spot == "final unmarked":
         after(atomic, "sync_folder", of("final"))
     elif spot == "report":
-        after(run, "write_report", before=True)
+        after(run_folder, "write_report", before=True)
     else:
         raise ValueError(spot)
 
@@ -362,11 +362,11 @@ def scale_fp16(rank: int, scale: float) -> None:
 def check_folder(output: Path) -> None:
     """Everything in a run's folder that has a finished thing's name is that thing, whole."""
     from accessory.checkpoint.folder import open_checkpoint
-    from accessory.train.state import complete_states, describe, state_tensors
+    from accessory.train.state import complete_states, read_state_info, state_tensors
 
     for state in complete_states(output / "states"):
-        described = describe(state)
-        assert state.name == f"step-{described.step:08d}"
+        info = read_state_info(state)
+        assert state.name == f"step-{info.step:08d}"
         for tensor in state_tensors(state).values():
             assert tensor.load().shape == tensor.shape
     if (output / "final").exists():

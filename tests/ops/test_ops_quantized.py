@@ -141,6 +141,8 @@ def test_no_rows_have_a_product_too(grad):
     with torch.set_grad_enabled(grad):
         assert linear(x, weight).shape == (0, 6)
         assert linear(x.view(2, 0, 128), weight).shape == (2, 0, 6)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_rows_have_a_product_and_a_gradient(format):
     """As an expert has that no token visits, while base trains."""

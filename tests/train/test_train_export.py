@@ -27,15 +27,15 @@ def trained(inputs, tmp_path, monkeypatch):
 
         kept = {}
 
-        def keep(config, mesh, device):
-            kept["run"] = prepare(config, mesh, device)
-            return kept["run"]
+        def keep(*arguments):
+            kept["trainer"] = build_trainer(*arguments)
+            return kept["trainer"]
 
-        prepare = module.prepare
+        build_trainer = module._build_trainer
         with monkeypatch.context() as patch:
-            patch.setattr(module, "prepare", keep)
+            patch.setattr(module, "_build_trainer", keep)
             final = finetune(FinetuneConfig(**runs.options(inputs, tmp_path / name, **{"epochs": 1.0, **changes})))
-        decoder = kept["run"].trainer.decoder.eval()
+        decoder = kept["trainer"].decoder.eval()
         with torch.no_grad():
             return final, decoder(TOKENS_BT).logits
 

@@ -19,8 +19,8 @@ from accessory.train.state import (
     MOMENTS,
     clean_states,
     complete_states,
-    describe,
     load_state,
+    read_state_info,
     save_state,
     state_tensors,
     trained_tensors,
@@ -168,15 +168,15 @@ def test_another_runs_state_is_refused_before_anything_is_touched(tmp_path, peft
 
 def test_what_is_no_state_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no state\.json"):
-        describe(tmp_path)
+        read_state_info(tmp_path)
     folder = save(trainer_of(steps=1), tmp_path)
     told = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(told | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99 is not known"):
-        describe(folder)
+        read_state_info(folder)
     (folder / "state.json").write_text("{")
     with pytest.raises(AccessoryError, match="not valid JSON"):
-        describe(folder)
+        read_state_info(folder)
 
 
 def test_a_disk_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_disk_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
                 save(trainer, tmp_path, 2, keep=1)
         assert "\n" not in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-        describe(tmp_path / "step-00000001")
+        read_state_info(tmp_path / "step-00000001")
 
 
 # --------------------------------------------------------------------------- ranks

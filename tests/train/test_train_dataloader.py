@@ -19,12 +19,12 @@ from accessory.data.dataset import Example
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
 from accessory.parallel.fsdp import DeviceMesh
-from accessory.train.feed import Feed, Schedule, Split
+from accessory.train.dataloader import DataLoader, Schedule, Split
 from accessory.vision_config import IMAGE_ID
 
 
 class Items:
-    """Data as the feed sees it: item i is i + 2 tokens of the number i."""
+    """Data as the loader sees it: item i is i + 2 tokens of the number i."""
 
     def __init__(self, count: int, groups: int = 1) -> None:
         self.lengths = np.arange(count, dtype=np.int32) % 9 + 2
@@ -74,14 +74,14 @@ def rows_of(batch):
 def test_a_step_holds_the_same_rows_however_it_is_shared(count, groups, packing, seed, split):
     data, split = Items(count, groups), Split(*split)
     plan = schedule(data, packing=packing, seed=seed)
-    feeds = [Feed(data, plan, split, Place(rank, split.data_size)) for rank in range(split.data_size)]
+    loaders = [DataLoader(data, plan, split, Place(rank, split.data_size)) for rank in range(split.data_size)]
     seen = []
     for step in range(plan.steps):
         wanted = plan.rows(step)
-        got = [rows for feed in feeds for batch in feed.batches(step) for rows in rows_of(batch)]
+        got = [rows for loader in loaders for batch in loader.batches(step) for rows in rows_of(batch)]
         assert sorted(got) == sorted(tuple((i, int(data.lengths[i])) for i in row) for row in wanted)
-        for feed in feeds:
-            batches = feed.batches(step)
+        for loader in loaders:
+            batches = loader.batches(step)
             assert len(batches) == split.accum_iter
             assert all(batch.tokens_BT.shape[0] == split.batch_size for batch in batches)
         items = [i for row in wanted for i in row]
@@ -95,7 +95,7 @@ def test_micro_batches_are_consecutive_over_the_ranks():
     data, split = Items(8), Split(1, 4, 2)
     plan = schedule(data)
     order = [row[0] for row in plan.rows(0)]
-    got = [[batch.items[0] for batch in Feed(data, plan, split, Place(rank, 2)).batches(0)] for rank in range(2)]
+    got = [[batch.items[0] for batch in DataLoader(data, plan, split, Place(rank, 2)).batches(0)] for rank in range(2)]
     assert got == [order[0::2], order[1::2]]
 
 
@@ -103,11 +103,11 @@ def test_micro_batches_are_consecutive_over_the_ranks():
 def test_threads_change_nothing(workers):
     data = Items(50)
     plan = schedule(data, epochs=2.0)
-    feed = Feed(data, plan, Split(4, 2, 1), DeviceMesh(), workers=workers)
-    got = list(feed.steps(3))
+    loader = DataLoader(data, plan, Split(4, 2, 1), DeviceMesh(), workers=workers)
+    got = list(loader.steps(3))
     assert [step for step, _ in got] == list(range(3, plan.steps))
     for step, batches in got:
-        for a, b in zip(batches, feed.batches(step), strict=True):
+        for a, b in zip(batches, loader.batches(step), strict=True):
             assert torch.equal(a.tokens_BT, b.tokens_BT)
 
 
@@ -115,14 +115,14 @@ def test_an_error_of_a_thread_reaches_the_run():
     data = Items(50)
     data.example = lambda i: (_ for _ in ()).throw(ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
-        list(Feed(data, schedule(data), Split(8, 1, 1), DeviceMesh(), workers=2).steps(0))
+        list(DataLoader(data, schedule(data), Split(8, 1, 1), DeviceMesh(), workers=2).steps(0))
 
 
 def test_evaluation_sees_everything_once():
     data = Items(21)
     for size in (1, 2):
         plan = schedule(data, rows=4 * size)
-        parts = [Feed(data, plan, Split(4, 1, size), Place(rank, size)).all_batches() for rank in range(size)]
+        parts = [DataLoader(data, plan, Split(4, 1, size), Place(rank, size)).all_batches() for rank in range(size)]
         assert len({len(part) for part in parts}) == 1  # or a rank would wait for another in the last collective
         assert sorted(i for part in parts for batch in part for i in batch.items) == list(range(21))
 
@@ -193,10 +193,10 @@ def test_each_image_once_and_the_same_crop_on_any_rank(count, every, packing, se
     data, split = Seen(count, every), Split(*split)
     plan = schedule(data, packing=packing, seed=seed, epochs=2.0)
     places = [Place(rank, split.data_size) for rank in range(split.data_size)]
-    feeds = [Feed(data, plan, split, place, load=Numbers(), workers=workers) for place in places]
-    alone = Feed(data, plan, Split(split.rows, 1, 1), DeviceMesh(), load=Numbers())
+    loaders = [DataLoader(data, plan, split, place, load=Numbers(), workers=workers) for place in places]
+    alone = DataLoader(data, plan, Split(split.rows, 1, 1), DeviceMesh(), load=Numbers())
     seen: list[list[tuple[int, float]]] = [[], []]
-    for parts in zip(*(feed.steps(0) for feed in feeds), strict=True):
+    for parts in zip(*(loader.steps(0) for loader in loaders), strict=True):
         step = parts[0][0]
         got = [batch for _, batches in parts for batch in batches]
         for batch in got:
@@ -218,13 +218,15 @@ def test_each_image_once_and_the_same_crop_on_any_rank(count, every, packing, se
 def test_a_run_that_goes_on_sees_the_same_crops():
     data = Seen(40)
     plan = schedule(data, packing=True, epochs=2.0)
-    whole = {s: images_of(b) for s, (b,) in Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers()).steps(0)}
-    resumed = Feed(
+    whole = {
+        s: images_of(b) for s, (b,) in DataLoader(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers()).steps(0)
+    }
+    resumed = DataLoader(
         data, schedule(data, packing=True, epochs=2.0), Split(4, 1, 2), Place(1, 2), load=Numbers(), workers=2
     )
     for step, batches in resumed.steps(3):
         assert set(images_of(batches[0])) <= set(whole[step])
-    other = Feed(data, schedule(data, packing=True, seed=1), Split(8, 1, 1), DeviceMesh(), load=Numbers())
+    other = DataLoader(data, schedule(data, packing=True, seed=1), Split(8, 1, 1), DeviceMesh(), load=Numbers())
     crops = {i: c for s in whole if s < plan.lengths[0] for i, c in whole[s]}
     assert dict(image for batch in other.all_batches() for image in images_of(batch)) != crops
     assert crops[6] == pytest.approx(Random("0 0 6").random()), "of seed, epoch and item"
@@ -232,10 +234,10 @@ def test_a_run_that_goes_on_sees_the_same_crops():
 
 def test_text_alone_has_no_pixels():
     data = Seen(8, every=100)
-    batches = Feed(data, schedule(data), Split(4, 1, 1), DeviceMesh(), load=Numbers()).all_batches()
+    batches = DataLoader(data, schedule(data), Split(4, 1, 1), DeviceMesh(), load=Numbers()).all_batches()
     assert [b.pixels_I3PP is None for b in batches] == [0 not in b.items for b in batches]
     with pytest.raises(InputError, match=r"items\.jsonl:1: image: there is nothing that loads it"):
-        list(Feed(data, schedule(data), Split(4, 1, 1), DeviceMesh()).all_batches())
+        list(DataLoader(data, schedule(data), Split(4, 1, 1), DeviceMesh()).all_batches())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -247,12 +249,12 @@ def test_an_image_that_cannot_be_decoded_is_fatal_or_grey(workers, caplog):
         match=r"^items\.jsonl:(5|11): image: (4|10): is truncated \(x\); get it again, or leave it out; "
         r"broken_images=skip goes on without it$",
     ):
-        list(Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, workers=workers).steps(0))
-    plain = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
-    feed = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, broken="skip", workers=workers)
+        list(DataLoader(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, workers=workers).steps(0))
+    plain = DataLoader(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
+    loader = DataLoader(data, plan, Split(8, 1, 1), DeviceMesh(), load=load, broken="skip", workers=workers)
     with caplog.at_level(logging.WARNING):
-        steps = [(a, b) for _, (a,) in feed.steps(0) for b in plain.batches(_)]
-        list(feed.all_batches())
+        steps = [(a, b) for _, (a,) in loader.steps(0) for b in plain.batches(_)]
+        list(loader.all_batches())
     assert sorted(r.getMessage() for r in caplog.records) == [
         f"broken_images: items.jsonl:{i + 1}: image: {i}: is truncated (x); get it again, or leave it out; nothing is "
         "learnt of this item"
@@ -271,9 +273,9 @@ def test_an_image_that_cannot_be_decoded_is_fatal_or_grey(workers, caplog):
 def test_an_item_alone():
     data = Seen(8)
     plan = schedule(data)
-    feed = Feed(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
-    (batch,) = feed.batches(0)
-    alone = feed.alone(0, 6)
+    loader = DataLoader(data, plan, Split(8, 1, 1), DeviceMesh(), load=Numbers())
+    (batch,) = loader.batches(0)
+    alone = loader.alone(0, 6)
     assert (alone.items, images_of(alone)) == ((6,), [i for i in images_of(batch) if i[0] == 6])
     assert alone.tokens_BT.tolist() == [data.example(6).ids]
 
@@ -290,8 +292,8 @@ class Counted(Numbers):
 
 def test_held_out_images_are_never_all_in_memory():
     data, load = Seen(64, every=1), Counted()
-    feed = Feed(data, schedule(data, rows=4), Split(4, 1, 1), DeviceMesh(), load=load, workers=2)
-    batches = feed.all_batches()
+    loader = DataLoader(data, schedule(data, rows=4), Split(4, 1, 1), DeviceMesh(), load=load, workers=2)
+    batches = loader.all_batches()
     assert len(batches) == 16
     assert load.made == 0
     for round_ in range(2):
@@ -309,8 +311,8 @@ def test_held_out_images_are_never_all_in_memory():
 
 def test_threads_prepare_a_bounded_number_of_micro_batches():
     data, load, threads = Seen(400, every=1), Counted(), threading.active_count()
-    feed = Feed(data, schedule(data), Split(2, 4, 1), DeviceMesh(), load=load, workers=3)
-    steps = feed.steps(0)
+    loader = DataLoader(data, schedule(data), Split(2, 4, 1), DeviceMesh(), load=load, workers=3)
+    steps = loader.steps(0)
     next(steps)
     time.sleep(0.2)
     assert load.made == (4 + 3) * 2
@@ -327,7 +329,7 @@ def test_real_images(tmp_path):
     data.example = lambda i: (lambda e: replace(e, image=str(real[e.image])) if e.image else e)(example(i))
     load = ImageLoader.of("random_resized_crop", 16)
     for pin in (False, torch.cuda.is_available()):
-        (batch,) = Feed(data, schedule(data), Split(8, 1, 1), DeviceMesh(), load=load, pin=pin).batches(0)
+        (batch,) = DataLoader(data, schedule(data), Split(8, 1, 1), DeviceMesh(), load=load, pin=pin).batches(0)
         wanted = [load(real[str(i)], Random(f"0 0 {i}")) for i in batch.items if i in (0, 3)]
         assert torch.equal(batch.pixels_I3PP, torch.stack(wanted))
     assert batch.to("meta").pixels_I3PP.shape == (2, 3, 16, 16)

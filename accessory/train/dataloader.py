@@ -110,7 +110,7 @@ class Schedule:
         return self.plans[epoch].rows(within)
 
 
-class Feed:
+class DataLoader:
     """This rank's micro-batches of each step; `workers` threads prepare the next ones meanwhile.
 
     load: makes pixels of the images of items that have places for them; needed where there are any. What a random crop
@@ -202,11 +202,11 @@ class Feed:
 class AllBatches(Sequence[Batch]):
     """The batches of a feed, made anew whenever they are gone through: the pixels of a whole set fit into no memory."""
 
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
 
     def __len__(self) -> int:
-        return self.feed.schedule.steps * self.feed.split.accum_iter
+        return self.loader.schedule.steps * self.loader.split.accum_iter
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -215,8 +215,8 @@ class AllBatches(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.feed.batch(*divmod(range(len(self))[index], self.feed.split.accum_iter))
+        return self.loader.batch(*divmod(range(len(self))[index], self.loader.split.accum_iter))
 
     def __iter__(self) -> Iterator[Batch]:
-        for _, batches in self.feed.steps(0):
+        for _, batches in self.loader.steps(0):
             yield from batches
