@@ -13,6 +13,7 @@ from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.mesh import from_environment
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
+from accessory.train.loggers import require_loggers
 from accessory.train.loop import TrainingLoop
 from accessory.train.recorder import open_recorder
 from accessory.train.resume import StateSaver
@@ -37,11 +38,13 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     mesh, device = _join_ranks(config)
 
-    # Where the run begins: at step 0, or at a state.
+    mesh.from_first(lambda: require_loggers(config.loggers))
+
+    # The folder says where the run begins: at step 0, or at a state.
     folder = RunFolder(Path(config.output_dir))
     start = mesh.from_first(lambda: folder.find_start(config))
 
-    # What it trains.
+    # The model's files are opened, and its weights not yet read.
     source = open_source(config)
     model = source.identity()
     start.check_model(model)
@@ -49,14 +52,14 @@ def finetune(config: FinetuneConfig) -> Path:
     if mesh.first:
         warn_of_biases(source)
 
-    # What it learns from.
+    # The data are encoded, and all steps laid out.
     data = open_training_data(config, source, mesh, device, split, start)
 
-    # The network, which takes long to load.
+    # The network is loaded, which takes long.
     trainer = _build_trainer(config, source, mesh, device)
     start.load_into(trainer)
 
-    # Nothing can be wrong any more: only now does the run's folder change.
+    # Nothing can be wrong any more. Only now does the run's folder change.
     mesh.from_first(lambda: folder.claim(config, start))
     with stop_on_signals() as stop:
         if mesh.first:

@@ -1,5 +1,6 @@
 """Runs that are started wrongly: one line each, before the first step, and nothing lost or written."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -109,6 +110,16 @@ def test_ranks_end_together_on_a_bad_line(inputs, tmp_path):
     assert started.wait(60) == [1, 1]
     (line,) = started.errors()
     assert "data.jsonl:25" in line
+
+
+def test_a_logger_that_is_not_installed(inputs, part, tmp_path, monkeypatch):
+    """It is refused before a model is loaded and before an earlier run is overwritten."""
+    shutil.copytree(part, tmp_path / "run")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else find_spec(name, *a)
+    )
+    runs.refused(inputs, tmp_path / "run", "loggers: trackio needs the package", loggers=["trackio"], overwrite=True)
 
 
 def test_nothing_to_train(inputs, tmp_path):
