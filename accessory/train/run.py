@@ -119,7 +119,6 @@ def _export(config: FinetuneConfig, source: Source, folder: RunFolder) -> Path:
         shards=config.model_parallel_size,
         image_views=source.views,
         tokenizer=Path(config.tokenizer_path) if config.tokenizer_path else None,
-        overwrite=True,
     )
 
 
