@@ -25,8 +25,9 @@ from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.apply import parallelize
-from accessory.parallel.fsdp import DataParallel, DeviceMesh, apply_fsdp
+from accessory.parallel.fsdp import DataParallel, apply_fsdp
 from accessory.parallel.local_shard import local_tensors
+from accessory.parallel.mesh import DeviceMesh
 
 if TYPE_CHECKING:
     from accessory.nn.vision import VisionTower

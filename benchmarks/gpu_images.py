@@ -29,7 +29,7 @@ from accessory.engine.generate import Generation
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.nn.vision import Features, VisionTower
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 from accessory.vision_config import SPHINX
 

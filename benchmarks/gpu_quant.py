@@ -37,7 +37,7 @@ from accessory.nn.decoder import Decoder
 from accessory.ops.experts import sort_by_expert
 from accessory.ops.quantized import Packed, quantize
 from accessory.ops.quantized_products import dequantized
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
 

@@ -24,7 +24,7 @@ from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
 from accessory.nn.decoder import Decoder, init_weights
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
 

@@ -29,7 +29,7 @@ from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.planner.peak import CONTEXT, FRAGMENTATION, QUANTIZING, WORKSPACE, estimate
 from accessory.planner.setup import Inference, Setup, Training
 from accessory.train.trainer import LossWeights, Trainer

@@ -25,8 +25,7 @@ from accessory.data.templates import get_template
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
-from accessory.parallel.collectives import broadcast_object
-from accessory.parallel.mesh import Ranks, from_environment, launch_of
+from accessory.parallel.mesh import Ranks, broadcast_object, from_environment, launch_of
 
 NO_IMAGE = ("none", "-")
 

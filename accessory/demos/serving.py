@@ -24,8 +24,7 @@ from accessory.config import SHORT_DTYPES
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.model.meta import MetaModel, StreamItem
-from accessory.parallel.collectives import broadcast_object
-from accessory.parallel.mesh import Ranks, from_environment, launch_of
+from accessory.parallel.mesh import Ranks, broadcast_object, from_environment, launch_of
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)

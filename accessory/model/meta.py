@@ -25,8 +25,7 @@ from accessory.engine.sampling import Sampling
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
-from accessory.parallel.fsdp import DeviceMesh
-from accessory.parallel.mesh import Ranks
+from accessory.parallel.mesh import DeviceMesh, Ranks
 
 if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images

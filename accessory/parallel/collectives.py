@@ -88,12 +88,3 @@ def broadcast(value: Tensor, ranks: Ranks) -> Tensor:
     """The first rank's `value`, on every rank (in place)."""
     dist.broadcast(value, src=ranks.first, group=ranks.group)
     return value
-
-
-def broadcast_object(value: Any, ranks: Ranks | None) -> Any:
-    """The first rank's Python object on every rank; what the others pass is ignored."""
-    if ranks is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=ranks.first, group=ranks.group)
-    return box[0]

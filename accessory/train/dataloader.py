@@ -21,7 +21,7 @@ from accessory.data.batches import Batch, EpochPlan, collate
 from accessory.data.dataset import Example, FinetuneData
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from accessory.build import build, build_tower
-from accessory.parallel.fsdp import DeviceMesh
-from accessory.parallel.mesh import from_environment
+from accessory.parallel.mesh import DeviceMesh, from_environment
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loggers import require_loggers

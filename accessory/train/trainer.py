@@ -25,7 +25,8 @@ from accessory.nn.decoder import Decoder
 from accessory.ops.attention import Documents
 from accessory.ops.cross_entropy import cross_entropy_sum
 from accessory.ops.routing import RouterStatistics, balance_loss
-from accessory.parallel.fsdp import DeviceMesh, finish_gradients, squared_norm
+from accessory.parallel.fsdp import finish_gradients, squared_norm
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.optim import LossScale, make_optimizer, scale_gradients
 
 if TYPE_CHECKING:

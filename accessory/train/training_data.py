@@ -13,7 +13,7 @@ from accessory.data.batches import Batch
 from accessory.data.dataset import FinetuneData
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.data.transform import ImageLoader
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.config import FinetuneConfig
 from accessory.train.dataloader import DataLoader, Schedule, Split
 from accessory.train.resume import Start

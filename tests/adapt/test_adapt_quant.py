@@ -14,7 +14,7 @@ from accessory.errors import ConfigError
 from accessory.formats import FORMATS, Quant
 from accessory.nn.linear import PackedWeight
 from accessory.ops.quantized import dequantize, quantize
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 
 # Sizes whose groups survive four cuts.
 ARGS = CUTTABLE

@@ -28,7 +28,7 @@ from accessory.errors import CheckpointError, ConfigError
 from accessory.formats import FORMATS, Quant
 from accessory.model.meta import MetaModel
 from accessory.ops.quantized import dequantize, quantize
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 
 IMPLEMENTATIONS = ("base", "sparse")
 

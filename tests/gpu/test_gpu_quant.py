@@ -114,7 +114,7 @@ def test_fp8_products_round_inputs_and_nothing_else():
 def test_lora_learns_beside_quantized_experts(tensors, implementation):
     from helpers.training import batches
 
-    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.parallel.mesh import DeviceMesh
     from accessory.train.trainer import LossWeights, Trainer
 
     curves = []

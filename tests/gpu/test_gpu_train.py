@@ -8,7 +8,7 @@ from helpers.random_models import write_speaking
 from helpers.training import ARGS, batches, make_decoder
 
 from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
 pytestmark = [

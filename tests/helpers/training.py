@@ -146,7 +146,7 @@ def train(
     quant: str | None = None,
 ) -> list[tuple[float, float, float]]:
     """(cross-entropy, balance, gradient norm) of each step, by the project's trainer."""
-    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.parallel.mesh import DeviceMesh
     from accessory.train.trainer import LossWeights, Trainer
 
     mesh = mesh or DeviceMesh()

@@ -9,8 +9,8 @@ from helpers.distributed import run_ranks
 from helpers.training import ARGS, make_decoder, oracle_tensors
 
 from accessory.nn.experts_base import BaseExperts
-from accessory.parallel.fsdp import DeviceMesh
 from accessory.parallel.local_shard import LocalShard, local, local_parameters, local_tensors, shard_like
+from accessory.parallel.mesh import DeviceMesh
 
 LORA = {"lora_rank": 4, "lora_targets": ("wq", "wo", "w1", "w2", "gate", "output"), "bias_tuning": True}
 

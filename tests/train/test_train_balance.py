@@ -15,8 +15,9 @@ from accessory.config import ModelArgs, MoEArgs
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
 from accessory.nn.decoder import Decoder, init_weights
-from accessory.parallel.fsdp import DeviceMesh, shard
+from accessory.parallel.fsdp import apply_fsdp
 from accessory.parallel.local_shard import local, local_tensors
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer, _Sums
 
 IMPLEMENTATIONS = ["base", "sparse"]
@@ -178,7 +179,7 @@ def on_two_ranks(rank, world):
             for everywhere in (False, True):
                 decoder = known(implementation, experts=True)
                 values = {n: p.detach().clone() for n, p in decoder.named_parameters()}
-                shard(decoder, mesh, "fsdp" if everywhere else "sdp", torch.float32)
+                apply_fsdp(decoder, mesh, "fsdp" if everywhere else "sdp", torch.float32)
                 fill(decoder, values)
                 trainer = Trainer(decoder, mesh, LossWeights(BALANCE, Z, everywhere))
                 record = trainer.forward_backward([rows_of(parts[rank])])

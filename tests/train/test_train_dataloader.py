@@ -18,7 +18,7 @@ from accessory.data.batches import IGNORED
 from accessory.data.dataset import Example
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.dataloader import DataLoader, Schedule, Split
 from accessory.vision_config import IMAGE_ID
 

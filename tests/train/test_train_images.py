@@ -119,7 +119,7 @@ def oracle():
 
 
 def train(implementation, mesh=None, tensors=None, *, mode="sdp", peft=None, checkpointing=False):
-    from accessory.parallel.fsdp import DeviceMesh
+    from accessory.parallel.mesh import DeviceMesh
     from accessory.train.trainer import LossWeights, Trainer
 
     mesh = mesh or DeviceMesh()
@@ -143,8 +143,7 @@ CASES = {
 def on_grids(rank, world, cases, tensors):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import DeviceMesh
-    from accessory.parallel.mesh import Ranks
+    from accessory.parallel.mesh import DeviceMesh, Ranks
 
     out = []
     for (_, model), how in cases:

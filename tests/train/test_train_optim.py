@@ -8,8 +8,9 @@ from helpers.distributed import run_ranks
 from helpers.training import ARGS, CLIP, batches, close, make_decoder, oracle_tensors
 from torch import nn
 
-from accessory.parallel.fsdp import DeviceMesh, model_copies, squared_norm
+from accessory.parallel.fsdp import model_copies, squared_norm
 from accessory.parallel.local_shard import local, local_parameters
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train.optim import (
     LossScale,
     allocate_moments,

@@ -38,8 +38,7 @@ def test_it_is_lora_beside_the_dequantized_weights(implementation, quant):
 def on_grids(rank, world, cases, values):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import DeviceMesh
-    from accessory.parallel.mesh import Ranks
+    from accessory.parallel.mesh import DeviceMesh, Ranks
 
     out = []
     for (_, model), mode, quant in cases:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from accessory.config import LORA_TARGETS
 from accessory.errors import AccessoryError, CheckpointError
-from accessory.parallel.fsdp import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh
 from accessory.train import state as state_module
 from accessory.train.optim import updates_made
 from accessory.train.state import (

@@ -42,8 +42,7 @@ def alone(implementation, lora=False):
 def on_grids(rank, world, cases, tensors):
     import torch.distributed as dist
 
-    from accessory.parallel.fsdp import DeviceMesh
-    from accessory.parallel.mesh import Ranks
+    from accessory.parallel.mesh import DeviceMesh, Ranks
 
     out = []
     for (_, model), options in cases:
