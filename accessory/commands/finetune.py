@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import logging
-import os
 import shlex
-import sys
-import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from accessory.config import PEFT_FIELDS
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.mesh import Launch, launch_of
+from accessory.launch.ending import end_with_torchrun, leave
+from accessory.launch.environment import Launch, launch_of
+from accessory.launch.gpus import count_ranks
+from accessory.launch.torchrun import run_under_torchrun
 from accessory.train.config import PACKAGE, FinetuneConfig
 
 RECIPES = PACKAGE / "configs" / "finetune"
-# Seconds that a rank has after Ctrl-C to end its step and save its state, where torchrun would give it 30.
-SAVING = "600"
 
 
 def finetune(options: argparse.Namespace) -> int:
     """Carry out a recipe: here, as one of a launcher's ranks, or on `--n-gpus` ranks that are started for it."""
     recipe = find_recipe(options.config)
     config = FinetuneConfig.from_yaml(recipe, options.overrides)
-    launch = launch_of(dict(os.environ))
+    launch = launch_of()
     if options.n_gpus is None or (options.n_gpus == 1 and launch is None):
         return carry_out(config, dry_run=options.dry_run)
     if launch is not None:
         raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
-    _check_n_gpus(options.n_gpus, config)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else None
+    count_ranks(options.n_gpus, shown=gpus, n_field="--n-gpus")
     words = ["-m", "accessory", "finetune", options.config, *options.overrides, *(["--debug"] if options.debug else [])]
     if options.dry_run:
         status = carry_out(config, dry_run=True, world=options.n_gpus)
@@ -44,7 +40,7 @@ def finetune(options: argparse.Namespace) -> int:
         return status
     config.data_parallel_size(options.n_gpus)
     config.check_files()
-    return start_ranks(options.n_gpus, words, debug=options.debug)
+    return run_under_torchrun(options.n_gpus, words, debug=options.debug)
 
 
 def find_recipe(name: str) -> Path:
@@ -61,7 +57,7 @@ def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | Non
 
     dry_run: print the configuration and check it against the files, and stop there.
     """
-    launch = launch_of(dict(os.environ))
+    launch = launch_of()
     if world is None:
         world = launch.size if launch else 1
     replicas = config.data_parallel_size(world)
@@ -124,8 +120,7 @@ def _train(config: FinetuneConfig) -> None:
 
 def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
     """Ends the process without taking groups down where other ranks may be dead: that waits for them, or aborts."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with_the_launcher, args=(os.getppid(), launch.rank), daemon=True).start()
+    end_with_torchrun(launch.rank)
     status = 1
     try:
         _train(config)
@@ -133,51 +128,4 @@ def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     finally:
-        atexit.register(_leave, status)
-
-
-def _end_with_the_launcher(launcher: int, rank: int) -> NoReturn:
-    """Torchrun that was killed cannot end its ranks, which would write into a folder that a new run has begun with."""
-    while os.getppid() == launcher:
-        time.sleep(1)
-    if not rank:
-        print("accessory: error: torchrun is gone", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _leave(status: int) -> NoReturn:
-    """After everything has been said: gloo now and then aborts while an interpreter ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _check_n_gpus(n: int, config: FinetuneConfig) -> None:
-    if n < 1:
-        raise InputError(f"--n-gpus: got {n}, but it must be at least 1")
-    on_gpus = torch.cuda.is_available() and config.device != "cpu"
-    if on_gpus and n > torch.cuda.device_count():
-        raise InputError(f"--n-gpus: got {n}, but this machine shows {torch.cuda.device_count()} GPUs")
-
-
-def start_ranks(n: int, words: Sequence[str], *, debug: bool = False) -> int:
-    """Run `python …words` as n ranks of this machine, through torchrun; returns the exit status.
-
-    Ctrl-C and SIGTERM reach the ranks, which save a state; what goes wrong there, they say themselves.
-    """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    if not debug:
-        logging.disable(logging.ERROR)  # torchrun's own account of failures
-    arguments = torchrun.parse_args(["--standalone", f"--nproc-per-node={n}", "--no-python", sys.executable, *words])
-    try:
-        torchrun.run(arguments)
-    except (ChildFailedError, SignalException):
-        return 1
-    finally:
-        logging.disable(logging.NOTSET)
-    return 0
+        atexit.register(leave, status)

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable
 
 from accessory.errors import AccessoryError, RankError
-
-# Seconds that ranks which fail leave to the first one: the launcher must not end it before it has spoken.
-FIRST_SPEAKS = 2.0
+from accessory.launch.ending import FIRST_SPEAKS
+from accessory.launch.environment import launched_rank
 
 
 def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
@@ -23,7 +22,7 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
     Of several ranks the first one speaks; the others do where something may have happened to them alone.
     """
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
-    rank = started_rank()
+    rank = launched_rank()
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
@@ -45,13 +44,6 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
             who = f"rank {rank}: " if rank else ""
             print(f"accessory: error: {who}{_one_line(error)}", file=sys.stderr, flush=True)
         return 1
-
-
-def started_rank() -> int:
-    """Which of the ranks this is that torchrun or srun started; 0 for a process started alone."""
-    e = os.environ
-    text = e.get("RANK") if "WORLD_SIZE" in e else e.get("SLURM_PROCID") if "SLURM_STEP_ID" in e else None
-    return int(text) if text is not None and text.isdigit() else 0
 
 
 def _is_users(error: Exception) -> bool:

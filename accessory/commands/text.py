@@ -23,16 +23,19 @@ from accessory.data.image_tokens import refuse_tags, without_tag
 from accessory.data.images import open_image
 from accessory.data.templates import get_template
 from accessory.errors import AccessoryError, InputError
+from accessory.launch.environment import launch_of
+from accessory.launch.gpus import check_device, count_ranks
+from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
-from accessory.parallel.mesh import Ranks, broadcast_object, from_environment, launch_of
+from accessory.parallel.mesh import Ranks, broadcast_object
 
 NO_IMAGE = ("none", "-")
 
 
 def generate(options: argparse.Namespace) -> int:
     """Continue the prompts and print what was written; under a launcher, the first rank reads and prints."""
-    launch = launch_of(dict(os.environ))
+    launch = launch_of()
     first = launch is None or launch.rank == 0
     prompts = _prompts(options) if first else []
     if options.stream and len(prompts) > 1:
@@ -112,7 +115,7 @@ def _images(names: list[str], count: int) -> list[Any]:
 
 def chat(options: argparse.Namespace) -> int:
     """Talk in the terminal until the input ends."""
-    if launch_of(dict(os.environ)) is not None:
+    if launch_of() is not None:
         raise InputError("chat: started as one of several ranks, which share no terminal; use --n-gpus N instead")
     seen = _see(options.image, visual=True) if options.image else None
     with open_model(options) as (model, _):
@@ -230,41 +233,26 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
         "quant_attention": options.quant_attention,
         "quant_output": options.quant_output,
         "dtype": getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype)),
-        "device": _device(options.device),
+        "device": check_device(options.device),
         "progress": True,
     }
     if _visual(options):
         loading |= {"with_visual": True, "image_transform": options.image_transform}
     own = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
     asked = options.n_gpus is not None or options.gpu_ids is not None
-    if launch_of(dict(os.environ)) is not None:
+    if launch_of() is not None:
         if asked:
             raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
-        ranks = from_environment()
-        assert ranks is not None
+        group = join_launched()
+        assert group is not None
         try:
-            yield MetaModel.from_pretrained(options.path, mp_group=ranks.group, **loading), ranks
+            yield MetaModel.from_pretrained(options.path, mp_group=group, **loading), Ranks.of(group)
         finally:
             dist.destroy_process_group()
-    elif asked and (options.n_gpus or len(options.gpu_ids or ())) != 1:
+    elif asked and count_ranks(options.n_gpus, options.gpu_ids, n_field="--n-gpus", ids_field="--gpu-ids") > 1:
         with MultiGpuWrapper(options.path, gpus=options.n_gpus, **own, **loading) as wrapper:
             yield wrapper, None
     else:
         if options.gpu_ids:
-            loading["device"] = _device(f"cuda:{options.gpu_ids[0]}")
+            loading["device"] = check_device(f"cuda:{options.gpu_ids[0]}")
         yield MetaModel.from_pretrained(options.path, **loading), None
-
-
-def _device(name: str | None) -> str | None:
-    """Checked here, because torch answers a device that is not there with a traceback in its own words."""
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices here")
-    return name

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import sys
@@ -23,8 +22,12 @@ import torch.distributed as dist
 from accessory.config import SHORT_DTYPES
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
+from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
+from accessory.launch.environment import launch_of, set_meeting_point
+from accessory.launch.gpus import count_ranks, use_gpus, visible_gpus
+from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel, StreamItem
-from accessory.parallel.mesh import Ranks, broadcast_object, from_environment, launch_of
+from accessory.parallel.mesh import Ranks, broadcast_object
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -85,7 +88,7 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
     rank = 0
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        launch = launch_of(dict(os.environ))
+        launch = launch_of()
         rank = launch.rank if launch is not None else 0
         if rank == 0:
             for number in ENDING:
@@ -98,7 +101,7 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
         return 0
     except Exception as error:
         if rank:
-            time.sleep(2)  # where all ranks fail alike, the first one speaks for them and the launcher ends the others
+            time.sleep(FIRST_SPEAKS)  # it speaks for all that fail alike; the launcher then ends the others
         if options.debug or not isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
@@ -119,16 +122,15 @@ def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> in
         print(f"Open to everybody: {public}" if public else "error: no public address was to be had", flush=True)
     broken: threading.Event = getattr(model, "broken", threading.Event())
     try:
-        launcher = os.getppid()
+        torchrun_is_gone = watch_torchrun()
         while not broken.wait(1):
-            # Torchrun that was killed cannot end its ranks: they are in sessions of their own.
-            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+            if torchrun_is_gone():
                 print("error: torchrun is gone", file=sys.stderr, flush=True)
                 return 1
         print("error: the ranks are out of step after a failure; start the demo again", file=sys.stderr, flush=True)
         return 1
     finally:
-        _end_soon()
+        end_within(GRACE)
         page.close()
 
 
@@ -136,18 +138,8 @@ def _interrupt(*_: Any) -> None:
     """Once: under torchrun the terminal and the launcher both send the signal."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    _end_soon()
+    end_within(GRACE)
     raise KeyboardInterrupt
-
-
-def _end_soon() -> None:
-    """Whatever hangs from here on (a rank that is gone, a connection held open) does not hold this process."""
-
-    def end() -> None:
-        time.sleep(GRACE)
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def _one_line(error: Exception) -> str:
@@ -184,16 +176,17 @@ def _port_in_use(host: str, port: int) -> InputError:
 
 def start_launched(options: argparse.Namespace, serve: Serve) -> int:
     """On the ranks that torchrun or srun started, or on one: the first serves, the others follow it."""
-    _choose_gpus(options.gpu_ids)
-    _meeting_point(options)
-    ranks = from_environment()
-    if ranks is None:
+    _use_gpus(options.gpu_ids)
+    set_meeting_point(options.master_addr, options.master_port)
+    group = join_launched()
+    if group is None:
         return _start_alone(options, serve)
+    ranks = Ranks.of(group)
     if ranks.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all ranks; the first one ends the others
     # Apart from the model's group, whose operations have to answer within minutes.
     commands = Ranks.of(dist.new_group(backend="gloo", timeout=IDLE))
-    model = MetaModel.from_pretrained(**_loading(options), mp_group=ranks.group)
+    model = MetaModel.from_pretrained(**_loading(options), mp_group=group)
     if ranks.rank:
         follow(model, commands)
         return 0
@@ -206,23 +199,18 @@ def start_launched(options: argparse.Namespace, serve: Serve) -> int:
 
 def start_own(options: argparse.Namespace, serve: Serve) -> int:
     """On `--n_gpus` ranks, which this process starts."""
-    if launch_of(dict(os.environ)) is not None:
+    if launch_of() is not None:
         raise InputError("this demo starts its ranks itself: run it with python and --n_gpus N, not with torchrun")
-    _check_gpus(options.gpu_ids)
-    n = options.n_gpus if options.n_gpus is not None else len(options.gpu_ids or [0])
-    if n < 1:
-        raise InputError(f"--n_gpus: got {n}, but it must be at least 1")
-    if options.gpu_ids is not None and len(options.gpu_ids) != n:
-        raise InputError(f"--gpu_ids: got {len(options.gpu_ids)} for --n_gpus {n}; give one each")
-    if n == 1:
-        _choose_gpus(options.gpu_ids)
+    n = 1 if options.n_gpus is None and options.gpu_ids is None else options.n_gpus
+    size = _count_ranks(n, options.gpu_ids)
+    if size == 1:
+        _use_gpus(options.gpu_ids)
         return _start_alone(options, serve)
     from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 
-    where: dict[str, Any] = {"gpu_ids": options.gpu_ids} if options.gpu_ids is not None else {"gpus": n}
-    meeting = {"master_addr": options.master_addr, "master_port": options.master_port}
-    with MultiGpuWrapper(**where, **meeting, **_loading(options)) as wrapper:
-        return serve(wrapper, _line(options, wrapper, n))
+    where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
+    with MultiGpuWrapper(**_loading(options), gpus=size, **where) as wrapper:
+        return serve(wrapper, _line(options, wrapper, size))
 
 
 def _start_alone(options: argparse.Namespace, serve: Serve) -> int:
@@ -240,27 +228,17 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
     return how
 
 
-def _check_gpus(ids: list[int] | None) -> list[str] | None:
-    """The names that CUDA_VISIBLE_DEVICES gives, if it does; InputError unless `ids` can be numbers of GPUs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else None
-    if ids and (min(ids) < 0 or len(set(ids)) < len(ids) or (names and max(ids) >= len(names))):
-        has = f"; CUDA_VISIBLE_DEVICES shows {len(names)}" if names else ""
-        raise InputError(f"--gpu_ids: got {' '.join(map(str, ids))}, but they must be different numbers of GPUs{has}")
-    return names
+def _use_gpus(ids: list[int] | None) -> None:
+    if ids is not None:
+        _count_ranks(None, ids)
+        use_gpus(ids)
 
 
-def _choose_gpus(ids: list[int] | None) -> None:
-    """Before CUDA starts, so that rank r's GPU is the r-th of them and every thread's default is the right one."""
-    names = _check_gpus(ids)
-    if ids:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in ids)
-
-
-def _meeting_point(options: argparse.Namespace) -> None:
-    for name in ("master_addr", "master_port"):
-        if getattr(options, name) is not None:
-            os.environ.setdefault(name.upper(), str(getattr(options, name)))
+def _count_ranks(n: int | None, ids: list[int] | None) -> int:
+    """As `count_ranks`, before CUDA starts: torch must not be asked yet how many GPUs there are."""
+    visible = visible_gpus() if ids is not None else None
+    shown = len(visible) if visible is not None else None
+    return count_ranks(n, ids, shown=shown, n_field="--n_gpus", ids_field="--gpu_ids")
 
 
 def _line(options: argparse.Namespace, model: Any, ranks: int) -> str:

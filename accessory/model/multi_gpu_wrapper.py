@@ -25,18 +25,21 @@ from torch import Tensor
 from accessory.checkpoint.hub import resolve
 from accessory.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from accessory.errors import AccessoryError, InputError, RankError
+from accessory.launch.gpus import count_ranks
+from accessory.launch.process_group import host_store
+from accessory.launch.processes import GRACE, LOOPBACK, POLL, RankProcess, end_processes, start_processes, who_ended
 from accessory.model.messages import arguments_to_send, from_plain
 from accessory.model.meta import PathLike, Prompt, StreamItem
-from accessory.model.rank_link import GRACE, LOOPBACK, POLL, Rank, host_store, start_ranks
 
 Replies = Generator[Any, None, Any]
 Cancelled = Callable[[], bool] | None
+RANK_MODULE = "accessory.model.rank_process"
 
 
 class _Call:
     """What the ranks are doing, and what they have said of it so far."""
 
-    def __init__(self, doing: str, ranks: Sequence[Rank], patience: float, cancelled: Cancelled = None) -> None:
+    def __init__(self, doing: str, ranks: Sequence[RankProcess], patience: float, cancelled: Cancelled = None) -> None:
         self.doing, self.patience, self.cancelled = doing, patience, cancelled
         self.waiting = {rank.connection: rank for rank in ranks}
         self.items: deque[Any] = deque()
@@ -51,7 +54,7 @@ class _Call:
     def over(self) -> bool:
         return self.error is not None or not self.waiting
 
-    def hear(self, rank: Rank) -> None:
+    def hear(self, rank: RankProcess) -> None:
         self.hearing = True
         kind, *said = rank.connection.recv()
         self.hearing = False
@@ -116,7 +119,9 @@ class MultiGpuWrapper:
         **from_pretrained: Any,
     ) -> None:
         device = str(from_pretrained.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.size = _check_gpus(gpus, gpu_ids, device)
+        if device not in ("cpu", "cuda"):
+            raise InputError(f"device: got {device!r}, but each rank has one of its own; give cpu, or cuda and gpu_ids")
+        self.size = count_ranks(gpus, gpu_ids, shown=torch.cuda.device_count() if device == "cuda" else None)
         ids = gpu_ids if gpu_ids is not None else range(self.size)
         self._gpu_ids: list[int | None] = [None] * self.size if device == "cpu" else list(ids)
         self._meeting = (master_addr or LOOPBACK, master_port or 0)
@@ -129,7 +134,7 @@ class MultiGpuWrapper:
         self.tokenizer: Tokenizer = load_tokenizer(own) if own else tokenizer_of(folders)
         # Held while somebody listens to the ranks, never while a reader of a stream thinks.
         self._turn = threading.Lock()
-        self._ranks: list[Rank] = []
+        self._ranks: list[RankProcess] = []
         self._call_now: _Call | None = None
         self._closed = False
         _opened.add(self)
@@ -310,11 +315,8 @@ class MultiGpuWrapper:
         finally:
             self._turn.release()
 
-    def _lost(self, ranks: Sequence[Rank], doing: str) -> RankError:
-        deadline = time.monotonic() + GRACE
-        while not (dead := [r for r in ranks if r.ended(0)]) and time.monotonic() < deadline:
-            time.sleep(POLL / 10)
-        how = ", ".join(r.how_it_ended() for r in dead) or "a rank closed its connection"
+    def _lost(self, ranks: Sequence[RankProcess], doing: str) -> RankError:
+        how = who_ended(ranks, GRACE) or "a rank closed its connection"
         self._end()
         if self._closed:
             return RankError(f"the ranks were closed while {doing}")
@@ -327,8 +329,8 @@ class MultiGpuWrapper:
         self._closed = False
         try:
             host, port = self._meeting
-            self._store = host_store(host, port)  # kept: the ranks meet in it
-            start_ranks(self._gpu_ids, host, self._store.port, self._load_timeout, self._ranks)
+            self._store: Any = host_store(host, port)  # kept: the ranks meet in it
+            start_processes(RANK_MODULE, self._gpu_ids, host, self._store.port, self._load_timeout, self._ranks)
             loading = _Call("loading", self._ranks, self._load_timeout)
             for rank in self._ranks:
                 progress = bool(self._options.get("progress")) and rank.number == 0
@@ -344,10 +346,7 @@ class MultiGpuWrapper:
 
     def _end(self) -> None:
         ranks, self._ranks = getattr(self, "_ranks", []), []
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.release()
+        end_processes(ranks)
         self._store = None  # gives its port back
         call = getattr(self, "_call_now", None)
         if call is not None and not call.over:
@@ -361,23 +360,6 @@ _opened: weakref.WeakSet[MultiGpuWrapper] = weakref.WeakSet()
 def _close_all() -> None:
     for wrapper in list(_opened):
         wrapper.close()
-
-
-def _check_gpus(gpus: int | None, gpu_ids: Sequence[int] | None, device: str) -> int:
-    if gpu_ids is not None:
-        if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or min(gpu_ids) < 0:
-            raise InputError(f"gpu_ids: got {list(gpu_ids)}, but they must be different numbers, at least one")
-        if gpus is not None and gpus != len(gpu_ids):
-            raise InputError(f"gpus: got {gpus}, but gpu_ids names {len(gpu_ids)}; give one of the two")
-    size = len(gpu_ids) if gpu_ids is not None else gpus
-    if not isinstance(size, int) or size < 1:
-        raise InputError(f"gpus: got {gpus!r}, but it must be a whole number of at least 1")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device: got {device!r}, but each rank has one of its own; give cpu, or cuda and gpu_ids")
-    last = max(gpu_ids) if gpu_ids is not None else size - 1
-    if device == "cuda" and last >= torch.cuda.device_count():
-        raise InputError(f"gpus: GPU {last} is asked for, but this machine shows {torch.cuda.device_count()}")
-    return size
 
 
 def _sampling(max_gen_len: int, temperature: float, top_p: float, stops: Iterable[str], seed: Any) -> dict[str, Any]:

@@ -6,47 +6,34 @@ called for until its connection or its standard input ends, which the death of t
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from typing import Any
+
+from accessory.launch.ending import leave
+from accessory.launch.processes import Place, call_back
 
 
 def main() -> None:
-    where = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_driver, daemon=True).start()
-    connection = Client(where["address"], authkey=bytes.fromhex(where["authkey"]))
-    connection.send(where["rank"])
+    place, connection = call_back()
     try:
-        serve(connection, where)
+        serve(connection, place)
     except (EOFError, ConnectionError):
         pass  # the driver is gone or wants us gone
     finally:
-        # Not an ordinary exit: process groups whose other ranks are dead wait or abort when they are taken down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave(0)
 
 
-def _end_with_the_driver() -> None:
-    while sys.stdin.read(1):
-        pass
-    os._exit(1)
-
-
-def serve(connection: Connection, where: dict[str, Any]) -> None:
+def serve(connection: Connection, place: Place) -> None:
     options = connection.recv()
     model: Any = None
 
     def load() -> int:
         nonlocal model
-        model = _load(where, options)
+        model = _load(place, options)
         return model.image_tokens
 
     if not _answer(connection, load):
@@ -64,30 +51,27 @@ def serve(connection: Connection, where: dict[str, Any]) -> None:
         step()
         return connection.poll()  # whatever the driver says during a call, it means that the call should end
 
-    if where["rank"] == 0:
+    if place.rank == 0:
         model.llma.register_forward_pre_hook(step)
     while True:
         method, arguments = connection.recv()
         if method == "cancel":
             continue  # of a call that had already ended
-        if where["rank"] == 0 and method in ("generate", "stream_generate"):
+        if place.rank == 0 and method in ("generate", "stream_generate"):
             arguments["cancelled"] = cancelled
-        _answer(connection, partial(_do, connection, model, method, arguments, where["rank"]))
+        _answer(connection, partial(_do, connection, model, method, arguments, place.rank))
 
 
-def _load(where: dict[str, Any], options: dict[str, Any]) -> Any:
+def _load(place: Place, options: dict[str, Any]) -> Any:
     import torch
-    import torch.distributed as dist
 
+    from accessory.launch.process_group import join_store
     from accessory.model.meta import MetaModel
 
-    rank, size = where["rank"], where["size"]
     cuda = torch.cuda.is_available() and str(options.get("device") or "cuda") != "cpu"
     if not cuda:
-        torch.set_num_threads(where["threads"])
-    store = dist.TCPStore(where["host"], where["port"], is_master=False)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-    group = dist.new_group(list(range(size)))
+        torch.set_num_threads(place.threads)
+    group = join_store(place.host, place.port, place.rank, place.size, cuda=cuda)
     return MetaModel.from_pretrained(**options, mp_group=group)
 
 

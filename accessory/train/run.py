@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from accessory.build import build, build_tower
-from accessory.parallel.mesh import DeviceMesh, from_environment
+from accessory.launch.process_group import join_launched
+from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loggers import require_loggers
@@ -79,7 +80,9 @@ def finetune(config: FinetuneConfig) -> Path:
 def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     """All ranks of the run, and this rank's device, with the recipe's seed and precision set."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    mesh = DeviceMesh.of(from_environment(PATIENCE), config.model_parallel_size, device.split(":")[0])
+    group = join_launched(PATIENCE)
+    ranks = Ranks.of(group) if group is not None else None
+    mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0])
     torch.manual_seed(config.seed)
     if config.precision == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -141,33 +140,6 @@ def test_a_full_memory_says_what_needs_less(fields, capsys, monkeypatch):
 
 # --------------------------------------------------------------------------- ranks of its own
 
-# One write a rank, so that lines are not torn.
-RANK = """
-import os, sys
-os.write(1, f"{{os.environ['RANK']}} {{os.environ['WORLD_SIZE']}} {{' '.join(sys.argv[1:])}}\\n".encode())
-sys.exit({})
-"""
-
-
-def ranks(n, code, *words):
-    """`start_ranks` in a process of its own, since it changes the environment."""
-    program = "import sys; from accessory.commands.finetune import start_ranks; sys.exit(start_ranks({}, {!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", program.format(n, ["-c", code, *words])],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-
-
-def test_started_ranks_know_who_they_are_and_get_every_word():
-    done = ranks(2, RANK.format(0), "a=[1, 2]", "--debug")
-    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [f"{r} 2 a=[1, 2] --debug" for r in (0, 1)])
-    assert done.stderr == ""
-
-
-def test_a_failed_rank_is_a_failure_and_the_launcher_adds_nothing():
-    done = ranks(2, RANK.format("'it says so' if os.environ['RANK'] == '1' else 0"))
-    assert (done.returncode, done.stderr) == (1, "it says so\n")
-
 
 @pytest.mark.slow
 def test_a_recipe_on_two_ranks_of_its_own(fields, tmp_path):
@@ -226,22 +198,3 @@ def test_of_several_ranks_those_speak_that_have_something_to_say(error, rank, ou
         [sys.executable, "-c", SPEAKS.format(error)], env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, out, err)
-
-
-def test_a_rank_ends_when_its_launcher_is_gone(monkeypatch, capsys):
-    from accessory.commands import finetune
-
-    left = []
-
-    def leave(status):
-        left.append(status)
-        raise SystemExit
-
-    monkeypatch.setattr(finetune.os, "_exit", leave)
-    parents = iter([7, 7, 1])
-    monkeypatch.setattr(finetune.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(finetune, "time", SimpleNamespace(sleep=lambda seconds: None))
-    with pytest.raises(SystemExit):
-        finetune._end_with_the_launcher(7, 0)
-    assert left == [1]
-    assert capsys.readouterr().err == "accessory: error: torchrun is gone\n"

@@ -19,9 +19,9 @@ from helpers.sizes import SPEAKING
 
 from accessory.convert.convert import convert
 from accessory.errors import CheckpointError, InputError, RankError
+from accessory.launch.processes import RankProcess
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
-from accessory.model.rank_link import Rank
 
 ARGS = SPEAKING.replace(dim=64, hidden_dim=96, head_dim=8, max_seq_len=8192)
 PROMPT = "The best programming language in the world is"
@@ -214,17 +214,17 @@ def test_ranks_that_cannot_load_say_why(folder, tmp_path):
 
 def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
     """One rank finds no file where the others do: the others would wait for it."""
-    real = Rank.__init__
+    real = RankProcess.__init__
 
-    def in_another_folder(self, number, gpu, where):
+    def in_another_folder(self, module, place, gpu):
         here = os.getcwd()
-        os.chdir("/" if number else folder.parent)
+        os.chdir("/" if place.rank else folder.parent)
         try:
-            real(self, number, gpu, where)
+            real(self, module, place, gpu)
         finally:
             os.chdir(here)
 
-    monkeypatch.setattr(Rank, "__init__", in_another_folder)
+    monkeypatch.setattr(RankProcess, "__init__", in_another_folder)
     before = {p.pid for p in rank_processes()}
     monkeypatch.chdir(folder.parent)
     started = time.monotonic()
@@ -235,15 +235,15 @@ def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
 
 
 def test_a_rank_that_cannot_even_start_says_why(folder, monkeypatch):
-    real = Rank.__init__
+    real = RankProcess.__init__
 
-    def without_python(self, number, gpu, where):
+    def without_python(self, module, place, gpu):
         with monkeypatch.context() as patch:
-            if number:
+            if place.rank:
                 patch.setenv("PYTHONHOME", "/nowhere")
-            real(self, number, gpu, where)
+            real(self, module, place, gpu)
 
-    monkeypatch.setattr(Rank, "__init__", without_python)
+    monkeypatch.setattr(RankProcess, "__init__", without_python)
     before = {p.pid for p in rank_processes()}
     with pytest.raises(RankError, match=r"^rank 1 ended \(1\), saying .*[Ee]rror.*, before it could load$"):
         MultiGpuWrapper(folder, gpus=2, **HOW)
@@ -251,14 +251,14 @@ def test_a_rank_that_cannot_even_start_says_why(folder, monkeypatch):
 
 
 def test_a_rank_killed_while_it_loads_is_one_error(folder, monkeypatch):
-    real = Rank.__init__
+    real = RankProcess.__init__
 
-    def killed(self, number, gpu, where):
-        real(self, number, gpu, where)
-        if number:
+    def killed(self, module, place, gpu):
+        real(self, module, place, gpu)
+        if place.rank:
             threading.Timer(0.5, self._process.kill).start()
 
-    monkeypatch.setattr(Rank, "__init__", killed)
+    monkeypatch.setattr(RankProcess, "__init__", killed)
     before = {p.pid for p in rank_processes()}
     with pytest.raises(RankError, match="rank 1 was ended by signal 9"):
         MultiGpuWrapper(folder, gpus=2, **HOW)

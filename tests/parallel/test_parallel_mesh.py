@@ -7,52 +7,7 @@ from accessory.errors import ConfigError
 from accessory.nn.decoder import Decoder
 from accessory.parallel import sharding
 from accessory.parallel.apply import parallelize
-from accessory.parallel.mesh import Ranks, first_host, launch_of
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
-        (
-            {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "7"},
-            (5, 8, 1, "n1", 7),
-        ),
-        (
-            {
-                "SLURM_PROCID": "9",
-                "SLURM_STEP_ID": "0",
-                "SLURM_STEP_NUM_TASKS": "16",
-                "SLURM_LOCALID": "1",
-                "SLURM_STEP_NODELIST": "gpu[03-05]",
-                "SLURM_JOB_ID": "12345",
-            },
-            (9, 16, 1, "gpu03", 29845),
-        ),
-        # Inside an allocation but not started by srun: one process of its own.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None),
-    ],
-)
-def test_launchers_variables(environment, expected):
-    launch = launch_of(environment)
-    found = None if launch is None else (launch.rank, launch.size, launch.local_rank, launch.address, launch.port)
-    assert found == expected
-
-
-@pytest.mark.parametrize("bad", [{"WORLD_SIZE": "x", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "2"}])
-def test_nonsense_names_the_variable(bad):
-    with pytest.raises(ConfigError, match="WORLD_SIZE"):
-        launch_of(bad)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[03-05,9],cpu1", "gpu03"), ("a1,a2", "a1"), ("node7", "node7"), ("n-a[1,2]", "n-a1"), ("", "127.0.0.1")],
-)
-def test_the_first_host_of_a_node_list(nodes, host):
-    assert first_host(nodes) == host
-
+from accessory.parallel.mesh import Ranks
 
 SMALL = ModelArgs(dim=64, hidden_dim=96, n_layers=1, n_heads=8, n_kv_heads=2, vocab_size=64)
 

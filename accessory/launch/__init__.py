@@ -1,0 +1,1 @@
+"""Processes: what a launcher says of this one, and how ranks are started, watched and ended."""

@@ -1,0 +1,78 @@
+"""Which GPUs and how many ranks somebody asks for, checked once for commands, demos and `MultiGpuWrapper`.
+
+CUDA numbers the GPUs that CUDA_VISIBLE_DEVICES names, from 0 on; the ids here are these numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from accessory.errors import InputError
+
+
+def count_ranks(
+    n: int | None,
+    ids: Sequence[int] | None = None,
+    *,
+    shown: int | None = None,
+    n_field: str = "gpus",
+    ids_field: str = "gpu_ids",
+) -> int:
+    """How many ranks are asked for: `n`, or one on each GPU of `ids`.
+
+    shown: how many GPUs there are; None where that is not known, or the ranks need none.
+    InputError, which begins with `n_field` or `ids_field`, where they make no sense or do not agree.
+    """
+    if ids is not None:
+        if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+            given = " ".join(map(str, ids)) or "none"
+            raise InputError(f"{ids_field}: got {given}, but they must be different numbers of GPUs, at least one")
+        if n is not None and n != len(ids):
+            raise InputError(f"{n_field}: got {n}, but {ids_field} names {len(ids)}; give one of the two")
+        if shown is not None and max(ids) >= shown:
+            given = " ".join(map(str, ids))
+            raise InputError(f"{ids_field}: got {given}, but this machine shows {shown} GPUs, the first of which is 0")
+        return len(ids)
+    if not isinstance(n, int) or n < 1:
+        raise InputError(f"{n_field}: got {n!r}, but it must be a whole number of at least 1")
+    if shown is not None and n > shown:
+        raise InputError(f"{n_field}: got {n}, but this machine shows {shown} GPUs")
+    return n
+
+
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names; None where it is not set, or empty."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else None
+
+
+def visible_devices(ids: Sequence[int]) -> str:
+    """The CUDA_VISIBLE_DEVICES of a process that is to see the GPUs `ids` alone, numbered in this order."""
+    names = visible_gpus()
+    return ",".join(names[i] if names else str(i) for i in ids)
+
+
+def use_gpus(ids: Sequence[int]) -> None:
+    """Show this process the GPUs `ids` alone; to be called before CUDA starts.
+
+    The r-th of them is then rank r's, and every thread's default is the right one.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(ids)
+
+
+def check_device(name: str | None) -> str | None:
+    """`name` as it is. InputError, where torch would answer a device that is not there with a traceback."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices here")
+    return name

@@ -1,0 +1,77 @@
+"""How ranks find one another and form a torch process group, whoever started them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from accessory.errors import ConfigError, InputError
+from accessory.launch.environment import launch_of
+
+
+def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGroup | None:
+    """Join the other ranks if a launcher started several (NCCL where there are GPUs, else gloo); None if it did not.
+
+    This process's GPU is set before the group is made. timeout: of the group's operations.
+    ConfigError where the launcher's variables make no sense, or name more ranks than this machine has GPUs.
+    """
+    if dist.is_initialized():
+        return dist.group.WORLD if dist.get_world_size() > 1 else None
+    launch = launch_of()
+    if launch is None:
+        return None
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK: got {launch.local_rank}, but this machine shows {torch.cuda.device_count()} GPUs; "
+                "start one rank a GPU"
+            )
+        torch.cuda.set_device(launch.local_rank)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // min(launch.size, os.cpu_count() or 1)))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://{launch.address}:{launch.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timeout,
+    )
+    return dist.group.WORLD
+
+
+def join_store(host: str, port: int, rank: int, size: int, *, cuda: bool) -> dist.ProcessGroup:
+    """Join the other ranks in the store of `host_store`. With CUDA, this process sees one GPU, which is its own."""
+    store = dist.TCPStore(host, port, is_master=False)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    return dist.new_group(list(range(size)))
+
+
+def host_store(host: str, port: int) -> dist.TCPStore:
+    """The store in which the ranks meet, on a port of `host` alone (0: a free one); InputError where there is none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+    except OSError as error:
+        raise InputError(f"master_addr: got {host!r}, which names no address ({error.strerror})") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        if error.errno == 98 or "in use" in str(error):
+            raise InputError(
+                f"master_port: {port} on {host} is in use; give another one, or leave it out for a free one"
+            ) from error
+        raise InputError(
+            f"master_addr, master_port: cannot listen on {host} port {port} ({error.strerror}); "
+            "leave them out, or give an address and a free port of this machine"
+        ) from error
+    # torch alone would listen on every interface, and whoever reaches a store may write to it.
+    number = listening.getsockname()[1]
+    return dist.TCPStore(host, number, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())

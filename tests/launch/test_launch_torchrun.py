@@ -1,0 +1,33 @@
+"""Ranks that torchrun starts: who they are, what they are told, and what their failure looks like."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# One write a rank, so that lines are not torn.
+RANK = """
+import os, sys
+os.write(1, f"{{os.environ['RANK']}} {{os.environ['WORLD_SIZE']}} {{' '.join(sys.argv[1:])}}\\n".encode())
+sys.exit({})
+"""
+
+
+def ranks(n, code, *words):
+    """`run_under_torchrun` in a process of its own, since it changes the environment."""
+    program = "import sys; from accessory.launch.torchrun import run_under_torchrun as r; sys.exit(r({}, {!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", program.format(n, ["-c", code, *words])],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_started_ranks_know_who_they_are_and_get_every_word():
+    done = ranks(2, RANK.format(0), "a=[1, 2]", "--debug")
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [f"{r} 2 a=[1, 2] --debug" for r in (0, 1)])
+    assert done.stderr == ""
+
+
+def test_a_failed_rank_is_a_failure_and_the_launcher_adds_nothing():
+    done = ranks(2, RANK.format("'it says so' if os.environ['RANK'] == '1' else 0"))
+    assert (done.returncode, done.stderr) == (1, "it says so\n")
