@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from accessory import __version__
-from accessory.config import SHORT_DTYPES
+from accessory.commands.plan_options import add_plan_arguments
+from accessory.commands.text_options import add_image_arguments, add_sampling_arguments
 from accessory.data.template_names import TEMPLATES
+from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
-DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
-QUANT = ("nf4", "nf4-dq", "int4", "int8", "fp8", "none")
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
@@ -55,7 +55,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.dst,
         to=options.to,
         shards=options.shards,
-        dtype=_dtype(options.dtype),
+        dtype=torch_dtype(options.dtype),
         safetensors=options.safetensors,
         overwrite=options.overwrite,
         verify=options.verify,
@@ -81,7 +81,7 @@ def _upcycle(options: argparse.Namespace) -> int:
         seed=options.seed or 0,
         to=options.to,
         shards=options.shards,
-        dtype=_dtype(options.dtype),
+        dtype=torch_dtype(options.dtype),
         safetensors=options.safetensors,
         overwrite=options.overwrite,
         verify=options.verify,
@@ -166,19 +166,10 @@ def _resolved(path: str) -> Path:
     return resolve(path)
 
 
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, SHORT_DTYPES.get(name, name))
-
-
 # --------------------------------------------------------------------------- arguments
 
 
 def _parser() -> argparse.ArgumentParser:
-    from accessory.commands.plan_options import add_plan_arguments
-    from accessory.commands.text_options import add_image_arguments, add_sampling_arguments
-
     parser = argparse.ArgumentParser(
         prog="accessory", description="Run, finetune and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
     )
@@ -187,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     generate = _command(commands, "generate", _generate, "continue one prompt or several")
-    _model_arguments(generate)
+    add_model_options(generate)
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
     generate.add_argument(
@@ -201,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
-    _model_arguments(chat)
+    add_model_options(chat)
     chat.add_argument(
         "--template", choices=TEMPLATES, help="default: the tokenizer's own, else the original's dialogue"
     )
@@ -226,21 +217,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize = _command(commands, "quantize", _quantize, "save a checkpoint quantised; it loads without --quant")
     quantize.add_argument("src", metavar="SRC", help="the checkpoint to read")
     quantize.add_argument("dst", metavar="DST", help="the folder to make")
-    _quant_arguments(quantize, required=True)
-    quantize.add_argument(
-        "--no-quant-search",
-        "--no_quant_search",
+    add_quant_options(quantize, "nf4, nf4-dq, int4, int8 or fp8", required=True)
+    add_option(
+        quantize,
+        "no_quant_search",
         dest="quant_search",
         action="store_false",
         help="int4's scales from a group's ends: quicker, worse",
     )
     quantize.add_argument("--calibrate", metavar="FILE", help="a text that int4's and int8's numbers are to suit")
-    quantize.add_argument(
-        "--calibrate-tokens", "--calibrate_tokens", type=int, metavar="N", help="of the text (default: 65536)"
-    )
-    quantize.add_argument(
-        "--allow-unreached", "--allow_unreached", action="store_true", help="search for experts that the text misses"
-    )
+    add_option(quantize, "calibrate_tokens", type=int, metavar="N", help="of the text (default: 65536)")
+    add_option(quantize, "allow_unreached", action="store_true", help="search for experts that the text misses")
     quantize.add_argument("--device", help="that computes (default: cuda where there is one, else cpu)")
     _folder_arguments(quantize)
 
@@ -286,12 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     finetune = _command(commands, "finetune", _finetune, "train a model, or adapters for one, as a recipe says")
     finetune.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe: lora_one_gpu, …")
     finetune.add_argument("overrides", metavar="key=value", nargs="*", help="wins over what the file says")
-    finetune.add_argument(
-        "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks to start here; on a CPU, processes"
-    )
-    finetune.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="check and show the recipe, train nothing"
-    )
+    add_option(finetune, "n_gpus", type=int, metavar="N", help="ranks to start here; on a CPU, processes")
+    add_option(finetune, "dry_run", action="store_true", help="check and show the recipe, train nothing")
 
     data = commands.add_parser("data", help="look at finetuning data before a GPU is used", epilog=EPILOG)
     _data_check_arguments(data.add_subparsers(title="actions", metavar="ACTION", required=True, help="check"))
@@ -321,57 +304,20 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     return command
 
 
-def _model_arguments(command: argparse.ArgumentParser) -> None:
-    """Dashes or underscores: the original's scripts spell --max_seq_len."""
-    command.add_argument("path", metavar="PATH", nargs="+", help="several are loaded one over the other")
-    command.add_argument("--llama-type", "--llama_type", metavar="TYPE", help="mixtral or mixtral_sparse")
-    command.add_argument("--llama-config", "--llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
-    command.add_argument("--tokenizer-path", "--tokenizer_path", metavar="PATH", help="default: that of PATH")
-    command.add_argument(
-        "--max-seq-len",
-        "--max_seq_len",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens of prompt and answer (default: 4096)",
-    )
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="bf16", metavar="TYPE", help="bf16 (the default), fp16, fp32"
-    )
-    _quant_arguments(command)
-    command.add_argument("--device", help="default: cuda where there is one, else cpu")
-    command.add_argument(
-        "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks that hold the model together; on a CPU, processes"
-    )
-    command.add_argument("--gpu-ids", "--gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
-    command.add_argument("--master-addr", "--master_addr", metavar="HOST", help="where the ranks of --n-gpus meet")
-    command.add_argument("--master-port", "--master_port", type=int, metavar="PORT", help="default: a free one")
-
-
-def _quant_arguments(command: argparse.ArgumentParser, required: bool = False) -> None:
-    when = "" if required else ", while it is loaded"
-    help_ = f"nf4, nf4-dq, int4, int8 or fp8{when}"
-    command.add_argument("--quant", choices=QUANT, metavar="FORMAT", required=required, help=help_)
-    command.add_argument("--quant-attention", "--quant_attention", choices=QUANT, metavar="FORMAT", help="or none")
-    command.add_argument("--quant-output", "--quant_output", choices=QUANT, metavar="FORMAT", help="or none: the head")
-
-
 def _data_check_arguments(actions: Any) -> None:
     check = _command(actions, "check", _data_check, "validate every item, and show what a run would learn from them")
     check.add_argument("config", metavar="CONFIG", help="a YAML of data (META), or of a finetune, whose choices count")
     check.add_argument("--model", metavar="PATH", help="a model or a tokenizer, file or folder (default: CONFIG's)")
-    check.add_argument("--max-words", "--max_words", type=int, metavar="N", help="tokens of a row (default: 4096)")
+    add_option(check, "max_words", type=int, metavar="N", help="tokens of a row (default: 4096)")
     check.add_argument("--template", choices=TEMPLATES, help="of dialogues (default: default)")
     flag = argparse.BooleanOptionalAction
     check.add_argument("--dialog", action=flag, help="whether single turns are dialogues of two messages (default)")
     check.add_argument("--packing", action=flag, help="whether several items share a row (default)")
-    check.add_argument("--batch-size", "--batch_size", type=int, metavar="N", help="rows a GPU sees at once (4)")
-    check.add_argument("--accum-iter", "--accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
+    add_option(check, "batch_size", type=int, metavar="N", help="rows a GPU sees at once (4)")
+    add_option(check, "accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
     check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: CONFIG's model_parallel_size)")
     check.add_argument("--epochs", type=float, metavar="X", help="times every item is seen (1)")
-    check.add_argument(
-        "--tokens-per-second", "--tokens_per_second", type=float, metavar="X", help="of all GPUs together"
-    )
+    add_option(check, "tokens_per_second", type=float, metavar="X", help="of all GPUs together")
 
 
 def _writing_arguments(command: argparse.ArgumentParser) -> None:

@@ -37,9 +37,11 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 KERNELS = "ops/triton/"
 # Modules that `accessory --help` reads: no third-party package, so that it answers at once.
 LIGHT = (
-    "__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "vision_config.py",
+    "__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "formats.py", "vision_config.py",
     "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py",
-    "commands/__init__.py", "commands/outcome.py", "data/template_names.py",
+    "model/__init__.py", "model/options.py",
+    "commands/__init__.py", "commands/outcome.py", "commands/plan_options.py", "commands/text_options.py",
+    "data/template_names.py",
 )  # fmt: skip
 DISTRIBUTION_TO_IMPORT = {"pyyaml": "yaml"}
 LINES = 400

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("nf4", "nf4-dq", "int4", "int8", "fp8", "none")
+from accessory.model.options import add_option, add_quant_options
 
 
 def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
@@ -14,25 +14,17 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=int, metavar="N", help="cards there are (default: as the ranks below need)")
     plan.add_argument("--tp", type=int, metavar="N", help="ranks that hold the model together (1; to run it, --gpus)")
     plan.add_argument("--implementation", choices=("base", "sparse"), help="default: PATH's, else sparse")
-    plan.add_argument("--quant", choices=FORMATS, metavar="FORMAT", help="nf4, nf4-dq, int4, int8, fp8 (PATH's)")
-    plan.add_argument("--quant-attention", "--quant_attention", choices=FORMATS, metavar="FORMAT", help="or none")
-    plan.add_argument("--quant-output", "--quant_output", choices=FORMATS, metavar="FORMAT", help="or none: the head")
-    plan.add_argument(
-        "--image-views",
-        "--image_views",
-        type=int,
-        choices=(0, 1, 5),
-        help="of images among the text (PATH's)",
-    )
+    add_quant_options(plan, "nf4, nf4-dq, int4, int8, fp8 (PATH's)")
+    add_option(plan, "image_views", type=int, choices=(0, 1, 5), help="of images among the text (PATH's)")
     plan.add_argument("--batch", type=int, metavar="B", help="to run it: sequences at once (1)")
     plan.add_argument("--context", type=int, metavar="T", help="tokens of prompt and answer (4096)")
     plan.add_argument("--prompt", type=int, metavar="P", help="tokens of the prompt (default: all but one)")
     plan.add_argument("--finetune", choices=("full", "lora", "qlora", "mm_stage1"), help="a training step")
-    plan.add_argument("--lora-rank", "--lora_rank", type=int, metavar="R", help="of LoRA (default: PATH's, else 16)")
-    plan.add_argument("--batch-size", "--batch_size", type=int, metavar="B", help="rows a GPU sees at once (4)")
-    plan.add_argument("--max-words", "--max_words", type=int, metavar="T", help="tokens of a row (4096)")
-    plan.add_argument("--accum-iter", "--accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
+    add_option(plan, "lora_rank", type=int, metavar="R", help="of LoRA (default: PATH's, else 16)")
+    add_option(plan, "batch_size", type=int, metavar="B", help="rows a GPU sees at once (4)")
+    add_option(plan, "max_words", type=int, metavar="T", help="tokens of a row (4096)")
+    add_option(plan, "accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
     plan.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (--gpus divided by --tp)")
-    plan.add_argument("--data-parallel", "--data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
+    add_option(plan, "data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
     plan.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute layers again in backward")
     plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes")

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from accessory.config import SHORT_DTYPES
 from accessory.data.conversation import Conversation
 from accessory.data.image_tokens import refuse_tags, without_tag
 from accessory.data.images import open_image
@@ -28,6 +26,7 @@ from accessory.launch.gpus import check_device, count_ranks
 from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
+from accessory.model.options import loading_arguments
 from accessory.parallel.mesh import Ranks, broadcast_object
 
 NO_IMAGE = ("none", "-")
@@ -224,21 +223,7 @@ def _visual(options: argparse.Namespace) -> bool:
 @contextmanager
 def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiGpuWrapper, Ranks | None]]:
     """The model that the options name: on the ranks a launcher started, on `--n-gpus` of our own, or here."""
-    loading = {
-        "llama_type": options.llama_type,
-        "llama_config": options.llama_config,
-        "tokenizer_path": options.tokenizer_path,
-        "max_seq_len": options.max_seq_len,
-        "quant": options.quant or False,
-        "quant_attention": options.quant_attention,
-        "quant_output": options.quant_output,
-        "dtype": getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype)),
-        "device": check_device(options.device),
-        "progress": True,
-    }
-    if _visual(options):
-        loading |= {"with_visual": True, "image_transform": options.image_transform}
-    own = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
+    loading = loading_arguments(options, with_visual=_visual(options))
     asked = options.n_gpus is not None or options.gpu_ids is not None
     if launch_of() is not None:
         if asked:
@@ -246,13 +231,14 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
         group = join_launched()
         assert group is not None
         try:
-            yield MetaModel.from_pretrained(options.path, mp_group=group, **loading), Ranks.of(group)
+            yield MetaModel.from_pretrained(**loading, mp_group=group), Ranks.of(group)
         finally:
             dist.destroy_process_group()
     elif asked and count_ranks(options.n_gpus, options.gpu_ids, n_field="--n-gpus", ids_field="--gpu-ids") > 1:
-        with MultiGpuWrapper(options.path, gpus=options.n_gpus, **own, **loading) as wrapper:
+        where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
+        with MultiGpuWrapper(**loading, gpus=options.n_gpus, **where) as wrapper:
             yield wrapper, None
     else:
         if options.gpu_ids:
             loading["device"] = check_device(f"cuda:{options.gpu_ids[0]}")
-        yield MetaModel.from_pretrained(options.path, **loading), None
+        yield MetaModel.from_pretrained(**loading), None

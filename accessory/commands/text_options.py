@@ -1,10 +1,13 @@
-"""Options of `accessory generate` and `accessory chat`; like `cli`, this imports only the standard library."""
+"""Options of `accessory generate` and `accessory chat` beside those of the model.
+
+Like `cli`, this imports only the standard library.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
+from accessory.model.options import add_image_transform, add_option
 
 
 def add_image_arguments(command: argparse.ArgumentParser, several: bool) -> None:
@@ -14,31 +17,14 @@ def add_image_arguments(command: argparse.ArgumentParser, several: bool) -> None
         command.add_argument("--image", action="append", default=[], metavar="PATH", help=help_)
     else:
         command.add_argument("--image", metavar="PATH", help="what the dialogue is about; /image PATH changes it")
-    command.add_argument(
-        "--image-transform",
-        "--image_transform",
-        choices=IMAGE_TRANSFORMS,
-        default=IMAGE_TRANSFORMS[0],
-        metavar="NAME",
-        help="how an image becomes a square: padded_resize (the default) or resized_center_crop",
-    )
-    command.add_argument(
-        "--with-visual", "--with_visual", action="store_true", help="load what the model sees with; --image does too"
-    )
+    add_image_transform(command)
+    add_option(command, "with_visual", action="store_true", help="load what the model sees with; --image does too")
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--max-gen-len",
-        "--max_gen_len",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens an answer may have (default: 512)",
-    )
+    help_ = "tokens an answer may have (default: 512)"
+    add_option(command, "max_gen_len", type=int, default=512, metavar="N", help=help_)
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    command.add_argument(
-        "--top-p", "--top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)"
-    )
+    add_option(command, "top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)")
     command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")

@@ -15,6 +15,7 @@ from accessory.data.template_names import OWN, TEMPLATES
 from accessory.data.templates import get_template
 from accessory.demos import serving
 from accessory.demos.page import Ask, Demo, Message, import_gradio
+from accessory.model.options import add_option
 
 
 def _settings(tokenizer: Any) -> list[Any]:
@@ -51,9 +52,8 @@ DEMO = Demo(
 def main(argv: Sequence[str] | None = None, demo: Demo = DEMO, program: str = "multi_turn.py") -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
     parser = serving.parser(program, "Talk to a model on a web page.", images=demo.images)
-    parser.add_argument(
-        "--n-gpus", "--n_gpus", type=int, metavar="N", help="ranks to start (default: as many as --gpu_ids, else 1)"
-    )
+    about = "ranks to start (default: as many as --gpu_ids, else 1)"
+    add_option(parser, "n_gpus", type=int, metavar="N", help=about)
     return serving.run(demo, parser.parse_args(argv), serving.start_own)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from accessory.config import SHORT_DTYPES
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
@@ -27,11 +26,18 @@ from accessory.launch.environment import launch_of, set_meeting_point
 from accessory.launch.gpus import count_ranks, use_gpus, visible_gpus
 from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel, StreamItem
+from accessory.model.options import (
+    add_image_transform,
+    add_model_options,
+    add_option,
+    loading_arguments,
+    port_number,
+    torch_dtype,
+)
 from accessory.parallel.mesh import Ranks, broadcast_object
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
-IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
 GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended
 
 Serve = Callable[[Any, str], int]  # (model, a line about it) -> exit status
@@ -44,40 +50,15 @@ Start = Callable[[argparse.Namespace, Serve], int]
 def parser(program: str, about: str, images: bool = False) -> argparse.ArgumentParser:
     """Every option of all demos, and of those with images theirs; dashes and underscores are one."""
     p = argparse.ArgumentParser(prog=program, description=about)
-
-    def add(name: str, **how: Any) -> None:
-        dashed = "--" + name.replace("_", "-")
-        p.add_argument(*dict.fromkeys([dashed, f"--{name}"]), **how)
-
-    add(
-        "pretrained_path", nargs="+", required=True, metavar="PATH", help="folders, loaded one over the other, or hf://"
-    )
-    add("llama_type", metavar="TYPE", help="mixtral or mixtral_sparse; default: what the folder says")
-    add("llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
-    add("tokenizer_path", metavar="PATH", help="default: that of PATH")
-    add("max_seq_len", type=int, default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)")
-    add("dtype", choices=(*SHORT_DTYPES, *SHORT_DTYPES.values()), default="bf16", metavar="TYPE",
-        help="bf16 (the default), fp16, fp32")  # fmt: skip
-    add("quant", nargs="?", const=True, default=False, help="while loading: nf4 (alone), nf4-dq, int4, int8, fp8")
-    add("quant_attention", metavar="FORMAT", help="attention's own, or none")
-    add("quant_output", metavar="FORMAT", help="the output head's own, or none")
+    add_model_options(p, demo=True)
     if images:
-        add("image_transform", choices=IMAGE_TRANSFORMS, default=IMAGE_TRANSFORMS[0], metavar="NAME",
-            help="how an image becomes a square: padded_resize (the default) or resized_center_crop")  # fmt: skip
-    add("gpu_ids", type=int, nargs="+", metavar="ID", help="the GPUs to use (default: the first ones)")
-    add("master_addr", metavar="HOST", help="where the ranks meet, unless the launcher says it")
-    add("master_port", type=_port, metavar="PORT", help="the port they meet on, unless the launcher says it")
-    add("host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1, this machine alone)")
-    add("port", type=_port, default=7860, help="the port to serve on, 0 for any free one (default: 7860)")
-    add("share", action="store_true", help="also give the page a public address, through Gradio's servers")
-    add("debug", action="store_true", help="show tracebacks and what is going on")
+        add_image_transform(p)
+    add_option(p, "host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1, this machine alone)")
+    about = "the port to serve on, 0 for any free one (default: 7860)"
+    add_option(p, "port", type=port_number, default=7860, help=about)
+    add_option(p, "share", action="store_true", help="also give the page a public address, through Gradio's servers")
+    add_option(p, "debug", action="store_true", help="show tracebacks and what is going on")
     return p
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … 65535")
-    return int(text)
 
 
 # --------------------------------------------------------------------------- a demo's life
@@ -219,13 +200,7 @@ def _start_alone(options: argparse.Namespace, serve: Serve) -> int:
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
-    formats = ("quant", "quant_attention", "quant_output")
-    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
-    dtype = getattr(torch, SHORT_DTYPES.get(options.dtype, options.dtype))
-    how = {name: getattr(options, name) for name in names} | {"dtype": dtype, "progress": True}
-    if "image_transform" in options:
-        how |= {"with_visual": True, "image_transform": options.image_transform}
-    return how
+    return loading_arguments(options, with_visual="image_transform" in options)
 
 
 def _use_gpus(ids: list[int] | None) -> None:
@@ -245,7 +220,7 @@ def _line(options: argparse.Namespace, model: Any, ranks: int) -> str:
     """The model in one line: name · implementation · dtype · where it runs."""
     name = Path(options.pretrained_path[-1]).name or str(options.pretrained_path[-1])
     device = f"{torch.cuda.get_device_name()} (CUDA)" if torch.cuda.is_available() else "CPU"
-    dtype = SHORT_DTYPES.get(options.dtype, options.dtype)
+    dtype = str(torch_dtype(options.dtype)).removeprefix("torch.")
     parts = [
         name,
         f"{_implementation(options, model)} implementation",

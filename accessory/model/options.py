@@ -1,0 +1,116 @@
+"""The options that say which model is loaded and how, declared once for the command line and the demos.
+
+Only the standard library is imported here, so that `accessory --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from accessory.config import SHORT_DTYPES
+from accessory.formats import FORMATS
+from accessory.launch.gpus import check_device
+
+DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
+QUANT = (*FORMATS, "none")
+IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
+
+
+# --------------------------------------------------------------------------- options of a parser
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
+    """Declare `--name`, spelled with dashes or underscores: the original's scripts spell --max_seq_len."""
+    parser.add_argument(*dict.fromkeys(["--" + name.replace("_", "-"), f"--{name}"]), **how)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
+    """Declare which checkpoint is loaded, how, and on which GPUs.
+
+    demo: as the original's demos have them. The checkpoint is an option, --quant may stand alone, a wrong format is
+    refused by the model and not by the parser, and the demo declares itself how many ranks it starts, if it starts any.
+    """
+    if demo:
+        about = "folders, loaded one over the other, or hf://"
+        add_option(parser, "pretrained_path", nargs="+", required=True, metavar="PATH", help=about)
+    else:
+        about = "several are loaded one over the other"
+        parser.add_argument("pretrained_path", nargs="+", metavar="PATH", help=about)
+    add_option(parser, "llama_type", metavar="TYPE", help="mixtral or mixtral_sparse")
+    add_option(parser, "llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
+    add_option(parser, "tokenizer_path", metavar="PATH", help="default: that of PATH")
+    about = "tokens of prompt and answer (default: 4096)"
+    add_option(parser, "max_seq_len", type=int, default=4096, metavar="N", help=about)
+    about = "bf16 (the default), fp16, fp32"
+    add_option(parser, "dtype", choices=DTYPES, default="bf16", metavar="TYPE", help=about)
+    if demo:
+        about = "while loading: nf4 (alone), nf4-dq, int4, int8, fp8"
+        add_option(parser, "quant", nargs="?", const=True, help=about)
+        _add_quant_parts(parser)
+    else:
+        add_quant_options(parser, "nf4, nf4-dq, int4, int8 or fp8, while it is loaded")
+        add_option(parser, "device", help="default: cuda where there is one, else cpu")
+        about = "ranks that hold the model together; on a CPU, processes"
+        add_option(parser, "n_gpus", type=int, metavar="N", help=about)
+    add_option(parser, "gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
+    about = "where the ranks meet, unless the launcher says it" if demo else "where the ranks of --n-gpus meet"
+    add_option(parser, "master_addr", metavar="HOST", help=about)
+    about = "the port they meet on, unless the launcher says it" if demo else "default: a free one"
+    add_option(parser, "master_port", type=port_number, metavar="PORT", help=about)
+
+
+def add_quant_options(parser: argparse.ArgumentParser, about: str, *, required: bool = False) -> None:
+    """Declare the format that weights are quantised to (`about` is its help), and attention's and the head's own."""
+    add_option(parser, "quant", choices=QUANT, metavar="FORMAT", required=required, help=about)
+    _add_quant_parts(parser, choices=QUANT)
+
+
+def _add_quant_parts(parser: argparse.ArgumentParser, **how: Any) -> None:
+    add_option(parser, "quant_attention", metavar="FORMAT", help="or none", **how)
+    add_option(parser, "quant_output", metavar="FORMAT", help="or none: the head", **how)
+
+
+def add_image_transform(parser: argparse.ArgumentParser) -> None:
+    """Declare how an image becomes the square that encoders take."""
+    add_option(
+        parser,
+        "image_transform",
+        choices=IMAGE_TRANSFORMS,
+        default=IMAGE_TRANSFORMS[0],
+        metavar="NAME",
+        help="how an image becomes a square: padded_resize (the default) or resized_center_crop",
+    )
+
+
+def port_number(text: str) -> int:
+    """The type of an option that names a port."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … 65535")
+    return int(text)
+
+
+# --------------------------------------------------------------------------- from options to arguments
+
+
+def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict[str, Any]:
+    """The arguments of `MetaModel.from_pretrained` that parsed options make.
+
+    with_visual: load what the model sees with too. InputError for a device that is not there.
+    """
+    formats = ("quant_attention", "quant_output")
+    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
+    arguments = {name: getattr(options, name) for name in names}
+    arguments |= {"quant": options.quant or False, "dtype": torch_dtype(options.dtype), "progress": True}
+    if "device" in options:
+        arguments["device"] = check_device(options.device)
+    if with_visual:
+        arguments |= {"with_visual": True, "image_transform": options.image_transform}
+    return arguments
+
+
+def torch_dtype(name: str | None) -> Any:
+    """The torch.dtype that one of `DTYPES` names, short or long; None for None."""
+    import torch
+
+    return None if name is None else getattr(torch, SHORT_DTYPES.get(name, name))
