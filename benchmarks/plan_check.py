@@ -120,7 +120,7 @@ def cases(args: ModelArgs, options: argparse.Namespace) -> Iterator[Case]:
             for recompute in (False, True):
                 for kind in ("lora", "full"):
                     yield training(args, options, kind, implementation, tokens, recompute)
-    for implementation, formats in (("sparse", (None, "int8", "int4", "nf4")), ("base", (None, "int8"))):
+    for implementation, formats in (("sparse", (None, "int8", "fp8", "int4", "nf4")), ("base", (None, "int8", "fp8"))):
         for format in formats:
             for context in options.contexts:
                 yield inference(args, options, implementation, format, 1, context)
@@ -129,6 +129,9 @@ def cases(args: ModelArgs, options: argparse.Namespace) -> Iterator[Case]:
     for implementation in implementations:
         for recompute in (True, False):
             yield training(args, options, "lora", implementation, options.tokens[0], recompute, "nf4")
+    for tokens in (1024, 1040):  # 256 rows an expert, and more
+        for recompute in (True, False):
+            yield training(args, options, "lora", "sparse", tokens, recompute, "nf4")
     yield training(args, options, "lora", "sparse", options.tokens[0], False, packing=True)
     yield training(args, options, "full", "sparse", options.tokens[0], False, accumulate=2)
     for format in ("int8", "int4", "nf4"):
@@ -254,6 +257,8 @@ def made(
 def fill(name: str, p: Tensor) -> None:
     if p.dtype in (torch.int8, torch.uint8):
         p.random_(0, 100)
+    elif p.dtype == torch.float8_e4m3fn:  # one row many times: torch draws no fp8 numbers, and fp32 takes memory
+        p.copy_(torch.randn(p.shape[-1], device=p.device).to(p.dtype).expand(p.shape))
     elif name.endswith("norm.weight"):
         p.fill_(1.0)
     elif name.endswith(".scale"):

@@ -10,7 +10,10 @@ Legend: T tokens, N = T·K (token, expert) pairs, D dim, F hidden dim held here,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from accessory.formats import Format
+from accessory.ops.dispatch import Product, choose
 from accessory.planner.setup import Setup, Training
 
 
@@ -90,7 +93,7 @@ class LayerTraining:
     attention_lora: bool = False
     experts_lora: bool = False
     gate: bool = False  # the router
-    quantized: bool = False  # the experts
+    format: Format | None = None  # of the experts' weights; None: 16 bits
     packing: bool = True  # several documents a row
     gradient: int = 4  # of a finished gradient
     making: int = 2  # what a gradient takes more while it is made
@@ -109,13 +112,38 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         attention_lora=any(t in targets for t in ("wq", "wk", "wv", "wo")),
         experts_lora=any(t in targets for t in ("w1", "w2", "w3")),
         gate=full or "gate" in targets,
-        quantized=setup.quant.experts is not None,
+        format=setup.quant.experts,
         packing=task.packing,
         gradient=2 if gathered else parameter.gradient,
         making=0 if gathered or parameter.weight == 2 else 2,
         copy=0 if gathered else parameter.copy,
         accumulating=task.accum_iter > 1 and not gathered,
     )
+
+
+Way = Literal["direct", "dequantize", "round input"]
+
+
+def _way(layer: LayerSizes, format: Format | None, direction: Literal["forward", "backward"]) -> Way:
+    """How a product with the experts' weights runs, as `ops.dispatch` chooses.
+
+    "direct": with no more than its input and its result, as dense weights are multiplied, and quantised ones tile by
+    tile. "dequantize": after a 16-bit copy of the weights has been made. "round input": in fp8, with an input that is
+    rounded first.
+    """
+    if format is None:
+        return "direct"
+    rows, experts = layer.pairs, layer.experts
+    if layer.expert_by_expert:  # taken to get equal shares
+        rows, experts = max(1, -(-rows // experts)), 1
+    op: Literal["linear", "grouped"] = "linear" if layer.expert_by_expert else "grouped"
+    product = Product(op, format, rows, experts, layer.dim, layer.hidden)
+    if direction == "backward":
+        product = product._replace(op=f"{op}_backward")
+    function = choose(product).function
+    if function.startswith("fp8:"):
+        return "round input"
+    return "dequantize" if function.startswith("quantized_products:dequantized") else "direct"
 
 
 # --------------------------------------------------------------------------- what autograd keeps of forward
@@ -186,7 +214,7 @@ def _backward_of_stacks(layer: LayerSizes, training: LayerTraining) -> list[Back
     done = 0 if training.accumulating or not training.weights else training.gradient * stack
     making = (training.gradient + training.making) * stack if training.weights else 0
     copy = training.copy * stack if training.weights else 0
-    dequantized = 2 * stack if training.quantized else 0
+    dequantized = 2 * stack if _way(layer, training.format, "backward") == "dequantize" else 0
     lora = NF if training.experts_lora else 0
     return [
         BackwardPeak(x + 4 * NF + 6 * ND, 0, 3 * copy),
@@ -202,7 +230,7 @@ def _backward_of_a_loop(layer: LayerSizes, training: LayerTraining) -> list[Back
     NF, E, stack = layer.hidden_16bit, layer.experts, layer.stack
     copy = training.copy * 3 * stack if training.weights else 0
     kept = experts_kept(layer, training)
-    dequantized = 2 * stack // E if training.quantized else 0
+    dequantized = 2 * stack // E if _way(layer, training.format, "backward") == "dequantize" else 0
     # Each expert leaves its own gradients; at the end those of a stack are put together, one stack after another.
     parts = 3 * training.gradient * stack if training.weights and not training.accumulating else 0
     together = training.gradient * stack if training.weights else 0
@@ -215,23 +243,42 @@ def _backward_of_a_loop(layer: LayerSizes, training: LayerTraining) -> list[Back
 # --------------------------------------------------------------------------- prompts
 
 
-def prompt_peak(layer: LayerSizes, dequantized: bool) -> int:
+def prompt_peak(layer: LayerSizes, format: Format | None) -> int:
     """The largest moment of a layer's forward pass without gradients.
 
-    dequantized: whether a product with the experts' weights makes a 16-bit copy of them first.
+    format: of the experts' weights; None: 16 bits.
     """
     T, q, kv = layer.tokens, layer.queries, layer.keys
     # The stream before and after attention, the norm's result in fp32 and in 16 bits.
     norms = 3 * layer.tokens_fp32 + layer.tokens_16bit
     # The rotary embedding makes four tensors of queries and keys together: two in 16 bits and two in fp32.
     attention = 2 * layer.tokens_fp32 + layer.tokens_16bit + 2 * T * (q + 2 * kv) + 12 * T * (q + kv)
-    NF, ND = layer.hidden_16bit, layer.pairs_16bit
-    if layer.expert_by_expert:
-        NF, ND = NF // layer.experts, ND // layer.experts
-        weight = 2 * layer.hidden * layer.dim if dequantized else 0
-        # The sum over experts, and the new one that `index_add` makes of it.
-        experts = 2 * layer.tokens_fp32 + max(3 * NF + ND, 2 * NF + ND + weight, NF + 6 * ND)
-    else:
-        weight = 2 * layer.stack if dequantized else 0
-        experts = ND + max(3 * NF, 2 * NF + weight, NF + 5 * ND)
+    experts = _prompt_of_a_loop(layer, format) if layer.expert_by_expert else _prompt_of_stacks(layer, format)
     return max(attention, norms + experts)
+
+
+# In both functions below: SwiGLU; w3's product while a 16-bit copy of its weights is there; the weighted sum. Rounding
+# w2's input to fp8 takes it twice in fp32, which is four times its 16 bits.
+
+
+def _prompt_of_stacks(layer: LayerSizes, format: Format | None) -> int:
+    """Sparse: the sorted rows, and the largest moment of the experts."""
+    NF, ND, way = layer.hidden_16bit, layer.pairs_16bit, _way(layer, format, "forward")
+    moments = [3 * NF, NF + 5 * ND]
+    if way == "dequantize":
+        moments.append(2 * NF + 2 * layer.stack)
+    if way == "round input":
+        moments.append(NF + 4 * NF)
+    return ND + max(moments)
+
+
+def _prompt_of_a_loop(layer: LayerSizes, format: Format | None) -> int:
+    """Base: one expert's rows and moments beside the sum over experts, and the new sum that `index_add` makes."""
+    NF, ND = layer.hidden_16bit // layer.experts, layer.pairs_16bit // layer.experts
+    way, y = _way(layer, format, "forward"), layer.tokens_fp32
+    moments = [2 * y + 3 * NF + ND, 2 * y + NF + 6 * ND]
+    if way == "dequantize":
+        moments.append(2 * y + 2 * NF + ND + 2 * layer.hidden * layer.dim)
+    if way == "round input":
+        moments.append(y + NF + 4 * NF + ND)
+    return max(moments)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accessory.limits import QUANTIZED_AT_ONCE_GPU, TILED_ROWS, TILED_ROWS_AN_EXPERT
+from accessory.limits import QUANTIZED_AT_ONCE_GPU
 from accessory.planner.activations import layer_sizes, prompt_peak
 from accessory.planner.cache import cache_bytes
 from accessory.planner.encoders import encoders_bytes, encoding_bytes, features_bytes
@@ -67,7 +67,6 @@ def estimate(setup: Setup) -> Estimate:
 def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int]]:
     prompt = task.prompt if task.prompt is not None else task.context - 1
     layer = layer_sizes(setup, task.batch * prompt)
-    tiled = layer.experts * (TILED_ROWS if layer.expert_by_expert else TILED_ROWS_AN_EXPERT)
     weights = weight_bytes(setup)
     largest = max(g.rows * g.columns for g in tensor_groups(setup) if g.role == "product")
     at_once = min(QUANTIZED_AT_ONCE_GPU, largest)
@@ -78,7 +77,7 @@ def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int
         "reading the prompt": {
             "weights": weights,
             "key/value cache": cache_bytes(setup),
-            "activations": prompt_peak(layer, setup.quant.experts is not None and layer.pairs > tiled),
+            "activations": prompt_peak(layer, setup.quant.experts),
             "logits": logits,
         },
     }
