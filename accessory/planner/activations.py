@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accessory.formats import Format
-from accessory.ops.dispatch import Product, choose
+from accessory.ops.dispatch import Op, Product, choose
 from accessory.planner.setup import Setup, Training
 
 
@@ -96,9 +96,9 @@ class LayerTraining:
     format: Format | None = None  # of the experts' weights; None: 16 bits
     packing: bool = True  # several documents a row
     gradient: int = 4  # of a finished gradient
-    making: int = 2  # what a gradient takes more while it is made
+    making: int = 2  # what a gradient takes on top of that while it is computed
     copy: int = 2  # of the 16-bit copy that products read
-    accumulating: bool = False  # gradients of earlier micro-steps are there already, and counted elsewhere
+    accumulating: bool = False  # gradients of earlier micro-steps are there already; `training` counts them
 
 
 def layer_training(setup: Setup, task: Training) -> LayerTraining:
@@ -119,31 +119,6 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         copy=0 if gathered else parameter.copy,
         accumulating=task.accum_iter > 1 and not gathered,
     )
-
-
-Way = Literal["direct", "dequantize", "round input"]
-
-
-def _way(layer: LayerSizes, format: Format | None, direction: Literal["forward", "backward"]) -> Way:
-    """How a product with the experts' weights runs, as `ops.dispatch` chooses.
-
-    "direct": with no more than its input and its result, as dense weights are multiplied, and quantised ones tile by
-    tile. "dequantize": after a 16-bit copy of the weights has been made. "round input": in fp8, with an input that is
-    rounded first.
-    """
-    if format is None:
-        return "direct"
-    rows, experts = layer.pairs, layer.experts
-    if layer.expert_by_expert:  # taken to get equal shares
-        rows, experts = max(1, -(-rows // experts)), 1
-    op: Literal["linear", "grouped"] = "linear" if layer.expert_by_expert else "grouped"
-    product = Product(op, format, rows, experts, layer.dim, layer.hidden)
-    if direction == "backward":
-        product = product._replace(op=f"{op}_backward")
-    function = choose(product).function
-    if function.startswith("fp8:"):
-        return "round input"
-    return "dequantize" if function.startswith("quantized_products:dequantized") else "direct"
 
 
 # --------------------------------------------------------------------------- what autograd keeps of forward
@@ -208,30 +183,30 @@ def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
 
 
 def _backward_of_stacks(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
-    """Sparse: the moments of the sum over experts, of w2, SwiGLU, w3 and w1, in this order."""
+    """Sparse: what is there while backward passes each operation of the experts, from the last to the first."""
     NF, ND, stack = layer.hidden_16bit, layer.pairs_16bit, layer.stack
     x = ND if training.weights or training.experts_lora else 0
     done = 0 if training.accumulating or not training.weights else training.gradient * stack
     making = (training.gradient + training.making) * stack if training.weights else 0
     copy = training.copy * stack if training.weights else 0
-    dequantized = 2 * stack if _way(layer, training.format, "backward") == "dequantize" else 0
+    dequantized = 2 * stack if _backward_product(layer, training.format) == "dequantized" else 0
     lora = NF if training.experts_lora else 0
     return [
-        BackwardPeak(x + 4 * NF + 6 * ND, 0, 3 * copy),
-        BackwardPeak(x + 5 * NF + ND + dequantized, making, 3 * copy),
-        BackwardPeak(x + 6 * NF, done, 2 * copy),
-        BackwardPeak(x + 3 * NF + ND + lora + dequantized, done + making, 2 * copy),
-        BackwardPeak(x + NF + 2 * ND + lora + dequantized, 2 * done + making, copy),
+        BackwardPeak(x + 4 * NF + 6 * ND, 0, 3 * copy),  # the weighted sum
+        BackwardPeak(x + 5 * NF + ND + dequantized, making, 3 * copy),  # w2
+        BackwardPeak(x + 6 * NF, done, 2 * copy),  # SwiGLU
+        BackwardPeak(x + 3 * NF + ND + lora + dequantized, done + making, 2 * copy),  # w3
+        BackwardPeak(x + NF + 2 * ND + lora + dequantized, 2 * done + making, copy),  # w1
     ]
 
 
 def _backward_of_a_loop(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
-    """Base: the moments of the expert that comes first and of the one that comes last."""
+    """Base: what is there while backward passes the first expert, and the last one."""
     NF, E, stack = layer.hidden_16bit, layer.experts, layer.stack
     copy = training.copy * 3 * stack if training.weights else 0
     kept = experts_kept(layer, training)
-    dequantized = 2 * stack // E if _way(layer, training.format, "backward") == "dequantize" else 0
-    # Each expert leaves its own gradients; at the end those of a stack are put together, one stack after another.
+    dequantized = 2 * stack // E if _backward_product(layer, training.format) == "dequantized" else 0
+    # Each expert leaves gradients of its own. At the end those of a stack are put together, one stack after another.
     parts = 3 * training.gradient * stack if training.weights and not training.accumulating else 0
     together = training.gradient * stack if training.weights else 0
     return [
@@ -257,28 +232,53 @@ def prompt_peak(layer: LayerSizes, format: Format | None) -> int:
     return max(attention, norms + experts)
 
 
-# In both functions below: SwiGLU; w3's product while a 16-bit copy of its weights is there; the weighted sum. Rounding
-# w2's input to fp8 takes it twice in fp32, which is four times its 16 bits.
-
-
 def _prompt_of_stacks(layer: LayerSizes, format: Format | None) -> int:
-    """Sparse: the sorted rows, and the largest moment of the experts."""
-    NF, ND, way = layer.hidden_16bit, layer.pairs_16bit, _way(layer, format, "forward")
-    moments = [3 * NF, NF + 5 * ND]
-    if way == "dequantize":
-        moments.append(2 * NF + 2 * layer.stack)
-    if way == "round input":
-        moments.append(NF + 4 * NF)
+    """Sparse: the rows sorted by expert, and what is there at the experts' largest moment."""
+    NF, ND = layer.hidden_16bit, layer.pairs_16bit
+    product = _forward_product(layer, format)
+    moments = [3 * NF, NF + 5 * ND]  # SwiGLU, the weighted sum
+    if product == "dequantized":
+        moments.append(2 * NF + 2 * layer.stack)  # w3
+    if product == "rounded":
+        moments.append(NF + 4 * NF)  # w2's input, and twice the same in fp32
     return ND + max(moments)
 
 
 def _prompt_of_a_loop(layer: LayerSizes, format: Format | None) -> int:
-    """Base: one expert's rows and moments beside the sum over experts, and the new sum that `index_add` makes."""
-    NF, ND = layer.hidden_16bit // layer.experts, layer.pairs_16bit // layer.experts
-    way, y = _way(layer, format, "forward"), layer.tokens_fp32
-    moments = [2 * y + 3 * NF + ND, 2 * y + NF + 6 * ND]
-    if way == "dequantize":
-        moments.append(2 * y + 2 * NF + ND + 2 * layer.hidden * layer.dim)
-    if way == "round input":
-        moments.append(y + NF + 4 * NF + ND)
+    """Base: the same of one expert, beside the sum over experts and the new sum that `index_add` makes of it."""
+    NF, ND, sum_TD = layer.hidden_16bit // layer.experts, layer.pairs_16bit // layer.experts, layer.tokens_fp32
+    product = _forward_product(layer, format)
+    moments = [2 * sum_TD + 3 * NF + ND, 2 * sum_TD + NF + 6 * ND]
+    if product == "dequantized":
+        moments.append(2 * sum_TD + 2 * NF + ND + 2 * layer.hidden * layer.dim)
+    if product == "rounded":
+        moments.append(sum_TD + NF + 4 * NF + ND)
     return max(moments)
+
+
+# --------------------------------------------------------------------------- which products run
+
+# What a product with the experts' weights makes beside its result. plain: nothing, as with dense weights and with
+# quantised ones that are dequantised tile by tile. dequantized: first a 16-bit copy of the weights. rounded: first its
+# input in fp8.
+ProductKind = Literal["plain", "dequantized", "rounded"]
+
+
+def _forward_product(layer: LayerSizes, format: Format | None) -> ProductKind:
+    return _product_kind("linear" if layer.expert_by_expert else "grouped", layer, format)
+
+
+def _backward_product(layer: LayerSizes, format: Format | None) -> ProductKind:
+    return _product_kind("linear_backward" if layer.expert_by_expert else "grouped_backward", layer, format)
+
+
+def _product_kind(op: Op, layer: LayerSizes, format: Format | None) -> ProductKind:
+    if format is None:
+        return "plain"
+    rows, experts = layer.pairs, layer.experts
+    if layer.expert_by_expert:  # the experts are taken to get equal shares
+        rows, experts = max(1, -(-rows // experts)), 1
+    function = choose(Product(op, format, rows, experts, layer.dim, layer.hidden)).function
+    if function.startswith("fp8:"):
+        return "rounded"
+    return "dequantized" if function.startswith("quantized_products:dequantized") else "plain"

@@ -12,7 +12,7 @@ from accessory.planner.activations import LayerSizes, LayerTraining, experts_kep
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", [SparseExperts, BaseExperts])
 def test_what_autograd_keeps_of_experts(kind, lora):
-    """Every float tensor that backward waits for, but weights, what LoRA's rank is a size of, and routing."""
+    """Counted are the float tensors that backward waits for, except weights, routing, and LoRA's narrow tensors."""
     D, F, E, K, T, rank = 64, 96, 4, 2, 128, 5
     experts = kind(D, F, E)
     for name in ("w1", "w2", "w3") if lora else ():
@@ -54,7 +54,7 @@ def test_a_layer_of_mixtral_by_hand():
 
 
 def test_backward_of_trained_experts_ends_with_all_gradients_and_one_being_made():
-    """12 bytes a number of gradients (w1, w2, w3 of which the last is there in 16 bits too) and its copy."""
+    """Three fp32 gradients, of which w1's is there in 16 bits too, and w1's 16-bit copy."""
     layer = LayerSizes(1, 2, 4096, 14336, 4096, 1024, 8, expert_by_expert=False)
     back = layer_backward(layer, LayerTraining(weights=True))
     assert back.gradients == (4 + 4 + 4 + 2) * layer.stack

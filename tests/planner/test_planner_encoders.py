@@ -49,7 +49,7 @@ def test_a_missing_key_is_named():
         pytest.param(SPHINX, 20, 1, marks=pytest.mark.slow),
     ],
 )
-def test_looking_takes_what_live_tensors_take(vision, images, views):
+def test_encoding_takes_what_live_tensors_take(vision, images, views):
     with torch.device("meta"):
         tower = VisionTower(vision, views).to(torch.bfloat16)
         pixels = torch.empty(images, 3, tower.pixels, tower.pixels)
@@ -60,7 +60,7 @@ def test_looking_takes_what_live_tensors_take(vision, images, views):
 
 
 @pytest.mark.parametrize(("images", "views", "measured"), [(1, 1, 0.13), (4, 1, 0.53), (1, 5, 0.67), (4, 5, 2.17)])
-def test_looking_as_measured(images, views, measured):
+def test_encoding_as_measured(images, views, measured):
     """benchmarks/README.md, images on one 80 GB card."""
     assert encoding_bytes(SPHINX, images, views) / 1e9 == pytest.approx(measured, rel=0.03, abs=0.005)
 
@@ -71,7 +71,7 @@ def test_ranks_share_views():
     assert encoding_bytes(SPHINX, 1, 1, ranks=8) == encoding_bytes(SPHINX, 1, 1)
 
 
-# --------------------------------------------------------------------------- among everything else
+# --------------------------------------------------------------------------- in a whole plan
 
 
 @pytest.mark.parametrize("vision", [SPHINX, tiny_clip()], ids=["sphinx", "clip alone"])
@@ -108,16 +108,16 @@ def test_stage_1_as_measured():
 
 
 @pytest.mark.parametrize("views", [1, 5])
-def test_seeing_takes_its_encoders_more(views):
-    for blind, seeing in (
+def test_images_take_at_least_the_encoders(views):
+    for without, with_images in (
         (running(quant="int4"), running(quant="int4", views=views)),
         (finetuning(kind="lora"), finetuning(kind="lora", views=views)),
         (finetuning(kind="full", dp=8), finetuning(kind="full", dp=8, views=views)),
     ):
-        assert estimate(seeing).total - estimate(blind).total >= encoders_bytes(SPHINX)
+        assert estimate(with_images).total - estimate(without).total >= encoders_bytes(SPHINX)
 
 
-def test_many_images_before_few_words_are_the_largest_moment():
+def test_encoding_is_the_largest_moment_before_a_small_network():
     few = running(quant="int4", batch=4, context=1500, prompt=1456, views=5)
     assert estimate(few).moment == "reading the prompt"
     small = Setup(args=TINY, task=Inference(batch=4, context=1600), views=5)

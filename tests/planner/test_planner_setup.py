@@ -12,7 +12,7 @@ import accessory.planner
 MODULES = sorted(path.stem for path in Path(accessory.planner.__file__).parent.glob("*.py"))
 
 
-def test_images_that_rows_have_room_for():
+def test_packed_rows_hold_as_many_images_as_fit():
     assert finetuning(batch_size=2, max_words=4096, packing=True, views=1).images == 2 * 14
     assert finetuning(batch_size=2, max_words=4096, packing=True, views=5).images == 2 * 2
     assert finetuning(batch_size=2, max_words=4096, packing=False, views=1).images == 2
