@@ -1,6 +1,6 @@
-"""What a model sees with, from a path or picture to what the decoder takes: `Eyes`.
+"""From an image to the features that the decoder takes: `ImageProcessor`.
 
-Legend: I images, P pixels each way, V views of all images.
+Legend: 3 colours, P pixels each way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ Images = Tensor | Sequence[Image | None] | None
 
 
 class ImageProcessor:
-    """A tower of encoders and the transform that makes images what it takes; `ranks` share the work."""
+    """A tower of image encoders, and the transform that turns an image into its pixels.
+
+    ranks: the ranks that share the work of encoding; None for one.
+    """
 
     def __init__(self, tower: VisionTower, transform: str = "padded_resize", ranks: Ranks | None = None) -> None:
         self.tower, self.ranks = tower, ranks
@@ -37,7 +40,10 @@ class ImageProcessor:
         self._transform = get_transform(transform, tower.pixels)
 
     def open(self, image: Image, name: str = "image") -> Tensor:
-        """(3, P, P) fp32 pixels of an image; of pixels, themselves. InputError says what is wrong with it."""
+        """(3, P, P) fp32 pixels of an image; a tensor of pixels is returned as it is. InputError says what is wrong.
+
+        name: what the message calls the image.
+        """
         P = self.tower.pixels
         if isinstance(image, Tensor):
             image = image[0] if image.dim() == 4 and len(image) == 1 else image  # a batch of one, as the original's
@@ -47,7 +53,10 @@ class ImageProcessor:
         return self._transform(open_image(image))
 
     def open_all(self, images: Images, count: int, of: str = "prompt") -> list[Tensor | None]:
-        """Pixels of an image for each of `count` prompts, or None; InputError where there are more or fewer."""
+        """The pixels of each prompt's image, None for a prompt without one. InputError unless there are `count` images.
+
+        of: what the message calls a prompt.
+        """
         if isinstance(images, str | Path) or not isinstance(images, Tensor | Sequence):
             raise InputError(f"images: got {images!r:.60}, but it must be a list, an image or None for each {of}")
         if len(images) != count:
@@ -55,6 +64,6 @@ class ImageProcessor:
         return [None if i is None else self.open(i, f"images[{n}]") for n, i in enumerate(images)]
 
     def features(self, pixels: Sequence[Tensor | None]) -> Features | None:
-        """What the encoders see of those that are there, in order; None where none is."""
+        """What the encoders give for those pixels that are not None, in order; None where all are."""
         there = [p for p in pixels if p is not None]
         return encode_shared(self.tower, torch.stack(there), self.ranks) if there else None

@@ -1,6 +1,8 @@
-"""`MetaModel`: a checkpoint folder in, text out; with images too, where the model sees.
+"""`MetaModel` loads a checkpoint folder and generates text with it. It has nothing to do with torch's meta device.
 
-Legend: T tokens, V vocabulary.
+Its name and import path are LLaMA2-Accessory's. The loop of generation is in `engine`; `scoring` judges given texts.
+
+Legend: T tokens, V vocabulary, P pixels each way.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from accessory.build import NetworkSpec, build, build_tower
 from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
 from accessory.config import LlamaType, ModelArgs
-from accessory.data.image_tokens import insert_image_tokens, remove_tags
+from accessory.data.image_tokens import insert_image_tokens
 from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
 from accessory.engine.generate import Generation
@@ -24,6 +26,8 @@ from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
+from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
+from accessory.model.scoring import Scorer
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
@@ -33,8 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PathLike = str | Path
-Prompt = str | Sequence[int]
-Pixels = list[Tensor | None]
 
 
 class StreamItem(TypedDict):
@@ -43,7 +45,10 @@ class StreamItem(TypedDict):
 
 
 class MetaModel(nn.Module):
-    """A decoder (`llma`), its `tokenizer`, and its `eyes` where it takes images; made by `from_pretrained`."""
+    """A decoder (`llma`), its `tokenizer`, and its `image_processor` where it takes images. `from_pretrained` makes it.
+
+    max_seq_len: prompt and answer together, in tokens. ranks: the ranks that hold the decoder together; None for one.
+    """
 
     def __init__(
         self,
@@ -62,12 +67,12 @@ class MetaModel(nn.Module):
 
     @property
     def sees(self) -> bool:
-        """Whether prompts may bring images."""
+        """Whether prompts may have images."""
         return self.image_processor is not None
 
     @property
     def image_tokens(self) -> int:
-        """Positions that an image takes."""
+        """How many positions an image takes among the tokens; 0 for a model of text alone."""
         return 0 if self.image_processor is None else self.image_processor.image_tokens
 
     @property
@@ -99,19 +104,19 @@ class MetaModel(nn.Module):
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
 
-        pretrained_path: a folder or `hf://owner/name[/folder]`; of several, later ones replace tensors of earlier ones.
+        pretrained_path: a folder or `hf://owner/name[/folder]`, or several: later ones replace tensors of earlier ones.
         llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says. LoRA
-        and biases that the folders hold are loaded beside the weights, with or without "_peft" in it.
+        and biases that the folders hold are loaded beside the weights, whether or not it ends in "_peft".
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
         max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
         quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
         and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none". A folder
         made by `accessory quantize` is loaded as it lies; leave all three out.
-        with_visual: load what the model sees with too; `llama_type`, or the folder, must then end in _ens or _ens5.
-        Without it, such a model answers to text alone. image_transform: what images are made square by, see
-        `data.transform.get_transform`. Encoders whose weights the folders lack come from where the configuration says.
-        mp_group: a torch.distributed group whose ranks hold the model together, 2, 4 or 8 say; each calls every method
-        with the same arguments and gets the same result.
+        with_visual: load the image encoders too. Then `llama_type`, or the folder's own, must end in _ens or _ens5.
+        Without it, such a model answers to text alone. Encoders whose weights the folders lack are loaded from where
+        the configuration says. image_transform: how an image becomes a square, see `data.transform.get_transform`.
+        mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, hold the model together. Each rank
+        calls every method with the same arguments and gets the same result.
 
         Raises CheckpointError and ConfigError, each naming the file, tensor or field.
         """
@@ -165,17 +170,18 @@ class MetaModel(nn.Module):
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[str]:
-        """What the model writes after each prompt, a string or token ids (taken as they are).
+        """The text that the model writes after each prompt. A prompt is a string, or token ids, taken as they are.
 
-        images: one a prompt, each a path, a PIL image or a tensor of (3, P, P) pixels as `eyes.open` makes them, and
-        None for a prompt without; or a tensor (prompts, 3, P, P). An image takes `image_words` positions.
+        images: one for each prompt: a path, a PIL image, a tensor of (3, P, P) pixels as `image_processor.open` makes
+        them, or None for a prompt without an image. Or all of them as one tensor (prompts, 3, P, P). An image takes
+        `image_tokens` positions.
 
-        A generation ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after
-        `max_gen_len` tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room
-        for `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning. `cancelled` is asked
-        once a step (on the first of several ranks); when it says true, the texts end there.
+        A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
+        tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room for
+        `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning. `cancelled` is called once a
+        step (on the first of several ranks); once it returns true, the texts end there.
         """
-        texts = [""] * _count(prompts)
+        texts = [""] * count_prompts(prompts)
         for row, text, _ in self._stream(
             prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled
         ):
@@ -193,7 +199,7 @@ class MetaModel(nn.Module):
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[StreamItem]:
-        """The answer while it is written: each item holds all text so far, the last one has `end_of_content` set.
+        """The answer while it is written. Each item holds all text so far; the last one has `end_of_content` set.
 
         Text appears once it is certain: never half a character, never part of a stop symbol.
         """
@@ -218,14 +224,14 @@ class MetaModel(nn.Module):
         seed: int | None,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[tuple[int, str, bool]]:
-        """(row, new text, whether the row has ended), as the text becomes certain."""
-        prompts, pixels = self._pixels(images, prompts, "prompt")
+        """Yield (row, new text, whether the row has ended) as the text becomes certain."""
+        prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
         stops = [stops] if isinstance(stops, str) else list(stops)
-        words = [0 if p is None else self.image_tokens for p in pixels]
-        prompt_ids = [self._prompt_ids(p, n, max_gen_len, words[n]) for n, p in enumerate(prompts)]
+        counts = image_token_counts(self.image_processor, pixels)
+        prompt_ids = [self._prompt_ids(p, n, max_gen_len, counts[n]) for n, p in enumerate(prompts)]
         generation = Generation(
             self.llma,
-            [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, words, strict=True)],
+            [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, counts, strict=True)],
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
             sampling=Sampling(temperature, top_p, seed),
@@ -252,22 +258,13 @@ class MetaModel(nn.Module):
                     text += scanners[row].flush()
                 yield row, text, ended
 
-    def _pixels(self, images: Images, prompts: Sequence[Prompt], of: str) -> tuple[Sequence[Prompt], Pixels]:
-        """The prompts and, for each, its image's pixels."""
-        none: Pixels = [None] * len(prompts)
-        if self.image_processor is None and images is not None:
-            raise InputError("images: this model is text only; one that sees is loaded with with_visual=True")
-        if self.image_processor is None:
-            return prompts, none
-        pixels = none if images is None else self.image_processor.open_all(images, len(prompts), of)
-        return remove_tags(prompts, pixels, of), pixels
-
-    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, words: int = 0) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, image_tokens: int = 0) -> list[int]:
+        """A prompt's token ids, without its image's positions. What leaves no room for the answer is cut."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(f"prompts[{row}]: is empty; give at least one character")
-            # The caller writes the whole prompt and vouches for it: control strings in it become control tokens, as in
-            # transformers. What users type into a chat goes through `data.conversation`, where they do not.
+            # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
+            # What users type into a chat goes through `data.conversation`, where they stay characters.
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
             ids = list(prompt)
@@ -276,22 +273,21 @@ class MetaModel(nn.Module):
                 f"max_gen_len: got {max_gen_len!r}, but it must be a whole number from 1 to "
                 f"max_seq_len - 1 = {self.max_seq_len - 1}"
             )
-        room = self.max_seq_len - max_gen_len - words
-        if words and room < 2:
+        room = self.max_seq_len - max_gen_len - image_tokens
+        if image_tokens and room < 2:
             raise InputError(
-                f"prompts[{row}]: its image takes {words} positions, and with max_gen_len = {max_gen_len} that leaves "
-                f"no room in max_seq_len = {self.max_seq_len}; give at least {words + max_gen_len + 2}"
+                f"prompts[{row}]: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
+                f"leaves no room in max_seq_len = {self.max_seq_len}; give at least {image_tokens + max_gen_len + 2}"
             )
         if len(ids) > room:
             log.warning(
                 "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
-                row, len(ids) + words, max_gen_len, self.max_seq_len, len(ids) - room,
+                row, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
             )  # fmt: skip
             begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
             ids = ids[:begins] + ids[len(ids) - room + begins :]
         return ids
 
-    @torch.inference_mode()
     def compute_logits(
         self, examples: Sequence[Prompt], images: Images = None, bos: bool = True, eos: bool = False
     ) -> list[Tensor]:
@@ -301,38 +297,7 @@ class MetaModel(nn.Module):
         an InputError: here nothing may be cut. images: as `generate` takes them; the logits after BOS are then those
         after BOS and the image behind it.
         """
-        _count(examples)
-        examples, pixels = self._pixels(images, examples, "example")
-        words = [0 if p is None else self.image_tokens for p in pixels]
-        rows = [self._example_ids(e, n, bos, eos, words[n]) for n, e in enumerate(examples)]
-        out = []
-        bos_id, step = self.tokenizer.bos_id, self.args.max_batch_size
-        for first in range(0, len(rows), step):
-            here = slice(first, first + step)
-            placed = [insert_image_tokens(i, n, bos_id) for i, n in zip(rows[here], words[here], strict=True)]
-            tokens_BT = torch.zeros(len(placed), max(map(len, placed)), dtype=torch.int64)
-            for n, ids in enumerate(placed):
-                tokens_BT[n, : len(ids)] = torch.tensor(ids)
-            images_here = None if self.image_processor is None else self.image_processor.features(pixels[here])
-            # Padding stands on the right and attention is causal: no token that counts can see it.
-            logits_BTV = self.llma(tokens_BT.to(self.device), images=images_here).logits
-            lengths = zip(words[here], map(len, placed), strict=True)
-            out += [logits_BTV[n, skipped:end].float() for n, (skipped, end) in enumerate(lengths)]
-        return out
-
-    def _encode(self, text: Prompt, bos: bool, eos: bool) -> list[int]:
-        return self.tokenizer.encode(text, bos=bos, eos=eos, special=True) if isinstance(text, str) else list(text)
-
-    def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool, words: int = 0) -> list[int]:
-        ids = self._encode(example, bos, eos)
-        if not ids:
-            raise InputError(f"examples[{row}]: has no tokens")
-        if len(ids) + words > self.max_seq_len:
-            image = f" and an image of {words} positions" if words else ""
-            raise InputError(f"examples[{row}]: {len(ids)} tokens{image}, but max_seq_len is {self.max_seq_len}")
-        if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
-            raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.args.vocab_size - 1}")
-        return ids
+        return self._scorer().compute_logits(examples, images, bos, eos)
 
     def evaluate_examples(
         self,
@@ -349,45 +314,7 @@ class MetaModel(nn.Module):
         tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (greedy decoding would
         give the example), `non_context_logits` ((judged tokens, V), fp32).
         """
-        _count(examples)
-        if contexts is not None and len(contexts) != len(examples):
-            raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
-        examples, pixels = self._pixels(images, examples, "example")
-        if contexts is not None and self.image_processor is not None:
-            contexts = remove_tags(contexts, pixels)
-        ids = [self._example_ids(e, n, bos, eos) for n, e in enumerate(examples)]
-        starts = [
-            self._context_length(contexts[n], e, ids[n], n, bos) if contexts is not None else 1
-            for n, e in enumerate(examples)
-        ]
-        logits = self.compute_logits(ids, None if images is None else pixels)
-        result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        for n, (logits_TV, start) in enumerate(zip(logits, starts, strict=True)):
-            if start >= len(ids[n]):
-                raise InputError(f"examples[{n}]: nothing follows its context, so there is nothing to judge")
-            judged_TV, label_T = logits_TV[start - 1 : -1], torch.tensor(ids[n][start:], device=logits_TV.device)
-            log_p_T = judged_TV.log_softmax(-1).gather(1, label_T[:, None]).squeeze(1)
-            result["log_likelihood"].append(log_p_T.sum().item())
-            result["ppl"].append(log_p_T.mean().neg().exp().item())
-            result["max_equal"].append(bool((judged_TV.argmax(-1) == label_T).all()))
-            result["non_context_logits"].append(judged_TV)
-        return result
+        return self._scorer().evaluate_examples(examples, contexts, images, bos, eos)
 
-    def _context_length(self, context: Prompt, example: Prompt, ids: list[int], row: int, bos: bool) -> int:
-        """How many of the example's tokens are context; at least one, since the first token follows nothing."""
-        both_text = isinstance(context, str) and isinstance(example, str)
-        begins = example.startswith(context) if both_text else None  # type: ignore[union-attr, arg-type]
-        context_ids = self._encode(context, bos, eos=False)
-        shared = next((n for n, (a, b) in enumerate(zip(context_ids, ids, strict=False)) if a != b), len(context_ids))
-        # At the seam of a text a token may span context and continuation; it then belongs to what is judged.
-        if begins is False or (begins is None and shared < len(context_ids)):
-            raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
-        return max(1, min(shared, len(ids)))
-
-
-def _count(prompts: Sequence[Prompt]) -> int:
-    if isinstance(prompts, str):
-        raise InputError("prompts: got one string, but a list of prompts is needed; write [prompt]")
-    if len(prompts) == 0:
-        raise InputError("prompts: got an empty list, but at least one is needed")
-    return len(prompts)
+    def _scorer(self) -> Scorer:
+        return Scorer(self.llma, self.tokenizer, self.max_seq_len, self.image_processor)

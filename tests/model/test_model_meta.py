@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import math
 import shutil
 
 import pytest
@@ -162,28 +161,6 @@ def test_a_prompt_of_40_000_tokens_is_cut_from_the_left(model, caplog):
     assert text == model.generate([[1, *ids[-(256 - 8 - 1) :]]], max_gen_len=8)[0]
 
 
-def test_scores_are_those_of_transformers(model, oracle):
-    example, context = "The capital of France is Paris", "The capital of France"
-    ids = model.tokenizer.encode(example, bos=True)
-    start = len(model.tokenizer.encode(context, bos=True))
-    with torch.no_grad():
-        logits = oracle(torch.tensor([ids])).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]))
-    result = model.evaluate_examples([example, example], contexts=[context, ""])
-    assert result["log_likelihood"][0] == pytest.approx(-loss.item() * (len(ids) - start), rel=1e-4)
-    assert result["ppl"][0] == pytest.approx(math.exp(loss.item()), rel=1e-4)
-    assert result["max_equal"] == [False, False]
-    assert result["non_context_logits"][0].shape == (len(ids) - start, 32000)
-    whole = model.evaluate_examples([example])
-    assert whole["log_likelihood"][0] == pytest.approx(result["log_likelihood"][1], rel=1e-5)
-
-
-def test_greedy_continuation_is_max_equal(model):
-    ids = model.tokenizer.encode(PROMPT, bos=True)
-    greedy = [int(model.compute_logits([ids])[0][-1].argmax())]
-    assert model.evaluate_examples([[*ids, *greedy]], contexts=[ids])["max_equal"] == [True]
-
-
 def test_later_folders_replace_tensors_of_earlier_ones(folders, model, tmp_path):
     trained = torch.full((32000, 32), 0.5)
     torch.save({"model": {"llma.output.weight": trained}}, tmp_path / "consolidated.00-of-01.model.pth")
@@ -217,10 +194,6 @@ def test_config_files_win_and_disagreement_names_the_field(folders, tmp_path):
         (lambda m: m.generate([PROMPT], max_gen_len=4, additional_stop_symbols=[""]), "stop"),
         (lambda m: m.generate([PROMPT], images=torch.zeros(1, 3, 224, 224)), "images"),
         (lambda m: next(m.stream_generate("", max_gen_len=4)), r"prompts\[0\]"),
-        (lambda m: m.compute_logits(["x " * 600]), r"examples\[0\].*max_seq_len"),
-        (lambda m: m.evaluate_examples(["abc"], contexts=["x"]), r"contexts\[0\]"),
-        (lambda m: m.evaluate_examples(["abc"], contexts=["abc"]), r"examples\[0\]"),
-        (lambda m: m.evaluate_examples(["abc"], contexts=[]), "contexts"),
     ],
 )
 def test_bad_input_is_one_error_naming_it(model, call, names):

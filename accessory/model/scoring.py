@@ -1,0 +1,121 @@
+"""Scoring: the logits of given texts, and how likely a model finds them. `MetaModel` passes such calls to `Scorer`.
+
+Legend: B examples of a batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accessory.data.image_tokens import insert_image_tokens, remove_tags
+from accessory.data.tokenizer import Tokenizer
+from accessory.errors import InputError
+from accessory.model.prompts import Pixels, Prompt, count_prompts, image_token_counts, open_images
+from accessory.nn.decoder import Decoder
+
+if TYPE_CHECKING:
+    from accessory.model.image_processor import ImageProcessor, Images
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores examples with the parts of a `MetaModel`, whose docstrings say what each method takes and returns."""
+
+    llma: Decoder
+    tokenizer: Tokenizer
+    max_seq_len: int
+    image_processor: ImageProcessor | None
+
+    def compute_logits(self, examples: Sequence[Prompt], images: Images, bos: bool, eos: bool) -> list[Tensor]:
+        count_prompts(examples)
+        examples, pixels = open_images(self.image_processor, examples, images, "example")
+        return self._logits(self._rows(examples, pixels, bos, eos), pixels)
+
+    def evaluate_examples(
+        self,
+        examples: Sequence[Prompt],
+        contexts: Sequence[Prompt] | None,
+        images: Images,
+        bos: bool,
+        eos: bool,
+    ) -> dict[str, list]:
+        count_prompts(examples)
+        if contexts is not None and len(contexts) != len(examples):
+            raise InputError(f"contexts: got {len(contexts)} for {len(examples)} examples; give one each")
+        examples, pixels = open_images(self.image_processor, examples, images, "example")
+        if contexts is not None and self.image_processor is not None:
+            contexts = remove_tags(contexts, pixels)
+        rows = self._rows(examples, pixels, bos, eos)
+        starts = [
+            self._context_length(contexts[n], example, rows[n], n, bos) if contexts is not None else 1
+            for n, example in enumerate(examples)
+        ]
+        for n, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+            if start >= len(ids):
+                raise InputError(f"examples[{n}]: nothing follows its context, so there is nothing to judge")
+        result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
+        for ids, start, logits_TV in zip(rows, starts, self._logits(rows, pixels), strict=True):
+            judged_TV, label_T = logits_TV[start - 1 : -1], torch.tensor(ids[start:], device=logits_TV.device)
+            log_p_T = judged_TV.log_softmax(-1).gather(1, label_T[:, None]).squeeze(1)
+            result["log_likelihood"].append(log_p_T.sum().item())
+            result["ppl"].append(log_p_T.mean().neg().exp().item())
+            result["max_equal"].append(bool((judged_TV.argmax(-1) == label_T).all()))
+            result["non_context_logits"].append(judged_TV)
+        return result
+
+    @torch.inference_mode()
+    def _logits(self, rows: Sequence[list[int]], pixels: Pixels) -> list[Tensor]:
+        """(T, V) fp32 for each row of T token ids: the logits after each of them, without those of its image."""
+        out = []
+        counts, step = image_token_counts(self.image_processor, pixels), self.llma.args.max_batch_size
+        for first in range(0, len(rows), step):
+            here = slice(first, first + step)
+            with_image = [
+                insert_image_tokens(ids, count, self.tokenizer.bos_id)
+                for ids, count in zip(rows[here], counts[here], strict=True)
+            ]
+            tokens_BT = torch.zeros(len(with_image), max(map(len, with_image)), dtype=torch.int64)
+            for n, ids in enumerate(with_image):
+                tokens_BT[n, : len(ids)] = torch.tensor(ids)
+            features = None if self.image_processor is None else self.image_processor.features(pixels[here])
+            # Padding stands on the right and attention is causal: no token that counts can see it.
+            logits_BTV = self.llma(tokens_BT.to(self.llma.tok_embeddings.weight.device), images=features).logits
+            # What BOS predicts stands after the last position of its image, so `count` logits in front are dropped.
+            for n, (count, ids) in enumerate(zip(counts[here], with_image, strict=True)):
+                out.append(logits_BTV[n, count : len(ids)].float())
+        return out
+
+    def _rows(self, examples: Sequence[Prompt], pixels: Pixels, bos: bool, eos: bool) -> list[list[int]]:
+        """The token ids of each example, checked. An image's positions are not among them, but must fit too."""
+        counts = image_token_counts(self.image_processor, pixels)
+        return [self._example_ids(e, n, bos, eos, counts[n]) for n, e in enumerate(examples)]
+
+    def _example_ids(self, example: Prompt, row: int, bos: bool, eos: bool, image_tokens: int) -> list[int]:
+        ids = self._encode(example, bos, eos)
+        if not ids:
+            raise InputError(f"examples[{row}]: has no tokens")
+        if len(ids) + image_tokens > self.max_seq_len:
+            image = f" and an image of {image_tokens} positions" if image_tokens else ""
+            raise InputError(f"examples[{row}]: {len(ids)} tokens{image}, but max_seq_len is {self.max_seq_len}")
+        if not 0 <= min(ids) <= max(ids) < self.llma.args.vocab_size:
+            raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.llma.args.vocab_size - 1}")
+        return ids
+
+    def _encode(self, text: Prompt, bos: bool, eos: bool) -> list[int]:
+        return self.tokenizer.encode(text, bos=bos, eos=eos, special=True) if isinstance(text, str) else list(text)
+
+    def _context_length(self, context: Prompt, example: Prompt, ids: list[int], row: int, bos: bool) -> int:
+        """How many of the example's tokens are context; at least one, since the first token follows nothing."""
+        both_text = isinstance(context, str) and isinstance(example, str)
+        begins = example.startswith(context) if both_text else None  # type: ignore[union-attr, arg-type]
+        context_ids = self._encode(context, bos, eos=False)
+        shared = next((n for n, (a, b) in enumerate(zip(context_ids, ids, strict=False)) if a != b), len(context_ids))
+        # Where two texts meet, one token may hold the end of the context and the beginning of the rest. It is judged.
+        if begins is False or (begins is None and shared < len(context_ids)):
+            raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
+        return max(1, min(shared, len(ids)))
