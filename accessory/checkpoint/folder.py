@@ -14,9 +14,10 @@ import torch
 from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, find_weights
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
-from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
-from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, layer_numbers, shape_problem
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, shape_problem
 from accessory.checkpoint.packed import declared_quant, read_quantized
+from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
@@ -248,13 +249,12 @@ def _config_sources(folder: Path, config_files: Sequence[str | Path]) -> list[tu
 
 
 def _interleave(tensors: dict[str, Lazy], args: ModelArgs, problems: list[AccessoryError]) -> None:
-    for i in layer_numbers(tensors):
-        for which, heads in (("wq", args.n_heads), ("wk", args.n_kv_heads)):
-            name = f"layers.{i}.attention.{which}.weight"
-            if name in tensors and tensors[name].shape[0] == heads * args.head_dim:
-                tensors[name] = rotary_to_interleaved(tensors[name], heads)
-            elif name in tensors and not problems:
-                problems.append(CheckpointError(f"{name}: {tensors[name].shape} does not hold {heads} heads"))
+    for name, tensor in tensors.items():
+        try:
+            tensors[name] = rotary_from_hf(name, tensor, args)
+        except CheckpointError as error:
+            if not problems:  # else those say already what is wrong
+                problems.append(error)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 A `Lazy` knows its shape and dtype; its bytes are touched when it is copied, loaded or read block by block. Slicing and
 transposing are pushed down to the file, so that a rank which wants an eighth of a tensor reads an eighth of it.
-Algebra: `narrow`, `select`, `t`, `to`, `concat`, `rotary_to_interleaved`, `rotary_to_half`.
+Algebra: `narrow`, `select`, `t`, `to`, `concat`; `rotary` adds the order of rotary pairs.
 """
 
 from __future__ import annotations
@@ -331,64 +331,9 @@ class Concat(Lazy):
             yield from part.blocks(block_bytes)
 
 
-class _Rotary(_Wrapper):
-    """The rows of q or k in the other order of rotary pairs, head by head.
-
-    Interleaved: row h·hd + 2i + j; half-split: row h·hd + j·hd/2 + i (pair i, member j).
-    """
-
-    def __init__(self, base: Lazy, head_dim: int, to_interleaved: bool) -> None:
-        super().__init__(base, base.shape)
-        self.head_dim = head_dim
-        self.to_interleaved = to_interleaved
-
-    def _views(self, dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
-        half = self.head_dim // 2
-        members, pairs = (2, half) if self.to_interleaved else (half, 2)
-        return dst.unflatten(0, (-1, pairs, members)), src.unflatten(0, (-1, members, pairs)).transpose(1, 2)
-
-    def load(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype)
-        self.copy_to(out)
-        return out
-
-    def _copy_to(self, dst: Tensor) -> None:
-        out, src = self._views(dst, self.base.load())
-        copy_dense(out, src)
-
-    def _narrow(self, dim: int, start: int, length: int) -> Lazy:
-        if dim != 0:
-            return _Rotary(self.base.narrow(dim, start, length), self.head_dim, self.to_interleaved)
-        first, last = start // self.head_dim * self.head_dim, -(-(start + length) // self.head_dim) * self.head_dim
-        heads = _Rotary(self.base.narrow(0, first, last - first), self.head_dim, self.to_interleaved)
-        return heads if last - first == length else _Narrowed(heads, 0, start - first, length)
-
-
 def concat(parts: Sequence[Lazy], dim: int) -> Lazy:
     """The parts joined along `dim` (0 or more); one part is returned as it is."""
     return parts[0] if len(parts) == 1 else Concat(parts, dim)
-
-
-def rotary_to_interleaved(lazy: Lazy, n_heads: int) -> Lazy:
-    """q or k rows (n_heads·head_dim, …) from Hugging Face's half-split order to the interleaved one."""
-    return _rotary(lazy, n_heads, to_interleaved=True)
-
-
-def rotary_to_half(lazy: Lazy, n_heads: int) -> Lazy:
-    """The inverse of `rotary_to_interleaved`."""
-    return _rotary(lazy, n_heads, to_interleaved=False)
-
-
-def _rotary(lazy: Lazy, n_heads: int, to_interleaved: bool) -> Lazy:
-    if lazy.shape[0] % (2 * n_heads):
-        raise ValueError(f"{lazy.shape[0]} rows are not {n_heads} heads of an even size")
-    head_dim = lazy.shape[0] // n_heads
-    if isinstance(lazy, _Rotary) and lazy.head_dim == head_dim and lazy.to_interleaved != to_interleaved:
-        return lazy.base
-    if isinstance(lazy, Concat) and (lazy.dim != 0 or all(p.shape[0] % head_dim == 0 for p in lazy.parts)):
-        heads = [n_heads if lazy.dim else p.shape[0] // head_dim for p in lazy.parts]
-        return Concat([_rotary(p, n, to_interleaved) for p, n in zip(lazy.parts, heads, strict=True)], lazy.dim)
-    return _Rotary(lazy, head_dim, to_interleaved)
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from accessory.checkpoint.lazy import Lazy, rotary_to_half
+from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of, is_of_images, layer_numbers, to_hf
+from accessory.checkpoint.rotary import rotary_to_hf
 from accessory.config import Implementation, LlamaType, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.sharding import Slice, check_world, cut_dim, expert_of, largest_world, rank_slice
@@ -190,10 +191,8 @@ def _plan_hf(tensors: Mapping[str, Lazy], args: ModelArgs, shards: int | None) -
     count = shards or max(1, -(-total // _HF_FILE_BYTES))
     groups: list[dict[str, Slot]] = [{} for _ in range(count)]
     done = 0
-    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}
     for name, tensor in tensors.items():
-        which = name.split(".")[-2]
-        cut = partial(rotary_to_half, n_heads=heads[which]) if which in heads else _whole
+        cut = partial(rotary_to_hf, name, args=args)
         groups[min(count - 1, done * count // max(1, total))][to_hf(name)] = Slot(
             tensor.shape, tensor.dtype, [(name, cut)]
         )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.discover import find_resources, find_weights
-from accessory.checkpoint.lazy import Lazy, rotary_to_interleaved
+from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.config import ModelArgs, MoEArgs, read_json
 from accessory.errors import CheckpointError, ConfigError
 
@@ -175,10 +176,7 @@ def open_hf_dense(folder: str | Path) -> Dense:
     if config.get("tie_word_embeddings", False) and "tok_embeddings.weight" in tensors:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
     check_dense(tensors, args, folder, _spelling)
-    for name in tensors:
-        if name.endswith(("wq.weight", "wk.weight")):
-            heads = args.n_heads if name.endswith("wq.weight") else args.n_kv_heads
-            tensors[name] = rotary_to_interleaved(tensors[name], heads)
+    tensors = {name: rotary_from_hf(name, tensor, args) for name, tensor in tensors.items()}
     return Dense(args=args, tensors=tensors, resources=lambda scratch: find_resources(folder))
 
 

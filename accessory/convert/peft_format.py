@@ -21,11 +21,12 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of, expected_shapes, to_hf
+from accessory.checkpoint.rotary import rotary_to_hf
 from accessory.checkpoint.save import write_checkpoint
 from accessory.checkpoint.writers import Target
 from accessory.config import ModelArgs
 from accessory.convert.merge import Pair, pairs_of
-from accessory.convert.peft_reader import CONFIG, PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, rows_of, target_of
+from accessory.convert.peft_reader import CONFIG, PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, target_of
 from accessory.errors import CheckpointError
 
 _MODULES = {
@@ -159,7 +160,8 @@ def _lora(pairs: Mapping[str, Pair], targets: Sequence[str], rank: int, args: Mo
             continue
         whole_a, whole_b = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
         if weight in pairs:
-            a, b = pairs[weight].a.load(), rows_of(weight, pairs[weight].b.load(), args, to_half=True)
+            lora_b = weight.removesuffix("weight") + "lora_b.weight"
+            a, b = pairs[weight].a.load(), rotary_to_hf(lora_b, pairs[weight].b, args).load()
             whole_a, whole_b = whole_a.to(a.dtype), whole_b.to(b.dtype)
             whole_a[: a.shape[0]], whole_b[:, : b.shape[1]] = a, b
         module = PREFIX + to_hf(weight).removesuffix("weight")

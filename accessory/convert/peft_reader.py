@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.files import read_file
-from accessory.checkpoint.lazy import Constant, Lazy, rotary_to_half, rotary_to_interleaved
+from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.names import expected_shapes, from_hf, shape_problem
+from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.config import LORA_TARGETS, LORA_TARGETS_ON_REQUEST, ModelArgs, read_json
 from accessory.errors import CheckpointError
 
@@ -92,6 +93,7 @@ def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelA
     problems = [p for p in (shape_problem(name, tensor, expected) for name, tensor in tensors.items()) if p]
     if problems:
         raise CheckpointError(f"{files[0]}: {problems[0]}; is it an adapter of another model?")
+    tensors = {name: rotary_from_hf(name, tensor, args) for name, tensor in tensors.items()}
     return tensors, args.replace(bias_tuning=False, norm_tuning=any(name.endswith("norm.weight") for name in saved))
 
 
@@ -104,14 +106,6 @@ def target_of(weight: str) -> str | None:
 def kind_of(name: str) -> str:
     """A tensor's name without layer and block: "ffn_norm.weight"."""
     return ".".join(name.split(".")[-2:])
-
-
-def rows_of(weight: str, b: Tensor, args: ModelArgs, *, to_half: bool) -> Tensor:
-    """A b with the rows of queries and keys in the other order of rotary pairs, as their weights have them."""
-    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(target_of(weight) or "")
-    if heads is None or b.shape[0] % (2 * heads):
-        return b
-    return (rotary_to_half if to_half else rotary_to_interleaved)(Constant(b), heads).load()
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -157,7 +151,6 @@ def _read_pair(
         raise CheckpointError(
             f"{path}: {PREFIX}{module}.lora_A.weight {tuple(a.shape)}: stands beside no linear of ours"
         )
-    b = rows_of(weight, b, args, to_half=False)
     return {weight: LoraPair(a, b, _scale(module, a.shape[0], config))}
 
 

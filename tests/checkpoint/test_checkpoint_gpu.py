@@ -8,7 +8,8 @@ from accessory.build import NetworkSpec, build
 from accessory.checkpoint import copying
 from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.folder import open_checkpoint
-from accessory.checkpoint.lazy import concat, rotary_to_interleaved
+from accessory.checkpoint.lazy import concat
+from accessory.checkpoint.rotary import to_interleaved
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.formats import FORMATS, Quant
@@ -31,7 +32,7 @@ def test_copies_to_a_gpu_equal_the_file(tmp_path, dtype, block_bytes, monkeypatc
         "rows": (lazy.narrow(0, 100, 900), tensor[100:1000]),
         "columns, transposed": (lazy.narrow(1, 100, 300).t(), tensor[:, 100:400].t()),
         "joined": (concat([lazy, lazy.narrow(0, 3, 4)], 0).t(), torch.cat([tensor, tensor[3:7]]).t()),
-        "rotary": (rotary_to_interleaved(lazy, 2), rotary_to_interleaved(lazy, 2).load()),
+        "rotary": (to_interleaved(lazy, 2), to_interleaved(lazy, 2).load()),
         "row": (read["row"], tensor[0]),
         "scalar": (read["scalar"], tensor[0, 0]),
     }

@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 
 from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.files import read_pickle
-from accessory.checkpoint.lazy import (
-    Computed,
-    Constant,
-    Lazy,
-    Stored,
-    concat,
-    rotary_to_half,
-    rotary_to_interleaved,
-)
+from accessory.checkpoint.lazy import Computed, Constant, Lazy, Stored, concat
+from accessory.checkpoint.rotary import to_half_split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,20 +65,8 @@ def test_any_chain_of_operations_equals_eager_torch(data, kind, dtype, tmp_path_
             lazy, eager = lazy.to(torch.bfloat16), eager.to(torch.bfloat16)
         elif eager.shape[0] % 4 == 0:
             heads = data.draw(st.sampled_from([n for n in (1, 2, 3) if eager.shape[0] % (2 * n) == 0]))
-            lazy, eager = rotary_to_half(lazy, heads), half_split(eager.contiguous(), heads)
+            lazy, eager = to_half_split(lazy, heads), half_split(eager.contiguous(), heads)
     check(lazy, eager)
-
-
-def test_rotary_orders_are_inverse_and_written_out():
-    rows = torch.arange(8.0).view(8, 1)  # one head of four pairs
-    half = rotary_to_half(Constant(rows), 1)
-    assert half.load().flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert rotary_to_interleaved(half, 1) is not half
-    assert torch.equal(rotary_to_interleaved(half, 1).load(), rows)
-    again = rotary_to_interleaved(Constant(half.load()), 1)
-    assert torch.equal(again.load(), rows)
-    two_heads = rotary_to_half(Constant(torch.arange(8.0)), 2)  # a bias
-    assert two_heads.load().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_select_takes_an_expert_out_of_a_stack(tmp_path):
@@ -145,8 +126,6 @@ def test_wrong_cuts_are_refused():
         lazy.copy_to(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="does not fit"):
         concat([lazy, Constant(torch.zeros(4, 2))], 0)
-    with pytest.raises(ValueError, match="heads"):
-        rotary_to_half(lazy, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (513, 1200), (1024, 512)])
