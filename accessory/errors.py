@@ -1,5 +1,9 @@
 """The errors a user can cause. Each message is one line: what was wrong, what was given, what would do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class AccessoryError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback."""
@@ -23,3 +27,12 @@ class RankError(AccessoryError, RuntimeError):
 
 class MissingExtraError(AccessoryError, ImportError):
     """A feature needs an optional dependency; the message gives the pip line."""
+
+
+def listed(items: Iterable[str], limit: int = 5, *, between: str = ", ") -> str:
+    """Spell out the first `limit` items for a message and count the others: `a, b and 3 more` or `a; b; and 3 more`."""
+    items = list(items)
+    left = len(items) - limit
+    if left <= 0:
+        return between.join(items)
+    return between.join(items[:limit]) + (" and" if between == ", " else f"{between}and") + f" {left} more"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, listed
 
 # What comes along with the weights, whichever layout they are in.
 RESOURCES = frozenset(
@@ -58,7 +58,9 @@ def choose(
     weights = _weights(sorted(names), read_index, origin, wanted) or ([] if wanted is None else _only(names))
     if not weights:
         hint = (
-            f"; folders that hold one: {some(elsewhere)}" if elsewhere else f"; it has {some(sorted(names)) or 'none'}"
+            f"; folders that hold one: {listed(elsewhere, 8)}"
+            if elsewhere
+            else f"; it has {listed(sorted(names), 8) or 'none'}"
         )
         raise CheckpointError(f"{origin}: no checkpoint among the files of this folder{hint}")
     return weights + sorted(RESOURCES & set(names))
@@ -122,21 +124,17 @@ def _indexed(present: set[str], index: str, read_index: ReadIndex, origin: str, 
         raise CheckpointError(f"{origin}: {index} has no weight_map from tensors to files")
     files = sorted({file for tensor, file in weight_map.items() if wanted is None or wanted(tensor)})
     if missing := [name for name in files if not is_plain(name) or name not in present]:
-        raise CheckpointError(f"{origin}: {index} names files that are not in its folder: {some(missing)}")
+        raise CheckpointError(f"{origin}: {index} names files that are not in its folder: {listed(missing, 8)}")
     return [*files, index]
 
 
 def _only_gguf(names: list[str], origin: str) -> list[str]:
     found = [name for name in names if name.endswith(".gguf")]
     if len(found) > 1:
-        raise CheckpointError(f"{origin}: several .gguf files, name one of them: {some(found)}")
+        raise CheckpointError(f"{origin}: several .gguf files, name one of them: {listed(found, 8)}")
     return found
 
 
 def is_plain(name: str) -> bool:
     """A file's own name, which cannot lead out of its folder."""
     return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0:")
-
-
-def some(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -12,7 +12,7 @@ from accessory.checkpoint.choose import RESOURCES
 from accessory.checkpoint.files import Pieces, read_file, read_pickle
 from accessory.checkpoint.lazy import Lazy
 from accessory.config import read_json
-from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
 
 MARKER = ".writing"  # in a folder that is being written, and in what a killed writer left
 CONFIGS = ("config.json", "params.json", "meta.json")
@@ -72,8 +72,7 @@ def find_weights(folder: Path) -> WeightFiles:
         found = find(folder, names)
         if found is not None:
             return found
-    listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise CheckpointError(f"{folder}: no checkpoint in this folder; it holds {listing or 'no files'}")
+    raise CheckpointError(f"{folder}: no checkpoint in this folder; it holds {listed(names) or 'no files'}")
 
 
 def find_resources(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.sizes import configure, field_problems
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
-from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
 from accessory.formats import Quant
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ class Survey:
     def raise_problems(self) -> None:
         if not self.problems:
             return
-        more = len(self.problems) - _LISTED
-        text = "; ".join(str(p) for p in self.problems[:_LISTED]) + (f"; and {more} more problems" if more > 0 else "")
+        text = listed(map(str, self.problems), _LISTED, between="; ")
         raise type(self.problems[0])(f"{self.path}: {text}")
 
 
@@ -135,7 +134,7 @@ def survey_folder(
     if survey.layout is None:
         if not survey.problems:
             survey.problems.append(
-                CheckpointError(f"no tensor of a Mixtral in {', '.join(raw)}; it holds {_some(names)}")
+                CheckpointError(f"no tensor of a Mixtral in {', '.join(raw)}; it holds {listed(names, _LISTED)}")
             )
         return survey
     found: list[str] = []
@@ -208,11 +207,13 @@ def _configure(
     odd = [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if not t.dtype.is_floating_point]
     odd += [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if "float8" in str(t.dtype)]
     if odd:
-        survey.problems.append(CheckpointError(f"quantised tensors cannot be read here: {_some(odd)}"))
+        survey.problems.append(CheckpointError(f"quantised tensors cannot be read here: {listed(odd, _LISTED)}"))
     survey.missing = [name for name in expected if name not in tensors]
     if survey.missing and not allow_partial and not survey.problems:
         survey.problems.append(
-            CheckpointError(f"missing tensors: {_some(survey.missing)} ({len(survey.missing)} of {len(expected)})")
+            CheckpointError(
+                f"missing tensors: {listed(survey.missing, _LISTED)} ({len(survey.missing)} of {len(expected)})"
+            )
         )
     ordered = {name: tensors[name] for name in expected if name in tensors}
     ordered.update({name: tensor for name, tensor in tensors.items() if name not in ordered})
@@ -255,8 +256,3 @@ def _interleave(tensors: dict[str, Lazy], args: ModelArgs, problems: list[Access
         except CheckpointError as error:
             if not problems:  # else those say already what is wrong
                 problems.append(error)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

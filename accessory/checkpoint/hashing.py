@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TypeVar
@@ -96,10 +96,3 @@ def each_tensor(
         torch.set_num_threads(own_threads)
         shown.close()
     return {name: out[name] for name in tensors}
-
-
-def names_of(digests: Iterable[str], limit: int = 5) -> str:
-    """Names for a message: the first few, and how many more."""
-    names = list(digests)
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

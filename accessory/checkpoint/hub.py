@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accessory.checkpoint.choose import Wanted, choose, is_plain, some
+from accessory.checkpoint.choose import Wanted, choose, is_plain
 from accessory.config import read_json
-from accessory.errors import CheckpointError, MissingExtraError
+from accessory.errors import CheckpointError, MissingExtraError, listed
 
 SPELLING = "hf://owner/name[/folder][@revision]"
 
@@ -279,7 +279,7 @@ def _children(names: Sequence[str], address: Address) -> list[str]:
         if address.folder in names:
             raise CheckpointError(f"{address.url}: {address.folder} is a file; give its folder, or a .gguf file")
         folders = sorted({str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."})
-        there = "its folders are " + some(folders) if folders else "it has no folders"
+        there = "its folders are " + listed(folders, 8) if folders else "it has no folders"
         raise CheckpointError(f"{address.url}: {address.repo} has no folder {address.folder!r}; {there}")
     return [name for name in below if is_plain(name)]
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized, quantized_blocks
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, listed
 from accessory.formats import GROUP
 from accessory.nn.decoder import Decoder
 from accessory.ops.quantized import Packed
 from accessory.parallel.local_shard import LocalShard, local_tensors
 from accessory.progress import progress_bar
-
-NAMES_SHOWN = 5
 
 
 def part_of(tensor: Lazy, shard: LocalShard) -> Lazy:
@@ -37,12 +35,12 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
         ("not part of the network", tensors.keys() - wanted.keys()),
     ):
         if names:
-            problems.append(f"{len(names)} tensors {problem}: {_listed(names)}")
+            problems.append(f"{len(names)} tensors {problem}: {listed(sorted(names))}")
     shapes = [
         f"{n} {tensors[n].shape} instead of {s}" for n, s in wanted.items() if n in tensors and tensors[n].shape != s
     ]
     if shapes:
-        problems.append(f"{len(shapes)} tensors of another shape than the configuration says: {_listed(shapes)}")
+        problems.append(f"{len(shapes)} tensors of another shape than the configuration says: {listed(sorted(shapes))}")
     if problems:
         raise CheckpointError(f"{where}: " + "; ".join(problems))
 
@@ -104,9 +102,3 @@ def quantize_into(tensor: Lazy, shard: LocalShard) -> None:
         for name, part in packed.tensors().items():
             part.narrow(0, start, len(done.data)).copy_(done.tensors()[name])
         start += len(done.data)
-
-
-def _listed(names: object) -> str:
-    ordered = sorted(names)  # type: ignore[call-overload]
-    more = len(ordered) - NAMES_SHOWN
-    return ", ".join(ordered[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

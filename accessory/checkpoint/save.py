@@ -28,13 +28,13 @@ from torch import Tensor
 from accessory.checkpoint.atomic import check_free_space, new_folder
 from accessory.checkpoint.files import SAFETENSORS_DTYPES, read_pickle
 from accessory.checkpoint.folder import survey_folder
-from accessory.checkpoint.hashing import as_bytes, each_tensor, names_of
+from accessory.checkpoint.hashing import as_bytes, each_tensor
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, image_shapes, shape_problem
 from accessory.checkpoint.packed import Quantizing
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
 from accessory.config import ModelArgs, read_json
-from accessory.errors import CheckpointError, ConfigError
+from accessory.errors import CheckpointError, ConfigError, listed
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEARLY_FULL = 2**20
@@ -132,7 +132,7 @@ def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: 
         expected |= image_shapes(args)
     missing = [name for name in expected if name not in tensors]
     if missing and not allow_partial:
-        raise CheckpointError(f"missing tensors: {names_of(missing)} ({len(missing)} of {len(expected)})")
+        raise CheckpointError(f"missing tensors: {listed(missing)} ({len(missing)} of {len(expected)})")
     for name, tensor in tensors.items():
         problem = shape_problem(name, tensor, expected)
         if problem:
@@ -274,7 +274,7 @@ def _check_written(
     again = each_tensor(tensors, read, progress=progress, title="checking")
     if again != sums:
         wrong = [name for name in {**sums, **again} if again.get(name) != sums.get(name)]
-        raise CheckpointError(f"what was written reads back differently: {names_of(wrong)}; the disk may be failing")
+        raise CheckpointError(f"what was written reads back differently: {listed(wrong)}; the disk may be failing")
 
 
 @contextmanager

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.lazy import Constant, Lazy, concat
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, listed
 from accessory.nn.vision import VisionTower
 from accessory.vision_config import EncoderArgs, Kind, VisionArgs
 
-NAMES_SHOWN = 5
 _OURS = "vision."
 _ORIGINAL: dict[Kind, str] = {
     "clip": "clip.",
@@ -192,7 +191,7 @@ def canonical_of(
         if name in wanted and tensor.shape != wanted[name]
     ]
     problems = [
-        f"{len(names)} tensors {problem}: {_listed(names)}"
+        f"{len(names)} tensors {problem}: {listed(names)}"
         for problem, names in (
             ("missing", [n.removeprefix(prefix) for n in wanted if n not in out]),
             ("unknown", [n.removeprefix(prefix) for n in out if n not in wanted]),
@@ -228,8 +227,3 @@ def _joined_biases(within: Mapping[str, Lazy]) -> dict[str, Lazy]:
             k = Constant(torch.zeros(q.shape, dtype=q.dtype))
             out[stem + "qkv.bias"] = concat([q, k, v], 0)
     return out
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -24,7 +24,7 @@ from torch import Tensor
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import ModelArgs
-from accessory.errors import CheckpointError, ConfigError
+from accessory.errors import CheckpointError, ConfigError, listed
 from accessory.formats import Quant
 from accessory.ops.attention import attention
 from accessory.ops.gptq import gptq
@@ -64,10 +64,12 @@ class Reached:
         few, none = [found for found in self.below(FEW_TOKENS) if found[2]], self.below(1)
         if few:
             named = [f"layers.{i} expert {e} ({n})" for i, e, n in few]
-            lines.append(f"fewer than {FEW_TOKENS} tokens: {_listed(named)}; a longer text would serve them better")
+            lines.append(
+                f"fewer than {FEW_TOKENS} tokens: {listed(named, _NAMED)}; a longer text would serve them better"
+            )
         if none:
             named = [f"layers.{i} expert {e}" for i, e, _ in none]
-            lines.append(f"not reached, quantised without calibration: {_listed(named)}")
+            lines.append(f"not reached, quantised without calibration: {listed(named, _NAMED)}")
         return lines
 
 
@@ -193,7 +195,7 @@ class Calibration:
         if missed and self.quant.experts in CALIBRATED and not self.allow_unreached:
             raise ConfigError(
                 f"calibrate: no token of {self.tokens_BT.numel()} reached layers.{i}'s expert "
-                f"{_listed([str(e) for e in missed])}; give more of the text (--calibrate-tokens), another one, or "
+                f"{listed(map(str, missed), _NAMED)}; give more of the text (--calibrate-tokens), another one, or "
                 "--allow-unreached to do without for these"
             )
 
@@ -233,8 +235,3 @@ class _Inputs:
     def add(self, x_NI: Tensor) -> None:
         self.sum_II.addmm_(x_NI.t(), x_NI)
         self.count += len(x_NI)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

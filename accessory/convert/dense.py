@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,7 @@ from accessory.checkpoint.discover import find_resources, find_weights
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.config import ModelArgs, MoEArgs, read_json
-from accessory.errors import CheckpointError, ConfigError
+from accessory.errors import CheckpointError, ConfigError, listed
 
 ONE_EXPERT = MoEArgs(num_experts=1, num_experts_per_tok=1)
 
@@ -72,10 +72,10 @@ def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelli
         )
     wanted = dense_shapes(args)
     if missing := [spelling(name) for name in wanted if name not in found]:
-        raise CheckpointError(f"{origin}: tensors are missing: {some(missing)}")
+        raise CheckpointError(f"{origin}: tensors are missing: {listed(sorted(missing))}")
     if extra := [spelling(name) for name in found if name not in wanted]:
         raise CheckpointError(
-            f"{origin}: tensors beyond the {args.n_layers} layers of the configuration: {some(extra)}"
+            f"{origin}: tensors beyond the {args.n_layers} layers of the configuration: {listed(sorted(extra))}"
         )
     for name, shape in wanted.items():
         if found[name].shape != shape:
@@ -102,11 +102,6 @@ class TensorCache:
                 self._kept[key] = make()
             self._kept.move_to_end(key)
             return self._kept[key]
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # What transformers takes for keys that a config.json leaves out.
@@ -172,7 +167,7 @@ def open_hf_dense(folder: str | Path) -> Dense:
         else:
             tensors[canonical] = lazy
     if unknown:
-        raise CheckpointError(f"{folder}: holds tensors that a Mixtral cannot have: {some(unknown)}")
+        raise CheckpointError(f"{folder}: holds tensors that a Mixtral cannot have: {listed(sorted(unknown))}")
     if config.get("tie_word_embeddings", False) and "tok_embeddings.weight" in tensors:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
     check_dense(tensors, args, folder, _spelling)

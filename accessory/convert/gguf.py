@@ -19,9 +19,9 @@ from accessory.checkpoint.files import File
 from accessory.checkpoint.lazy import Lazy, Stored
 from accessory.config import ModelArgs
 from accessory.convert import gguf_tokenizer
-from accessory.convert.dense import ONE_EXPERT, Dense, TensorCache, check_dense, some
+from accessory.convert.dense import ONE_EXPERT, Dense, TensorCache, check_dense
 from accessory.convert.gguf_header import Entry, GGUFFile, read_header
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, listed
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -68,7 +68,7 @@ def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
         else:
             tensors[canonical] = _lazy(file, entry, source, dtype)
     if unknown:
-        raise CheckpointError(f"{path}: holds tensors that a Mixtral cannot have: {some(unknown)}")
+        raise CheckpointError(f"{path}: holds tensors that a Mixtral cannot have: {listed(sorted(unknown))}")
     if "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
     check_dense(tensors, args, file.path, _spelling)

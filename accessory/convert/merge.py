@@ -17,14 +17,14 @@ from torch import Tensor
 from accessory.checkpoint.atomic import check_destination, refuse_overlap
 from accessory.checkpoint.chain import chained_args, open_chain
 from accessory.checkpoint.folder import Checkpoint
-from accessory.checkpoint.hashing import each_tensor, names_of
+from accessory.checkpoint.hashing import each_tensor
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of, is_of_images
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target
 from accessory.config import LORA_TARGETS, ModelArgs
 from accessory.convert.certify import Certificate, certify
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, listed
 from accessory.parallel.sharding import expert_of
 
 PathLike = str | Path
@@ -127,7 +127,7 @@ class Report:
             out.append(text)
         if self.replaced:
             out.append(
-                f"{len(self.replaced)} tensors were trained whole and replace the base's: {names_of(self.replaced)}"
+                f"{len(self.replaced)} tensors were trained whole and replace the base's: {listed(self.replaced)}"
             )
         if self.biases:
             out.append(
@@ -329,6 +329,6 @@ def _check_effects(report: Report, where: str, allow_unchanged: bool) -> None:
         )
     if swallowed:
         raise CheckpointError(
-            f"{where}: rounding takes away the whole update of {len(swallowed)} weights: {names_of(swallowed)}; "
+            f"{where}: rounding takes away the whole update of {len(swallowed)} weights: {listed(swallowed)}; "
             "give --dtype fp32, or --allow-unchanged to accept it"
         )

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
-from accessory.checkpoint.hashing import Digest, digest_all, model_hash, names_of
+from accessory.checkpoint.hashing import Digest, digest_all, model_hash
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized
+from accessory.errors import listed
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _look_at(path: str | Path, progress: bool) -> Side:
     # The scale is to blame, where it is one.
     infinite = [f"{n}.scale" if f"{n}.scale" in pieces and not pieces[f"{n}.scale"].finite else n for n in infinite]
     if infinite:
-        problems.append(f"NaN or infinity in {names_of(infinite)} ({len(infinite)} of {len(digests)} tensors)")
+        problems.append(f"NaN or infinity in {listed(infinite)} ({len(infinite)} of {len(digests)} tensors)")
     return Side(
         path=survey.path,
         layout=survey.layout or "unknown layout",
@@ -126,16 +127,16 @@ def _compare(a: Side, b: Side) -> list[str]:
     for one, other in ((a, b), (b, a)):
         only = [name for name in one.digests if name not in other.digests]
         if only:
-            out.append(f"only in {one.path}: {names_of(only)}")
+            out.append(f"only in {one.path}: {listed(only)}")
     shared = [(name, digest, b.digests[name]) for name, digest in a.digests.items() if name in b.digests]
     for what, key in (("shape", "shape"), ("dtype", "dtype"), ("content", "sha256")):
         differ = [name for name, x, y in shared if getattr(x, key) != getattr(y, key)]
         if differ:
-            out.append(f"{what} differs: {names_of(differ)} ({len(differ)} of {len(shared)})")
+            out.append(f"{what} differs: {listed(differ)} ({len(differ)} of {len(shared)})")
             shared = [entry for entry in shared if entry[0] not in set(differ)]
     alike = {name for name, _, _ in shared}
     both = [name for name in a.pieces if name in b.pieces and name.rpartition(".")[0] in alike]
     differ = [name for name in both if a.pieces[name] != b.pieces[name]]
     if differ:  # so little that what they mean rounds to the same
-        out.append(f"stored content differs: {names_of(differ)} ({len(differ)} of {len(both)})")
+        out.append(f"stored content differs: {listed(differ)} ({len(differ)} of {len(both)})")
     return out

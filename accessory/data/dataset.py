@@ -21,7 +21,7 @@ from accessory.data.images import MAX_PIXELS
 from accessory.data.records import Records, Source, open_records, place, read_meta
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
-from accessory.errors import InputError
+from accessory.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class FinetuneData:
 
     def _warn(self, told: Sequence[str]) -> None:
         if told:
-            shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
+            shown = listed(told, _SHOWN, between="; ")
             log.warning("broken_images: %d of %d items are left out: %s", len(told), len(told) + len(self), shown)
         if self.truncated:
             log.warning(

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from accessory.errors import listed
+
 # The router has collapsed where one expert sees this part of all tokens of a layer, and an expert idles that gets less
 # than this part of its fair share; both for that many steps in a row, because a small batch may well be one-sided.
 CROWDED, CROWDED_STEPS = 0.9, 20
@@ -176,5 +178,4 @@ class RouterWatch:
 
 
 def _places(places: list[tuple[int, int]]) -> str:
-    named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in places[:NAMED])
-    return named + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
+    return listed((f"layer {layer} expert {expert}" for layer, expert in places), NAMED)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from accessory.errors import InputError
+from accessory.errors import InputError, listed
 from accessory.train.metrics import METRICS_FILE, iterate_metrics, write_whole
 from accessory.train.progress import IDLE, duration, short
 from accessory.train.report_page import page
@@ -274,5 +274,4 @@ def _idle(share: Floats) -> str:
     if not len(layers):
         return "No expert idles: each has more than a hundredth of a fair share."
     places = [f"{e} of layer {layer}" for layer, e in zip(layers, experts, strict=True)]
-    more = f" and {len(places) - 12} more" if len(places) > 12 else ""
-    return f"Idle, with less than a hundredth of a fair share: expert {escape(', '.join(places[:12]) + more)}."
+    return f"Idle, with less than a hundredth of a fair share: expert {escape(listed(places, 12))}."
