@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accessory.checkpoint.discover import MARKER, find_weights
+from accessory.checkpoint.weight_files import find_weights
 from accessory.errors import CheckpointError
+
+MARKER = ".writing"  # in a folder that is being written, and in what a killed writer left
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:

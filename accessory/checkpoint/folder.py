@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint.discover import MARKER, WeightFiles, find_resources, find_weights
+from accessory.checkpoint.atomic import MARKER
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy
@@ -19,6 +19,7 @@ from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder
 from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.sizes import configure, field_problems
+from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
 from accessory.formats import Quant

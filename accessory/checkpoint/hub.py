@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accessory.checkpoint.choose import Wanted, choose, is_plain
+from accessory.checkpoint.model_files import Wanted, files_to_load, holds_weights, is_plain
 from accessory.config import read_json
 from accessory.errors import CheckpointError, MissingExtraError, listed
 
@@ -82,7 +82,7 @@ def resolve(
 ) -> Path:
     """The local folder (or .gguf file) that `path` stands for, fetched first where it is an hf:// address.
 
-    A local path is returned as it is. wanted: of which tensors, by name, a part of a model is made; see `choose`.
+    A local path is returned as it is. `wanted` says which tensors, by name, are wanted of it; see `files_to_load`.
     `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
     without a network, what is in the cache serves if it is whole.
 
@@ -102,7 +102,7 @@ def resolve(
     if address.folder in names and address.folder.endswith(".gguf"):
         return hub.fetch([address.folder]) / PurePosixPath(address.folder).name
     elsewhere = _folders_with_checkpoints(names)
-    chosen = choose(_children(names, address), hub.read_index, address.url, elsewhere, wanted)
+    chosen = files_to_load(_children(names, address), hub.read_index, address.url, elsewhere, wanted)
     folder = hub.fetch([address.path(name) for name in chosen])
     return _folder_or_gguf(folder, chosen)
 
@@ -216,7 +216,7 @@ class _Hub:
             raise CheckpointError(f"{missing} the cache holds no folder {self.address.folder!r} of it")
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         try:
-            chosen = choose(names, lambda name: read_json(folder / name), self.address.url, wanted=wanted)
+            chosen = files_to_load(names, lambda name: read_json(folder / name), self.address.url, wanted=wanted)
         except CheckpointError as error:
             raise CheckpointError(f"{missing} the cache holds only part of it ({error})") from error
         return _folder_or_gguf(folder, chosen)
@@ -290,5 +290,5 @@ def _folder_or_gguf(folder: Path, chosen: Sequence[str]) -> Path:
 
 
 def _folders_with_checkpoints(names: Sequence[str]) -> list[str]:
-    weights = re.compile(r"(.+)/(consolidated[^/]*|model[^/]*\.safetensors|pytorch_model[^/]*\.bin|[^/]+\.gguf)")
-    return sorted({match[1] for name in names if (match := weights.fullmatch(name))})
+    split = [name.rpartition("/") for name in names]
+    return sorted({folder for folder, _, file in split if folder and holds_weights(file)})

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.choose import RESOURCES, Wanted, choose
 from accessory.checkpoint.files import read_file
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
+from accessory.checkpoint.model_files import RESOURCES, Wanted, files_to_load
 from accessory.checkpoint.names import is_encoder_tensor
 from accessory.checkpoint.vision_names import canonical, canonical_of, destinations, parts_of
 from accessory.config import ModelArgs, read_json
@@ -117,7 +117,7 @@ def _read(place: Path, wanted: Wanted) -> dict[str, Lazy]:
     if not place.is_dir():
         return read_file(place)
     names = [path.name for path in place.iterdir() if path.is_file()]
-    chosen = choose(names, lambda name: read_json(place / name), str(place), wanted=wanted)
+    chosen = files_to_load(names, lambda name: read_json(place / name), str(place), wanted=wanted)
     tensors: dict[str, Lazy] = {}
     for name in chosen:
         if name not in RESOURCES and not name.endswith(".json"):

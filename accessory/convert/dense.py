@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.discover import find_resources, find_weights
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.rotary import rotary_from_hf
+from accessory.checkpoint.weight_files import find_resources, find_weights
 from accessory.config import ModelArgs, MoEArgs, read_json
 from accessory.errors import CheckpointError, ConfigError, listed
 

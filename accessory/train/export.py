@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from accessory.checkpoint.discover import find_resources
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.save import write_checkpoint
+from accessory.checkpoint.weight_files import find_resources
 from accessory.config import Implementation, ModelArgs
 from accessory.parallel.sharding import expert_tensor, largest_world
 from accessory.train.state import trained_tensors

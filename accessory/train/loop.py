@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from accessory.data.batches import Batch
-from accessory.errors import InputError
+from accessory.errors import InputError, listed
 from accessory.train.config import FinetuneConfig
 from accessory.train.nonfinite_trace import trace_nonfinite_items
 from accessory.train.optim import learning_rate
@@ -108,6 +108,5 @@ class TrainingLoop:
         """The items whose loss is not finite, by file and line; where there are none, those of the whole step."""
         found = trace_nonfinite_items(self.trainer, batches, partial(self.data.loader.alone, step - 1))
         items = found or sorted({item for row in self.data.schedule.rows(step - 1) for item in row})
-        shown = ", ".join(map(self.data.dataset.where, items[:SHOWN]))
-        more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-        return f"{'in' if found else 'somewhere in'} {shown}{more}"
+        shown = listed(map(self.data.dataset.where, items), SHOWN)
+        return f"{'in' if found else 'somewhere in'} {shown}"

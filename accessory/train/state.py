@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from accessory.checkpoint.atomic import new_folder, sync_folder
-from accessory.checkpoint.discover import MARKER
+from accessory.checkpoint.atomic import MARKER, new_folder, sync_folder
 from accessory.checkpoint.files import read_safetensors, safetensors_metadata
 from accessory.checkpoint.lazy import Lazy, concat
 from accessory.checkpoint.load import part_of

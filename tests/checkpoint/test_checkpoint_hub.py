@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.checkpoint import hub
-from accessory.checkpoint.choose import choose
 from accessory.errors import CheckpointError, MissingExtraError
 
 BIG = bytes(range(256)) * 200  # 51,200 bytes: served through a redirect, as large files are
@@ -247,45 +246,6 @@ def test_the_environment_of_a_fresh_process_is_honoured(server: HubServer, tmp_p
     )
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).read_bytes() == BIG
-
-
-@pytest.mark.parametrize(
-    ("present", "expected"),
-    [
-        (["consolidated.00.pth", "params.json", "x.txt"], ["consolidated.00.pth", "params.json"]),
-        (
-            ["consolidated.00.pth-split1", "consolidated.00.pth-split0"],
-            ["consolidated.00.pth-split0", "consolidated.00.pth-split1"],
-        ),
-        (["consolidated.safetensors", "consolidated.00.pt"], ["consolidated.safetensors"]),
-        (["pytorch_model.bin", "a.gguf"], ["pytorch_model.bin"]),
-        (
-            ["consolidated.00-of-01.model.pth", "consolidated.00-of-01.model.safetensors", "model.safetensors"],
-            ["consolidated.00-of-01.model.safetensors"],
-        ),
-        (["consolidated.00-of-02.model.pth", "consolidated.00-of-01.model.pth"], ["consolidated.00-of-01.model.pth"]),
-        (
-            ["consolidated.00-of-01.model.pth", "consolidated.00-of-01.optimizer.pth"],
-            ["consolidated.00-of-01.model.pth"],
-        ),
-    ],
-)
-def test_which_files_one_layout_needs(present, expected):
-    assert choose(present, lambda name: {}, "here") == expected
-
-
-@pytest.mark.parametrize(
-    "present",
-    [
-        ["consolidated.01-of-02.model.pth"],
-        ["model-00002-of-00002.safetensors"],
-        ["consolidated.00.pth-split0", "consolidated.00.pth-split2"],
-        ["consolidated.01.pt"],
-    ],
-)
-def test_missing_shards_are_named(present):
-    with pytest.raises(CheckpointError, match=r"numbers \[\d\] are missing"):
-        choose(present, lambda name: {}, "here")
 
 
 _PART = st.from_regex(r"[A-Za-z0-9._-]{1,8}", fullmatch=True).filter(lambda p: p not in (".", ".."))
