@@ -35,7 +35,7 @@ FORMAT_OR_NONE = one_of([*filter(None, get_args(Quantized)), "none"])
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Everything that can be chosen about a run; the defaults are the learning rate and schedule of a full finetune.
+    """Everything that can be chosen about a run. The defaults suit a full finetune.
 
     Fields convert and check themselves: ConfigError names the field, what was given and what would do.
     A file named `configs/…` that is not there is looked for in the package.
@@ -172,9 +172,9 @@ class FinetuneConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
-        """Read a YAML file of fields, then `key=value` texts, which win and whose values are YAML too.
+        """Read a YAML file of fields, then `key=value` texts, which win. Their values are YAML too.
 
-        Raises ConfigError with the file and line, or the override, of what is unknown, repeated or out of range.
+        Raises ConfigError for a key that is unknown, repeated, missing or out of range, with its line or override.
         """
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -229,7 +229,7 @@ class FinetuneConfig:
         return world // self.model_parallel_size
 
     def check_files(self) -> None:
-        """ConfigError for a file or folder that is not there, before anything slow is started."""
+        """ConfigError for a file or folder that is not there."""
         for name in ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "eval_data"):
             value = getattr(self, name)
             for path in value if isinstance(value, list) else [value]:

@@ -1,7 +1,8 @@
-"""Which rows a run learns from, step by step, and this rank's share of each step, images included.
+"""The steps of a run: the rows of each one, and this rank's batches of them, images included.
 
-What a step learns from follows from data, seed and the number of rows a step alone. Ranks only divide it: a run that
-goes on with other ranks, or other micro-batches, sees the same steps, and of each image the same crop.
+A dataset has items. A row holds one item or, packed, several, each a document of its own. A step learns from a fixed
+number of rows. Which rows those are follows from the data, the seed and that number. Ranks only divide them: a run that
+resumes with other ranks or micro-batches sees the same rows in each step, and the same crop of each image.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Split:
 
     @classmethod
     def keeping(cls, rows: int, batch_size: int, data_size: int) -> Split:
-        """A division of as many rows, of at most `batch_size` a micro-step: what a run resumed on other ranks needs."""
+        """Divide `rows` rows a step, at most `batch_size` of them a micro-step.
+
+        A run that resumes on other ranks keeps its rows a step. ConfigError where the ranks cannot share them evenly.
+        """
         if rows % data_size:
             raise ConfigError(
                 f"resume: the run learns from {rows} rows a step, which {data_size} data-parallel ranks cannot share "
@@ -52,7 +56,7 @@ class Split:
 
 
 class Schedule:
-    """The steps of a run: whole epochs, and a part of one where `epochs` is no whole number."""
+    """The rows of every step: of whole epochs, and of a part of one where `epochs` is no whole number."""
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class Schedule:
             raise ConfigError("data_config: there is nothing to learn from")
 
     def place(self, step: int) -> tuple[int, int]:
-        """(epoch, step in it) of a step counted from 0."""
+        """(epoch, step within it) of step `step`, all counted from 0."""
         epoch = 0
         while epoch < len(self.lengths) - 1 and step >= self.lengths[epoch]:
             step -= self.lengths[epoch]
@@ -106,6 +110,7 @@ class Schedule:
         return within + 1 == self.lengths[epoch]
 
     def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The rows of step `step` (from 0), each as the numbers of its items."""
         epoch, within = self.place(step)
         return self.plans[epoch].rows(within)
 
@@ -113,10 +118,10 @@ class Schedule:
 class DataLoader:
     """This rank's micro-batches of each step; `workers` threads prepare the next ones meanwhile.
 
-    load: makes pixels of the images of items that have places for them; needed where there are any. What a random crop
-    shows follows from the schedule's seed, the epoch and the item: not from the rank, nor from the thread. broken:
-    what becomes of an image that cannot be decoded: fail, an InputError with file and line, or skip: the item stays,
-    so that all ranks go on with the same steps, but with a grey image, and nothing is learnt of it.
+    load: makes pixels of an item's image; needed where items have images. A random crop follows from the schedule's
+    seed, the epoch and the item, whatever the rank and the thread. broken: what happens where an image cannot be
+    decoded. "fail" raises InputError with file and line. "skip" keeps the item, so that the steps of all ranks stay the
+    same, gives it a grey image, and lets nothing be learnt of it.
     """
 
     def __init__(
@@ -155,12 +160,14 @@ class DataLoader:
         return batch.pin_memory() if self.pin else batch
 
     def _example(self, step: int, item: int, pixels: list[Tensor]) -> Example:
-        """An item; the pixels of its image, if it has one, go behind `pixels`."""
+        """One item. The pixels of its image, if it has one, are appended to `pixels`."""
         example = self.data.example(item)
         if not example.places or example.image is None:
             return example
         if self.load is None:
-            raise InputError(f"{self.data.where(item)}: image: there is nothing that loads it; give the feed a loader")
+            raise InputError(
+                f"{self.data.where(item)}: image: there is nothing that loads it; give DataLoader a `load`"
+            )
         epoch, _ = self.schedule.place(step)
         try:
             pixels.append(self.load(example.image, Random(f"{self.schedule.seed} {epoch} {item}")))
@@ -176,7 +183,7 @@ class DataLoader:
         return example
 
     def steps(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, its micro-batches) from step `first` to the last one."""
+        """(step, its micro-batches) from step `first` to the last one, both counted from 0."""
         if not self.workers:
             for step in range(first, self.schedule.steps):
                 yield step, self.batches(step)
@@ -187,7 +194,7 @@ class DataLoader:
         pool = ThreadPoolExecutor(self.workers)
         try:
             for step in range(first, self.schedule.steps):
-                # By micro-batches, not by steps: what lies ready is bounded, however much a step holds.
+                # Threads run ahead by micro-batches, not by steps, since a step may hold many of them.
                 while len(ahead) < micros + self.workers and (following := next(upcoming, None)) is not None:
                     ahead.append(pool.submit(self.batch, *following))
                 yield step, [ahead.popleft().result() for _ in range(micros)]
@@ -195,12 +202,12 @@ class DataLoader:
             pool.shutdown(cancel_futures=True)
 
     def all_batches(self) -> AllBatches:
-        """Everything once, for evaluation; every data-parallel rank gets as many batches."""
+        """All rows once, for an evaluation. Every data-parallel rank gets the same number of batches."""
         return AllBatches(self)
 
 
 class AllBatches(Sequence[Batch]):
-    """The batches of a feed, made anew whenever they are gone through: the pixels of a whole set fit into no memory."""
+    """All batches of a loader, made anew in every pass, since the pixels of a whole dataset fit into no memory."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader

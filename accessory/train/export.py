@@ -1,4 +1,4 @@
-"""A run's state as a checkpoint folder like any other: it loads with `MetaModel`, converts and merges."""
+"""From a run's state to a checkpoint folder like any other, which `MetaModel` loads and every command takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from accessory.train.state import trained_tensors
 
 
 def canonical_tensors(state: Path) -> dict[str, Lazy]:
-    """The trained tensors of a state under canonical names, each expert's its own; nothing is read yet."""
+    """The trained tensors of a state under canonical names, one tensor an expert. They are lazy."""
     out: dict[str, Lazy] = {}
     for name, tensor in trained_tensors(state):
         if expert_tensor(name, 0) is None:
@@ -41,11 +41,12 @@ def export(
     image_views: int = 0,
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write a state's parameters to `dst` in the accessory layout, over those of the checkpoints it started from.
+    """Write a state's parameters to `dst` in the accessory layout, together with those of `checkpoints`.
 
-    only_trained: leave out what was not trained; the folder is then loaded behind the one that it was trained on.
-    dtype: by default trained tensors stay in fp32. shards: at most so many, or what the sizes allow. tokenizer: the
-    folder or file of the one that was learnt with, where it is not the checkpoints'.
+    checkpoints: what the run started from; a trained tensor replaces theirs. only_trained: leave out all others; the
+    folder is then loaded behind the one that it was trained on. dtype: of the tensors; None: trained ones stay in fp32.
+    shards: at most so many files, fewer where the sizes do not divide. tokenizer: the folder or file of the run's own
+    tokenizer; None: that of the checkpoints.
     """
     trained = canonical_tensors(state)
     tensors: dict[str, Lazy] = {}
@@ -61,12 +62,12 @@ def export(
     resources = {r.name: r for c in checkpoints for r in find_resources(c.path)}
     if tokenizer is not None:
         own = find_resources(tokenizer) if tokenizer.is_dir() else [tokenizer]
-        kept = {n: r for n, r in resources.items() if n == "generation_config.json"}  # all others are a tokenizer's
+        kept = {n: r for n, r in resources.items() if n == "generation_config.json"}  # the others are a tokenizer's
         resources = kept | {r.name: r for r in own}
     write_checkpoint(
         dst,
         tensors,
-        args.replace(trainable_mode=ModelArgs.trainable_mode),  # of this run: a later one says its own
+        args.replace(trainable_mode=ModelArgs.trainable_mode),  # a later run says its own
         to=implementation,
         shards=largest_world(args, implementation, at_most=shards),
         dtype=dtype,

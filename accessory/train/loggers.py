@@ -1,7 +1,8 @@
-"""Plug-ins that show a run's scalars elsewhere: TensorBoard, Weights & Biases, Trackio.
+"""Loggers that show a run's scalars elsewhere: TensorBoard, Weights & Biases, Trackio.
 
 Names are grouped: train/loss, eval/loss, router/balance, speed/tokens_per_s, router/layer_00/largest …. The share of
-each expert stays in `metrics.jsonl` and in the report, since hundreds of curves help nobody.
+each expert stays in `metrics.jsonl` and in the report, since hundreds of curves help nobody. A new logger is a class
+with the methods of `Logger` and an entry of `LOGGERS`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LAYER_SCALARS = ("balance", "entropy", "largest")
 
 
 class Logger(Protocol):
-    """What a plug-in does."""
+    """What every logger does."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Show the scalars of a step."""
@@ -31,25 +32,25 @@ class Logger(Protocol):
 
 
 def require_loggers(names: Iterable[str]) -> None:
-    """ConfigError for a name that is no plug-in, MissingExtraError for one whose package is not installed."""
+    """ConfigError for a name that is no logger, MissingExtraError for one whose package is not installed."""
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(f"loggers: got {name!r}, but it must be one of {', '.join(LOGGERS)}")
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # of a mere folder of that name in the current one, Python makes a spec
+        if spec is None or spec.origin is None:  # a folder of that name in the current one has a spec without origin
             raise MissingExtraError(
                 f"loggers: {name} needs the package {name}: pip install 'mixtral-accessory[log]' or pip install {name}"
             )
 
 
 def open_logger(name: str, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> Logger:
-    """Start a plug-in for the run in `folder`; `resumed_at` is the last step that stays, None for a new run."""
+    """Start a logger of the run in `folder`; `resumed_at` is the last step that stays, None for a new run."""
     require_loggers([name])
     return LOGGERS[name](folder, config, resumed_at)
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """A record's numbers by grouped name; the number of layers decides how many digits a layer's has."""
+    """A record's numbers by grouped name. All layers' numbers have as many digits as the last one, at least two."""
     kind = record["kind"]
     named = {}
     for key, value in record.items():
@@ -70,7 +71,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _TensorBoard:
-    """Event files in `<folder>/tensorboard`; TensorBoard itself purges what an earlier run wrote of later steps."""
+    """Event files in `<folder>/tensorboard`. TensorBoard itself hides an earlier run's records of later steps."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -91,10 +92,10 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run under `<folder>/wandb`, continued under its id when resumed; WANDB_MODE=offline keeps it on this machine.
+    """A run under `<folder>/wandb`, resumed under the same id; WANDB_MODE=offline keeps it on this machine.
 
-    The service keeps every row that it got. Curves are laid over our own step, so that a step made again after a resume
-    lies over its first version.
+    The service keeps every record that it got. Its curves run over our own step, so that a step which is made again
+    after a resume lies over its first version.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
@@ -129,7 +130,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """A local run (TRACKIO_DIR says where) for `trackio show`; resumed, the last run of the folder's name goes on."""
+    """A local run (TRACKIO_DIR says where) for `trackio show`. A resume goes on with the last run of that name."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
         import trackio

@@ -1,12 +1,13 @@
-"""What a training run writes down: one JSON line a step in `metrics.jsonl`, with copies for plug-ins; and reading it.
+"""`metrics.jsonl`, written and read: one JSON line a step and an evaluation. Loggers get copies.
 
-A training record has, cumulative or of its step (1-based, after the update): `kind` "train", `step`, `epoch`,
-`samples`, `tokens` (without padding), `loss` (cross-entropy per learnt token), `balance`, `z`, `lr`, `grad_norm`,
-`tokens_per_s`, `step_s`, `memory_gb`, and `layers`: lists of L values `balance`, `entropy` (nats), `largest` (largest
-share), and `share`, L lists of E. A held-out evaluation has `kind` "eval", `step`, `loss`, `tokens`.
+A training record has `kind` "train" and `step`, counted from 1. Of the run so far it has `epoch`, `samples` (rows) and
+`tokens` (without padding). Of the step it has `loss` (cross-entropy per learnt token), `balance`, `z`, `lr`,
+`grad_norm`, `tokens_per_s`, `step_s`, `memory_gb` (the peak) and `layers`: L values each of `balance`, `entropy` (nats)
+and `largest` (largest share), and L lists of E values of `share`. A held-out evaluation has `kind` "eval", `step`,
+`loss`, `tokens`.
 
 JSON has no NaN and no infinity, and strict readers refuse them: both are written as null and read back as NaN. Numbers
-under `layers` are rounded to 7 decimals, since fp32 knows no more and the file is half as long; all others are exact.
+under `layers` are rounded to 7 decimals: fp32 knows no more, and the file is half as long. All others are exact.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ LAYER_DECIMALS = 7
 
 
 class MetricsLog:
-    """The one writer of a run's `metrics.jsonl`; of several ranks, only the first makes one.
+    """The one writer of a run's `metrics.jsonl`, on the first rank.
 
     A line reaches the operating system whole before `write` returns, so a run that is killed leaves at most one broken
-    line, the last. With `resumed_at` the records of later steps, which will be made again, and a broken last line are
-    dropped first, the file being replaced as a whole: the curve is one. With None the file starts empty.
-    `plugins` are names of `accessory.train.loggers`; they get the scalars, and `config` once.
-    Raises ConfigError for an unknown plug-in and MissingExtraError for one whose package is missing, before anything is
-    touched; InputError where the file of a resumed run is not a metrics file.
+    line, the last. resumed_at: the step that the run goes on from; records of later steps and a broken last line are
+    removed, since those steps will be made again. None: the file starts empty. loggers: names of `train.loggers`, which
+    get the scalars of each record, and `config` once.
+
+    Raises ConfigError for an unknown logger and MissingExtraError for one whose package is missing, before anything is
+    changed, and InputError where the file of a resumed run is no metrics file.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        plugins: Sequence[str] = (),
+        loggers: Sequence[str] = (),
         resumed_at: int | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        require_loggers(plugins)
+        require_loggers(loggers)
         self.path = Path(folder) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         values = plain(dict(config or {}))
-        self._loggers = [open_logger(name, self.path.parent, values, resumed_at) for name in dict.fromkeys(plugins)]
+        self._loggers = [open_logger(name, self.path.parent, values, resumed_at) for name in dict.fromkeys(loggers)]
         with write_whole(self.path) as file:
             if resumed_at is not None and self.path.exists():
                 for line, record in _lines(self.path):
@@ -63,7 +65,7 @@ class MetricsLog:
         self.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record; Python numbers, tensors and arrays will do."""
+        """Append a record, whose values may be Python numbers, tensors or arrays."""
         values = plain({key: value for key, value in record.items() if key != "layers"})
         if "layers" in record:
             values["layers"] = plain(record["layers"], LAYER_DECIMALS)
@@ -75,7 +77,7 @@ class MetricsLog:
                 logger.log(named, values["step"])
 
     def close(self) -> None:
-        """Make the file durable and end the plug-ins; doing it twice does no harm."""
+        """Make the file durable and close the loggers. A second call does nothing."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -86,8 +88,8 @@ class MetricsLog:
 def iterate_metrics(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The records of a run in their order, one at a time: a long run of a large model has hundreds of MB of them.
 
-    A broken last line is passed over: the run was killed, or is writing it just now. Raises InputError where there is
-    no file, or a line before the last is no record.
+    A broken last line is left out: the run was killed, or is writing it just now. Raises InputError where there is no
+    file, or where a line before the last is no record.
     """
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
@@ -120,7 +122,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def plain(value: Any, decimals: int | None = None) -> Any:
-    """As JSON can hold it: numbers that are not finite become None, tensors and arrays lists, unknown things text."""
+    """`value` as JSON holds it: tensors and arrays as lists, numbers that are not finite as None, others as text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
@@ -146,7 +148,7 @@ def _with_nan(value: Any) -> Any:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to fill, which replaces `path` when the block ends well and disappears when it does not."""
+    """A new file that replaces `path` at the end of the block. It is removed where the block raises."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:

@@ -25,12 +25,12 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Biases, norms, and an image's start and end are not pulled towards zero."""
+    """Whether weight decay applies: not to norms, biases, and the embeddings that begin and end an image."""
     return not (name.endswith(("norm.weight", "bias", "_img")) or parameter.dim() < 2)
 
 
 def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over trained parameters; sharded and plain ones do not mix in one group."""
+    """AdamW (arXiv 1711.05101) over trained parameters. Sharded and plain parameters are in different groups."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
@@ -47,7 +47,7 @@ def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], weight_decay: floa
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Make the state that AdamW makes in its first step, to be filled from a checkpoint."""
+    """Make the moments as AdamW does in its first step, to read a state into them. `step`: updates so far."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             on_device = group.get("fused") or group.get("capturable")
@@ -60,12 +60,13 @@ def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def updates_made(optimizer: torch.optim.Optimizer) -> int:
-    """How often the optimiser has moved the parameters: fewer times than there were steps, where fp16 skipped some."""
+    """How often the optimiser has moved the parameters. In fp16 some steps make no update."""
     return next((int(state["step"]) for state in optimizer.state.values()), 0)
 
 
 @torch.no_grad()
 def scale_gradients(named: Sequence[tuple[str, nn.Parameter]], factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
     grads = [local(p.grad) for _, p in named if p.grad is not None]
     torch._foreach_mul_([g for g in grads if g.numel()], factor)
 

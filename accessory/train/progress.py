@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, plain lines in a log file, and warnings about the router."""
+"""What a run shows while it trains: a bar on a terminal, lines in a log file, and warnings about the router."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any, TextIO
 
 from accessory.errors import listed
 
-# The router has collapsed where one expert sees this part of all tokens of a layer, and an expert idles that gets less
-# than this part of its fair share; both for that many steps in a row, because a small batch may well be one-sided.
-CROWDED, CROWDED_STEPS = 0.9, 20
-IDLE, IDLE_STEPS = 0.01, 100
+# A small batch may well be one-sided, so both states must last for some steps in a row.
+CROWDED, CROWDED_STEPS = 0.9, 20  # the router has collapsed: one expert gets this part of a layer's tokens
+IDLE, IDLE_STEPS = 0.01, 100  # an expert idles: it gets less than this part of its fair share
 NAMED = 4  # places that one warning names
 
 
 class Progress:
     """One line that says how far a run is: `with Progress(steps) as progress: progress.update(record)` once a step.
 
-    On a terminal it is a bar that is drawn over; elsewhere a line every `every` seconds, the first and the last.
-    `done`: steps that were made before, in a run that is resumed. `enabled=False` (other ranks) shows nothing.
+    On a terminal it is a bar that is drawn anew; elsewhere it is a line for the first and the last step and every
+    `every` seconds between. `done`: steps that a resumed run has made before. `enabled=False` shows nothing.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Progress:
         self.total, self._every, self._enabled = total, every, enabled
         self._stream = sys.stderr if stream is None else stream
         self._terminal = enabled and self._stream.isatty()
-        self._started: tuple[int, float] | None = None  # after the first step, which is slower than those to come
+        self._started: tuple[int, float] | None = None  # (step, time) after the first step, which is the slowest
         self._shown = -float("inf")
         self._pending = ""
         self._bar: Any = None
@@ -81,7 +80,7 @@ class Progress:
             self._pending = text
 
     def note(self, text: str) -> None:
-        """A line that stays, above the bar where there is one."""
+        """Show a line that stays; on a terminal it is above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif self._enabled:
@@ -99,7 +98,7 @@ class Progress:
 
 
 def describe(record: Mapping[str, Any], total: int, seconds_left: float) -> str:
-    """A training record as one line; what it does not have is left out."""
+    """A training record as one line, without the values that it lacks."""
     parts = [f"step {record['step']}/{total}", f"{duration(seconds_left)} left"]
     for key, text in (
         ("loss", "loss {:.4f}"),
@@ -116,7 +115,7 @@ def describe(record: Mapping[str, Any], total: int, seconds_left: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1:05, 3:01:05, 2 d 3 h; the smallest unit is the second."""
+    """1:05, 3:01:05 or 2 d 3 h, to the second."""
     if seconds != seconds or seconds < 0:
         return "?"
     minutes, s = divmod(round(min(seconds, 1e9)), 60)
@@ -126,7 +125,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: float) -> str:
-    """A count in three digits or so: 950, 12.3k, 4.56M, 7.89B."""
+    """A count in about three digits: 950, 12.3k, 4.56M, 7.89B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"
@@ -134,7 +133,7 @@ def short(value: float) -> str:
 
 
 class RouterWatch:
-    """Says once, step by step, where the router has collapsed or lets an expert idle.
+    """Warns once of each layer where the router has collapsed, and of each expert that idles.
 
     `top_k`: experts that a token visits. A layer's shares sum to 1, so an expert that every token visits has 1 / top_k.
     """
@@ -145,12 +144,12 @@ class RouterWatch:
         self._said: set[tuple[str, int, int]] = set()
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
-        """Warnings about a training record, one line each; mostly none."""
+        """The new warnings after a training record, one line each; mostly none."""
         seen: dict[tuple[str, int, int], int] = {}
         for layer, shares in enumerate(record["layers"]["share"]):
             for expert, share in enumerate(shares):
                 place = (layer, expert)
-                # Where a token visits most of the experts, each sees most of the tokens.
+                # Where a token visits most of the experts, each expert gets most of the tokens.
                 if share * self.top_k >= CROWDED and 2 * self.top_k <= len(shares):
                     seen["crowded", *place] = self._in_a_row.get(("crowded", *place), 0) + 1
                 if share * len(shares) <= IDLE:

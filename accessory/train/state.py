@@ -48,23 +48,23 @@ class StateInfo:
     """What `state.json` says beside the tensors."""
 
     step: int
-    values: dict[str, Any]
+    values: dict[str, Any]  # what `train.resume` saves and reads
     folder: Path
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Tells torch.distributed.checkpoint which box of which whole tensor each of ours is."""
+    """Tells torch.distributed.checkpoint which box of a whole tensor each local tensor is."""
 
-    def __init__(self, shard: Mapping[str, LocalShard]) -> None:
-        super().__init__(flatten_state_dict=False)  # names are flat, and the plan is ours
-        self.shard = shard
+    def __init__(self, shards: Mapping[str, LocalShard]) -> None:
+        super().__init__(flatten_state_dict=False)  # names are flat already
+        self.shards = shards
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(name, shard) for name, shard in self.shard.items()])
+        self.plan = SavePlan([_write_item(name, shard) for name, shard in self.shards.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.shard[index.fqn].tensor
+        return self.shards[index.fqn].tensor
 
 
 def _write_item(name: str, shard: LocalShard) -> WriteItem:
@@ -96,14 +96,14 @@ def local_state(trainer: Trainer) -> dict[str, LocalShard]:
 
 
 def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder`/step-…, then drop all but the last `keep` states. Every rank calls it; the first one names it.
+    """Write `folder`/step-…, then remove all but the last `keep` states. Every rank calls it.
 
-    Raises CheckpointError, on all ranks, where a rank cannot write; what was there before is then still there.
+    Raises CheckpointError on all ranks where a rank cannot write. The states before are then still there.
     """
     mesh, target = trainer.mesh, folder / f"step-{step:08d}"
     if not trainer.optimizer.state:
         allocate_moments(trainer.optimizer, 0)  # no step was made yet, and a state without moments could not be loaded
-    shard = local_state(trainer)
+    shards = local_state(trainer)
 
     with ExitStack() as stack:
         place = mesh.from_first(lambda: stack.enter_context(new_folder(target)))
@@ -111,11 +111,11 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
                 dcp.save(
-                    {name: h.tensor for name, h in shard.items()},
+                    {name: shard.tensor for name, shard in shards.items()},
                     storage_writer=dcp.HuggingFaceStorageWriter(
-                        str(place), fqn_to_index_mapping=_files(shard), save_distributed=True
+                        str(place), fqn_to_index_mapping=_files(shards), save_distributed=True
                     ),
-                    planner=_Planner(shard),
+                    planner=_Planner(shards),
                     no_dist=mesh.all is None,
                 )
         except (dcp.api.CheckpointException, OSError) as error:
@@ -135,11 +135,11 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
     return target
 
 
-def _files(shard: Mapping[str, LocalShard]) -> dict[str, int]:
-    """Which of a rank's files a tensor goes to, so that none of them is large."""
+def _files(shards: Mapping[str, LocalShard]) -> dict[str, int]:
+    """The number of the file that each of a rank's tensors goes to. No file grows large."""
     files, number, size = {}, 1, 0
-    for name, h in shard.items():
-        nbytes = h.tensor.numel() * h.tensor.element_size()
+    for name, shard in shards.items():
+        nbytes = shard.tensor.numel() * shard.tensor.element_size()
         if size and size + nbytes > _FILE_BYTES:
             number, size = number + 1, 0
         files[name] = number
@@ -169,7 +169,7 @@ def complete_states(folder: Path) -> list[Path]:
 
 
 def clean_states(folder: Path, later_than: int) -> None:
-    """Remove what a killed run left half-written or half-removed, and the states of steps that will be made again."""
+    """Remove half-written and half-removed states of a killed run, and those of steps that will be made again."""
     if not folder.is_dir():
         return
     for state in complete_states(folder):
@@ -183,7 +183,10 @@ def clean_states(folder: Path, later_than: int) -> None:
 
 
 def read_state_info(state: Path, check: bool = True) -> StateInfo:
-    """CheckpointError where the folder is no state, one of a format that is not known, or, with `check`, damaged."""
+    """Read `state.json` of one state.
+
+    Raises CheckpointError where the folder is no state or of an unknown format, and, with `check`, where it is damaged.
+    """
     if not (state / _DESCRIPTION).is_file():
         raise CheckpointError(f"{state}: holds no {_DESCRIPTION}; give a folder step-… of a run's states")
     values = read_json(state / _DESCRIPTION)
@@ -198,7 +201,7 @@ def read_state_info(state: Path, check: bool = True) -> StateInfo:
 
 
 def state_tensors(state: Path) -> dict[str, Lazy]:
-    """Every tensor of a state, whole, put together lazily from the boxes that its ranks wrote."""
+    """Every tensor of a state, whole. It is put together lazily from the boxes that the ranks wrote."""
     boxes: dict[str, list[tuple[tuple[int, ...], Lazy]]] = {}
     for file in sorted(state.glob("*.safetensors")):
         tensors = read_safetensors(file)
@@ -222,7 +225,7 @@ def _assemble(name: str, boxes: list[tuple[tuple[int, ...], Lazy]]) -> Lazy:
 def load_state(trainer: Trainer, state: Path) -> None:
     """Fill parameters and moments from a state that any number of ranks wrote, in either implementation.
 
-    CheckpointError names tensors that are missing or of another shape, before anything is touched.
+    Raises CheckpointError, before anything is changed, for a tensor that is missing, unknown or of another shape.
     """
     tensors = state_tensors(state)
     info = read_state_info(state)

@@ -2,9 +2,9 @@
 
 loss = Σ cross-entropy / learnt tokens + w · balance + z_w · z, over all micro-batches and data-parallel ranks of the
 step. Cross-entropy is one mean over all learnt tokens, however they are spread. The balance loss is not linear in the
-batch: it is taken of each micro-batch on each rank, and their values are averaged, weighted by the tokens that count;
-with global statistics, of each micro-step's tokens on all data-parallel ranks together. Model-parallel ranks see the
-same tokens.
+batch: every micro-batch on every rank has its own, and the step's is their mean, weighted by the tokens that count.
+With global statistics a micro-step has one balance loss, that of its tokens on all data-parallel ranks.
+Model-parallel ranks see the same tokens.
 
 Legend: E experts, L layers, N learnt tokens.
 """
@@ -49,10 +49,11 @@ class LossWeights:
 
 
 class Trainer:
-    """A decoder (cut and sharded as `grid` says) and its optimiser.
+    """A decoder, cut and sharded over the ranks of `mesh`, and its optimiser.
 
-    `step` is the same on all ranks but for the batches: each data-parallel rank brings its own, model-parallel ranks
-    the same ones.
+    Every rank calls the methods. Data-parallel ranks bring different batches, model-parallel ranks the same ones.
+
+    Attributes: `named`, the (name, parameter) pairs that are trained; `tower`, the image encoders, or None.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Trainer:
         self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
 
     def step(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
-        """Learn from `batches` (micro-batches of this rank) together; the record's keys are those of `train.metrics`.
+        """Make one step of `batches`, this rank's micro-batches; returns a record with keys that `train.metrics` names.
 
         Raises NotFiniteError, on all ranks alike, before any parameter is touched.
         """
@@ -103,7 +104,7 @@ class Trainer:
         }
 
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Forward and backward: the step's gradients, complete on every rank, and what the record says of the loss."""
+        """Compute the step's gradients, complete on every rank; returns the part of the record about the loss."""
         self.decoder.train()
         totals = self._totals(batches)
         sums = _Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
@@ -121,12 +122,13 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             rows_N, label_N = _learnt(batch)
-            out = self._forward(batch, rows_N, statistics=False)
+            out = self.forward(batch, rows_N, statistics=False)
             sums += torch.stack([cross_entropy_sum(out.logits, label_N.to(self.device)), sums.new_tensor(len(rows_N))])
         self.mesh.sum_over_data(sums)
         return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
-    def _forward(self, batch: Batch, rows_N: Tensor, statistics: bool) -> Any:
+    def forward(self, batch: Batch, rows_N: Tensor, statistics: bool) -> Any:
+        """The decoder's output for a batch: logits (N, vocabulary) at the flattened positions `rows_N`."""
         return self.decoder(
             batch.tokens_BT.to(self.device, non_blocking=True),
             batch.positions_BT.to(self.device, non_blocking=True),
@@ -138,7 +140,7 @@ class Trainer:
         )
 
     def _features(self, batch: Batch) -> Features | None:
-        """What the encoders see of a batch's images; model-parallel ranks, who bring the same ones, share the work."""
+        """The encoders' features of a batch's images. Model-parallel ranks have the same images and share the work."""
         if self.tower is None or batch.pixels_I3PP is None:
             return None
         from accessory.parallel.images import encode_shared
@@ -155,11 +157,11 @@ class Trainer:
 
     def _loss(self, batch: Batch, totals: _Totals, counted: float, sums: _Sums) -> Tensor:
         rows_N, label_N = _learnt(batch)
-        out = self._forward(batch, rows_N, statistics=True)
+        out = self.forward(batch, rows_N, statistics=True)
         ce = cross_entropy_sum(out.logits, label_N.to(self.device, non_blocking=True))
         statistics, share, logged = out.router, counted / max(totals.all_counted, 1.0), 1.0
         if self.weights.global_statistics and self.mesh.data is not None:
-            # Every rank's balance is then that of all tokens of the micro-step, its gradient this rank's part of it.
+            # Every rank has the balance loss of all the micro-step's tokens; its gradient is this rank's part.
             statistics = [_over_data(s, self.mesh) for s in out.router]
             share = totals.counted_on_all[sums.parts] / max(totals.all_counted, 1.0)
             logged = 1.0 / self.mesh.data_size
@@ -190,7 +192,7 @@ class _Totals:
 
 
 class _Sums:
-    """What a step's record is made of, summed over micro-batches on the device and over ranks once."""
+    """The sums that a step's record is made of: over micro-batches on the device, and over ranks once, at the end."""
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, z
@@ -224,14 +226,17 @@ class _Sums:
 
 
 def _learnt(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Places in the flattened batch whose next token is learnt, and that token; found on the CPU, without waiting."""
+    """(N,) positions in the flattened batch whose next token is learnt, and (N,) that token.
+
+    They are found on the CPU, where the batch lies, so that nothing waits for a GPU.
+    """
     labels = batch.labels_BT.flatten()
     rows_N = (labels != IGNORED).nonzero().squeeze(1)
     return rows_N, labels[rows_N]
 
 
 def _documents(batch: Batch, device: torch.device) -> Documents | None:
-    """None where each row is one document from its first token: plain causal attention then, and padding behind it."""
+    """None where every row is one document and padding behind it: plain causal attention will do."""
     number_BT = batch.documents_BT
     counted = batch.counted_BT
     if bool((number_BT.where(counted, number_BT[:, :1]) == number_BT[:, :1]).all()):
@@ -240,7 +245,7 @@ def _documents(batch: Batch, device: torch.device) -> Documents | None:
 
 
 class _SumOverData(torch.autograd.Function):
-    """The sum over data-parallel ranks; a rank's gradient is that of its own part."""
+    """The sum over data-parallel ranks. The gradient of the sum is passed on to each rank's own term."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:

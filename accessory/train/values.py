@@ -1,4 +1,4 @@
-"""Values of configuration fields from text and YAML: the field's type decides what a text is."""
+"""Values of a recipe's fields, read from text and YAML. The type of a field decides how text is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(condition: bool, name: str, given: object, wanted: str) -> None:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that the annotation `hint` names, read from text where it is text."""
+    """`value` as the type that the annotation `hint` names. Text is read. ConfigError names what would do."""
     optional = get_origin(hint) in (types.UnionType, Union)  # the latter of a Literal and None
     if optional:
         hint = next(t for t in get_args(hint) if t is not types.NoneType)
@@ -70,7 +70,7 @@ def _read_str(value: Any) -> str | None:
 
 
 def _read_texts(value: Any) -> list[str] | None:
-    """A single text is a list of one."""
+    """A list of texts; a single text is a list of one."""
     if not isinstance(value, list | tuple):
         value = [value]
     texts = [text for v in value if (text := _read_str(v)) is not None]
@@ -105,7 +105,7 @@ _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which every scalar but null is text, since fields know their types better than YAML guesses them."""
+    """YAML in which every scalar but null is text. The fields know their types; YAML would guess."""
 
 
 _NULL = "tag:yaml.org,2002:null"
