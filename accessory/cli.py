@@ -142,7 +142,7 @@ def _data_check(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from accessory.train.report import write_report
+    from accessory.train.report.write import write_report
 
     print(write_report(options.dir, options.title))
     return 0

@@ -23,6 +23,7 @@ from accessory.demos.first_run import MAX_SEQ_LEN, make_base, program
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
 from accessory.train.metrics import read_metrics
+from accessory.train.report.write import REPORT_FILE
 from accessory.train.run import finetune
 from accessory.train.run_folder import FINAL
 
@@ -87,7 +88,8 @@ def finetune_demo(folder: Path, question: str, max_gen_len: int) -> int:
         f"finetune {recipe} lora_rank=16 output_dir={home / 'rank16'}",
     ):
         console.print(f"   {program()} {line}")
-    console.print(f"   and open {run / 'report.html'}")
+    if (run / REPORT_FILE).exists():
+        console.print(f"   and open {run / REPORT_FILE}")
     return 0 if fell else 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from accessory.build import build, build_tower
+from accessory.errors import MissingExtraError
 from accessory.launch.process_group import join_launched
 from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.train.config import FinetuneConfig
@@ -125,7 +126,12 @@ def _export(config: FinetuneConfig, source: Source, folder: RunFolder) -> Path:
 
 
 def _report(config: FinetuneConfig, source: Source, folder: RunFolder) -> None:
-    report = folder.write_report(config)
-    log.info("%s", report)
     behind = f", to be loaded behind {source.checkpoints[0].path}" if config.only_save_trainable else ""
-    print(f"{folder.final}: the finetuned model{behind}\n{report}: what happened")
+    print(f"{folder.final}: the finetuned model{behind}")
+    try:
+        report = folder.write_report(config)
+    except MissingExtraError as error:
+        print(error)
+    else:
+        log.info("%s", report)
+        print(f"{report}: what happened")

@@ -12,7 +12,7 @@ from pathlib import Path
 from accessory.errors import ConfigError
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.metrics import METRICS_FILE, write_whole
-from accessory.train.report import CONFIG_FILE, REPORT_FILE, write_report
+from accessory.train.report.write import CONFIG_FILE, REPORT_FILE, write_report
 from accessory.train.resume import Resume, Start
 from accessory.train.state import StateInfo, clean_states, complete_states, read_state_info
 

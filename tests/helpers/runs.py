@@ -202,8 +202,8 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["accessory.train.run", "torch.distributed.fsdp"]
-    )  # or each process reads torch anew
+        ["accessory.train.run", "torch.distributed.fsdp", "bokeh.plotting", "bokeh.embed"]
+    )  # or each process reads them anew
     logs = logs or Path(fields["output_dir"] + ".logs")
     logs.mkdir(parents=True, exist_ok=True)
     environment = {}

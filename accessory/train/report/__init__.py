@@ -1,0 +1,1 @@
+"""`report.html`: what a training run did, read from its `metrics.jsonl` and shown as one page."""
