@@ -15,10 +15,16 @@ from accessory.checkpoint.atomic import MARKER
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.layouts import Layout, mixed_shards, read_shards, read_single, recognise
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.names import expected_shapes, image_shapes, is_encoder_tensor, shape_problem
+from accessory.checkpoint.names import (
+    configure,
+    expected_shapes,
+    field_problems,
+    image_shapes,
+    is_encoder_tensor,
+    shape_problem,
+)
 from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.rotary import rotary_from_hf
-from accessory.checkpoint.sizes import configure, field_problems
 from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed

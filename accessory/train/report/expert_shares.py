@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from accessory.errors import listed
 from accessory.train.progress import IDLE
 from accessory.train.report.frame import Chart, frame, tooltip
 from accessory.train.report.layer_bins import Floats
@@ -122,8 +123,7 @@ def idle(share: Floats) -> str:
     if not len(layers):
         return "No expert idles: each has more than a hundredth of a fair share."
     places = [f"{e} of layer {layer}" for layer, e in zip(layers, experts, strict=True)]
-    more = f" and {len(places) - 12} more" if len(places) > 12 else ""
-    return f"Idle, with less than a hundredth of a fair share: expert {', '.join(places[:12])}{more}."
+    return f"Idle, with less than a hundredth of a fair share: expert {listed(places, 12)}."
 
 
 def table(layers: Floats, over: str) -> str:
