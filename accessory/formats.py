@@ -138,6 +138,6 @@ class Quant:
 def _format(field: str, value: object) -> Format | None:
     if value is None or value is False or value == "none":
         return None
-    if value not in FORMATS:
-        raise ConfigError(f"{field}: got {value!r}, but it must be one of {', '.join(FORMATS)}, or none")
-    return value
+    if value not in STORAGE:
+        raise ConfigError(f"{field}: got {value!r}, but it must be one of {', '.join(STORAGE)}, or none")
+    return value  # type: ignore[return-value]

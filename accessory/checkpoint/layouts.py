@@ -6,8 +6,8 @@ Readers collect what is wrong in `problems` and go on, so that `verify` and `inf
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,13 +32,7 @@ def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
         # A save of LoRA and biases alone has no stacks, but every shard of the sparse layout has its part of them.
         beside = [n for n in names if expert_of(n) is not None and companion_of(n.removeprefix("llma."))]
         return "sparse" if stacked or len(beside) > len(set(beside)) else "base"
-    if any(n.startswith(("model.", "lm_head.")) for n in names):
-        return "hf"
-    if any(".block_sparse_moe." in n for n in names):
-        return "torrent"
-    if any(map(is_quantized_piece, names)):
-        return "quantized"
-    return "official" if any(n.startswith(("layers.", "tok_embeddings.")) for n in names) else None
+    return next((layout for layout, reader in READERS.items() if any(map(reader.has, names))), None)
 
 
 def read_single(layout: Layout, files: Mapping[str, Mapping[str, Lazy]], problems: list[str]) -> dict[str, Lazy]:
@@ -53,9 +47,7 @@ def read_single(layout: Layout, files: Mapping[str, Mapping[str, Lazy]], problem
                 problems.append(f"{file}: tensor {name} is also in another file")
             raw[name] = tensor
     raw = {name: tensor for name, tensor in raw.items() if not IGNORED.fullmatch(name)}
-    if layout == "hf":
-        return _read_hf(raw, problems)
-    return _read_torrent(raw, problems) if layout == "torrent" else raw
+    return READERS[layout].read(raw, problems)
 
 
 def _read_hf(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
@@ -103,6 +95,22 @@ def _read_torrent(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Laz
             # Each expert's block of w2 is (F, D): the transpose of its down projection.
             out[f"{match[1]}feed_forward.experts.{e}.{match[2]}.weight"] = block.t() if match[2] == "w2" else block
     return out
+
+
+class Reader(NamedTuple):
+    """How a layout without model-parallel shards is recognised and read."""
+
+    has: Callable[[str], bool]  # whether a raw name is one that only this layout, of those below it, has
+    read: Callable[[Mapping[str, Lazy], list[str]], dict[str, Lazy]]  # raw tensors, problems → canonical tensors
+
+
+# The first one that has any of the names is the layout.
+READERS: dict[Layout, Reader] = {
+    "hf": Reader(lambda name: name.startswith(("model.", "lm_head.")), _read_hf),
+    "torrent": Reader(lambda name: ".block_sparse_moe." in name, _read_torrent),
+    "quantized": Reader(is_quantized_piece, lambda raw, problems: dict(raw)),
+    "official": Reader(lambda name: name.startswith(("layers.", "tok_embeddings.")), lambda raw, problems: dict(raw)),
+}
 
 
 def read_shards(

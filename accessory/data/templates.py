@@ -149,7 +149,7 @@ class PlainTemplate(PartsTemplate):
         return []
 
 
-_CLASSES: dict[str, type[PartsTemplate]] = {
+TEMPLATE_CLASSES: dict[str, type[PartsTemplate]] = {
     t.name: t for t in (DefaultTemplate, AlpacaTemplate, MistralTemplate, ChatMLTemplate, PlainTemplate)
 }
 
@@ -168,6 +168,6 @@ def get_template(name: str | None, tokenizer: Tokenizer | None = None) -> Templa
             where = "no tokenizer was given" if tokenizer is None else f"{tokenizer.path} comes without one"
             raise InputError(f"template: {OWN!r} is the tokenizer's own chat template, but {where}")
         return TokenizerTemplate(own, tokenizer)
-    if not isinstance(name, str) or name not in _CLASSES:
+    if not isinstance(name, str) or name not in TEMPLATE_CLASSES:
         raise InputError(f"template: got {name!r}, but it must be one of {', '.join(TEMPLATES)}")
-    return _CLASSES[name]()
+    return TEMPLATE_CLASSES[name]()

@@ -4,8 +4,8 @@
 of `TABLE` that fits: of several rows that fit, the first one is the quickest. `product` makes a `Product` of tensors.
 The planner asks about networks that are not there yet, so torch is imported in functions only.
 
-A new kernel is a file and a row here. A new format is `formats.STORAGE`, its rounding in `ops.quantized`, and the rows
-of the kernels that read it.
+A new kernel is a file and a row here. A new format needs no row: it is dequantised before its products until a kernel
+that reads it has one. docs/extending.md lists the steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from accessory import limits
-from accessory.formats import FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ class Kernel(NamedTuple):
 
     op: Op
     function: str  # "module:name" in accessory.ops
-    weights: Collection[str] = (DENSE, *FORMATS)
+    weights: Collection[str] = ()  # "dense" or formats; none: any quantised weight
     devices: Collection[str] = ("cpu", "cuda")
     capability: tuple[int, int] = (0, 0)  # the least
     dtypes: Collection[str] = ("bfloat16", "float16", "float32")
@@ -66,7 +65,7 @@ class Kernel(NamedTuple):
     def fits(self, p: Product) -> bool:
         return (
             self.op == p.op
-            and p.weight in self.weights
+            and (p.weight in self.weights if self.weights else p.weight != DENSE)
             and p.device in self.devices
             and p.dtype in self.dtypes
             and (p.device == "cpu" or p.capability >= self.capability)
@@ -86,39 +85,41 @@ class Kernel(NamedTuple):
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
 _AMPERE, _HOPPER = (8, 0), (9, 0)
+_ANY_FORMAT: tuple[str, ...] = ()
+_TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # that ops/triton/packed.py reads
 
 TABLE: tuple[Kernel, ...] = (
     # A dense weight alone has one product everywhere, torch's, and `ops.linear` calls it without asking.
-    Kernel("linear", "triton.packed:linear", FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
+    Kernel("linear", "triton.packed:linear", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
            grad=False, triton=True),
-    Kernel("linear", "triton.packed_grouped:product", FORMATS, _CUDA, _AMPERE, _16_BITS, rows=(1, limits.TILED_ROWS),
-           triton=True),
+    Kernel("linear", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows=(1, limits.TILED_ROWS), triton=True),
     Kernel("linear", "fp8:fp8_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
-    Kernel("linear", "quantized_products:dequantized_linear", FORMATS),
-    Kernel("linear_backward", "quantized_products:dequantized_linear_backward", FORMATS),
+    Kernel("linear", "quantized_products:dequantized_linear", _ANY_FORMAT),
+    Kernel("linear_backward", "quantized_products:dequantized_linear_backward", _ANY_FORMAT),
 
     Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
     Kernel("grouped", "dense_products:grouped_loop", (DENSE,), host_free=False),
     Kernel("grouped", "fp8:fp8_grouped_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
-    Kernel("grouped", "triton.packed_grouped:product", FORMATS, _CUDA, _AMPERE, _16_BITS,
+    Kernel("grouped", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
-    Kernel("grouped", "quantized_products:dequantized_grouped", FORMATS, _CUDA, _AMPERE, _BF16, multiple=8),
-    Kernel("grouped", "quantized_products:dequantized_grouped", FORMATS, _CUDA, host_free=False),
-    Kernel("grouped", "quantized_products:expert_by_expert", FORMATS, _CPU, host_free=False),
-    Kernel("grouped_backward", "triton.packed_grouped:gradient", FORMATS, _CUDA, _AMPERE, _16_BITS,
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, host_free=False),
+    Kernel("grouped", "quantized_products:expert_by_expert", _ANY_FORMAT, _CPU, host_free=False),
+    Kernel("grouped_backward", "triton.packed_grouped:gradient", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
-    Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", FORMATS, _CUDA, host_free=False),
-    Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", FORMATS, _CPU, host_free=False),
+    Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, host_free=False),
+    Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", _ANY_FORMAT, _CPU, host_free=False),
 
     Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,
            rows=(0, limits.DECODE_PAIRS_GPU), grad=False, triton=True),
-    Kernel("decode", "triton.packed:decode_experts", FORMATS, _CUDA, dtypes=_16_BITS,
+    Kernel("decode", "triton.packed:decode_experts", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS,
            rows=(0, limits.DECODE_PAIRS_GPU_QUANTIZED), grad=False, triton=True),
     Kernel("decode", "experts:decode_experts_fused", (DENSE,), _CPU, rows=(0, limits.DECODE_PAIRS_CPU), grad=False,
            fused=True, host_free=False),
 
-    Kernel("dequantize", "triton.packed:dequantize", FORMATS, _CUDA, triton=True),
-    Kernel("dequantize", "quantized:dequantize", FORMATS),
+    Kernel("dequantize", "triton.packed:dequantize", _TRITON_FORMATS, _CUDA, triton=True),
+    Kernel("dequantize", "quantized:dequantize", _ANY_FORMAT),
 )  # fmt: skip
 
 

@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from accessory.errors import ConfigError
-from accessory.formats import FORMATS, GROUP, Format, check_cut, nested_scales
+from accessory.formats import GROUP, Format, check_cut, nested_scales
 from accessory.ops import double_quantization
 
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
@@ -101,34 +102,56 @@ class Packed:
         return Packed("nf4", self.data, double_quantization.expand(self.scale, self.nested, self.offset))
 
 
-def packed_shapes(format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Rounding(NamedTuple):
+    """What a format does to a weight. `formats.STORAGE` says how many bytes that takes."""
+
+    shapes: Callable[[tuple[int, ...], int], Shapes]  # of the pieces of a weight with such rows of I numbers
+    quantize: Callable[[Tensor], Packed]  # of an fp32 weight (…, O, I)
+    dequantize: Callable[[Packed], Tensor]  # in fp32
+
+
+def packed_shapes(format: str, shape: tuple[int, ...]) -> Shapes:
     """Shape and dtype of each tensor that a weight (…, O, I) is made of. ConfigError where I has no whole groups."""
-    *rows, I = shape  # noqa: E741
-    group = GROUP.get(format)
-    if group is None:
-        kind = torch.int8 if format == "int8" else torch.float8_e4m3fn
-        return {"data": ((*rows, I), kind), "scale": ((*rows,), torch.float32)}
-    check_cut(format, 0, I)
-    shapes = {"data": ((*rows, I // 2), torch.uint8)}
-    if format == "nf4":
-        return {**shapes, "scale": ((*rows, I // group), torch.float32)}
-    if format == "nf4-dq":
-        H = nested_scales(I // group)
-        nested = {"nested": ((*rows, H), torch.float32), "offset": ((*rows,), torch.float32)}
-        return {**shapes, "scale": ((*rows, I // group), torch.uint8), **nested}
-    return {**shapes, "scale": ((*rows, I // group), torch.bfloat16), "zero": ((*rows, I // group), torch.uint8)}
+    check_cut(format, 0, shape[-1])
+    return ROUNDINGS[format].shapes(shape[:-1], shape[-1])
 
 
-def quantize(weight: Tensor, format: Format) -> Packed:
+def _row_scaled(dtype: torch.dtype) -> Callable[[tuple[int, ...], int], Shapes]:
+    return lambda rows, I: {"data": ((*rows, I), dtype), "scale": (rows, torch.float32)}  # noqa: E741
+
+
+def _int4_shapes(rows: tuple[int, ...], I: int) -> Shapes:  # noqa: E741
+    groups = (*rows, I // GROUP["int4"])
+    return {"data": ((*rows, I // 2), torch.uint8), "scale": (groups, torch.bfloat16), "zero": (groups, torch.uint8)}
+
+
+def _nf4_shapes(rows: tuple[int, ...], I: int) -> Shapes:  # noqa: E741
+    return {"data": ((*rows, I // 2), torch.uint8), "scale": ((*rows, I // GROUP["nf4"]), torch.float32)}
+
+
+def _nf4_dq_shapes(rows: tuple[int, ...], I: int) -> Shapes:  # noqa: E741
+    groups = I // GROUP["nf4-dq"]
+    return {
+        "data": ((*rows, I // 2), torch.uint8),
+        "scale": ((*rows, groups), torch.uint8),
+        "nested": ((*rows, nested_scales(groups)), torch.float32),
+        "offset": (rows, torch.float32),
+    }
+
+
+def quantize(weight: Tensor, format: str) -> Packed:
     """Round a weight, or a stack, to a format. Computed in fp32, wherever the weight lies.
 
     int4's scales come from each group's ends; `ops.quantized_search` looks for better ones. ConfigError for an unknown
     format, and for rows without whole groups.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"quant: got {format!r}, but it must be one of {', '.join(FORMATS)}")
+    if format not in ROUNDINGS:
+        raise ConfigError(f"quant: got {format!r}, but it must be one of {', '.join(ROUNDINGS)}")
     packed_shapes(format, tuple(weight.shape))
-    return _QUANTIZE[format](weight.detach().float())
+    return ROUNDINGS[format].quantize(weight.detach().float())
 
 
 def _int8(weight: Tensor) -> Packed:
@@ -179,15 +202,6 @@ def double_quantized(nf4: Packed) -> Packed:
     return Packed("nf4-dq", nf4.data, code, None, nested, offset)
 
 
-_QUANTIZE: dict[Format, Callable[[Tensor], Packed]] = {
-    "int8": _int8,
-    "fp8": _fp8,
-    "int4": _int4,
-    "nf4": _nf4,
-    "nf4-dq": lambda weight: double_quantized(_nf4(weight)),
-}
-
-
 @cache
 def nf4_table(device: torch.device) -> Tensor:
     return torch.tensor(NF4, dtype=torch.float32, device=device)
@@ -210,13 +224,33 @@ def unpack(data: Tensor) -> Tensor:
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """What a quantised weight means, (…, O, I): computed in fp32, rounded once to `dtype`. The formats' reference."""
-    if packed.format in ("int8", "fp8"):
-        return (packed.data.to(torch.float32) * packed.scale[..., None]).to(dtype)
+    return ROUNDINGS[packed.format].dequantize(packed).to(dtype)
+
+
+def _times_row_scale(packed: Packed) -> Tensor:
+    return packed.data.to(torch.float32) * packed.scale[..., None]
+
+
+def _int4_values(packed: Packed) -> Tensor:
+    assert packed.zero is not None, "int4 has zero points"
+    q = _groups(packed).float() - packed.zero[..., None].float() / ZERO_STEPS
+    return (q * packed.scale[..., None].float()).flatten(-2)
+
+
+def _nf4_values(packed: Packed) -> Tensor:
     packed = packed.with_plain_scales()
-    q = unpack(packed.data).unflatten(-1, (-1, GROUP[packed.format]))
-    if packed.format == "nf4":
-        value = nf4_table(packed.data.device)[q.int()] * packed.scale[..., None]
-    else:
-        assert packed.zero is not None, "int4 has zero points"
-        value = (q.float() - packed.zero[..., None].float() / ZERO_STEPS) * packed.scale[..., None].float()
-    return value.flatten(-2).to(dtype)
+    return (nf4_table(packed.data.device)[_groups(packed).int()] * packed.scale[..., None]).flatten(-2)
+
+
+def _groups(packed: Packed) -> Tensor:
+    """4-bit numbers (…, G, numbers of a group), uint8."""
+    return unpack(packed.data).unflatten(-1, (-1, GROUP[packed.format]))
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "int8": Rounding(_row_scaled(torch.int8), _int8, _times_row_scale),
+    "fp8": Rounding(_row_scaled(torch.float8_e4m3fn), _fp8, _times_row_scale),
+    "int4": Rounding(_int4_shapes, _int4, _int4_values),
+    "nf4": Rounding(_nf4_shapes, _nf4, _nf4_values),
+    "nf4-dq": Rounding(_nf4_dq_shapes, lambda weight: double_quantized(_nf4(weight)), _nf4_values),
+}

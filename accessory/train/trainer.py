@@ -107,9 +107,9 @@ class Trainer:
         """Compute the step's gradients, complete on every rank; returns the part of the record about the loss."""
         self.decoder.train()
         totals = self._totals(batches)
-        sums = _Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
+        sums = Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
         for batch, counted in zip(batches, totals.counted, strict=True):
-            loss = self._loss(batch, totals, counted, sums)
+            loss = self.loss(batch, totals, counted, sums)
             # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
             (loss * (self.mesh.data_size * self.loss_scale.value)).backward()
         finish_gradients(self.decoder, self.mesh)
@@ -147,15 +147,19 @@ class Trainer:
 
         return encode_shared(self.tower, batch.pixels_I3PP, self.mesh.model)
 
-    def _totals(self, batches: Sequence[Batch]) -> _Totals:
+    def _totals(self, batches: Sequence[Batch]) -> Totals:
         """Learnt tokens of the step, and counted tokens of each micro-step, on all data-parallel ranks."""
         own = [float(batch.counted_BT.sum()) for batch in batches]
         learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
         numbers = torch.tensor([learnt, *own], dtype=torch.float64)
         summed = self.mesh.sum_over_data(numbers.to(self.device)).tolist()
-        return _Totals(learnt=summed[0], counted=own, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
+        return Totals(learnt=summed[0], counted=own, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
 
-    def _loss(self, batch: Batch, totals: _Totals, counted: float, sums: _Sums) -> Tensor:
+    def loss(self, batch: Batch, totals: Totals, counted: float, sums: Sums) -> Tensor:
+        """This rank's part of the step's loss: cross-entropy, balance and z-loss, each with its weight.
+
+        counted: the tokens of the batch that the router statistics count. sums: take in what the record will tell.
+        """
         rows_N, label_N = _learnt(batch)
         out = self.forward(batch, rows_N, statistics=True)
         ce = cross_entropy_sum(out.logits, label_N.to(self.device, non_blocking=True))
@@ -184,14 +188,16 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class _Totals:
+class Totals:
+    """Tokens of a step, over all data-parallel ranks where it does not say otherwise."""
+
     learnt: float
     counted: list[float]  # of each micro-batch here
     all_counted: float
     counted_on_all: list[float]  # of each micro-step on all data-parallel ranks
 
 
-class _Sums:
+class Sums:
     """The sums that a step's record is made of: over micro-batches on the device, and over ranks once, at the end."""
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
@@ -205,7 +211,7 @@ class _Sums:
         counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
         self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
 
-    def record(self, mesh: DeviceMesh, totals: _Totals) -> dict[str, Any]:
+    def record(self, mesh: DeviceMesh, totals: Totals) -> dict[str, Any]:
         numbers = mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()])).cpu()
         ce, z = numbers[:2].tolist()
         rows = numbers[2:].view(self.layers.shape)

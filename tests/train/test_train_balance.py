@@ -18,7 +18,7 @@ from accessory.nn.decoder import Decoder, init_weights
 from accessory.parallel.fsdp import apply_fsdp
 from accessory.parallel.local_shard import local, local_tensors
 from accessory.parallel.mesh import DeviceMesh
-from accessory.train.trainer import LossWeights, Trainer, _Sums
+from accessory.train.trainer import LossWeights, Sums, Trainer
 
 IMPLEMENTATIONS = ["base", "sparse"]
 E, K = 4, 2
@@ -266,8 +266,8 @@ def loss_of(trainer, micro):
     """The step's loss, and how many tokens each expert of each layer and micro-batch got."""
     totals, loss, counts = trainer._totals(micro), 0.0, []
     for part, counted in zip(micro, totals.counted, strict=True):
-        sums = _Sums(trainer.decoder.args.n_layers, trainer.decoder.args.moe.num_experts, trainer.device)
-        loss += float(trainer._loss(part, totals, counted, sums))
+        sums = Sums(trainer.decoder.args.n_layers, trainer.decoder.args.moe.num_experts, trainer.device)
+        loss += float(trainer.loss(part, totals, counted, sums))
         counts.append(sums.layers[:, :-2])
     return loss, torch.stack(counts)
 
