@@ -1,7 +1,7 @@
 """The two kinds of tokenizer behind one small protocol: text to ids, and each id to the bytes it stands for.
 
-Decoding by bytes is what makes streaming exact: the text of a sequence is the concatenation of its tokens' bytes
-read as UTF-8, for byte-fallback pieces (SentencePiece) and byte-level BPE (Hugging Face) alike.
+Ids are decoded to bytes, which makes streaming exact. The text of a sequence is its tokens' bytes one after the other,
+read as UTF-8. That holds for byte-fallback pieces (SentencePiece) and for byte-level BPE (Hugging Face).
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ class Backend(Protocol):
     control: dict[str, int]  # strings that are control tokens, and their ids
     bos_id: int | None
     eos_id: int | None
-    add_bos: bool  # does the tokenizer itself begin a text with BOS
+    add_bos: bool  # whether the tokenizer itself begins a text with BOS
 
     def plain(self, text: str, prefix: bool) -> list[int]:
-        """The ids of text in which control strings are mere characters. `prefix`: the text opens a sequence, so a
-        tokenizer that puts a space before the first word does; otherwise it continues one."""
+        """The ids of a text in which control strings are mere characters.
+
+        prefix: the text opens a sequence, so a tokenizer that puts a space before the first word does it here. Without
+        it, the text continues a sequence.
+        """
 
     def parsed(self, text: str, prefix: bool) -> list[int]:
-        """As `plain`, but control strings become their ids, as Hugging Face reads a rendered chat template."""
+        """As `plain`, but control strings become their ids. Hugging Face reads a rendered chat template this way."""
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token adds to a text; none for control tokens and for ids that stand for nothing."""
+        """The bytes that a token adds to a text; none for control tokens and for ids that stand for nothing."""
 
     def first_piece(self, token: int) -> bytes:
-        """The bytes of a token that opens a text: without the space that encoding puts before the first word."""
+        """The bytes of a token that opens a text. Encoding puts a space before the first word; it is left out here."""
 
 
 def _split_on(strings: Iterable[str]) -> Callable[[str], list[str]]:
@@ -57,7 +60,7 @@ class SentencePieceBackend:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         self._path = path
         self._processor = self._load(self._model_bytes)
-        self._continuing: Any = None  # the same model without the space before the first word; made when asked for
+        self._continuing: Any = None  # the same model without the space before the first word; made on first use
         pieces = self._processor.get_piece_size()
         added = {text: entry for text, entry in settings.added.items() if entry[0] >= pieces}
         self._added = {number: (text, control) for text, (number, control) in added.items()}
@@ -99,7 +102,11 @@ class SentencePieceBackend:
         return self._segments(self._split_parsed(text), prefix, after_control=self._legacy, tidy=True)
 
     def _segments(self, parts: list[str], prefix: bool, after_control: bool = False, tidy: bool = False) -> list[int]:
-        """Encode text, token, text, …; `tidy`: a text beginning with a space has its first word's space already."""
+        """Encode text, token, text, …
+
+        after_control: put the first word's space behind a control token too. tidy: put none before a text that begins
+        with a space.
+        """
         ids: list[int] = []
         for index, part in enumerate(parts):
             if index % 2:
@@ -115,7 +122,7 @@ class SentencePieceBackend:
         if prefix or not self._strips:
             return self._processor.encode(text)
         if self._continuing is None:
-            # Protocol buffers merge when concatenated: this one sets only normalizer_spec.add_dummy_prefix = false.
+            # Protocol buffers merge when concatenated. These bytes set normalizer_spec.add_dummy_prefix = false.
             self._continuing = self._load(self._model_bytes + b"\x1a\x02\x18\x00")
         return self._continuing.encode(text)
 
@@ -152,7 +159,7 @@ class HuggingFaceBackend:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: not a tokenizer.json (not even text)") from error
         self._path = path
-        self._spaces = True  # is a space put before the first word
+        self._spaces = True  # whether a space is put before the first word
         self._variants: dict[tuple[bool, bool], Any] = {}
         tokenizer = self._tokenizer = self._variant(parse=False, prefix=True)
         steps = _state(tokenizer.normalizer) + _state(tokenizer.pre_tokenizer)
@@ -165,7 +172,7 @@ class HuggingFaceBackend:
         self.bos_id = self._id_of(settings.bos_token, settings.bos_id, "<s>", "<|begin_of_text|>", "<bos>")
         for text in filter(None, (settings.bos_token, settings.eos_token)):
             number = tokenizer.token_to_id(text)
-            if number is not None and number not in self._added:  # named in the configuration only
+            if number is not None and number not in self._added:  # only the configuration calls it a token
                 self._added[number], self.control[text] = (text, True), number
         probe = tokenizer.encode("a", add_special_tokens=True).ids
         begins = self.bos_id is not None and probe[:1] == [self.bos_id]
@@ -184,15 +191,18 @@ class HuggingFaceBackend:
         return None
 
     def _variant(self, parse: bool, prefix: bool) -> Any:
-        """One reader a way of reading: `encode_special_tokens` is state, and switching it back and forth in a server
-        with threads would let one request's setting reach another's text."""
+        """A tokenizer for each way of reading.
+
+        One alone would have to switch its `encode_special_tokens` back and forth. In a server with threads, one
+        request's setting would then reach another request's text.
+        """
         key = (parse, prefix or not self._spaces)
         if key not in self._variants:
             from tokenizers import Tokenizer
 
             try:
                 reader = Tokenizer.from_str(self._json if key[1] else _without_first_space(self._json))
-            except Exception as error:  # the package raises nothing narrower
+            except Exception as error:  # the package raises no narrower class
                 raise CheckpointError(f"{self._path}: not a tokenizer.json ({error})") from error
             reader.no_truncation()
             reader.no_padding()
@@ -229,20 +239,22 @@ class HuggingFaceBackend:
 
 
 def _state(step: Any) -> str:
-    """One step of a tokenizer as the JSON it came from."""
+    """The JSON of one step of a tokenizer."""
     return "" if step is None else step.__getstate__().decode()
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: itself where it is printable, else the next free one
-    from U+0100 on."""
+    """Byte-level BPE's character for each byte, as a map from character to byte.
+
+    A printable byte is written as itself, any other as the next free character from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
 
 
 def _without_first_space(text: str) -> str:
-    """A tokenizer.json that puts no space before the first word."""
+    """The same tokenizer.json, changed so that it puts no space before the first word."""
 
     def clean(node: Any) -> Any:
         if not isinstance(node, dict):

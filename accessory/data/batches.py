@@ -1,7 +1,7 @@
-"""Which items a step learns from, and the tensors made of them.
+"""Which items a step learns from (`EpochPlan`), and the tensors made of them (`collate`).
 
-Rows are made of items: one each, or with packing as many documents as fit, which never see one another. What a step
-holds follows from the data, the seed and the number of rows a step; it knows nothing of ranks.
+A row is one item, or with packing as many items as fit. Items of a row are documents: they never attend to one another.
+The items of a step follow from the data, the seed and the number of rows a step, whatever the number of ranks.
 
 Legend: B rows, T tokens of the longest one, I images, 3 colours, P pixels each way.
 """
@@ -29,12 +29,12 @@ class Batch:
     """Tensors of B rows of T tokens."""
 
     tokens_BT: Tensor  # int64
-    labels_BT: Tensor  # int64: the next token, where it is learnt and of the same document; else -100
+    labels_BT: Tensor  # int64: the next token where it is learnt and in the same document, else -100
     positions_BT: Tensor  # int64, from 0 in each document
     documents_BT: Tensor  # int64: 0, 1, 2 … in a row; padding has a number of its own
-    counted_BT: Tensor  # bool: no padding, places of images included
+    counted_BT: Tensor  # bool: False for padding; positions of images count
     items: tuple[int, ...]
-    pixels_I3PP: Tensor | None = None  # fp32, in the order of their places (IMAGE_ID) in the flattened tokens
+    pixels_I3PP: Tensor | None = None  # fp32, in the order of their positions (IMAGE_ID) in the flattened tokens
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -55,10 +55,10 @@ def collate(
     length: int | None = None,
     pixels: Sequence[Tensor] = (),
 ) -> Batch:
-    """Lay documents one behind the other in each row, padded on the right to the longest row, or to `length`.
+    """Put the documents of each row one after the other, and pad rows on the right to the longest one, or to `length`.
 
-    pixels: (3, P, P) of each document's image, in their order; documents without one bring none. An empty row is all
-    padding. InputError when a row is longer than `length`, and when there are not as many images as places for them.
+    pixels: (3, P, P) for each document that has an image, in the documents' order. An empty row is all padding.
+    InputError when a row is longer than `length`, and when there are more or fewer images than documents with one.
     """
     wanted = sum(example.places > 0 for row in rows for example in row)
     if len(pixels) != wanted:
@@ -91,8 +91,8 @@ def collate(
 class EpochPlan:
     """One epoch, cut into steps of exactly `rows_per_step` rows, each of one group; every item comes once.
 
-    With packing, items are taken in a random order and put where they fit best, and the rows are shuffled. Without, a
-    row is an item, a step holds items that are neighbours by length, as the original project has it, and the steps are
+    With packing, items are taken in a random order, each is put where it fits best, and the rows are shuffled. Without
+    packing a row is one item, a step holds items of similar length, as in the original project, and the steps are
     shuffled. Where a group does not fill its steps, one of them ends in empty rows.
 
     lengths (N,): tokens of each item, at most `max_words`, else InputError. groups (N,): its group.
@@ -121,9 +121,9 @@ class EpochPlan:
                 rows = [packed[i] for i in random.permutation(len(packed))]
                 short = len(rows) // rows_per_step
             else:
-                # Sorted out of a random order, items of one length come in another order in every epoch.
+                # A stable sort of a random order: items of equal length come in another order in every epoch.
                 rows = [(i,) for i in order[np.argsort(lengths[order], kind="stable")].tolist()]
-                # So do the places where steps are cut: the step that is not filled may stand anywhere.
+                # The step that is not filled may be any, so that steps are cut elsewhere in every epoch.
                 short = int(random.integers(len(rows) // rows_per_step + 1))
             steps += _cut(rows, rows_per_step, short)
         self._steps = [steps[i] for i in random.permutation(len(steps))]
@@ -135,17 +135,17 @@ class EpochPlan:
         return len(self._steps)
 
     def rows(self, step: int) -> list[Row]:
-        """The rows of a step, counted from 0: tuples of items, an empty one where there is nothing left."""
+        """The rows of a step, counted from 0: tuples of items. Rows that no item is left for are empty."""
         return self._steps[step]
 
     @property
     def fill(self) -> float:
-        """The share of the steps' `rows_per_step` × `max_words` places that tokens take."""
+        """The share of all steps' positions, `rows_per_step` × `max_words` each, that hold a token."""
         return self._tokens / self._room if self._room else 0.0
 
 
 def _cut(rows: list[Row], size: int, short: int) -> list[list[Row]]:
-    """Steps of `size` rows; what does not fill a step is step number `short`, filled with empty rows."""
+    """Cut rows into steps of `size`. Step number `short` takes the remainder and is filled up with empty rows."""
     left = len(rows) % size
     at, steps = 0, []
     for number in range(-(-len(rows) // size)):
@@ -158,8 +158,8 @@ def _cut(rows: list[Row], size: int, short: int) -> list[list[Row]]:
 def _packed(items: Sequence[int], lengths: Sequence[int], max_words: int) -> list[Row]:
     """Best fit: each item goes to the fullest row that still has room for it.
 
-    Rows wait in bins by the room they have left; bit n of `rooms` tells that bin n holds any, so the tightest one is
-    the lowest bit from the item's length on.
+    `waiting` holds rows by the room that they have left, and bit n of `rooms` is set while `waiting[n]` holds any. So
+    the tightest row for an item is the lowest set bit from its length on.
     """
     rows: list[list[int]] = []
     waiting: defaultdict[int, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Finetuning data: from a YAML that lists files to items of token ids, each knowing what of it is learnt."""
+"""Finetuning data: from a YAML that lists files to items of token ids, with what a model learns of each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Example:
     """One item, encoded."""
 
     ids: list[int]
-    learn: list[bool]  # of each id, whether a model learns to write it
+    learn: list[bool]  # for each id, whether a model learns to write it
     truncated: bool = False
     image: str | None = None
     places: int = 0  # how many of `ids` are the image's positions (IMAGE_ID)
@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of the META list: how many items it has, how many of them its `ratio` takes, and these, encoded."""
+    """A file of the META list: how many items it has, how many of them its `ratio` selects, and those, encoded."""
 
     source: Source
     items: int
@@ -53,14 +53,15 @@ class DataFile:
 class FinetuneData:
     """The items of all files of a META list, in order, cut on the right to `max_words` tokens.
 
-    An item with an image has `image_words` tokens more, the image's places (IMAGE_ID): behind `bos_id` where it begins
-    so, else in front. They are never learnt, and never cut.
+    An item with an image has `image_tokens` more tokens, the image's positions (IMAGE_ID), at its beginning or right
+    behind `bos_id`. They are never learnt, and never cut.
 
-    Attributes: `files`; `group_names`, the files' types; of each item: `lengths` and `whole` (tokens with and without
-    the cut, int32), `places` (how many of them are an image's, int32), `groups` (number in `group_names`, int32; items
-    of a group share batches), `file_of` and `index` (number in `files`, and which of the file's encoded items it is);
-    `truncated`, how many items were cut, `dropped`, how many more were left out, because the cut left nothing to learn
-    of them, and `broken`, how many because of their images.
+    Attributes of the whole: `files`; `group_names`, the types of files; `truncated`, how many items were cut;
+    `dropped`, how many were left out because the cut left nothing to learn in them; `broken`, how many were left out
+    because of their images.
+    Attributes with an entry for each item (N,): `lengths` and `whole`, its tokens after and before the cut, int32;
+    `places`, how many of them are an image's positions, int32; `groups`, its number in `group_names`, int32 (items of a
+    group share batches); `file_of`, its number in `files`; `index`, which of the file's encoded items it is.
     """
 
     def __init__(
@@ -104,19 +105,24 @@ class FinetuneData:
     ) -> FinetuneData:
         """Read and encode every item.
 
-        max_words: tokens an item may have; longer ones are cut on the right. template: of dialogues, by default
-        "default"; "tokenizer" is the tokenizer's own. dialog: single turns are dialogues of two messages; without it,
-        they are alpaca's prompts. prompt_type: of single turns, either way; what their file names wins.
-        cache_ann_on_disk: keep what was encoded in `cache_dir`, by default beside the files, and take it from there as
-        long as nothing has changed that it depends on. seed: decides which items a file's `ratio` takes.
+        max_words: tokens that an item may have; longer ones are cut on the right.
+        template: the template of dialogues, by default "default"; "tokenizer" is the tokenizer's own.
+        dialog: treat single turns as dialogues of two messages; without it, they are alpaca's prompts.
+        prompt_type: the prompt of single turns, with or without `dialog`. A file's own prompt_type wins.
+        cache_ann_on_disk: keep the encoded items in `cache_dir`, by default beside the files, and read them from there
+        until something changes that they depend on.
+        seed: decides which items a file's `ratio` selects.
+        problems: a list to which a line is added for each item that cannot be used; such items are left out.
+        image_tokens: positions of an image. 0: an item with an image is an InputError. None: nobody knows how many, so
+        images take none.
+        broken_images: what becomes of items whose image cannot be used, as far as its header tells: "fail", or "skip",
+        which leaves them out with a warning. None: no image is opened.
+        max_pixels: the largest image that can be used.
+        once: calls its argument in one of several processes, and returns the result in all of them. Images are looked
+        at through it.
 
-        image_words: positions of an image; 0: an item with an image is an InputError; None: images take none, as far
-        as anyone knows. broken_images: of items whose image cannot be used, as its header tells: fail, or skip them
-        with a warning; None: images are not looked at. max_pixels: of an image that can be used. once: has one of
-        several processes look at images, and gives all of them what it found.
-
-        InputError names file and line of the first item that cannot be used; given a list of `problems`, all of them
-        are told there and left out. Else a warning tells how many items are cut, and how many dropped.
+        Without `problems`, raises InputError with file and line of the first item that cannot be used, and warns of how
+        many items are cut and how many left out.
         """
         sources = [replace(s, prompt_type=s.prompt_type or prompt_type) for s in read_meta(meta)]
         how = Encoding(tokenizer, get_template(template or "default", tokenizer), dialog)
@@ -135,7 +141,7 @@ class FinetuneData:
             before = 0 if problems is None else len(problems)
             kept = None
             if cache_ann_on_disk:
-                # A share depends on the seed and on the file's place in the list, all of a file on nothing.
+                # Which items a ratio selects depends on the seed and on the file's place in the list.
                 selection = "" if source.ratio == 1 else f"{source.ratio} {seed} {number}"
                 kept = token_cache.cache_folder(source, how, selection, folder)
             encoded = token_cache.load(kept) if kept is not None else None
@@ -203,7 +209,7 @@ class FinetuneData:
         return Example(ids, learn, bool(self.whole[item] > self.max_words), image, places)
 
     def where(self, item: int) -> str:
-        """The item's file and line."""
+        """An item's file and line."""
         encoded, at = self._place(item)
         return place(self.files[self.file_of[item]].source.path, int(encoded.lines[at]))
 
@@ -226,7 +232,7 @@ class FinetuneData:
         return self.files[self.file_of[item]].source
 
     def fingerprint(self) -> str:
-        """A digest of all items in order: equal for equal data, whatever the files are called."""
+        """A digest of all items in their order. Equal data have equal digests, whatever their files are called."""
         digest = hashlib.sha256(self.lengths.tobytes() + self.groups.tobytes() + self.index.tobytes())
         for file in self.files:
             digest.update(file.encoded.ids.data)
@@ -239,20 +245,20 @@ class FinetuneData:
         return self.files[self.file_of[item]].encoded, int(self.index[item])
 
     def _places(self, file: DataFile) -> np.ndarray:
-        """Of each encoded item, how many positions an image takes in it (N,)."""
+        """How many positions an image takes in each of a file's encoded items (N,)."""
         places = np.zeros(len(file.encoded.lines), np.int32)
         places[list(file.encoded.images)] = self.image_tokens
         return places
 
     def _kept(self, file: DataFile) -> np.ndarray:
-        # With max_words ids, the last one that can be learnt is number max_words - 1.
+        # An item has something to learn if its first id that is learnt is among its first max_words ids.
         keep = file.encoded.first + self._places(file) < self.max_words
         keep[list(file.broken)] = False
         return np.flatnonzero(keep)
 
 
 def _chosen(items: int, ratio: float, seed: Sequence[int]) -> np.ndarray:
-    """Which of a file's items are used: a random share, the same for the same seed."""
+    """The indices of a file's items that are used: a random share, the same for the same seed."""
     if ratio == 1:
         return np.arange(items)
     count = max(1, round(items * ratio)) if items else 0
@@ -264,7 +270,7 @@ def _images(file: DataFile) -> int:
 
 
 def _refuse_images(encoded: Encoded, records: Records, problems: list[str] | None) -> None:
-    """A run that does not look at images must not take their items for text."""
+    """Report items with images to a run that takes no images: it must not mistake them for text."""
     where = records.place(int(encoded.lines[min(encoded.images)]))
     more = f" (and {len(encoded.images) - 1} items more)" if len(encoded.images) > 1 else ""
     message = (
@@ -279,7 +285,7 @@ def _refuse_images(encoded: Encoded, records: Records, problems: list[str] | Non
 def _broken_images(
     encoded: Encoded, source: Source, records: Records, max_pixels: int, first_only: bool, progress: bool
 ) -> dict[int, str]:
-    """Item -> what is wrong with its image, with file and line; InputError for the first one, when that is enough."""
+    """Item -> what is wrong with its image, with file and line. With `first_only`, InputError for the first one."""
     showing: dict[str, list[int]] = {}
     for item, image in sorted(encoded.images.items()):
         showing.setdefault(image_path(image, source), []).append(item)

@@ -1,7 +1,7 @@
-"""From the items of a file to token ids, each with whether it is learnt: `encode_source`.
+"""From the items of a file to token ids, and whether a model learns each of them: `encode_source`.
 
-Items are dialogues (`conversations`, or OpenAI's `messages`) or single turns (`instruction`, `input`, `output`). What
-is wrong with one is said with its file and line. All ids of a file lie in flat arrays, so an item is a slice.
+Items are dialogues (`conversations`, or OpenAI's `messages`) or single turns (`instruction`, `input`, `output`). A
+message about a broken item names its file and line. All ids of a file lie in flat arrays, and an item is a slice.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 from accessory.progress import progress_bar
 
-_PIECE = 128  # items that a thread encodes at a time
+_PIECE = 128  # items that a thread encodes in one go
 _PLAIN = get_template("none")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How items become ids. Without `dialog`, or where their file names a `prompt_type`, single turns are that prompt
-    and its answer; else they are dialogues of two messages."""
+    """How items become ids.
+
+    With `dialog`, a single turn is a dialogue of two messages, written by `template`. Without it, or where its file
+    names a `prompt_type`, a single turn is that prompt (alpaca's by default) and its answer.
+    """
 
     tokenizer: Tokenizer
     template: Template
@@ -55,7 +58,7 @@ class Encoded:
 
 
 def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tuple[list[int], list[bool], str | None]:
-    """(ids, learnt, image) of one item. InputError says what is wrong with it, not where it stands."""
+    """(ids, learnt, image) of one item. InputError says what is wrong with it; the caller adds file and line."""
     if not isinstance(item, Mapping):
         raise InputError(f"got {item!r:.60}, but an item must be an object")
     if source.preprocess is not None:
@@ -74,13 +77,13 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
             f"no dialogue and no single turn: found {', '.join(map(str, item)) or 'nothing'}; "
             "an item has conversations, or messages, or instruction and output"
         )
-    if not any(learn[1:]):  # nothing is written before the first id, so nobody learns to write it
+    if not any(learn[1:]):  # the first id follows nothing, so no model learns to write it
         raise InputError("there is nothing to learn: the assistant says nothing")
     return ids, learn, image
 
 
 def image_path(image: Any, source: Source) -> str:
-    """The image's path below the file's `root`, whether or not it is there. InputError for what is no path."""
+    """The image's path below the file's `root`, whether or not the image exists. InputError for what is no path."""
     if not isinstance(image, str):
         raise InputError(f"image: got {image!r:.60}, but it must be a path")
     return os.path.join(source.root, image)
@@ -105,14 +108,17 @@ def _single_turn(item: Mapping[str, Any], source: Source, how: Encoding) -> tupl
 
 
 def _preprocessed(item: Mapping[str, Any], recipe: str, index: int) -> Mapping[str, Any]:
-    """The original's recipes: LLaVA's first question and answer as a single turn; captions of images by their paths."""
+    """An item as one of the original project's recipes changes it.
+
+    single_turn_llava: LLaVA's first question and answer as a single turn. caption: an image's path and its caption.
+    """
     try:
         if recipe == "single_turn_llava":
             question, answer = item["conversations"][:2]
             new = {"instruction": question["value"], "output": answer["value"]}
             return new if item.get("image") is None else {**new, "image": item["image"]}
         caption = item["caption"]
-        # Of several captions each item takes one, the same in every run.
+        # Where an image has several captions, an item takes one of them, the same in every run.
         return {"image": item["url"], "output": caption[index % len(caption)] if isinstance(caption, list) else caption}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         wanted = "conversations of two turns" if recipe == "single_turn_llava" else "url and caption"
@@ -130,7 +136,8 @@ def encode_source(
 ) -> Encoded:
     """Encode the `chosen` items of a file.
 
-    Raises InputError for the first one that is broken; given a list, all of them are told there and left out.
+    problems: a list to which a line is added for each item that is broken; such items are left out. Without it, raises
+    InputError for the first one.
     """
     pieces = [chosen[i : i + _PIECE] for i in range(0, len(chosen), _PIECE)]
     work = partial(_encode_piece, source, records, how, all_problems=problems is not None)
@@ -154,7 +161,10 @@ def encode_source(
 
 
 def _threads() -> int:
-    """Tokenizers work outside Python's lock, but what surrounds them does not, so a few threads are as good as many."""
+    """How many threads encode: this rank's share of the cores, at most 8.
+
+    Tokenizers release Python's lock, but the code around them holds it, so more threads do not help.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(8, cores // max(1, int(ranks) if ranks.isdigit() else 1)))

@@ -1,7 +1,7 @@
 """Whether a run's images can be used, as far as their headers tell, before its first step: `broken_headers`.
 
-Threads wait for a disk together, and an image that many items show is looked at once. Looking takes bounded time: what
-is not reached by then is left to the step that loads it.
+Several threads read, since most of the time is spent waiting for a disk. An image of several items is read once. The
+check takes bounded time; what is wrong with an image that it did not reach shows in the step that loads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accessory.progress import progress_bar
 log = logging.getLogger(__name__)
 
 PATIENCE = 600.0  # seconds
-_PIECE = 64  # images that a thread looks at in turn
+_PIECE = 64  # images that a thread reads one after the other
 _THREADS = 8
 
 
@@ -27,7 +27,7 @@ def broken_headers(
 ) -> Iterator[tuple[str, str]]:
     """(path, what is wrong) of each image that cannot be used, in order.
 
-    A warning tells how many were not looked at in `patience` seconds. Raises MissingExtraError without Pillow.
+    A warning says how many images were not read within `patience` seconds. Raises MissingExtraError without Pillow.
     """
     unique = list(dict.fromkeys(paths))
     deadline = time.monotonic() + patience

@@ -1,8 +1,8 @@
-"""An image from wherever it comes to a plain RGB image of Pillow's: `open_image`; what its header tells: `read_header`.
+"""Images opened: `open_image` makes any image a plain RGB one of Pillow's, `read_header` reads its size.
 
-Images come from strangers. Only formats that are pictures and nothing else are read (never PostScript, which Pillow
-would hand to an interpreter), what a header promises is checked before anything is decoded, and of several frames none
-is guessed. Whatever cannot be used is one line that says what would do.
+Images come from strangers. So only formats that hold pictures and nothing else are read (never PostScript, which Pillow
+would hand to an interpreter). The header is checked before anything is decoded. Of several frames, none is picked for
+the user. An image that cannot be used is an error of one line that says what would do.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _ORIENTATION = 0x0112
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image of mode RGB, upright as its EXIF says, transparency laid on white, 16 bits of grey scaled to 8.
+    """An image of mode RGB: upright as its EXIF says, transparency put on white, 16 bits of grey scaled to 8.
 
-    source: a path, a file's bytes, or an image of Pillow's, which is left as it is. max_pixels: width × height of a
-    larger one is not decoded. InputError names the file (or "image") and what would do: for what is missing, no image,
-    truncated, empty, too large, CMYK, a palette with transparency, several frames, or of a kind that has no one
-    meaning in RGB. MissingExtraError without Pillow.
+    source: a path, a file's bytes, or an image of Pillow's, which stays unchanged. max_pixels: an image of more pixels,
+    width × height, is not decoded. InputError names the file (or "image") and what would do. It is raised for a file
+    that is missing, empty, truncated or no image, and for an image that is too large, is CMYK, has a palette with
+    transparency, has several frames, or is of a mode without one meaning in RGB. MissingExtraError without Pillow.
     """
     with _opened(source, max_pixels) as (name, image):
         try:
@@ -60,13 +60,13 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             return _as_rgb(image)
         except AccessoryError:
             raise
-        except Exception as error:  # decoders raise whatever broken bytes lead them to
+        except Exception as error:  # on broken bytes, decoders raise errors of any class
             what = "is truncated" if "truncated" in str(error).lower() else "is broken"
             raise InputError(f"{name}: {what} ({_reason(error)}); get it again, or leave it out") from error
 
 
 def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height as stored. Decodes nothing, and raises all of `open_image`'s errors that need no decoding."""
+    """Width and height as stored. Decodes nothing, and raises those of `open_image`'s errors that the header shows."""
     with _opened(source, max_pixels) as (_, image):
         return image.size
 
@@ -76,7 +76,7 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[i
 
 @contextmanager
 def _opened(source: ImageSource, max_pixels: int) -> Iterator[tuple[str, Image.Image]]:
-    """(its name in messages, the image, not yet decoded), once its header holds nothing against it."""
+    """(its name in messages, the image, not yet decoded). The header has been checked."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -105,7 +105,7 @@ def _opened_file(path: str | bytes, name: str) -> IO[bytes]:
             return open(path, "rb")
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file") from error
-    except (OSError, ValueError) as error:  # a path may not hold NUL
+    except (OSError, ValueError) as error:  # ValueError: a path may not hold NUL
         raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     raise InputError(f"{name}: is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; give an image's file")
 
@@ -123,7 +123,7 @@ def _checked(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         raise InputError(f"{name}: is empty (0 bytes); give an image's file")
     _refuse_no_pixels(prefix, name)
     for kind in FORMATS:
-        # Not Image.open, which warns of and refuses sizes by a limit that all of a process shares.
+        # Image.open is not called: it warns of large images, and refuses them, by a limit that a whole process shares.
         opener, accepts = Image.OPEN.get(kind, (None, None))
         if opener is None or accepts is None or accepts(prefix) is not True:
             continue
@@ -142,7 +142,7 @@ def _checked(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
 
 
 def _refuse_no_pixels(prefix: bytes, name: str) -> None:
-    """Pillow takes a header that speaks of no pixels for none at all."""
+    """Raise InputError for a header of 0 pixels, which Pillow would call no header at all."""
     size: tuple[int, ...] = (1,)
     if prefix.startswith(b"\x89PNG") and prefix[12:16] == b"IHDR" and len(prefix) >= 24:
         size = struct.unpack_from(">II", prefix, 16)
@@ -155,7 +155,7 @@ def _refuse_no_pixels(prefix: bytes, name: str) -> None:
 
 
 def _what(prefix: bytes) -> str:
-    """What is wrong with a file that is no image known."""
+    """What is wrong with a file that is an image of no known format."""
     text = prefix.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for what, marked in (
         ("an SVG", b"<svg" in text and text.startswith(b"<")),
@@ -206,14 +206,14 @@ def _palette_mode(image: Image.Image) -> Any:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as a new one of mode RGB, upright, that carries nothing along (its EXIF would turn it again)."""
+    """A loaded image as a new one of mode RGB, upright and without metadata: its EXIF would turn it once more."""
     from PIL import Image
 
     turn = _UPRIGHT.get(_orientation(image))
     if image.mode in (*_DEEP, "I"):  # I of PNG and PPM holds 16 bits
         deep = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("RGBa", "La"):  # colours that are multiplied by their alpha already
+    if image.mode in ("RGBa", "La"):  # colours already multiplied by their alpha
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.mode in _TRANSPARENT or (image.mode in ("RGB", "L", "1") and _has_key(image)):
         image = image.convert("RGBA")
@@ -226,7 +226,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF tells it, 1 (upright) where it tells nothing or is broken: the picture itself may be good."""
+    """EXIF's orientation; 1 (upright) where EXIF is missing or broken, since the picture itself may be good."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
@@ -234,6 +234,6 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What a decoder says, in one line."""
+    """A decoder's message in one line."""
     said = " ".join(str(error).split())[:100]
     return said or type(error).__name__

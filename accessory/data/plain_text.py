@@ -1,4 +1,4 @@
-"""A text file as rows of token ids, for what is to be read as it is: calibration."""
+"""A text file as rows of token ids, without a template: calibration reads one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 
-_CHARACTERS = 2**20  # encoded at a time
+_CHARACTERS = 2**20  # encoded in one go
 
 
 def token_rows(path: str | Path, tokenizer: Tokenizer, *, tokens: int, length: int) -> Tensor:
-    """The first `tokens` ids of a UTF-8 file, or all there are, in rows of `length`: int64 (B, length).
+    """The first `tokens` ids of a UTF-8 file, or as many as it has, in B rows of `length`: int64 (B, length).
 
-    Each row begins with BOS where the tokenizer's texts do. Raises InputError for a file that cannot be read, or that
-    is too short for one row.
+    Each row begins with BOS where the tokenizer's texts do. Raises InputError for a file that cannot be read, and for
+    one that is too short for one row.
     """
     if tokens < length:
         raise InputError(f"tokens: got {tokens}, but a row has {length} already")
@@ -27,7 +27,7 @@ def token_rows(path: str | Path, tokenizer: Tokenizer, *, tokens: int, length: i
         reason = "is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise InputError(f"{path}: cannot be read ({reason})") from error
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    own = length - len(begin)  # of a row's tokens
+    own = length - len(begin)  # tokens of a row that come from the text
     rows = tokens // length
     ids: list[int] = []
     for start in range(0, len(text), _CHARACTERS):

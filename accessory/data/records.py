@@ -1,7 +1,7 @@
-"""The files that finetuning data comes in: which there are (`META`), and a file's items, each with its line.
+"""The files that hold finetuning data: the META list that names them, and each file's items with their lines.
 
-A file is indexed when it is opened, and an item read when it is asked for, from any thread: what lies in memory is
-where each item begins, not the items.
+A file is indexed when it is opened, and memory holds where each item begins, not the items. An item is read when it is
+asked for, from any thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Source:
 def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
     """The files that a YAML (or its contents) names. ConfigError names the entry and key that cannot be used.
 
-    A path is looked for from where one stands, then from the YAML's folder.
+    A relative path is looked for from the current folder first, then from the YAML's folder.
     """
     beside, where = Path(), "data_config"
     if isinstance(meta, str | Path):
@@ -58,7 +58,7 @@ def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds; ConfigError where it cannot be read."""
+    """The contents of a YAML file. ConfigError where it cannot be read."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,7 +91,7 @@ def _source(entry: Any, where: str, beside: Path) -> Source:
     preprocess = entry.get("preprocess")
     if preprocess is not None:
         _known([preprocess], PREPROCESSES, f"{where}: preprocess", "value")
-    # YAML reads None as text, and null and a bare "prompt_type:" as nothing: both are the prompt called None.
+    # YAML reads `None` as text, but null and a bare "prompt_type:" as no value. All three mean the prompt called None.
     prompt_type = str(entry["prompt_type"]) if "prompt_type" in entry else None
     if prompt_type is not None:
         _known([prompt_type], SYSTEM_PROMPTS, f"{where}: prompt_type", "value")
@@ -110,7 +110,7 @@ def _known(given: Any, known: tuple[str, ...], where: str, what: str = "key") ->
 
 
 class Records(ABC):
-    """The items of a file. `lines` (N,) are their line numbers, or their row numbers in a file without lines."""
+    """The N items of a file. `lines` (N,) are their line numbers, or row numbers where a file has no lines."""
 
     lines: np.ndarray
 
@@ -122,7 +122,7 @@ class Records(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Any:
-        """An item. InputError says where it stands and why it cannot be read."""
+        """Item number `index`. InputError names its file and line, and says why it cannot be read."""
 
     def place(self, line: int) -> str:
         return place(self.path, line)
@@ -139,7 +139,7 @@ def open_records(path: Path) -> Records:
 
 
 class _Spans(Records):
-    """Items that are pieces of a text file, each of them JSON."""
+    """Items that are pieces of one text file, each of them a JSON value."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -163,7 +163,7 @@ class _Spans(Records):
             raise InputError(f"{self.place(line)}: not valid JSON ({_reason(error)})") from error
 
     def _line_spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every line that is not blank."""
+        """Where each line that is not blank begins and ends."""
         size, ends = len(self._bytes), self._newlines
         if size and (not len(ends) or ends[-1] != size - 1):
             ends = np.append(ends, size)  # the last line lacks its newline
@@ -177,7 +177,10 @@ class _Spans(Records):
 
 
 def _newlines(text: Any) -> np.ndarray:
-    """Where a file's newlines are (int64), looked for piece by piece: a comparison is as large as what it compares."""
+    """The positions of a file's newlines (int64).
+
+    The file is searched piece by piece, since a comparison makes an array as large as what it compares.
+    """
     every, piece = np.frombuffer(text, np.uint8), 1 << 24
     found = [np.flatnonzero(every[i : i + piece] == 10) + i for i in range(0, len(every), piece)]
     return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
@@ -195,9 +198,9 @@ class _JsonLines(_Spans):
 
 
 class _JsonList(_Spans):
-    """One list of objects. Objects are found by their brackets, so that each has its line and none is kept."""
+    """One list of objects. They are found by their brackets: so each has its line, and none is kept in memory."""
 
-    # Whatever is no bracket, with brackets inside strings, and then a bracket.
+    # Anything that is no bracket (a string may hold brackets), and then a bracket.
     _BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)
 
     def _spans(self) -> tuple[np.ndarray, np.ndarray]:
@@ -233,14 +236,14 @@ class _JsonList(_Spans):
         return np.asarray(starts, np.int64), np.asarray(ends, np.int64)
 
     def _is_lines(self) -> bool:
-        """Whether the file is in truth JSON Lines: its first line is an object of its own."""
+        """Whether the file is JSON Lines under another name: its first line is an object by itself."""
         try:
             return len(self._newlines) > 0 and isinstance(json.loads(self._bytes[: self._newlines[0]]), dict)
         except ValueError:
             return False
 
     def _refuse(self) -> None:
-        """Say what is wrong with a file that does not look like a list of objects."""
+        """Raise InputError that says what is wrong with a file that does not look like a list of objects."""
         try:
             value = json.loads(self._bytes[:])
         except (ValueError, RecursionError) as error:
@@ -253,7 +256,7 @@ class _JsonList(_Spans):
 
 
 class _Csv(Records):
-    """Columns by their names in the first row; separated by tabs where that row has any, else by commas."""
+    """A table whose first row names its columns. Tabs separate them where that row has any, else commas."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

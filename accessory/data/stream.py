@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive, and stop strings found in it: `StreamDecoder`, `StopScanner`."""
+"""Text out of token ids while they arrive (`StreamDecoder`), and the first stop string in it (`StopScanner`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from accessory.errors import InputError
 class StreamDecoder:
     """Incremental detokenisation: each `push` returns the text that is certain now, never half a character.
 
-    The pushed and flushed texts joined are `tokenizer.decode(ids, after=prompt_ids)`; without `prompt_ids`, that is
-    `tokenizer.decode(ids)`. Handing in the prompt's ids keeps the space before the first generated word. A token costs
-    the same whatever came before it.
+    All pushed and flushed texts together are `tokenizer.decode(ids, after=prompt_ids)`. Give the prompt's ids to keep
+    the space before the first generated word. A token costs the same time, however many came before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -27,16 +26,16 @@ class StreamDecoder:
         return self._reader.decode(piece)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD when the ids broke off within a character, else nothing."""
+        """The rest at the end: U+FFFD where the ids end within a character, else nothing."""
         return self._reader.decode(b"", final=True)
 
 
 class StopScanner:
-    """Finds the first stop string in text that arrives in pieces, and lets through only what is before it.
+    """Finds the first stop string in text that arrives in pieces, and lets only the text before it through.
 
-    The first is the one completed first, and of several completed by the same character the longest: what a reader
-    would see who checks after every character, so the result does not depend on how the text was cut into pieces.
-    `found` is the stop string, None before there is one. Raises InputError for an empty stop string.
+    The first stop string is the one whose last character comes first; of several with the same last character, it is
+    the longest. So the result does not depend on how the text was cut into pieces. `found` is the stop string, None
+    until there is one. Raises InputError for an empty stop string.
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
@@ -55,7 +54,7 @@ class StopScanner:
         return self.found is not None
 
     def push(self, text: str) -> str:
-        """The part of the text so far, not yet returned, that no stop string can reach into; nothing after a stop."""
+        """The text that was not returned yet and that cannot be part of a stop string; nothing after a stop."""
         if self.found is not None:
             return ""
         text = self._held + text
@@ -69,12 +68,12 @@ class StopScanner:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """At the end of the text: what was held back, since no stop string came of it."""
+        """The text that was held back. Call it at the end, when no stop string came of it."""
         held, self._held = self._held, ""
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        """The length of the longest end of `text` with which a stop string begins."""
+        """How many of the last characters of `text` could be the beginning of a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length

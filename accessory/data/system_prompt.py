@@ -1,4 +1,4 @@
-"""Single-turn prompts by name, with the texts that models finetuned by the original project know."""
+"""Prompts of a single turn, by name. Their texts are those that the original project finetuned models with."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ SYSTEM_PROMPTS = tuple(_TEXTS)
 
 
 def format_prompt(instruction: str, input: str | None = None, system_prompt: str | None = "alpaca") -> str:
-    """The prompt for one instruction: `system_prompt` is alpaca, shortqa, qg, caption or None (also spelt "None").
+    """The prompt for one instruction. `system_prompt` is "alpaca", "shortqa", "qg", "caption" or None (or "None").
 
-    Only alpaca has a place for `input`; one of nothing but white space counts as none. Raises InputError for an
-    unknown name.
+    Only alpaca uses `input`, and only where it holds more than white space. Raises InputError for an unknown name.
     """
     name = "None" if system_prompt is None else system_prompt
     if name not in _TEXTS:

@@ -1,7 +1,7 @@
 """Encoded files kept on disk, so that a run begins at once and the ranks of a machine share one copy of the ids.
 
-A kept file is a folder of .npy arrays, named after a digest of everything that its contents follow from. It appears
-whole or not at all.
+An encoded file is kept as a folder of .npy arrays. The folder's name holds a digest of everything that the contents
+depend on. It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".accessory-cache"
 _IMAGES = "images.json"
-_WRITTEN = 2  # raised when the same item becomes other ids than before, but for what _PROBE shows
-_DEAD = 86400  # seconds after which nobody is writing any more
+_WRITTEN = 2  # the version of the format: raise it when an item becomes other ids and _PROBE does not show it
+_DEAD = 86400  # seconds after which an unfinished folder is a dead writer's
 _ARRAYS = tuple(f.name for f in fields(Encoded) if f.name != "images")
-# Everything a template does to a dialogue shows in these, so templates need no version of their own.
+# A dialogue that shows everything a template does. Its ids are in the digest, so templates need no version number.
 _PROBE = [
     {"role": "user", "content": " Is it \n1? "},
     {"role": "assistant", "content": "No: 2."},
@@ -38,7 +38,7 @@ _PROBE = [
 
 
 def cache_folder(source: Source, how: Encoding, selection: str, folder: Path | None = None) -> Path:
-    """Where the encoded file belongs: in `folder`, or beside the file. `selection` tells which items it holds."""
+    """The folder that keeps the encoded file, inside `folder` or beside the file. selection: which items it holds."""
     digest = hashlib.sha256()
     for path in (source.path, how.tokenizer.path):
         with open(path, "rb") as file:
@@ -58,7 +58,7 @@ def cache_folder(source: Source, how: Encoding, selection: str, folder: Path | N
 
 
 def load(folder: Path) -> Encoded | None:
-    """What is kept there, mapped into memory; None where nothing is, or nothing that can be read."""
+    """The encoded file in `folder`, mapped into memory; None where there is none that can be read."""
     try:
         images = json.loads((folder / _IMAGES).read_text(encoding="utf-8"))
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
@@ -68,11 +68,14 @@ def load(folder: Path) -> Encoded | None:
 
 
 def store(encoded: Encoded, folder: Path) -> bool:
-    """Keep what was encoded. A folder that cannot be written is only slower, so it is a warning."""
+    """Write an encoded file into `folder`; returns whether that worked.
+
+    A folder that cannot be written only makes the next run slower, so it is a warning.
+    """
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob("*.partial"):  # by writers that were killed
+        for left in folder.parent.glob("*.partial"):  # left by writers that were killed
             if left.stat().st_mtime < time.time() - _DEAD:
                 shutil.rmtree(left, ignore_errors=True)
         for name in (*(f"{name}.npy" for name in _ARRAYS), _IMAGES):
@@ -83,7 +86,7 @@ def store(encoded: Encoded, folder: Path) -> bool:
                     np.save(file, getattr(encoded, name.removesuffix(".npy")), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        if folder.exists():  # another process was first, or what is there cannot be read
+        if folder.exists():  # another process was faster, or the folder cannot be read
             shutil.rmtree(folder)
         aside.rename(folder)
     except OSError as error:

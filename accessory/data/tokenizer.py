@@ -1,8 +1,8 @@
 """Text to token ids and back, the same for SentencePiece models and Hugging Face's `tokenizer.json`.
 
-Two rules hold everywhere. *One BOS, never two*: text that begins with the BOS string gets no second one. *User text
-cannot forge control tokens*: `encode` reads "</s>" or "<|im_end|>" inside a text as characters, unless the caller, who
-then vouches for the whole text, asks for `special=True`.
+Two rules hold everywhere. *One BOS, never two*: a text that begins with the BOS string gets no second one. *Users
+cannot forge control tokens*: `encode` reads "</s>" or "<|im_end|>" inside a text as characters, unless the caller
+vouches for the whole text and passes `special=True`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIXTRAL_TOKENIZER = Path(__file__).parent / "assets" / "mixtral_tokenizer.model"
 # Embedding tables are padded to multiples of 64 or 128 for speed, and a few checkpoints reserve several hundred rows.
 MAX_PADDING_IDS = 1024
 
-# Where one of these is a control token of the vocabulary, it ends a turn whatever the configuration says about EOS.
+# A control token of one of these names ends a turn, whatever the configuration says about EOS.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -34,11 +34,11 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class Tokenizer:
     """The tokenizer of a folder or file.
 
-    Attributes: `path` (the file read), `kind` ("sentencepiece" or "huggingface"), `vocab_size` (highest id + 1),
-    `bos_id`, `eos_id` (None where there is none), `bos_token`, `eos_token` (their strings, "" where there is none),
-    `add_bos` (whether a text to be continued begins with BOS), `stop_ids` (EOS, Hugging Face's list of them, and
-    end-of-turn tokens), `special_tokens` (control strings and their ids), `chat_template` (Jinja source or None) and
-    `template_variables` (what it may name).
+    Attributes: `path` (the file that was read), `kind` ("sentencepiece" or "huggingface"), `vocab_size` (highest id +
+    1), `bos_id` and `eos_id` (None where there is none), `bos_token` and `eos_token` (their strings, "" where there is
+    none), `add_bos` (whether a prompt begins with BOS), `stop_ids` (EOS, all end ids that Hugging Face's files
+    list, and end-of-turn tokens), `special_tokens` (control strings and their ids), `chat_template` (Jinja source or
+    None) and `template_variables` (the variables that it may use).
 
     Raises CheckpointError when there is no tokenizer or its file is broken, ConfigError for a broken file beside it.
     """
@@ -77,10 +77,11 @@ class Tokenizer:
     def encode(
         self, text: str, bos: bool, eos: bool = False, *, special: bool = False, prefix: bool = True
     ) -> list[int]:
-        """The ids of `text`, with BOS before it and EOS behind it where asked for and known.
+        """The ids of `text`, with BOS before and EOS behind it where they are asked for and known.
 
-        special: control strings in the text become their ids (a rendered chat template, text of the program's own).
-        prefix: whether the text opens a sequence (SentencePiece puts a space before the first word) or continues one.
+        special: control strings in the text become their ids. That is for texts that the caller vouches for, such as a
+        rendered chat template.
+        prefix: the text opens a sequence (SentencePiece puts a space before the first word); else it continues one.
         Raises InputError when `text` is no string. Lone surrogates are read as U+FFFD.
         """
         if not isinstance(text, str):
@@ -100,9 +101,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], after: Sequence[int] = ()) -> str:
-        """The text of `ids`, control tokens left out; with `after`, the text they add behind those ids.
+        """The text of `ids` without control tokens. after: ids that precede them and whose text is not returned.
 
-        Raises nothing: bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing.
+        Raises nothing: bytes that are not UTF-8 become U+FFFD, and ids outside the vocabulary add no text.
         """
         begun, reader = self.reader(after)
         pieces = []
@@ -112,7 +113,7 @@ class Tokenizer:
         return reader.decode(b"".join(pieces), final=True)
 
     def token_bytes(self, token: int, begun: bool = True) -> bytes:
-        """The UTF-8 bytes, perhaps part of a character, that an id adds to a text; `begun`: some text is before it."""
+        """The UTF-8 bytes that an id adds to a text; they may be part of a character. begun: some text precedes it."""
         if not begun:
             return self._backend.first_piece(token)
         piece = self._pieces.get(token)
@@ -121,12 +122,12 @@ class Tokenizer:
         return piece
 
     def reader(self, after: Sequence[int] = ()) -> tuple[bool, codecs.IncrementalDecoder]:
-        """Whether the ids `after` hold any text, and a UTF-8 reader standing behind them, maybe within a character."""
+        """Whether the ids `after` hold any text, and a UTF-8 decoder that read them, perhaps up to half a character."""
         reader = codecs.getincrementaldecoder("utf-8")("replace")
         tail = b""
         for token in reversed(after):
             tail = self.token_bytes(int(token)) + tail
-            if len(tail) >= 4:  # no character is longer, so nothing before this matters
+            if len(tail) >= 4:  # no character has more bytes, so earlier ones do not matter
                 break
         reader.decode(tail)
         return bool(tail), reader
@@ -138,7 +139,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
-    """The last folder's that has one: a trainable-only save comes without."""
+    """The tokenizer of the last folder that has one. A save of trained tensors alone comes without."""
     for folder in reversed(folders[1:]):
         if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():
             return load_tokenizer(folder)
@@ -148,8 +149,8 @@ def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ConfigError when a network with `vocab_size` embedding rows cannot go with the tokenizer.
 
-    More ids than rows would index outside the table. More rows than ids are padding as long as they are at most
-    1024 (`MAX_PADDING_IDS`): tolerated with a warning, and the sampler must mask ids from `tokenizer.vocab_size` on.
+    An id without a row would index outside the table. Rows without an id are padding: up to 1024 of them
+    (`MAX_PADDING_IDS`) only give a warning, and the sampler must mask ids from `tokenizer.vocab_size` on.
     """
     known = tokenizer.vocab_size
     if known > vocab_size:

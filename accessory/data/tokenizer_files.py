@@ -1,4 +1,4 @@
-"""Which file of a folder is the tokenizer, and what the small files beside it say about BOS, EOS, chat template."""
+"""Which file of a folder is the tokenizer, and what the files beside it say of BOS, EOS and the chat template."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WANTED = "tokenizer.model, tokenizer.model.v1 (v2, v3, …) or tokenizer.json"
 def find_tokenizer(path: str | Path) -> tuple[Path, Kind]:
     """The tokenizer's file and its kind, for a folder or a file.
 
-    In a folder `tokenizer.model` comes first, then the highest `tokenizer.model.vN`, then `tokenizer.json`.
-    Raises CheckpointError that says what was looked for.
+    A folder's `tokenizer.model` wins over its highest `tokenizer.model.vN`, and that over its `tokenizer.json`.
+    CheckpointError says which files were looked for.
     """
     path = Path(path)
     if path.is_file():
@@ -46,7 +46,7 @@ def _version(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the files beside a tokenizer say; None or empty where they say nothing."""
+    """Settings of the files beside a tokenizer. A field is None or empty where no file sets it."""
 
     bos_token: str | None = None
     eos_token: str | None = None
@@ -60,8 +60,11 @@ class Settings:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read what there is of tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json,
-    config.json and chat_template.jinja. Raises ConfigError naming the file, and the field where there is one."""
+    """Read those that exist of six files beside a tokenizer.
+
+    They are tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json, config.json and
+    chat_template.jinja. Raises ConfigError naming the file, and the field where there is one.
+    """
     config = _optional(folder / "tokenizer_config.json")
     special_map = _optional(folder / "special_tokens_map.json")
     generation = _optional(folder / "generation_config.json")
@@ -108,7 +111,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja wins; a list of named templates gives the one called "default"."""
+    """chat_template.jinja, else the entry in tokenizer_config.json. Of several named templates, "default" counts."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

@@ -1,7 +1,8 @@
 """From an image of any size to the square of numbers that encoders take: `get_transform`, `ImageLoader`.
 
-The original's three ways, without torchvision, to the bit what its operations on Pillow's images give. Chance is handed
-in, so that what a crop shows follows from a seed and not from the thread that happens to make it.
+The three transforms are those of the original project. They give the same bits as torchvision's operations on Pillow's
+images, without torchvision. The caller passes the random numbers in, so a crop follows from a seed and not from the
+thread that makes it.
 
 Legend: 3 colours, S pixels each way.
 """
@@ -25,22 +26,25 @@ from accessory.vision_config import CLIP_MEAN, CLIP_STD
 if TYPE_CHECKING:
     from PIL import Image
 
-SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of a random crop: its share of the area, its width by its height
+SCALE, RATIO = (
+    (0.9, 1.0),
+    (3 / 4, 4 / 3),
+)  # of a random crop: its share of the area, its width divided by its height
 _TRIES = 10
-_GREY = tuple(int(255 * c) for c in CLIP_MEAN)  # whole numbers, cut off, as the original has them
-# Beyond these, an image is first made smaller, or cut, lest a strip of a pixel by a million grow by squares. No
-# photograph is so large or so long, and all others are the original's to the bit.
-_LONGEST = 8192  # of an image that is padded to a square
-_STRETCH = 16  # times as long as wide, of an image whose centre is cut out
+_GREY = tuple(int(255 * c) for c in CLIP_MEAN)  # rounded down to whole numbers, as in the original
+# A larger or longer image is made smaller, or cut, first: a strip of one pixel by a million would become a square of a
+# million by a million. No photograph is so large or so long, and all others give the original's bits.
+_LONGEST = 8192  # pixels of the longer side of an image that is padded to a square
+_STRETCH = 16  # the longer side of an image whose centre is cut out, divided by the shorter one
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Transform:
-    """An RGB image of Pillow's to (3, S, S) fp32, less CLIP's mean colour, by its standard deviation.
+    """Turns an RGB image of Pillow's into (3, S, S) fp32: CLIP's mean subtracted, divided by its standard deviation.
 
-    `random` decides what a random crop shows: a Random, or a seed of one; without, every call shows something else.
+    `random` decides what a random crop shows: a Random, or a seed for one. Without it, every call shows another part.
     InputError for an image of another mode.
     """
 
@@ -55,7 +59,10 @@ class Transform:
 
 
 def get_transform(transform_type: str, size: int = 224) -> Transform:
-    """random_resized_crop (for training), resized_center_crop, or padded_resize (the whole, on a grey square)."""
+    """The transform of that name: random_resized_crop (for training), resized_center_crop, or padded_resize.
+
+    padded_resize shows the whole image, on a grey square. Raises InputError for an unknown name or size.
+    """
     if transform_type not in TRANSFORMS:
         raise InputError(f"image_transform: got {transform_type!r}, but it must be one of {', '.join(TRANSFORMS)}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -65,7 +72,7 @@ def get_transform(transform_type: str, size: int = 224) -> Transform:
 
 @dataclass(frozen=True)
 class ImageLoader:
-    """From a path, bytes or an image of Pillow's to (3, S, S) fp32; raises `open_image`'s errors."""
+    """Turns a path, bytes or an image of Pillow's into (3, S, S) fp32. Raises `open_image`'s errors."""
 
     transform: Transform
     max_pixels: int = MAX_PIXELS
@@ -82,12 +89,12 @@ class ImageLoader:
         return self.transform(open_image(source, max_pixels=self.max_pixels), random)
 
     def grey(self) -> Tensor:
-        """An image that shows nothing: CLIP's mean colour everywhere."""
+        """The pixels of an image that shows nothing: CLIP's mean colour everywhere."""
         return torch.zeros(3, self.size, self.size)
 
 
 def normalised(image: Image.Image) -> Tensor:
-    """(3, height, width) fp32 of an RGB image."""
+    """(3, height, width) fp32 of an RGB image: CLIP's mean subtracted, divided by its standard deviation."""
     pixels_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return pixels_3HW.sub_(mean).div_(std)
@@ -97,7 +104,10 @@ def normalised(image: Image.Image) -> Tensor:
 
 
 def random_crop(width: int, height: int, random: Random) -> Box:
-    """A part of 90 to 100% of the area, between 3 : 4 and 4 : 3; the middle, where ten tries find none that fits."""
+    """A random part of 90 to 100% of the area, with sides between 3 : 4 and 4 : 3.
+
+    Where ten tries find none that fits, it is the largest part in the middle with such sides.
+    """
     for _ in range(_TRIES):
         area = width * height * random.uniform(*SCALE)
         ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -119,7 +129,7 @@ def _random_resized_crop(image: Image.Image, size: int, random: Random) -> Image
 
 
 def _resized_center_crop(image: Image.Image, size: int, random: Random) -> Image.Image:
-    """The shorter side becomes `size`, and the middle is kept of the longer one."""
+    """The shorter side becomes `size`. Of the longer one, the middle is kept."""
     image = _middle(image, *(min(side, _STRETCH * min(image.size)) for side in image.size))
     width, height = image.size
     short = min(width, height)
