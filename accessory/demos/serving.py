@@ -252,7 +252,7 @@ class Leader:
 
     def __init__(self, model: MetaModel, commands: Ranks) -> None:
         self.tokenizer, self.llma = model.tokenizer, model.llma
-        self.image_tokens = model.image_tokens
+        self.image_words = model.image_words
         self.broken = threading.Event()  # set after a failure that the other ranks may not share
         self._model, self._commands = model, commands
         self._turn = threading.Lock()

@@ -71,7 +71,7 @@ class MetaModel(nn.Module):
         return self.image_processor is not None
 
     @property
-    def image_tokens(self) -> int:
+    def image_words(self) -> int:
         """How many positions an image takes among the tokens; 0 for a model of text alone."""
         return 0 if self.image_processor is None else self.image_processor.image_tokens
 
@@ -174,7 +174,7 @@ class MetaModel(nn.Module):
 
         images: one for each prompt: a path, a PIL image, a tensor of (3, P, P) pixels as `image_processor.open` makes
         them, or None for a prompt without an image. Or all of them as one tensor (prompts, 3, P, P). An image takes
-        `image_tokens` positions.
+        `image_words` positions.
 
         A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
         tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room for

@@ -144,7 +144,7 @@ class MultiGpuWrapper:
 
     @property
     def sees(self) -> bool:
-        return self.image_tokens > 0
+        return self.image_words > 0
 
     # ----------------------------------------------------------------- MetaModel's methods
 
@@ -338,7 +338,7 @@ class MultiGpuWrapper:
                 rank.connection.send({**self._options, "progress": progress})
             while not loading.over:
                 self._listen(loading)
-            self.image_tokens: int = loading.outcome()
+            self.image_words: int = loading.outcome()
         except OSError as error:
             raise self._lost(self._ranks, "loading") from error
         except BaseException:

@@ -34,7 +34,7 @@ def serve(connection: Connection, place: Place) -> None:
     def load() -> int:
         nonlocal model
         model = _load(place, options)
-        return model.image_tokens
+        return model.image_words
 
     if not _answer(connection, load):
         return

@@ -98,7 +98,7 @@ def test_single_turns_by_default(opened, mixtral):
 def test_preprocessing_of_the_original(opened, mixtral, tmp_path):
     write_picture(tmp_path / "a.jpg")
     llava = {**TALK, "image": "a.jpg"}
-    options = {"dialog": False, "image_words": 3}
+    options = {"dialog": False, "image_tokens": 3}
     data = opened([llava], entry={"preprocess": "single_turn_llava", "root": str(tmp_path)}, **options)
     assert spans(data, mixtral) == ["Hi.</s>"]
     assert data.example(0).image == str(tmp_path / "a.jpg")
@@ -255,7 +255,7 @@ def test_groups_and_files(tmp_path, mixtral):
 def test_what_was_encoded_is_kept(tmp_path, opened, mixtral, mixtral_json, monkeypatch):
     write_picture(tmp_path / "a.jpg")
     items = [TALK, {**MESSAGES, "image": "a.jpg"}, SINGLE]
-    options = {"entry": {"root": str(tmp_path)}, "cache_ann_on_disk": True, "image_words": 5}
+    options = {"entry": {"root": str(tmp_path)}, "cache_ann_on_disk": True, "image_tokens": 5}
     plain = opened(items, entry=options["entry"], image_tokens=5)
     encoded = []
     real = encoding.encode_item

@@ -64,7 +64,7 @@ def test_from_packages_to_the_table_on_a_tiny_network(
         model = MetaModel.from_pretrained(
             paths, max_seq_len=128, with_visual=True, device="cpu", dtype=torch.float32, llama_type="mixtral_ens"
         )
-        assert model.image_tokens == 4
+        assert model.image_words == 4
         answers.append(model.compute_logits(["Its group:"], [home / "data" / "fluent" / "1f601.webp"])[0])
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
     printed = capsys.readouterr().out

@@ -60,7 +60,7 @@ def model(folder):
 
 def test_features_are_the_towers_and_places_are_counted(model, folder):
     assert model.sees
-    assert model.image_tokens == tiny_sphinx().image_tokens(1) == 10
+    assert model.image_words == tiny_sphinx().image_tokens(1) == 10
     pixels = model.image_processor.open(picture())
     assert torch.equal(pixels, get_transform("padded_resize", 64)(picture()))
     ours, theirs = model.image_processor.features([None, pixels]), random_tower(tiny_sphinx()).encode(pixels[None])
@@ -148,7 +148,7 @@ def test_either_implementation_from_either_layout(folder, model, path, tmp_path,
 
 def test_five_views(tmp_path, path):
     model = load(write_seeing(tmp_path / "model", vision=tiny_clip(), views=5), max_seq_len=96)
-    assert model.image_tokens == 5 * (5 + 2)
+    assert model.image_words == 5 * (5 + 2)
     assert model.image_processor.tower.pixels == 56
     seen = model.compute_logits(PROMPTS[:2], [path, picture()])
     equal(seen[1], model.compute_logits(PROMPTS[1:2], [picture()])[0])
@@ -179,7 +179,7 @@ def test_a_wrapper_of_ranks_takes_images(folder, model, path):
     options = {"with_visual": True, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}
     with MultiGpuWrapper(folder, gpus=2, **options) as wrapper:
         assert wrapper.sees
-        assert wrapper.image_tokens == model.image_tokens
+        assert wrapper.image_words == model.image_words
         assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
         streamed = list(wrapper.stream_generate(PROMPTS[0], str(path), **GENERATE))
         assert streamed[-1]["text"] == model.generate(PROMPTS[:1], [path], **GENERATE)[0]
