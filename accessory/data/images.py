@@ -58,8 +58,6 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         try:
             image.load()
             return _as_rgb(image)
-        except AccessoryError:
-            raise
         except Exception as error:  # on broken bytes, decoders raise errors of any class
             what = "is truncated" if "truncated" in str(error).lower() else "is broken"
             raise InputError(f"{name}: {what} ({_reason(error)}); get it again, or leave it out") from error

@@ -107,10 +107,6 @@ class DeviceMesh:
             dist.all_reduce(tensor, group=self.all.group)
         return tensor
 
-    def wait(self) -> None:
-        if self.all is not None:
-            dist.barrier(group=self.all.group)
-
     def from_first(self, function: Callable[[], T]) -> T:
         """What `function` gives on the first process, on all; an error of the user's or the disk's is raised on all."""
         outcome: tuple[Any, AccessoryError | None] = (None, None)

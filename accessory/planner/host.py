@@ -6,24 +6,26 @@ from accessory.planner.encoders import parameter_count
 from accessory.planner.setup import Setup, Training
 from accessory.planner.weights import projection_groups, trained_parameters
 
+RANKS_OF_A_MACHINE = 8  # at most
+STATES_KEPT = 2  # a recipe's default
 # Host memory of a rank: Python, torch and CUDA; blocks of files on their way to the GPU; a state while it is written.
 PROCESS, FILE_BLOCKS, STATE = 2_500_000_000, 300_000_000, 2_000_000_000
 
 
-def host_bytes(setup: Setup, per_machine: int = 8) -> int:
+def host_bytes(setup: Setup) -> int:
     """Host memory of one machine while a model is loaded or a state is written.
 
-    per_machine: how many ranks run on it at most. Cached pages of files are left out: the system takes them back.
+    Cached pages of files are left out: the system takes them back.
     """
     rank = PROCESS + max(FILE_BLOCKS, STATE if isinstance(setup.task, Training) else 0)
-    return min(setup.gpus, per_machine) * rank
+    return min(setup.gpus, RANKS_OF_A_MACHINE) * rank
 
 
-def disk_bytes(setup: Setup, model: int | None = None, keep: int = 2) -> dict[str, int]:
+def disk_bytes(setup: Setup, model: int | None = None) -> dict[str, int]:
     """What lies on disk, by name: the model; of a finetune its saved states and its result too.
 
-    model: bytes of the model's files, image encoders among them; None: 16 bits a number. keep: how many states a run
-    keeps; one more is there while it is written. A full finetune leaves a whole model in 16 bits, another leaves the
+    model: bytes of the model's files, image encoders among them; None: 16 bits a number. One state more than a run
+    keeps is there while it is written. A full finetune leaves a whole model in 16 bits, another leaves the
     trained parameters alone in fp32.
     """
     total = setup.args.parameter_counts()[0]
@@ -33,6 +35,6 @@ def disk_bytes(setup: Setup, model: int | None = None, keep: int = 2) -> dict[st
     out = {"model": model if model is not None else 2 * total}
     if isinstance(setup.task, Training):
         trained = trained_parameters(setup)
-        out["states"] = (keep + 1) * 12 * trained  # a weight and two moments, fp32
+        out["states"] = (STATES_KEPT + 1) * 12 * trained  # a weight and two moments, fp32
         out["result"] = 2 * total if setup.task.kind == "full" else 4 * trained
     return out

@@ -37,6 +37,6 @@ def option(default: Any, help: str, allowed: Allowed = ANYTHING) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def required(help: str, allowed: Allowed = ANYTHING) -> Any:
+def required(help: str) -> Any:
     """A field that a recipe has to give."""
-    return field(metadata={"help": help, "allowed": allowed})
+    return field(metadata={"help": help, "allowed": ANYTHING})
