@@ -140,4 +140,4 @@ def _format(field: str, value: object) -> Format | None:
         return None
     if value not in STORAGE:
         raise ConfigError(f"{field}: got {value!r}, but it must be one of {', '.join(STORAGE)}, or none")
-    return value  # type: ignore[return-value]
+    return value
