@@ -16,15 +16,18 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Packed rows: which document each token belongs to, and the same as boundaries, for kernels that skip the rest."""
+    """Packed rows: the document of each token, and the same documents as boundaries.
 
-    number_BT: Tensor  # int64; tokens see earlier tokens of equal number in their row
-    start_N: Tensor  # int32 (documents of the whole batch + 1): where each begins in the flattened batch, and its end
-    longest: int  # tokens of the longest one
+    Kernels for packed rows read the boundaries and skip the pairs of tokens from different documents.
+    """
+
+    number_BT: Tensor  # int64; a token sees the earlier tokens of its row that have the same number
+    start_N: Tensor  # int32 (documents of the whole batch + 1): each one's start in the flattened batch, then the end
+    longest: int  # tokens of the longest document
 
     @classmethod
     def of(cls, number_BT: Tensor) -> Documents:
-        """Find the boundaries; on the CPU, where looking at numbers costs nothing."""
+        """Find the boundaries. Call it on the CPU: reading the numbers would make a GPU wait."""
         new_BT = torch.ones_like(number_BT, dtype=torch.bool)
         new_BT[:, 1:] = number_BT[:, 1:] != number_BT[:, :-1]
         start_N = torch.cat([new_BT.flatten().nonzero().squeeze(1), torch.tensor([number_BT.numel()])])
@@ -36,7 +39,7 @@ class Documents(NamedTuple):
 
 @cache
 def _varlen_attention() -> Callable[..., Any] | None:
-    """torch's kernel for packed rows, causal, spelled as this torch spells it."""
+    """torch's causal kernel for packed rows, or None. Versions of torch differ in how they ask for causal attention."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -47,7 +50,7 @@ def _varlen_attention() -> Callable[..., Any] | None:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether torch's kernel for packed rows runs there: CUDA, 16 bits."""
+    """Whether torch has the kernel for packed rows and runs it on this device and dtype: CUDA, 16 bits."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_attention() is not None
 
 
@@ -55,7 +58,8 @@ def _packed(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents
     varlen = _varlen_attention()
     assert varlen is not None, "see has_varlen"
     R = q_BTHd.shape[2] // k_BTGd.shape[2]
-    # Not every torch lets this kernel share heads; the copies are small beside what it saves.
+    # Some versions of torch do not let this kernel share key/value heads, so they are repeated. The copies cost much
+    # less than the kernel saves.
     k_NHd, v_NHd = (t.flatten(0, 1).repeat_interleave(R, dim=1) for t in (k_BTGd, v_BTGd))
     at, longest = documents.start_N, documents.longest
     return varlen(q_BTHd.flatten(0, 1), k_NHd, v_NHd, at, at, longest, longest).view_as(q_BTHd)
@@ -64,9 +68,9 @@ def _packed(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents
 def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | Documents | None) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d) in q's dtype.
 
-    `mask_BTS` (bool) is true where a query may look. None means that the queries are the last T of S positions: one
-    sees every key, T = S is causal attention. Either takes a fused kernel's fastest path. `Documents` are causal
-    attention within each document, T = S.
+    `mask_BTS` (bool) is true where a query may attend to a key. None means that the queries are the last T of S
+    positions: a single query (T = 1) sees every key, and T = S is causal attention. Both take a fused kernel's fastest
+    path. With `Documents`, T = S and attention is causal within each document.
     """
     if isinstance(mask_BTS, Documents):
         return _packed(q_BTHd, k_BSGd, v_BSGd, mask_BTS)
@@ -90,14 +94,15 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor |
 def _causal(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
     if q_BHTd.is_cuda:
         return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=True)
-    # The CPU's fused kernel wants equal head counts; asked for groups it falls back to one that keeps all scores.
+    # The CPU's fused kernel needs equal head counts. With grouped heads torch falls back to a kernel that stores all
+    # scores.
     R = q_BHTd.shape[1] // k_BGSd.shape[1]
     k_BHSd, v_BHSd = (t.repeat_interleave(R, dim=1) for t in (k_BGSd, v_BGSd))
     return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, is_causal=True)
 
 
 def attention_reference(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor) -> Tensor:
-    """The definition, in fp32 and without a fused kernel: the oracle of the tests."""
+    """The definition of `attention`, in fp32 and without a fused kernel. Tests compare with it."""
     R = q_BTHd.shape[2] // k_BSGd.shape[2]
     q, k, v = (
         q_BTHd.float(),

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from accessory.limits import CROSS_ENTROPY_ROWS
 
-# The logits of so many tokens are widened to fp32 at a time.
+# The logits of this many tokens are converted to fp32 at a time.
 ROWS = CROSS_ENTROPY_ROWS
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, label_N: Tensor) -> Tensor:
-        # The gradient is softmax - one-hot: known here already, so the logits need not be widened a second time.
+        # The gradient is softmax - one-hot. It is computed here, so that the logits are converted to fp32 only once.
         wanted = ctx.needs_input_grad[0]
         grad_NV = torch.empty_like(logits_NV) if wanted else None
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
@@ -37,14 +37,14 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # In place: nobody else has it, and it is the largest tensor of a small model's step.
+        # In place: nothing else uses this tensor, and it is the largest one of a small model's step.
         grad_NV, ctx.grad = ctx.grad, None
         return grad_NV.mul_(grads[0].to(grad_NV.dtype)), None
 
 
 def cross_entropy_sum(logits_NV: Tensor, label_N: Tensor) -> Tensor:
-    """Σ_n -log softmax(logits_n)[label_n], () fp32, computed in fp32 whatever the logits' dtype.
+    """Σ_n -log softmax(logits_n)[label_n], () fp32. The sum is computed in fp32 for logits of any dtype.
 
-    No label is left out: pick the rows that are learnt before (`Decoder.forward(rows_N=…)`). Gradients flow once.
+    Every row counts: pick the rows to train on before the call (`Decoder.forward(rows_N=…)`). `backward` works once.
     """
     return _CrossEntropySum.apply(logits_NV, label_N)

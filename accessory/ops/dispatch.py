@@ -1,11 +1,11 @@
-"""Which kernel runs when: one table, from what a product is to the function that computes it.
+"""Which kernel runs when: one table that maps the description of a product to the function that computes it.
 
-`find` takes a `Product`, plain values that say what is multiplied, where, and how much of it. It returns the first row
-of `TABLE` that fits: of several rows that fit, the first one is the quickest. `product` makes a `Product` of tensors.
-The planner asks about networks that are not there yet, so torch is imported in functions only.
+A `Product` holds plain values: what is multiplied, on which device, and how many rows. `find` returns the first row of
+`TABLE` that fits it. Quicker kernels come first in the table. `product` describes tensors as a `Product`. The planner
+asks about networks that do not exist yet, so this module imports torch only inside functions.
 
 A new kernel is a file and a row here. A new format needs no row: it is dequantised before its products until a kernel
-that reads it has one. docs/extending.md lists the steps.
+that reads it has a row. docs/extending.md lists the steps.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: a whole feed-forward of experts, pair
-# by pair. A backward product gives the gradient of the input. dequantize: no product, the weight in 16 or 32 bits.
+# linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
+# (token, expert) pair at a time. A backward product gives the gradient of the input. dequantize: no product, only the
+# weight in 16 or 32 bits.
 Op = Literal["linear", "linear_backward", "grouped", "grouped_backward", "decode", "dequantize"]
 DENSE = "dense"
 
 
 class Product(NamedTuple):
-    """What is to be multiplied. The defaults are those of a plan: a card of compute capability 9.0, in 16 bits."""
+    """Describes a product. The defaults are those of the planner: a card of compute capability 9.0, in 16 bits."""
 
     op: Op
     weight: str = DENSE  # or a format of `accessory.formats`
-    rows: int = 0  # rows of input; of experts, (token, expert) pairs
-    experts: int = 1  # weights of the stack
+    rows: int = 0  # rows of input; for experts, the number of (token, expert) pairs
+    experts: int = 1  # weights in the stack
     in_features: int = 0
     out_features: int = 0
     device: str = "cuda"
-    capability: tuple[int, int] = (9, 0)  # of the card; (0, 0) on a CPU
+    capability: tuple[int, int] = (9, 0)  # the card's compute capability; (0, 0) on a CPU
     dtype: str = "bfloat16"  # of the input
     grad: bool = False  # whether gradients are recorded
-    fused: bool = False  # whether w1 and w3 lie in one tensor
+    fused: bool = False  # whether w1 and w3 are in one tensor
     triton: bool = True  # whether Triton is installed
 
 
@@ -50,17 +51,17 @@ class Kernel(NamedTuple):
 
     op: Op
     function: str  # "module:name" in accessory.ops
-    weights: Collection[str] = ()  # "dense" or formats; none: any quantised weight
+    weights: Collection[str] = ()  # "dense" or formats; empty means any quantised weight
     devices: Collection[str] = ("cpu", "cuda")
-    capability: tuple[int, int] = (0, 0)  # the least
+    capability: tuple[int, int] = (0, 0)  # the lowest compute capability
     dtypes: Collection[str] = ("bfloat16", "float16", "float32")
-    rows: tuple[int, int] | None = None  # the fewest and the most
-    rows_an_expert: int | None = None  # the most, on average
-    multiple: int = 1  # of which both numbers of features must be
+    rows: tuple[int, int] | None = None  # the fewest and the most rows
+    rows_an_expert: int | None = None  # the most rows an expert, on average
+    multiple: int = 1  # in_features and out_features must be multiples of it
     grad: bool = True  # whether it may run where gradients are recorded
     fused: bool = False  # whether it needs w1 and w3 in one tensor
     triton: bool = False  # whether it needs Triton
-    host_free: bool = True  # whether the host need not know which expert got which rows, as a CUDA graph wants it
+    host_free: bool = True  # whether it runs without telling the host which expert got which rows; CUDA graphs need it
 
     def fits(self, p: Product) -> bool:
         return (
@@ -78,7 +79,7 @@ class Kernel(NamedTuple):
         )
 
     def load(self) -> Callable[..., Tensor]:
-        """The function, its module imported."""
+        """Import the function's module and return the function."""
         return _load(self.function)
 
 
@@ -86,10 +87,10 @@ _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
-_TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # that ops/triton/packed.py reads
+_TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
 
 TABLE: tuple[Kernel, ...] = (
-    # A dense weight alone has one product everywhere, torch's, and `ops.linear` calls it without asking.
+    # A single dense weight needs no row: `ops.linear` always calls torch's product.
     Kernel("linear", "triton.packed:linear", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
            grad=False, triton=True),
     Kernel("linear", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
@@ -125,12 +126,12 @@ TABLE: tuple[Kernel, ...] = (
 
 @lru_cache(maxsize=4096)
 def find(product: Product) -> Kernel | None:
-    """The kernel for a product; None where no row fits, which for "decode" means: compute the experts grouped."""
+    """The kernel for a product, or None where no row fits. For "decode", None means: use grouped products instead."""
     return next((kernel for kernel in TABLE if kernel.fits(product)), None)
 
 
 def choose(product: Product) -> Kernel:
-    """`find`, where the table has a row for everything. LookupError names the product where it has none."""
+    """`find` for operations that need a kernel. Raises LookupError with the product where no row fits."""
     kernel = find(product)
     if kernel is None:
         raise LookupError(f"no kernel for {product}")
@@ -138,10 +139,10 @@ def choose(product: Product) -> Kernel:
 
 
 def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
-    """Whether a layer's experts run without the host learning which tokens they got, as a CUDA graph wants it.
+    """Whether a layer's experts run without the host learning which tokens they got. A CUDA graph needs that.
 
-    decode: their product pair by pair, None where that is no choice. grouped: all products of the other way, empty
-    where it always waits for the host.
+    decode: the "decode" product, None where the experts cannot run pair by pair. grouped: all grouped products that
+    run otherwise; empty where that path always waits for the host.
     """
     kernel = None if decode is None else find(decode)
     if kernel is not None:
@@ -151,10 +152,10 @@ def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
 
 
 def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, grad: bool | None = None) -> Product:
-    """What multiplying x (…, I) by `weight` is: a tensor or `Packed`, (O, I) or a stack (E, O, I).
+    """Describes the product of x (…, I) and `weight`, a tensor or `Packed`: (O, I) or a stack (E, O, I).
 
-    rows: rows of x, or of experts the number of (token, expert) pairs. grad: whether gradients are recorded, by default
-    what torch says.
+    rows: rows of x; for experts, the number of (token, expert) pairs. grad: whether gradients are recorded, by default
+    `torch.is_grad_enabled()`.
     """
     import torch
 

@@ -1,13 +1,13 @@
-"""nf4's scales in 8 bits, bitsandbytes' "double quantisation" (arXiv 2305.14314): what 64 numbers share takes a byte.
+"""nf4's scales in 8 bits: bitsandbytes' "double quantisation" (arXiv 2305.14314). A scale of 64 numbers takes a byte.
 
-A matrix's scales, less their mean, are taken 256 at a time, as they follow one another through its rows. A block's
-largest magnitude scales it; each number becomes the nearest of 256 values, which are close together near zero.
+The mean of a matrix's scales is subtracted from them. The scales then form blocks of 256, row after row. The largest
+magnitude of a block scales the block. Each scale becomes the nearest of 256 values, which are close together near zero.
 
     scale = VALUES[code] · nested + offset
 
-A block may begin and end inside a row. So that a cut of the matrix still has all that belongs to it, `nested` is kept
-for every S scales of a row, the largest number that divides a row's and a block's (64 of a row of 4096 numbers, 32 of
-one of 14336), and `offset` for every row.
+A block may begin and end inside a row, but a cut of the matrix must still have all its numbers. Therefore `nested` is
+stored for every S scales of a row, and `offset` for every row. S is the largest number that divides both the scales of
+a row and a block's 256: 64 for a row of 4096 numbers, 32 for a row of 14336.
 
 Legend: O out, G scales of a row, H = G / S, N scales of a matrix, B blocks.
 """
@@ -24,14 +24,15 @@ from torch import Tensor
 from accessory.formats import DOUBLE_QUANTIZATION_BLOCK, nested_scales
 
 BLOCK = DOUBLE_QUANTIZATION_BLOCK
-# bitsandbytes' library for CPUs looks codes up for values on a grid of 16 bits, its CUDA kernels compare with the
-# middles between values: near a middle they may differ by one code.
+# bitsandbytes' CPU library first rounds a number to a grid of 16 bits and looks its code up there. Its CUDA kernels
+# compare with the middles between values. Near a middle the two may differ by one code.
 GRID = 2**16 - 1
 
 
 @cache
 def values(device: torch.device) -> Tensor:
-    """What the 256 codes stand for, ascending, fp32: decades from 10⁻⁶ to 1, each with twice the values of the last."""
+    """The values of the 256 codes, ascending, fp32 (256,). Decades go from 10⁻⁶ to 1; each has twice as many values as
+    the one before."""
     found = [0.0, 1.0]
     for decade in range(7):
         ends = torch.linspace(0.1, 1, 2**decade + 1)
@@ -53,14 +54,17 @@ def _grid(device: torch.device) -> Tensor:
 
 
 def nearest(x: Tensor, on_grid: bool) -> Tensor:
-    """The codes (uint8) of numbers between -1 and 1; `on_grid`: of the nearest of 65,536 even steps."""
+    """The codes (uint8) of numbers between -1 and 1. `on_grid` first rounds them to 65,536 even steps."""
     if on_grid:
         return _grid(x.device)[((x + 1) * (GRID / 2) + 0.5).to(torch.int32).clamp_(0, GRID)]
     return torch.bucketize(x, _middles(x.device)).to(torch.uint8)
 
 
 def compress(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (…, O, G) uint8, nested (…, O, H) and offset (…, O), both fp32, of a matrix's scales or a stack's, fp32."""
+    """Compress the fp32 scales (…, O, G) of a matrix or a stack.
+
+    Returns codes (…, O, G) uint8, nested (…, O, H) fp32 and offset (…, O) fp32.
+    """
     if scale.dim() > 2:
         parts = zip(*(compress(matrix) for matrix in scale), strict=True)
         code, nested, offset = (torch.stack(part) for part in parts)
@@ -79,13 +83,16 @@ def compress(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expand(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-    """The scales (…, O, G), fp32."""
+    """Undo `compress`: the scales (…, O, G), fp32."""
     value = values(code.device)[code.int()].unflatten(-1, (nested.shape[-1], -1))
     return (value * nested[..., None]).flatten(-2).add_(offset[..., None])
 
 
 def columns_of_nested(groups: int, nested: int, start: int, length: int) -> list[int]:
-    """Which of a row's `nested` numbers are those of a cut of `length` of its `groups` scales, from `start` on."""
+    """Which of a row's `nested` numbers a cut of the row needs.
+
+    The row has `groups` scales; the cut has `length` of them, from `start` on.
+    """
     whole = groups // nested
     own = math.gcd(whole, start, length)
     return [(start + at) // whole for at in range(0, length, own)]

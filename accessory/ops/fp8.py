@@ -1,8 +1,9 @@
-"""Products in fp8, where a card has them: fp8 weights as they are stored, inputs rounded row by row on the way in.
+"""Products in fp8 on cards that have them. fp8 weights are used as they are stored; inputs are rounded row by row.
 
-A row of the input is scaled so that its largest number is the format's largest; the product's rows and columns are
-scaled back at the end. Beside dequantised weights in 16 bits this rounds the inputs too, to 4 significant bits each.
-For many tokens without gradients; decoding reads weights in place, and training dequantises exactly.
+Each row of the input is scaled so that its largest number becomes the format's largest. The product's rows and columns
+are scaled back at the end. A product with dequantised weights in 16 bits rounds the weights only; this one also rounds
+the inputs, to 4 significant bits each. It serves many tokens without gradients: decoding reads weights in place, and
+training dequantises exactly.
 
 Legend: T tokens, N rows sorted by expert, E experts, O out, I in features.
 """
@@ -30,7 +31,7 @@ def fp8_linear(x_TI: Tensor, packed: Packed) -> Tensor:
 
 
 def fp8_grouped_linear(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, `count_E` of each, times an fp8 stack (E, O, I): (N, O) bf16."""
+    """Rows of x, sorted by expert, times an fp8 stack (E, O, I): (N, O) bf16. `count_E`: rows of each expert."""
     q_NI, scale_N1 = to_fp8_rows(x_NI)
     end_E = count_E.cumsum(0).to(torch.int32)
     return torch._scaled_grouped_mm(

@@ -1,10 +1,10 @@
-"""GPTQ (arXiv 2210.17323): int4 and int8 numbers chosen so that a product's outputs, not the weight, change least.
+"""GPTQ (arXiv 2210.17323): rounds to int4 and int8 so that a product's outputs change least, rather than the weight.
 
-Over the inputs x that a calibration text sends through a linear weight W, the outputs' squared error is the trace of
-(W - W') H (W - W')ᵀ with H = Σ x xᵀ. Columns are rounded one after the other, those of the largest inputs first; the
-error that each one makes is worked into the columns still to come, by factors out of H's inverse. int4's scales and
-zero points are searched before: an error counts there what it costs when all other columns have made the best of it.
-int8's are those of its rows, whose steps are fine enough.
+A calibration text sends inputs x through a linear weight W. Over them, the outputs' squared error is the trace of
+(W - W') H (W - W')ᵀ with H = Σ x xᵀ. Columns are rounded one after the other; columns with the largest inputs come
+first. The columns that follow are corrected for the error of each rounded column, with factors from H's inverse. int4's
+scales and zero points are searched before that. The search weighs an error by its cost after all other columns have
+been corrected as well as possible. int8 keeps plain rounding's scale of each row, because its steps are fine enough.
 
 Legend: O out, I in features, G groups of a row, n columns of a block.
 """
@@ -20,18 +20,19 @@ from accessory.formats import GROUP, Format
 from accessory.ops.quantized import Packed, int4_with, packed_shapes, quantize
 from accessory.ops.quantized_search import MANY_ROUNDS, MANY_STARTS, search_int4, search_scales
 
-# Of the mean of H's diagonal, added to all of it: what is not in the text may come all the same. Few inputs say little
-# about the rest of the features, so their word counts less; measured on inputs that were not calibrated on.
+# Shares of the mean of H's diagonal. A share is added to the whole diagonal, because inputs that the calibration text
+# lacks may still come later. With few inputs H is less certain, so the share is larger. The numbers were measured on
+# inputs that calibration had not seen.
 DAMPING_LEAST, DAMPING_MOST, DAMPING_AT_ONE_INPUT_A_FEATURE = 0.01, 1.0, 0.1
 BLOCK = 128
 
 
 def gptq(weight: Tensor, format: Format, hessian_II: Tensor, tokens: int) -> Packed:
-    """int4 or int8 of a weight (O, I) for inputs, `tokens` of them, with Σ x xᵀ = `hessian_II` of any scale; in fp32.
+    """Quantise a weight (O, I) to int4 or int8 for the inputs of a calibration text. Computes in fp32.
 
-    Weights of the same inputs are best given at once, one above the other. Where nothing came in (H = 0), or what came
-    is not finite, int4's scales are searched and numbers rounded to the nearest. ConfigError where I has no whole
-    groups.
+    hessian_II: Σ x xᵀ over the inputs, at any scale. tokens: the number of inputs. Weights with the same inputs are
+    best stacked along O and quantised in one call. Where no input came (H = 0), or H is not finite, int4's scales are
+    searched without H and numbers are rounded to the nearest. ConfigError where I has no whole groups.
     """
     packed_shapes(format, tuple(weight.shape))
     weight = weight.detach().float()
@@ -46,7 +47,7 @@ def gptq(weight: Tensor, format: Format, hessian_II: Tensor, tokens: int) -> Pac
         done_OI = _compensated(weight, upper_II, order_I, [0] * len(order_I), scale_O[:, None], None)
         inverse_O = torch.where(scale_O > 0, 1.0 / scale_O, 0.0)
         return Packed("int8", (done_OI * inverse_O[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_O)
-    # The diagonal of H⁻¹ = UᵀU, back in the weight's order: the reciprocal of what an error in that column must cost.
+    # The diagonal of H⁻¹ = UᵀU, back in the weight's order. Its reciprocal is the least cost of an error in a column.
     importance_I = torch.empty_like(upper_II[0]).index_copy_(0, order_I, upper_II.square().sum(0).reciprocal())
     scale_OG, zero_OG = search_scales(weight, importance_I, starts=MANY_STARTS, rounds=MANY_ROUNDS)
     groups = (order_I // GROUP["int4"]).tolist()
@@ -61,9 +62,12 @@ def _compensated(
     scale_OG: Tensor,
     zero_OG: Tensor | None,
 ) -> Tensor:
-    """Every column as what it was rounded to, (O, I): rounding that again gives the same numbers. `groups`: those of
-    the columns in order; without zero points codes are -127 … 127, else 0 … 15."""
-    left_IO = weight.t()[order_I]  # a copy, with each column of the weight in one piece
+    """Round all columns in order, correcting those that follow: (O, I) fp32, the values that the codes stand for.
+
+    Plain rounding of the result gives the same codes. `groups`: the group of each column, in order. Codes are
+    -127 … 127 without zero points, else 0 … 15.
+    """
+    left_IO = weight.t()[order_I]  # a copy, in which each column of the weight is contiguous
     scale_GO = scale_OG.t().contiguous()
     inverse_GO = torch.where(scale_GO > 0, 1.0 / scale_GO, 0.0)
     zero_GO = torch.zeros_like(scale_GO) if zero_OG is None else zero_OG.t().contiguous()
@@ -77,23 +81,26 @@ def _compensated(
 
 
 def damping_for(features: int, tokens: int) -> float:
-    """How much `tokens` inputs of `features` numbers are to be trusted, as the share of H's mean diagonal to add."""
+    """The share of H's mean diagonal to add to the diagonal: more for fewer `tokens` (inputs) a feature."""
     share = DAMPING_AT_ONE_INPUT_A_FEATURE * features / max(1, tokens)
     return min(max(share, DAMPING_LEAST), DAMPING_MOST)
 
 
 def inverse_root(hessian_II: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with UᵀU = H⁻¹, up to H's scale, H damped: row i holds how column i's error spreads."""
+    """The upper triangular U with UᵀU = H⁻¹ for the damped H, up to H's scale, fp32 (I, I).
+
+    Row i has the factors by which column i's error changes the columns that follow.
+    """
     I, mean = len(hessian_II), float(hessian_II.diagonal().mean())  # noqa: E741
     while True:
-        # H = RRᵀ with R upper triangular is a Cholesky decomposition read backwards; U is R's inverse.
+        # H = RRᵀ with an upper triangular R is the Cholesky decomposition of H with rows and columns reversed. U = R⁻¹.
         backwards_II = hessian_II.float().flip(0, 1).div_(mean)
         backwards_II.diagonal().add_(damping)
         lower_II, failed = torch.linalg.cholesky_ex(backwards_II)
         if not int(failed):
             identity_II = torch.eye(I, device=lower_II.device)
             return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1)
-        damping *= 10  # rounding had made H indefinite
+        damping *= 10  # rounding errors had made H indefinite
         assert damping < 1e6, "H is no sum of x xᵀ, or not finite"
 
 
@@ -106,8 +113,10 @@ def _round_block(
     zero_GO: Tensor,
     codes: tuple[int, int],
 ) -> Tensor:
-    """Round the columns of a block in turn, where they lie, to the least … the largest of `codes`, correcting its later
-    ones; returns the errors (n, O), each over its own factor."""
+    """Round a block's columns one after the other, in place, and correct the block's later columns.
+
+    codes: the smallest and the largest code. Returns the errors (n, O), each divided by its column's diagonal factor.
+    """
     error_nO = torch.empty_like(now_nO)
     own_n = upper_nn.diagonal().tolist()
     for i, group in enumerate(groups):

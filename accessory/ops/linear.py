@@ -1,9 +1,9 @@
-"""Linear and grouped products: what the weight is decides how it meets its input.
+"""Linear and grouped products with dense and quantised weights, with or without a bias and a LoRA adapter.
 
-A weight is a tensor, or `Packed` where it is quantised, alone or with its bias and its LoRA (`Weight`). Of the kernels
-that compute a product, `ops.dispatch` chooses one.
+A weight is a tensor, or `Packed` where it is quantised. `Weight` adds its bias and its LoRA adapter. `ops.dispatch`
+chooses the kernel of each product.
 
-Legend: I in features, O out features, r LoRA's rank, E experts, N rows sorted by expert. A stack has a leading E.
+Legend: I in features, O out features, r LoRA rank, E experts, N rows sorted by expert. A stack has a leading E.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from accessory.ops.quantized_products import packed_grouped, packed_linear
 
 
 class Weight(NamedTuple):
-    """The weight of a linear, or a stack, with its adapter: y = W x + scale · B (A x) + bias."""
+    """The weight of a linear layer, or a stack of them, with its LoRA adapter: y = W x + scale · B (A x) + bias."""
 
     weight: Tensor | Packed  # (O, I) or (E, O, I)
     bias: Tensor | None = None  # (O,) or (E, O)
@@ -34,15 +34,15 @@ class Weight(NamedTuple):
         return self.bias is None and self.lora_a is None
 
     def scaled(self, low: Tensor) -> Tensor:
-        """A x (…, r) times LoRA's scale: here, where there are r numbers a token and not O."""
+        """`low` = A x (…, r) times the LoRA scale. Scaling here touches r numbers a token; after B it would be O."""
         return low if self.lora_scale == 1.0 else low * self.lora_scale
 
     def unbind(self) -> list[Weight]:
-        """The weights of a stack, one an expert."""
+        """Split a stack into one weight per expert."""
         E = self.weight.shape[0]
 
         def entries(stack: Tensor | None) -> Sequence[Tensor | None]:
-            # Not one by one: the gradient of each entry would then be a whole stack, zero but for that entry.
+            # Indexing would make the gradient of each entry a whole stack that is zero outside that entry.
             return [None] * E if stack is None else stack.unbind()
 
         weights: Sequence[Tensor | Packed]
@@ -52,7 +52,7 @@ class Weight(NamedTuple):
 
 
 def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = None) -> Tensor:
-    """x (…, I) times a weight, in x's dtype: trained weights are kept in fp32, whatever the network computes in."""
+    """x (…, I) times a weight: (…, O) in x's dtype. Dense weights are cast to it, because trained weights are fp32."""
     if isinstance(weight, Weight):
         y = linear(x, weight.weight, weight.bias)
         if weight.lora_a is None or weight.lora_b is None:
@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Tensor | Packed | Weight, bias_O: Tensor | None = 
 
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their expert's weight, plus its LoRA and bias: (N, O) in x's dtype."""
+    """Rows of x, sorted by expert, times their expert's weight, plus its LoRA adapter and bias: (N, O) in x's dtype."""
     if isinstance(weight_EOI, Weight):
         w = weight_EOI
         y_NO = grouped_linear(x_NI, w.weight, count_E)
@@ -83,6 +83,6 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, count_E: 
 
 
 def grouped_products(x_NI: Tensor, weight_EOI: Tensor | Packed | Weight, rows: int) -> list[Product]:
-    """What `grouped_linear` would ask `ops.dispatch` for `rows` rows like those of x."""
+    """The products for which `grouped_linear` would ask `ops.dispatch`, with `rows` rows like those of x."""
     w = weight_EOI if isinstance(weight_EOI, Weight) else Weight(weight_EOI)
     return [product("grouped", x_NI, stack, rows) for stack in (w.weight, w.lora_a, w.lora_b) if stack is not None]

@@ -12,7 +12,7 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · w over the last dimension; fp32 in and out."""
     if x.device.type == "cpu" and x.numel() == len(weight_D) and not torch.is_grad_enabled():
-        # Decoding on a CPU: with one row its scale is a plain number, a third of the operations.
+        # Decoding on a CPU: one row's scale is a plain number, which takes a third of the operations.
         row_D = x.view(-1)
         return x.mul(1 / math.sqrt(torch.dot(row_D, row_D).item() / len(row_D) + eps)).mul_(weight_D)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)

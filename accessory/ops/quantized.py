@@ -1,6 +1,7 @@
-"""Quantised weights: how five formats round, and what they mean (`dequantize`). `formats` has their bytes.
+"""Quantised weights: how five formats round (`quantize`) and which values they store (`dequantize`).
 
-A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in bytes a number:
+`accessory.formats` has the formats' sizes. A weight, or a stack of weights, is (…, O, I); products sum over I. The
+formats, with their bytes a number:
 
     int8   1     per row: w = q · scale, q in -127 … 127
     fp8    1     per row: w = q · scale, q in float8 e4m3
@@ -8,8 +9,8 @@ A weight, or a stack of weights, is (…, O, I): I is the reduction. Formats, in
     nf4    0.563 blocks of 64 along I: w = table[q] · scale, scale fp32: the largest magnitude (arXiv 2305.14314)
     nf4-dq 0.518 the same blocks and numbers; scales in 8 bits, centred and scaled again (`ops.double_quantization`)
 
-Two 4-bit numbers share a byte, the even one in its high half, as bitsandbytes packs nf4. Groups lie inside rows, so a
-cut along O or, at multiples of the group, along I leaves a weight's numbers what they are.
+Two 4-bit numbers share a byte. The even one is in the high half, as bitsandbytes packs nf4. A group is part of one row,
+so a cut along O, or along I at multiples of the group, does not change a weight's numbers.
 
 Legend: O out, I in features, E experts, G groups of a row, T rows of input.
 """
@@ -31,7 +32,7 @@ from accessory.ops import double_quantization
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
 FP8_LARGEST = 448.0
 
-# The quantiles of a normal distribution that nf4 rounds to; constants of the format.
+# The values that nf4 rounds to, quantiles of a normal distribution; constants of the format.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -44,14 +45,14 @@ PIECES = ("data", "scale", "zero", "nested", "offset")
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight (O, I), or a stack (E, O, I), as the tensors it is made of."""
+    """A quantised weight (O, I), or a stack (E, O, I), as the tensors that store it."""
 
     format: Format
-    data: Tensor  # int8, float8 (…, O, I); uint8 (…, O, I/2)
-    scale: Tensor  # fp32 (…, O) or (…, O, G); bf16 (…, O, G) of int4, uint8 of nf4-dq
-    zero: Tensor | None = None  # uint8 (…, O, G) of int4
-    nested: Tensor | None = None  # fp32 (…, O, H) of nf4-dq, and
-    offset: Tensor | None = None  # fp32 (…, O)
+    data: Tensor  # int8, fp8: int8, float8 (…, O, I); 4-bit formats: uint8 (…, O, I/2)
+    scale: Tensor  # int8, fp8: fp32 (…, O); int4: bf16 (…, O, G); nf4: fp32 (…, O, G); nf4-dq: uint8 (…, O, G)
+    zero: Tensor | None = None  # int4: uint8 (…, O, G)
+    nested: Tensor | None = None  # nf4-dq: fp32 (…, O, H)
+    offset: Tensor | None = None  # nf4-dq: fp32 (…, O)
 
     @property
     def shape(self) -> torch.Size:
@@ -74,7 +75,7 @@ class Packed:
         return self.map(lambda t: t[expert])
 
     def narrow(self, dim: int, start: int, length: int) -> Packed:
-        """A cut along O (dim 0) or I (dim 1) of a weight; along I at whole groups, or ConfigError."""
+        """A cut of a weight (O, I) along O (dim 0) or I (dim 1). ConfigError where a cut along I splits a group."""
         if dim == 0:
             return self.map(lambda t: t.narrow(0, start, length))
         group = GROUP.get(self.format)
@@ -88,7 +89,7 @@ class Packed:
         return Packed(self.format, data, scale, zero, nested, self.offset)
 
     def columns_of_nested(self, start: int, length: int) -> list[int]:
-        """Of an nf4-dq weight, which columns of `nested` belong to a cut along I at whole groups."""
+        """The columns of an nf4-dq weight's `nested` that a cut along I at whole groups needs."""
         assert self.nested is not None, "only nf4-dq has nested scales"
         group = GROUP[self.format]
         return double_quantization.columns_of_nested(
@@ -96,7 +97,7 @@ class Packed:
         )
 
     def with_plain_scales(self) -> Packed:
-        """The same weight as nf4 where it is nf4-dq, for kernels that read scales as they are; else itself."""
+        """An nf4-dq weight as nf4, for code that reads plain scales. Other formats are returned as they are."""
         if self.nested is None or self.offset is None:
             return self
         return Packed("nf4", self.data, double_quantization.expand(self.scale, self.nested, self.offset))
@@ -106,15 +107,15 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Rounding(NamedTuple):
-    """What a format does to a weight. `formats.STORAGE` says how many bytes that takes."""
+    """The functions of a format. `formats.STORAGE` says how many bytes it takes."""
 
-    shapes: Callable[[tuple[int, ...], int], Shapes]  # of the pieces of a weight with such rows of I numbers
-    quantize: Callable[[Tensor], Packed]  # of an fp32 weight (…, O, I)
-    dequantize: Callable[[Packed], Tensor]  # in fp32
+    shapes: Callable[[tuple[int, ...], int], Shapes]  # from (…, O) and I: shape and dtype of each tensor of `Packed`
+    quantize: Callable[[Tensor], Packed]  # takes an fp32 weight (…, O, I)
+    dequantize: Callable[[Packed], Tensor]  # gives fp32 (…, O, I)
 
 
 def packed_shapes(format: str, shape: tuple[int, ...]) -> Shapes:
-    """Shape and dtype of each tensor that a weight (…, O, I) is made of. ConfigError where I has no whole groups."""
+    """Shape and dtype of each tensor that stores a weight (…, O, I). ConfigError where I has no whole groups."""
     check_cut(format, 0, shape[-1])
     return ROUNDINGS[format].shapes(shape[:-1], shape[-1])
 
@@ -143,10 +144,10 @@ def _nf4_dq_shapes(rows: tuple[int, ...], I: int) -> Shapes:  # noqa: E741
 
 
 def quantize(weight: Tensor, format: str) -> Packed:
-    """Round a weight, or a stack, to a format. Computed in fp32, wherever the weight lies.
+    """Round a weight (…, O, I) to a format, in fp32 and on the weight's device.
 
-    int4's scales come from each group's ends; `ops.quantized_search` looks for better ones. ConfigError for an unknown
-    format, and for rows without whole groups.
+    int4's scales come from each group's smallest and largest number; `ops.quantized_search` finds better ones.
+    ConfigError for an unknown format, and for rows without whole groups.
     """
     if format not in ROUNDINGS:
         raise ConfigError(f"quant: got {format!r}, but it must be one of {', '.join(ROUNDINGS)}")
@@ -162,7 +163,7 @@ def _int8(weight: Tensor) -> Packed:
 
 
 def _fp8(weight: Tensor) -> Packed:
-    # Times the inverse: a GPU divides by a number so, and would else round differently from a CPU.
+    # Multiply by the inverse. A GPU divides by a constant in this way, so a division would round differently on a CPU.
     scale = weight.abs().amax(-1) * (1.0 / FP8_LARGEST)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     q = (weight * inverse[..., None]).clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
@@ -170,7 +171,10 @@ def _fp8(weight: Tensor) -> Packed:
 
 
 def int4_with(weight: Tensor, scale: Tensor, zero: Tensor) -> Packed:
-    """int4 at given scales and zero points (…, O, G), both fp32: rounded to what is stored first, numbers to those."""
+    """int4 with given scales and zero points (…, O, G), both fp32.
+
+    Scales and zero points are rounded to their stored dtypes first. The numbers are then rounded with those.
+    """
     scale = scale.to(torch.bfloat16)
     zero = (zero * ZERO_STEPS).round().clamp_(0, 255).to(torch.uint8)
     grouped = weight.unflatten(-1, (-1, GROUP["int4"]))
@@ -180,7 +184,7 @@ def int4_with(weight: Tensor, scale: Tensor, zero: Tensor) -> Packed:
 
 
 def _int4(weight: Tensor) -> Packed:
-    """Scale and zero from each group's smallest and largest number, zero among them."""
+    """Scale and zero point from each group's smallest and largest number; the range always includes zero."""
     grouped = weight.unflatten(-1, (-1, GROUP["int4"]))
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     scale = (high - low) / 15
@@ -190,14 +194,14 @@ def _int4(weight: Tensor) -> Packed:
 def _nf4(weight: Tensor) -> Packed:
     grouped = weight.unflatten(-1, (-1, GROUP["nf4"]))
     scale = grouped.abs().amax(-1)
-    # As bitsandbytes: multiply by the reciprocal, then compare with the middles between neighbours.
+    # As bitsandbytes does: multiply by the reciprocal, then compare with the middles between neighbouring values.
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     q = torch.bucketize(grouped * inverse[..., None], _nf4_middles(weight.device), right=False)
     return Packed("nf4", _pack(q.flatten(-2).to(torch.uint8)), scale)
 
 
 def double_quantized(nf4: Packed) -> Packed:
-    """nf4-dq of a whole matrix, or a stack of such, that is nf4: its scales' mean is over the matrix."""
+    """Turn nf4 into nf4-dq. It needs whole matrices (or a stack of them): the mean of the scales is over a matrix."""
     code, nested, offset = double_quantization.compress(nf4.scale)
     return Packed("nf4-dq", nf4.data, code, None, nested, offset)
 
@@ -223,7 +227,7 @@ def unpack(data: Tensor) -> Tensor:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a quantised weight means, (…, O, I): computed in fp32, rounded once to `dtype`. The formats' reference."""
+    """The values of a quantised weight (…, O, I): computed in fp32, rounded once to `dtype`. Defines the formats."""
     return ROUNDINGS[packed.format].dequantize(packed).to(dtype)
 
 
@@ -243,7 +247,7 @@ def _nf4_values(packed: Packed) -> Tensor:
 
 
 def _groups(packed: Packed) -> Tensor:
-    """4-bit numbers (…, G, numbers of a group), uint8."""
+    """The 4-bit numbers by group: (…, G, numbers of a group), uint8."""
     return unpack(packed.data).unflatten(-1, (-1, GROUP[packed.format]))
 
 

@@ -1,7 +1,7 @@
 """Products with quantised weights, forward and backward. The weights are frozen; gradients flow to the input.
 
-`ops.dispatch` chooses the kernel. Some read a weight where it lies, some dequantise it tile by tile inside the product.
-The functions below dequantise it before the product. None keeps a dequantised weight.
+`ops.dispatch` chooses the kernel. Some kernels read the quantised weight directly. Some dequantise it tile by tile
+inside the product. The functions below dequantise it before the product. None of them keeps the dequantised weight.
 
 Legend: T tokens, N rows sorted by expert, E experts, O out, I in features.
 """
@@ -23,7 +23,7 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """x (…, I) times a quantised weight, (…, O) in x's dtype. Gradients are exact for the dequantised weight."""
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO = _FrozenLinear.apply(x_TI, packed) if torch.is_grad_enabled() else _linear(x_TI, packed)
-    return y_TO.view(*x.shape[:-1], packed.shape[-2])  # not -1: an idle expert of base has no rows
+    return y_TO.view(*x.shape[:-1], packed.shape[-2])  # not -1: an expert may get no rows
 
 
 def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
 
 
 def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """`quantized.dequantize`, by the quickest way where the weight lies."""
+    """`quantized.dequantize` with the quickest kernel of the weight's device: (…, O, I) in `dtype`."""
     kernel = dispatch.choose(dispatch.product("dequantize", packed.data, packed, 0)._replace(dtype="bfloat16"))
     return kernel.load()(packed, dtype)
 
@@ -52,7 +52,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, packed: Packed) -> Tensor:
         ctx.packed = packed
-        # torch has switched gradients off here, but the kernel must be one that training may use.
+        # torch switches gradients off inside `forward`, but the kernel must be one that training may use.
         return _linear(x_TI, packed, grad=True)
 
     @staticmethod
@@ -95,7 +95,7 @@ def dequantized_grouped_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor)
 
 
 def expert_by_expert(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    """One dequantised expert in memory at a time, of those that got rows."""
+    """A loop over the experts that got rows. Only one dequantised expert is in memory at a time."""
     return _each(x_NI, packed, count_E, dequantized_linear, packed.shape[1])
 
 

@@ -1,10 +1,10 @@
-"""int4 with its scales and zero points chosen for the smallest squared error, not for the largest number's sake.
+"""int4 with scales and zero points that minimise the squared error, instead of covering each group's whole range.
 
-A group of 128 numbers is rounded to (q - zero) · scale. Covering its smallest and its largest number wastes most of the
-sixteen values on few; a narrower range cuts those off and is closer to the rest. For given q the best scale and zero
-are a straight line through the points (q, w), weighted least squares; for given scale and zero the best q is the
-nearest. Both steps in turn only ever lower the error, from several beginnings, of which the best is kept. What is
-compared are errors with scale and zero as they are stored, and no group is left worse than plain rounding has it.
+A group of 128 numbers is rounded to (q - zero) · scale. A range from the smallest to the largest number spends most of
+the sixteen values on few numbers. A narrower range clips those and is closer to the rest. For given q the best scale
+and zero come from a straight line through the points (q, w), by weighted least squares. For given scale and zero the
+best q is the nearest. Neither step raises the error. The search alternates them from several starts and takes the best
+result. It compares errors with scale and zero as they are stored. No group ends worse than with plain rounding.
 
 Legend: O out, I in features, G groups of a row, N groups, n numbers of a group.
 """
@@ -19,22 +19,22 @@ from torch import Tensor
 from accessory.formats import GROUP
 from accessory.ops.quantized import ZERO_STEPS, Packed, int4_with, packed_shapes
 
-# Shares of the whole range to begin with. Normal and heavy-tailed groups end between 0.8 and 0.95 of it.
+# The search starts from these shares of the whole range. Normal and heavy-tailed groups end between 0.8 and 0.95 of it.
 STARTS = (0.98, 0.93, 0.88)
 ROUNDS = 3
-# For calibration, where time is spent elsewhere and a few inputs may count more than all others.
+# For calibration, where most time goes elsewhere and a few inputs may count more than all others.
 MANY_STARTS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7, 0.6, 0.5)
 MANY_ROUNDS = 4
-# Numbers searched at a time: what is computed on the way stays in a processor's caches, or fills a GPU.
+# Numbers searched at a time. On a CPU the intermediate tensors then fit its caches; on a GPU they fill the card.
 BLOCK_CPU, BLOCK_GPU = 2**19, 2**26
 
 
 def search_int4(
     weight: Tensor, importance: Tensor | None = None, *, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
 ) -> Packed:
-    """int4 of a weight, or a stack, (…, O, I), each group's squared error searched for its minimum.
+    """Round a weight or a stack (…, O, I) to int4 and search for the smallest squared error of each group.
 
-    `importance` (I,), not negative: what an error counts, by input feature. ConfigError where I has no whole groups.
+    `importance` (I,), not negative: the weight of an error, by input feature. ConfigError where I has no whole groups.
     """
     packed_shapes("int4", tuple(weight.shape))
     weight = weight.detach().float()
@@ -44,7 +44,7 @@ def search_int4(
 def search_scales(
     weight: Tensor, importance: Tensor | None = None, *, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
-    """The scales and zero points (…, O, G), fp32 with values that int4 can store, of an fp32 weight (…, O, I)."""
+    """The best scales and zero points of an fp32 weight (…, O, I): both (…, O, G) fp32, with values int4 can store."""
     n = GROUP["int4"]
     grouped_Nn = weight.reshape(-1, n)
     groups = weight.shape[-1] // n
@@ -83,21 +83,21 @@ def _search(w_Nn: Tensor, h_Nn: Tensor | None, starts: Sequence[float], rounds: 
                 break
             slope_N = (total * sum_wv_N - sum_w_N * sum_v_N) / (total * sum_vv_N - sum_v_N.square())
             offset_N = (sum_w_N - slope_N * sum_v_N) / total
-            fits_N = slope_N > 0  # neither for NaN: all numbers of a group alike, or none of importance
+            fits_N = slope_N > 0  # false for NaN too: all numbers of the group are equal, or all importance is zero
             moved_N = zero_N - offset_N / slope_N
             scale_N, zero_N = _stored(torch.where(fits_N, slope_N, scale_N), torch.where(fits_N, moved_N, zero_N))
-    # Sums of squares are told apart to some digits only, so the last word is had by the errors themselves.
+    # The sums of squares above are exact to a few digits only, so the final comparison uses the errors themselves.
     better_N = _error(w_Nn, h_Nn, *best[1:]) < _error(w_Nn, h_Nn, *plain)
     return torch.where(better_N, best[1], plain[0]), torch.where(better_N, best[2], plain[1])
 
 
 def _stored(scale_N: Tensor, zero_N: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left of a scale and a zero point when they are read again."""
+    """Scale and zero point as they will be read back: rounded to bf16 and to 1/16."""
     return scale_N.to(torch.bfloat16).float(), (zero_N * ZERO_STEPS).round_().clamp_(0, 255).div_(ZERO_STEPS)
 
 
 def _codes(w_Nn: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
-    """As `int4_with` rounds."""
+    """The codes that `int4_with` rounds to."""
     inverse_N = torch.where(scale_N > 0, 1.0 / scale_N, 0.0)
     return (w_Nn * inverse_N[:, None]).add_(zero_N[:, None]).round_().clamp_(0, 15)
 

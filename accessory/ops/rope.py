@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) on interleaved pairs, with the scalings in circulation.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) on interleaved pairs, with the scalings in common use.
 
 Legend: B batch, T tokens, H query heads, G key/value heads, d head_dim, c = d/2 pairs.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 def rope_frequencies(
     head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None, max_seq_len: int = 4096
 ) -> tuple[Tensor, float]:
-    """The angular frequency of each pair, fp32 (c,), and the factor on cos and sin (1.0 but for YaRN).
+    """The angular frequency of each pair, fp32 (c,), and the factor on cos and sin (1.0 except for YaRN).
 
     `scaling` is a checked `ModelArgs.rope_scaling`: linear interpolation (Chen et al., arXiv 2306.15595), Llama 3.1's
     piecewise interpolation, or YaRN (Peng et al., arXiv 2309.00071).
@@ -33,7 +33,7 @@ def rope_frequencies(
 
 
 def _llama3(freq_c: Tensor, factor: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths are interpolated, short ones kept, those between blended linearly."""
+    """Interpolates long wavelengths, keeps short ones, and blends the two linearly in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns_c = scaling["original_max_position_embeddings"] * freq_c / (2 * math.pi)  # over the original context
     keep_c = ((turns_c - low) / (high - low)).clamp(0, 1)
@@ -67,13 +67,13 @@ def _yarn(
 
 
 def rotations(positions_BT: Tensor, freq_c: Tensor, factor: float = 1.0) -> Tensor:
-    """Complex64 rotations (B, T, 1, c) for `apply_rope`, computed once a forward pass and shared by all layers."""
+    """Complex64 rotations (B, T, 1, c) for `apply_rope`. All layers of a forward pass share them."""
     angle_BTc = positions_BT[..., None].float() * freq_c
     return torch.polar(torch.full_like(angle_BTc, factor), angle_BTc).unsqueeze(-2)
 
 
 def apply_rope(q_BTHd: Tensor, k_BTGd: Tensor, rotation_BT1c: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each interleaved pair of queries and keys by its position's angle, in fp32; returns their dtype."""
+    """Turn each interleaved pair of queries and keys by its position's angle. Computes in fp32, returns their dtype."""
     heads = torch.cat((q_BTHd, k_BTGd), dim=2)  # one pass for both
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * rotation_BT1c).flatten(-2).to(heads.dtype)

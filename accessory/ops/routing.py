@@ -1,4 +1,4 @@
-"""Which experts a token visits, in fp32 everywhere, and what the router did.
+"""The router: chooses each token's experts, always in fp32, and counts what it chose.
 
 Legend: T tokens, D dim, E experts, K experts a token.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class RouterStatistics(NamedTuple):
-    """One layer's routing over the tokens that count (no padding); sums, so that statistics of batches add up.
+    """One layer's routing over the counted tokens, without padding. All fields are sums, so batches can be added up.
 
-    `probability_E` carries the router's gradient; the rest does not.
+    `probability_E` carries the router's gradient; the other fields carry none.
     """
 
-    tokens: Tensor  # () how many tokens counted
+    tokens: Tensor  # () number of counted tokens
     count_E: Tensor  # (E,) tokens sent to each expert; sums to tokens · K
     probability_E: Tensor  # (E,) sum over tokens of the fp32 softmax over all experts
     entropy: Tensor  # () sum over tokens of the softmax's entropy, nats
@@ -27,9 +27,9 @@ class RouterStatistics(NamedTuple):
 
 
 def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over all experts, the `k` largest, renormalised to sum to one (Mixtral, arXiv 2401.04088).
+    """Softmax over all experts, then the `k` largest, renormalised to sum to one (Mixtral, arXiv 2401.04088).
 
-    Returns weight_TK (fp32), expert_TK (int64, by falling weight), probability_TE (fp32).
+    Returns weight_TK (fp32), expert_TK (int64, largest weight first), probability_TE (fp32).
     """
     probability_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weight_TK, expert_TK = torch.topk(probability_TE, k, dim=-1)
@@ -39,7 +39,7 @@ def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def router_statistics(
     logits_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, counted_T: Tensor | None = None
 ) -> RouterStatistics:
-    """Statistics over the tokens where `counted_T` (bool) is true, or over all."""
+    """Statistics over the tokens where `counted_T` (bool) is true, or over all tokens without it."""
     if counted_T is None:
         counted_T = torch.ones(probability_TE.shape[0], dtype=torch.bool, device=probability_TE.device)
     mask_T1 = counted_T.float()[:, None]
@@ -56,9 +56,9 @@ def router_statistics(
 
 
 def balance_loss(layers: Sequence[RouterStatistics]) -> Tensor:
-    """Load balance of each layer, E / (T·K) · Σ_e count_e · mean_t p_te, averaged over layers; 1.0 when perfect.
+    """The load-balance loss E / (T·K) · Σ_e count_e · mean_t p_te, averaged over layers; 1.0 for a perfect balance.
 
-    With no token counted it is 0, and its gradient too.
+    Where no token counts, the loss and its gradient are 0.
     """
     per_layer = []
     for s in layers:

@@ -1,1 +1,1 @@
-"""Kernels for GPUs; imported where they are used, because Triton is an extra."""
+"""Triton kernels for GPUs. Functions that use them import them, because Triton is an extra."""

@@ -1,10 +1,10 @@
-"""Decoding: the chosen experts' feed-forward for a few tokens, weights read where they lie.
+"""Decoding: the chosen experts' feed-forward for a few tokens, with the weights read in place.
 
-With one token the layer is bound by reading K experts' weights once, so nothing is gathered, sorted or written back
-between: one kernel reads w1 and w3 and leaves silu(w1 x) ⊙ (w3 x), a second reads w2 and sums the experts by weight.
-The host never learns which experts were chosen, so the whole step can live in a CUDA graph.
+With one token the layer's time is that of reading K experts' weights once. So nothing is gathered or sorted, and two
+kernels do all the work. The first reads w1 and w3 and writes silu(w1 x) ⊙ (w3 x); the second reads w2 and sums the
+experts by weight. The host never learns which experts were chosen, so a CUDA graph can record the whole step.
 
-Legend: T tokens, K experts a token, N = T·K pairs, E experts held here (numbers from `first`), D dim, F hidden dim.
+Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _up_kernel(
     x_ptr, w1_ptr, w3_ptr, expert_ptr, h_ptr, first, experts,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair; pairs with experts held elsewhere write nothing."""
+    """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair. Pairs with another rank's expert write nothing."""
     pair = tl.program_id(1)
     e = tl.load(expert_ptr + pair) - first
     if (e >= 0) & (e < experts):
@@ -67,12 +67,13 @@ def _down_kernel(
 def decode_experts(
     x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
 ) -> Tensor:
-    """Σ_k weight · swiglu of the experts `first … first + E - 1`, (T, D) fp32; sums in fp32, products of x's dtype."""
+    """Σ_k weight · swiglu of the experts `first … first + E - 1`: (T, D) fp32. Sums are in fp32, h is in x's dtype."""
     (T, D), (E, F, _), K = x_TD.shape, w1_EFD.shape, expert_TK.shape[1]
     h_NF = torch.empty(T * K, F, dtype=x_TD.dtype, device=x_TD.device)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
-    # Tiles measured on an H200 at Mixtral-8x7B's sizes: 103 and 55 µs (4.6 and 4.3 TB/s); 4 × 2048 for down takes 100.
+    # Tiles measured on an H200 at Mixtral-8x7B's sizes: 103 and 55 µs (4.6 and 4.3 TB/s). Down takes 100 µs with
+    # 4 × 2048.
     up = {"ROWS": 1, "COLS": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
     down = {"ROWS": 8, "COLS": min(1024, triton.next_power_of_2(F)), "num_warps": 4}
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](

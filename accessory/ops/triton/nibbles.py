@@ -1,10 +1,10 @@
-"""4-bit numbers to floating point in registers: what the kernels of quantised weights share.
+"""Unpacks 4-bit numbers to floating point in registers. The kernels of quantised weights share these functions.
 
-On NVIDIA a word of eight numbers is taken apart by byte permutes (PTX `prmt`), which pick four bytes out of eight at
-once. nf4's sixteen values are kept so, as fp16 in eight registers, instead of being looked up in memory: each is then
-within 3.3e-4 of itself, a sixth of what rounding to bf16 may do. int4's number becomes the last bits of
-an fp32 number's upper half, 128 + q, exactly. Everywhere else, in Triton's interpreter too, `PERMUTE` is off and plain
-arithmetic does the same, nf4 by the exact table.
+On NVIDIA, byte permutes (PTX `prmt`) unpack a word of eight numbers. A permute picks four bytes out of eight at once.
+nf4's sixteen values are in eight registers as fp16, so they need no lookup in memory. The relative error of fp16 is at
+most 3.3e-4 here, a sixth of what rounding to bf16 may add. int4's number q becomes the last bits of the upper half of
+an fp32 number, which is then exactly 128 + q. Elsewhere, and in Triton's interpreter, `PERMUTE` is off. Plain
+arithmetic does the same there, and nf4 uses the exact table.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from accessory.ops.quantized import NF4
 
 
 def _table_words(byte: int) -> list[str]:
-    """The low (0) or high (1) bytes of nf4's values in fp16, four to a word."""
+    """The low (0) or high (1) bytes of nf4's values in fp16, four in a word."""
     column = [struct.pack("<e", value)[byte] for value in NF4]
     return [f"0x{int.from_bytes(bytes(column[i : i + 4]), 'little'):08x}" for i in range(0, 16, 4)]
 
 
 def _nf4_half(shift: bool, mask: str, pairs: tuple[str, str]) -> str:
-    """Four numbers of a word: select by three bits from each half table, by the fourth between the two, join bytes."""
+    """PTX for four numbers of a word. Three bits of a number select from each half of the table, the fourth bit selects
+    between the two halves. Low and high bytes are then joined."""
     low, high = _table_words(0), _table_words(1)
     lines = ["shr.b32 s, s, 16;"] if shift else []
     lines.append(f"prmt.b32 m, w, u, {mask};")  # the fourth bit of each number, as a whole byte
@@ -38,13 +39,13 @@ def _nf4_half(shift: bool, mask: str, pairs: tuple[str, str]) -> str:
     return "\n".join([*lines, f"prmt.b32 {pairs[0]}, l, h, 0x7351;", f"prmt.b32 {pairs[1]}, l, h, 0x6240;"])
 
 
-# Four bytes in; the four high numbers as two pairs of fp16, then the four low ones.
+# In: four bytes. Out: the four high numbers as two pairs of fp16, then the four low ones.
 _NF4_ASM = tl.constexpr(
     "\n".join(
         [
             "{",
             ".reg .b32 w, s, u, m, a, b, l, h;",
-            "mov.b32 w, $4;",  # an output may be given the input's register, and is written before the last read
+            "mov.b32 w, $4;",  # a copy: an output may share the input's register and is written before the last read
             "and.b32 s, w, 0x77777777;",
             "shl.b32 u, w, 4;",
             _nf4_half(False, "0x9D8C", ("$0", "$2")),
@@ -54,7 +55,7 @@ _NF4_ASM = tl.constexpr(
     )
 )
 
-# Four bytes in; out come 128 + q in fp32 for the four high numbers, then for the four low ones.
+# In: four bytes. Out: 128 + q in fp32 for the four high numbers, then for the four low ones.
 _INT4_ASM = tl.constexpr(
     "\n".join(
         [
@@ -73,7 +74,7 @@ _INT4_ASM = tl.constexpr(
 
 @triton.jit
 def nf4_values(byte, table_ptr, PERMUTE: tl.constexpr):
-    """(high, low), fp32: what the two numbers of each byte stand for, unscaled."""
+    """(high, low), fp32: the nf4 values of the two numbers of each byte, before scaling."""
     if PERMUTE:
         high, low = tl.inline_asm_elementwise(
             _NF4_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
@@ -103,7 +104,10 @@ def int4_bias(PERMUTE: tl.constexpr):
 def nested_scale(
     code_ptr, nested_ptr, offset_ptr, table_ptr, row, group, mask, G: tl.constexpr, NESTED: tl.constexpr
 ):  # fmt: skip
-    """nf4-dq's scales (`ops.double_quantization`) of rows and groups, fp32; `table_ptr`: 16 values, then codes."""
+    """nf4-dq's scales (`ops.double_quantization`) of rows and groups, fp32.
+
+    `table_ptr` points to nf4's 16 values, followed by the values of the 256 scale codes.
+    """
     code = tl.load(code_ptr + row.to(tl.int64) * G + group, mask=mask, other=0).to(tl.int32)
     nested = tl.load(nested_ptr + row.to(tl.int64) * (G // NESTED) + group // NESTED, mask=mask, other=0.0)
     return tl.load(table_ptr + 16 + code) * nested + tl.load(offset_ptr + row, mask=mask, other=0.0)
@@ -111,11 +115,11 @@ def nested_scale(
 
 @triton.jit
 def finished(acc, PERMUTE: tl.constexpr):
-    """A product's sums, once the tensor cores are done with them.
+    """Wait until the tensor cores have finished a product's sums, and return the sums.
 
-    Hopper's read their left operand from registers while the program goes on. Triton 3.6 lets a loop's next turn begin
-    meanwhile and may give those very registers to it (seen in its machine code, and in wrong results); it waits where a
-    sum is used at once, if only for this move, which costs nothing.
+    Hopper's tensor cores read their left operand from registers while the program goes on. Triton 3.6 starts the loop's
+    next turn meanwhile and may reuse those registers (seen in its machine code, and in wrong results). Triton waits
+    where a sum is used at once. The move below is such a use and costs nothing.
     """
     if PERMUTE:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)

@@ -1,11 +1,11 @@
-"""Products with quantised weights for a few tokens, and their dequantisation for many, on a GPU.
+"""Products with quantised weights for a few tokens on a GPU, and dequantisation for many tokens.
 
-With few tokens a product is bound by reading its weight once: bytes are unpacked in registers, and what a row or group
-shares, its scale and zero point, is applied once to its sum. With many, a weight is dequantised into the 16 bits that
-the tensor cores want.
+With few tokens a product's time is that of reading its weight once. Bytes are unpacked in registers. The scale and zero
+point of a row or group are applied once, to its sum. With many tokens a weight is dequantised to 16 bits for the tensor
+cores.
 
-Legend: T tokens, K experts a token, N = T·K pairs, E experts held here (numbers from `first`), D dim, F hidden dim, OUT
-out and IN in features, G groups of a row.
+Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim,
+OUT out and IN in features, G groups of a row.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, n
 CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}
 
 
-# A thread sums so many numbers, 16 bytes of them, before it scales: no group is shorter.
+# A thread sums this many numbers (16 bytes) before it applies a scale. No group is shorter.
 CHUNK = tl.constexpr(32)
 
 
 @triton.jit
 def _input_pairs(x_ptr, pair, mask):
-    """(even, odd), fp32: the numbers 2·pair and 2·pair + 1 of x. 16 bits each are loaded as one word."""
+    """(even, odd), fp32: the numbers 2·pair and 2·pair + 1 of x. Two 16-bit numbers are loaded as one word."""
     if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
         word = tl.load(x_ptr.to(tl.pointer_type(tl.uint32)) + pair, mask=mask, other=0)
-        if x_ptr.dtype.element_ty == tl.bfloat16:  # an fp32 number's upper half
+        if x_ptr.dtype.element_ty == tl.bfloat16:  # bf16 is the upper half of an fp32 number
             return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
         else:
             even = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -51,7 +51,7 @@ def _row_dot(
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
     NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS,) fp32: rows of one weight (OUT, IN), which `data_ptr` and the others point to, times x (IN,)."""
+    """(ROWS,) fp32: rows of one weight (OUT, IN) times x (IN,). The pointers point to the tensors of that weight."""
     inside = rows < OUT
     if CODE < 2:
         acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
@@ -120,7 +120,7 @@ def _up_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
     NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair; pairs with experts held elsewhere write nothing."""
+    """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair. Pairs with another rank's expert write nothing."""
     pair = tl.program_id(1)
     e = tl.load(expert_ptr + pair) - first
     if (e >= 0) & (e < experts):
@@ -171,7 +171,7 @@ def _dequantize_kernel(
     BLOCK: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
     NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """Every number of a weight or stack, in fp32 and rounded once; BLOCK bytes a program."""
+    """Every number of a weight or stack, computed in fp32 and rounded once. A program handles BLOCK bytes."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n_bytes
     kind = out_ptr.dtype.element_ty
@@ -193,14 +193,17 @@ def _dequantize_kernel(
             zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * (1.0 / STEPS)
             high, low = (byte >> 4).to(tl.float32) - zero, (byte & 15).to(tl.float32) - zero
         else:
-            high, low = nf4_values(byte, table_ptr, False)  # exactly: this pass is bound by memory anyway
+            high, low = nf4_values(byte, table_ptr, False)  # the exact table: memory bounds this pass anyway
         both = tl.interleave((high * scale).to(kind), (low * scale).to(kind))
         out = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
         tl.store(out_ptr + out, both, mask=out < 2 * n_bytes)
 
 
 def pointers(p: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What kernels are given of a weight: data, scale, zero points or nested scales, offset, and the tables of nf4."""
+    """A weight's tensors for the kernels: data, scale, zero points or nested scales, offset, and nf4's tables.
+
+    The scale stands in for a tensor that the format does not have.
+    """
     zero, offset = p.nested if p.zero is None else p.zero, p.offset
     zero, offset = p.scale if zero is None else zero, p.scale if offset is None else offset
     return p.data, p.scale, zero, offset, _tables(p.data.device)
@@ -217,15 +220,16 @@ def constants(p: Packed) -> dict[str, Any]:
 
 
 def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
-    """`ops.quantized.dequantize`, one pass over memory."""
+    """`ops.quantized.dequantize` in one pass over memory: (…, O, I) in `dtype`."""
     out = torch.empty(p.shape, dtype=dtype, device=p.data.device)
     n, block = p.data.numel(), 1024
     _dequantize_kernel[(triton.cdiv(n, block),)](*pointers(p), out, n, IN=p.shape[-1], BLOCK=block, **constants(p))
     return out
 
 
-# (rows, columns, warps) of a program, by format and kernel: the best of 24 on an H100 at Mixtral-8x7B's sizes, in µs
-# (floor): int8 92, 59, 9 (78, 39, 6); fp8 90, 59, 9 (the same); int4 64, 45, 7 (41, 21, 3); nf4 87, 54, 9 (44, 22, 3).
+# (rows, columns, warps) of a program, by format and kernel: the best of 24 on an H100 at Mixtral-8x7B's sizes. µs of
+# up, down, linear, with the time of reading the weight once in brackets: int8 92, 59, 9 (78, 39, 6); fp8 90, 59, 9 (the
+# same); int4 64, 45, 7 (41, 21, 3); nf4 87, 54, 9 (44, 22, 3).
 TILES = {
     "int8": {"up": (4, 2048, 4), "down": (1, 1024, 4), "linear": (1, 1024, 4)},
     "fp8": {"up": (2, 2048, 4), "down": (1, 1024, 4), "linear": (2, 4096, 4)},
@@ -241,7 +245,7 @@ def _tile(p: Packed, kernel: str, columns: int) -> dict[str, int]:
 
 
 def linear(x_TI: Tensor, p: Packed) -> Tensor:
-    """x (T, IN) times a quantised weight, (T, OUT) in x's dtype; meant for few tokens: each reads the weight anew."""
+    """x (T, IN) times a quantised weight: (T, OUT) in x's dtype. For few tokens: each token reads the weight again."""
     (T, IN), OUT = x_TI.shape, p.shape[0]
     x_TI = x_TI.contiguous()
     y_TO = torch.empty(T, OUT, dtype=x_TI.dtype, device=x_TI.device)

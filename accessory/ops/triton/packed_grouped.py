@@ -1,11 +1,11 @@
-"""Products of many rows with quantised weights, dequantised tile by tile on the way to the tensor cores.
+"""Products of many rows with quantised weights. A weight is dequantised tile by tile, just before the tensor cores.
 
-Rows lie sorted by expert. A program takes a tile of one expert's rows and a tile of its weight, and finds out which
-ones from the experts' counts, on the device: nothing waits for the host, and a CUDA graph can hold it. Weights become
-16 bits as `dequantize` makes them (nf4's table as in `nibbles`); sums are in fp32.
+Rows are sorted by expert. A program multiplies a tile of one expert's rows by a tile of that expert's weight. It finds
+its tiles from the experts' counts on the device, so nothing waits for the host and a CUDA graph can record the product.
+Weights become 16 bits as in `dequantize` (nf4's values as in `nibbles`); sums are in fp32.
 
-Legend: N rows sorted by expert, E experts, OUT out and IN in features, G groups of a row; a tile has M rows of x, and
-of the weight P numbers along what the product keeps and R along what it sums over.
+Legend: N rows sorted by expert, E experts, OUT out and IN in features, G groups of a row. A tile of x has M rows. A
+tile of the weight has P numbers along the dimension that the product keeps, and R along the one that it sums over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accessory.ops.triton.packed import constants, pointers
 
 @triton.jit
 def _find_tile(count_ptr, tile, E: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, N):
-    """(expert, first row, end of the expert's rows) of the tile-th tile of M rows; expert E: there are fewer tiles."""
+    """(expert, first row, end of the expert's rows) of tile number `tile` of M rows. Expert E: no such tile exists."""
     if E == 1:
         return 0, tile * M, N
     else:
@@ -44,8 +44,11 @@ def _place(
     count_ptr, N, KEEPS: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """(block of P of what the product keeps, expert, first row, end of the expert's rows) of this program; SIDE blocks
-    take the same rows one after the other."""
+    """(block, expert, first row, end of the expert's rows) of this program.
+
+    A block is P numbers along the dimension that the product keeps. SIDE consecutive programs take SIDE blocks of the
+    same rows.
+    """
     across: tl.constexpr = (KEEPS + P - 1) // P
     tiles = tl.num_programs(0) // across
     turn = tl.program_id(0) // (SIDE * tiles)
@@ -60,7 +63,7 @@ def _scales(
     scale_ptr, zero_ptr, offset_ptr, table_ptr, row, group, IN: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """(factor, what to subtract), fp32, of rows (A,) and groups (B,) of a weight: (A, B)."""
+    """(factor, subtrahend) of rows (A,) and groups (B,) of a weight: both fp32 (A, B). Only int4 needs the second."""
     G: tl.constexpr = IN // GROUP
     group = tl.minimum(group, G - 1)
     if CODE == 4:
@@ -81,7 +84,7 @@ def _values(
     data, scale, less, table_ptr, A: tl.constexpr, B: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a weight, (A, B) fp32, of what was loaded of it: bytes and, of each group, `_scales`."""
+    """A tile of a weight, (A, B) fp32, from its loaded bytes and the `_scales` of its groups."""
     if CODE < 2:
         return data.to(tl.float32) * scale
     else:
@@ -93,7 +96,7 @@ def _values(
             high = tl.reshape(high, (A, B // GROUP, GROUP // 2))
             low = tl.reshape(low, (A, B // GROUP, GROUP // 2))
             scale, less = scale[:, :, None], less[:, :, None]
-        if CODE == 2:  # one rounding, as (q - zero) · scale has: both products are exact
+        if CODE == 2:  # rounds once, as (q - zero) · scale does, because both products are exact
             high, low = tl.fma(high, scale, -less), tl.fma(low, scale, -less)
         else:
             high, low = high * scale, low * scale
@@ -144,7 +147,7 @@ def _forward_kernel(
                 data = tl.load(at_data, mask=byte[None, :] < (left if CODE < 2 else left // 2), other=0.0)
                 x = tl.load(at_x, mask=col[None, :] < left, other=0.0)
             w = _values(data, scale, less, table_ptr, P, R, CODE, GROUP, PERMUTE).to(x.dtype)
-            if CODE >= 2:  # those of the next turn, while this one multiplies
+            if CODE >= 2:  # load the scales of the next turn while this turn multiplies
                 group = (start + R) // GROUP + groups
                 scale, less = _scales(
                     scale_ptr, zero_ptr, offset_ptr, table_ptr, out_held, group, IN, CODE, GROUP, STEPS, NESTED, PERMUTE
@@ -191,7 +194,7 @@ def _backward_kernel(
         for start in range(0, OUT, R):
             out_held = start + out if OUT % R == 0 else tl.minimum(start + out, OUT - 1)
             at_data = data_ptr + (weight + out_held[:, None].to(tl.int64)) * IN_BYTES + byte[None, :]
-            # A mask that is always true would still stand in the way of wide loads.
+            # Without a mask where none is needed: even a mask that is always true would prevent wide loads.
             within_row = None if IN % P == 0 else byte[None, :] < IN_BYTES
             data = tl.load(at_data, mask=within_row, other=None if IN % P == 0 else 0.0)
             summed = None if OUT % R == 0 else (start + out < OUT)[None, :]
@@ -219,7 +222,7 @@ def _launch(kernel: Any, a_NR: Tensor, p: Packed, count_E: Tensor | None, keeps:
     out_NP = torch.empty(N, keeps, dtype=a_NR.dtype, device=a_NR.device)
     if N == 0:
         return out_NP
-    # So many tiles of rows there are at the most: every expert's last may be short.
+    # The most tiles of rows there can be: the last tile of every expert may be short.
     tiles = triton.cdiv(N, tile["M"]) if E == 1 else min(N, triton.cdiv(N, tile["M"]) + E - 1)
     kernel[(tiles * triton.cdiv(keeps, tile["P"]),)](
         a_NR, *pointers(p), a_NR if count_E is None else count_E, out_NP, N,
@@ -228,9 +231,9 @@ def _launch(kernel: Any, a_NR: Tensor, p: Packed, count_E: Tensor | None, keeps:
     return out_NP
 
 
-# (M, P, R, SIDE, SWAP, warps, stages) up to so many rows an expert; of one weight alone, which has fewer tiles to keep
-# a card busy with; and (M, P, R, SIDE, warps, stages) backward. The best of five or so on an H100 at Mixtral-8x7B's
-# sizes, over int4, nf4 and int8 together; benchmarks/README.md has the times.
+# Tile sizes by the most rows an expert: (M, P, R, SIDE, SWAP, warps, stages) forward, (M, P, R, SIDE, warps, stages)
+# backward. ALONE is for a single weight, which has fewer tiles to keep a card busy. Each is the best of about five on
+# an H100 at Mixtral-8x7B's sizes, over int4, nf4 and int8 together; benchmarks/README.md has the times.
 FORWARD = {
     12: (16, 64, 128, 1, True, 4, 4),
     48: (64, 64, 64, 1, False, 4, 4),
@@ -247,12 +250,18 @@ def _tile(table: dict[int, tuple[Any, ...]], rows: float) -> dict[str, Any]:
 
 
 def product(x_NI: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
-    """x (N, I), its rows sorted by expert, times a quantised stack (E, O, I), or weight (O, I): (N, O) in x's dtype."""
+    """x (N, I) times a quantised stack (E, O, I), with rows sorted by expert, or times one weight (O, I).
+
+    Returns (N, O) in x's dtype.
+    """
     tile = _tile(ALONE, len(x_NI)) if count_E is None else _tile(FORWARD, len(x_NI) / len(count_E))
     return _launch(_forward_kernel, x_NI, p, count_E, p.shape[-2], tile)
 
 
 def gradient(dy_NO: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
-    """dy (N, O) times a quantised stack (E, O, I), or weight (O, I), not transposed: (N, I) in dy's dtype."""
+    """The gradient of `product`'s input: dy (N, O) times the stack (E, O, I), or the weight (O, I), not transposed.
+
+    Returns (N, I) in dy's dtype.
+    """
     rows = len(dy_NO) / (1 if count_E is None else len(count_E))
     return _launch(_backward_kernel, dy_NO, p, count_E, p.shape[-1], _tile(BACKWARD, rows))
