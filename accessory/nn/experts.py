@@ -1,6 +1,6 @@
-"""What both implementations share: three stacked weights, and decoding a few tokens with the weights read in place.
+"""The base class of both implementations: three stacked weights, and decoding of a few tokens pair by pair.
 
-Legend: T tokens, D dim, F hidden dim held here, K experts a token, E experts held here.
+Legend: T tokens, D dim, F this rank's part of the hidden dim, K experts a token, E this rank's experts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class StackedExperts(nn.Module):
 
     `forward(x_TD, weight_TK, expert_TK)` returns this rank's part of Σ_k weight · expert(x), (T, D) fp32.
 
-    Finetuning puts stacks beside each: `w1_bias` (E, out), `w1_lora_a` (E, r, in), `w1_lora_b` (E, out, r), and so on
-    for w2 and w3. `bias_factor` 0 leaves w2's bias out of this rank's part of the sum over slices.
+    Finetuning adds adapters as stacks: `w1_bias` (E, out), `w1_lora_a` (E, r, in), `w1_lora_b` (E, out, r), and the
+    same for w2 and w3. `bias_factor` 0 leaves w2's bias out of this rank's part, because another rank adds it.
     """
 
     w1: Any  # nn.Parameter or PackedWeight
@@ -41,7 +41,7 @@ class StackedExperts(nn.Module):
                 self.register_parameter(f"{kind}_{part}", None)
         self.lora_scale, self.bias_factor = 1.0, 1.0
         self.fused = FusedWeights(dim=1)
-        self.compute_dtype: torch.dtype | None = None  # None: the weights' own
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
     def add_bias(self, kind: str) -> None:
         self._add_parameter(kind, "bias", getattr(self, kind).shape[:2])
@@ -58,7 +58,7 @@ class StackedExperts(nn.Module):
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
     def weights(self, kind: str) -> Weight:
-        """The stack `kind` ("w1", "w2", "w3") and what stands beside it."""
+        """The stack `kind` ("w1", "w2", "w3") with its bias and its LoRA adapter."""
         bias, lora_a, lora_b = (getattr(self, f"{kind}_{part}") for part in ("bias", "lora_a", "lora_b"))
         if bias is not None and kind == "w2" and self.bias_factor != 1.0:
             bias = bias * self.bias_factor
@@ -83,14 +83,14 @@ class StackedExperts(nn.Module):
         return self.grouped(x_TD, weight_TK, expert_TK)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
-        """Whether a GPU runs this without its host learning what was routed where, as a CUDA graph needs it."""
+        """Whether a GPU runs this without the host learning the routing. A CUDA graph needs that."""
         decode = product_of(self.w1) if self.plain else None
         return x_TD.is_cuda and runs_host_free(x_TD, expert_TK.numel(), decode=decode, grouped=self.grouped_weights())
 
     def grouped_weights(self) -> Sequence[Weight]:
-        """The stacks that `grouped` multiplies as grouped products; none where it is a loop over experts."""
+        """The stacks that `grouped` multiplies as grouped products; empty where it loops over the experts."""
         return ()
 
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        """The implementation's own way, for prompts, batches and training."""
+        """Each implementation's computation for prompts, batches and training. Returns the same as `forward`."""
         raise NotImplementedError

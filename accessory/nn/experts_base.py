@@ -1,4 +1,4 @@
-"""The base implementation: whole experts, distributed over ranks. Written to be read.
+"""The base implementation: whole experts, distributed over ranks. The code favours readability over speed.
 
 Legend: T tokens, K experts a token, n (token, k) pairs visit an expert, D dim.
 """
@@ -13,13 +13,14 @@ from accessory.ops.experts import sort_by_expert, swiglu
 
 
 class BaseExperts(StackedExperts):
-    """Experts `first … first + E - 1` of a layer, each whole; a token's other experts are other ranks' business."""
+    """The whole experts `first … first + E - 1` of a layer. Other ranks compute a token's other experts."""
 
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         w1, w2, w3 = (self.weights(kind).unbind() for kind in ("w1", "w2", "w3"))
         for e, pair_n in enumerate(self._visits(expert_TK)):
-            # While gradients are kept an idle expert runs too, on nothing: its gradient is then zero and not None.
+            # While gradients are recorded, an expert without tokens runs on an empty input. Its gradient is then zero
+            # instead of None.
             if len(pair_n) or torch.is_grad_enabled():
                 token_n = pair_n // expert_TK.shape[1]
                 y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
@@ -27,7 +28,7 @@ class BaseExperts(StackedExperts):
         return y_TD
 
     def _visits(self, expert_TK: Tensor) -> list[Tensor]:
-        """For each expert held here the pairs that visit it, by their number t · K + k, in order."""
+        """For each of this rank's experts, the numbers t · K + k of the pairs that visit it, in ascending order."""
         order, count = sort_by_expert(expert_TK, self.first + len(self.w1))
-        counts = count.tolist()  # the one moment at which a GPU's host has to wait
+        counts = count.tolist()  # the only place where the host waits for the GPU
         return list(order[: sum(counts)].split(counts))[self.first :]

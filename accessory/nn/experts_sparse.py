@@ -1,4 +1,4 @@
-"""The sparse implementation: a slice of every expert on every rank, all experts as one block-sparse product.
+"""The sparse implementation: every rank has a slice of every expert and computes all experts as grouped products.
 
 Legend: T tokens, D dim, K experts a token.
 """
@@ -15,7 +15,7 @@ from accessory.ops.linear import Weight
 
 
 class SparseExperts(StackedExperts):
-    """All experts of a layer, of each the same slice of F; the sum over ranks is the layer."""
+    """The same slice of F of all experts of a layer. The sum over ranks is the layer's output."""
 
     def grouped_weights(self) -> Sequence[Weight]:
         return [self.weights(kind) for kind in ("w1", "w2", "w3")]

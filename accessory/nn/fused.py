@@ -1,6 +1,6 @@
-"""Parameters that lie side by side in memory, so that decoding on a CPU reads them in one product instead of several.
+"""Fused weights: parameters next to each other in memory, so that decoding on a CPU needs one product for all of them.
 
-Every product there starts a pool of threads anew; at one token that costs as much as a small product itself.
+Each product on a CPU starts a pool of threads. For one token that takes as long as a small product itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 
 class FusedWeights:
-    """Keeps parameters as views of one tensor, joined along `dim`; they stay parameters of their own, with their names.
+    """Turns parameters into views of one tensor, which concatenates them along `dim`. Their names do not change.
 
-    `tensor` is None until `refresh` has found them joinable: plain, on a CPU, of one dtype, without gradients.
+    `tensor` is that tensor. It is None until `refresh` finds parameters that can be fused: plain tensors on a CPU, of
+    one dtype, without gradients.
     """
 
     def __init__(self, dim: int) -> None:
@@ -22,7 +23,7 @@ class FusedWeights:
         self.tensor: Tensor | None = None
 
     def refresh(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Join the parameters, again if any was moved, cast or replaced since; their values are kept."""
+        """Fuse the parameters. Does it again where one was moved, cast or replaced. Values do not change."""
         first = parameters[0]
         if any(p.requires_grad or p.device.type != "cpu" or type(p.data) is not Tensor for p in parameters):
             self.tensor = None

@@ -1,4 +1,4 @@
-"""A weight and, where there is one, a bias; the product itself is chosen in `ops.linear`."""
+"""Linear layers and norms as modules. `ops.linear` chooses the kernel of a product."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from accessory.ops.quantized import Packed, packed_shapes
 
 
 class PackedWeight(nn.Module):
-    """A quantised weight, or a stack, where a dense one would be a parameter; frozen. Its values come from loading.
+    """A frozen quantised weight, or a stack, in place of a dense parameter. Loading a checkpoint fills it.
 
-    Its tensors are parameters, not buffers, so that they are sharded and counted as weights are.
+    Its tensors are parameters instead of buffers, so that they are sharded and counted like weights.
     """
 
     def __init__(self, format: Format, shape: tuple[int, ...], device: torch.device | str) -> None:
@@ -42,15 +42,15 @@ class PackedWeight(nn.Module):
 
 
 def product_of(weight: Tensor | PackedWeight) -> Tensor | Packed:
-    """What `ops.linear` takes of a module's weight."""
+    """A module's weight as `ops.linear` takes it."""
     return weight.packed() if isinstance(weight, PackedWeight) else weight
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b). Unlike torch's, it draws no random numbers when made: checkpoints or `init_weights` fill it.
+    """y = x Wᵀ (+ b), (…, O) in x's dtype. Unlike torch's Linear, it is not initialised when it is made.
 
-    `add_lora` puts LoRA's two matrices (arXiv 2106.09685) beside the weight. `bias_factor` 0 leaves the bias out of
-    this rank's part of a sum that another rank adds it to.
+    A checkpoint or `init_weights` fills it. `add_lora` adds a LoRA adapter (arXiv 2106.09685). `bias_factor` 0 leaves
+    the bias out of this rank's part of a sum over ranks, because another rank adds it.
     """
 
     weight: Any  # nn.Parameter or PackedWeight
@@ -76,7 +76,7 @@ class Linear(nn.Module):
         self.lora_scale = scale
 
     def weights(self) -> Weight:
-        """The weight and all that stands beside it."""
+        """The weight with its bias and its LoRA adapter."""
         bias = self.bias if self.bias is None or self.bias_factor == 1.0 else self.bias * self.bias_factor
         weight = product_of(self.weight)
         if self.lora_a is None or self.lora_b is None:

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer: the router, once, and an implementation of the experts behind one protocol.
+"""A mixture-of-experts layer: the router, which both implementations share, and one implementation of the experts.
 
 Legend: T tokens, D dim, E experts, K experts a token.
 """
@@ -26,7 +26,7 @@ class MoE(nn.Module):
     def forward(
         self, x_TD: Tensor, counted_T: Tensor | None = None, statistics: bool = False
     ) -> tuple[Tensor, RouterStatistics | None]:
-        # x_TD is fp32 whatever the network's dtype: close calls between experts must not depend on rounding.
+        # x_TD is fp32 in every compute dtype, because rounding must not decide between experts with close logits.
         logits_TE = self.gate(x_TD.float())
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None

@@ -1,8 +1,8 @@
-"""Where images enter the network: what encoders see becomes positions of the residual stream.
+"""Images in the decoder: the encoders' features become image tokens of the residual stream.
 
-An image is, of each of its views, [start, what the queries found, what the encoders saw, end]. Start and end are
-learnt; the rest is projected to the network's width and normalised (SPHINX, arXiv 2311.07575). In a row of token ids
-its positions bear `IMAGE_ID`, so that lengths, positions, caches and masks know nothing of images.
+Each view of an image becomes [start, query tokens, encoder tokens, end]. Start and end are learnt. The other tokens are
+projected to the network's width and normalised (SPHINX, arXiv 2311.07575). In a row of token ids, image tokens have the
+id `IMAGE_ID`. So lengths, positions, caches and masks treat them like other tokens.
 
 Legend: B rows, T positions, D dim, V views of all images, N = V · positions of a view, C channels, Q queries.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Projection(nn.Sequential):
-    """A linear from C channels to D, then a LayerNorm; it computes the product in the dtype it is asked for, the
-    norm in fp32."""
+    """A linear layer from C channels to D, then a LayerNorm. The product is in the dtype of the call, the norm in
+    fp32."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__(nn.Linear(channels, dim), nn.LayerNorm(dim))
@@ -39,9 +39,9 @@ class Projection(nn.Sequential):
 
 
 class ImageTokens(nn.Module):
-    """The base of a network that may see: the projections, start and end, where `vision` asks for them.
+    """The base class of a decoder that may take images. `add_images` adds the projections, start and end.
 
-    Parameters bear the original's names, at the network's top: visual_proj.*, qformer_proj.*, start_img, end_img.
+    The parameters have the original's names, without a prefix: visual_proj.*, qformer_proj.*, start_img, end_img.
     """
 
     visual_proj: Projection
@@ -58,7 +58,10 @@ class ImageTokens(nn.Module):
         return hasattr(self, "start_img")
 
     def image_embeddings(self, features: Features | None, dtype: torch.dtype) -> Tensor:
-        """(N, D) fp32, the images one after the other; none of them is (0, D), with every parameter taking part."""
+        """The image tokens (N, D) fp32, image after image.
+
+        Without features the result is (0, D), and every parameter still takes part in it.
+        """
         start_11D, end_11D = self.start_img.float(), self.end_img.float()
         if features is None:
             visual_VTC = start_11D.new_empty(0, 1, self.visual_proj.channels)
@@ -77,5 +80,5 @@ class ImageTokens(nn.Module):
 
 
 def place(x_BTD: Tensor, tokens_BT: Tensor, image_ND: Tensor) -> Tensor:
-    """Put the words of images where `tokens_BT` says `IMAGE_ID`, in the order of the flattened batch."""
+    """Put the image tokens where `tokens_BT` is `IMAGE_ID`, in the order of the flattened batch: (B, T, D)."""
     return x_BTD.masked_scatter((tokens_BT == IMAGE_ID)[..., None], image_ND)

@@ -1,11 +1,11 @@
-"""Images to tokens: every encoder looks at every view, and what it saw of an image is kept.
+"""Images to features: every encoder runs on every view of an image, and a cache keeps the features.
 
-Letters of shapes: I images, P pixels of an image each way, V views (of all images), S pixels of a view each way,
-T tokens, C channels, Q queries.
+Legend: I images, P height and width of an image in pixels, V views (of all images), S height and width of a view in
+pixels, T tokens, C channels, Q queries.
 
-An image comes as (3, P, P) in fp32, normalised as CLIP wants it (`data.transform`). One view: the whole image, at each
-encoder's own size S. Five: the whole, then the quarters of the image at 2S, top left, top right, bottom left, bottom
-right. Features are in the tower's dtype and never need gradients: the encoders are frozen.
+An image is (3, P, P) in fp32, with CLIP's normalisation (`data.transform`). One view is the whole image at each
+encoder's size S. Five views are the whole image, then the quarters of the image at 2S: top left, top right, bottom
+left, bottom right. Features are in the tower's dtype and need no gradients, because the encoders are frozen.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from accessory.vision_config import CACHE_BYTES, CLIP_MEAN, CLIP_STD, VIEWS, VIE
 
 
 class Features(NamedTuple):
-    """What a tower saw: `visual_VTC`, all encoders' channels side by side, and the query's tokens if it has one.
+    """A tower's output: `visual_VTC`, with the channels of all encoders concatenated, and the Q-Former's tokens if any.
 
-    V = images × views, image by image, the whole before the quarters.
+    V = images × views, image by image; the whole image comes before its quarters.
     """
 
     visual_VTC: Tensor
     query_VQC: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Features:
-        """`function` of each of the two."""
+        """Apply `function` to both tensors."""
         return Features(function(self.visual_VTC), None if self.query_VQC is None else function(self.query_VQC))
 
     def narrow(self, start: int, length: int) -> Features:
-        """`length` views from `start` on, not copied."""
+        """`length` views from `start` on, without a copy."""
         return self.map(lambda x_VTC: x_VTC.narrow(0, start, length))
 
     @property
@@ -47,10 +47,10 @@ class Features(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """The encoders of `args`, for images of `pixels` × `pixels` that are looked at as `views` views.
+    """The encoders of `args`, for images of `pixels` × `pixels` that are split into `views` views.
 
-    Built on the meta device, it wants `to_empty` and then its weights (`checkpoint.vision.load_tower`). Always in
-    evaluation mode. `runs` counts the images that encoders were run on, `cache_bytes` bounds what is kept of them.
+    A tower built on the meta device needs `to_empty`, then its weights (`checkpoint.vision.load_tower`). It always
+    stays in evaluation mode. `runs` counts the images that the encoders ran on. `cache_bytes` limits the feature cache.
     Raises ConfigError for configurations that cannot be built, MissingExtraError without transformers.
     """
 
@@ -71,17 +71,17 @@ class VisionTower(nn.Module):
         self.register_load_state_dict_post_hook(lambda tower, _: tower.kept.clear())
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Stays in evaluation mode whatever `mode` says."""
+        """Ignores `mode` and stays in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
-        self.kept.clear()  # of another device, dtype or content
+        self.kept.clear()  # device, dtype or weights change
         super()._apply(fn, recurse)
         return self
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> VisionTower:
         super().to_empty(device=device, recurse=recurse)
-        # No state dict holds these, so nothing that is loaded would fill them.
+        # These buffers are not in the state dict, so loading would not fill them.
         for name, buffer in self.named_buffers():
             if name.endswith(".position_ids"):
                 buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
@@ -102,15 +102,16 @@ class VisionTower(nn.Module):
         agree: Callable[[list[bool]], list[bool]] | None = None,
         run: Callable[[Tensor], Features] | None = None,
     ) -> Features:
-        """What the encoders see in images; those of the same content as kept ones are not looked at again.
+        """The features of images. The encoders do not run for images whose pixels the feature cache already has.
 
-        `agree` may add to the images that have to be run (true: not kept here), and `run` run them another way than
-        this tower alone: `parallel.images` shares the work so. InputError for a tensor of another shape or kind.
+        `agree` takes a list that is true for each image missing in this cache, and may add images to run. `run`
+        replaces `VisionTower.run`. `parallel.images` uses both to share the work between ranks. InputError for a tensor
+        of a wrong shape or dtype.
         """
         self._check(pixels_I3PP)
         if not len(pixels_I3PP):
             return self.empty()
-        # Neither the caller's autocast nor its inference mode may show in what is kept for others.
+        # The caller's autocast and inference mode must not affect cached features, because other callers use them too.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._encode(pixels_I3PP, agree, run or self.run)
 
@@ -122,7 +123,7 @@ class VisionTower(nn.Module):
     ) -> Features:
         keys = [content_of(pixels_3PP) for pixels_3PP in pixels_I3PP]
         found = {key: features for key in keys if (features := self.kept.get(key)) is not None}
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # an image given twice is run once
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # the encoders run once for equal images
         different = sorted(first.values())
         missing = [keys[i] not in found for i in different]
         if agree is not None:
@@ -139,7 +140,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def run(self, pixels_I3PP: Tensor, first: int = 0, count: int | None = None) -> Features:
-        """Run the encoders, whatever is kept, on all views of the images or on `count` of them from the `first` on."""
+        """Run the encoders without the cache, on all views of the images or on `count` views from `first` on."""
         total = len(pixels_I3PP) * self.views
         last = total if count is None else first + count
         parts = [
@@ -150,7 +151,7 @@ class VisionTower(nn.Module):
         return _joined(parts) if parts else self.empty()
 
     def empty(self, views: int = 0) -> Features:
-        """Features of so many views, not filled."""
+        """Uninitialised features of `views` views."""
         args, query, like = self.args, self.args.query, next(self.parameters())
         return Features(
             like.new_empty(views, args.encoders[0].tokens, args.channels),
@@ -183,7 +184,7 @@ class VisionTower(nn.Module):
 
 
 class FeatureCache:
-    """Features by the content of their image; where `limit` bytes are exceeded, the least recently used are dropped."""
+    """Features by a digest of their image. Above `limit` bytes, the least recently used features are dropped."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
@@ -199,7 +200,7 @@ class FeatureCache:
         return features
 
     def put(self, key: bytes, features: Features) -> None:
-        """Keep a copy: `features` may be a part of something larger, which would be kept with it."""
+        """Store a copy: `features` may be a view of a larger tensor, which would otherwise stay in memory."""
         if key in self._features:
             self.nbytes -= self._features.pop(key).nbytes
         if features.nbytes > self.limit:
@@ -215,13 +216,13 @@ class FeatureCache:
 
 
 def content_of(pixels_3PP: Tensor) -> bytes:
-    """A digest of an image's pixels: equal for equal pixels, wherever they lie."""
+    """A digest of an image's pixels. Equal pixels have equal digests on every device."""
     pixels = pixels_3PP.detach().to("cpu", torch.float32).contiguous()
     return blake2b(pixels.numpy().data, digest_size=16).digest()
 
 
 def views_of(pixels_I3PP: Tensor, size: int, views: int) -> Tensor:
-    """(I·views, 3, size, size): of each image the whole, and with five views its quarters at twice the size."""
+    """The views (I·views, 3, size, size): each whole image, then, with five views, its quarters at twice the size."""
     whole_I3SS = resized(pixels_I3PP, size)
     if views == 1:
         return whole_I3SS
@@ -232,14 +233,14 @@ def views_of(pixels_I3PP: Tensor, size: int, views: int) -> Tensor:
 
 
 def resized(pixels_I3PP: Tensor, size: int) -> Tensor:
-    """Bicubic and not smoothed first, as the ensemble's encoders were fed in training."""
+    """Images at (size, size), bicubic and without antialiasing, as in the training of the ensemble's networks."""
     if pixels_I3PP.shape[-1] == size:
         return pixels_I3PP
     return F.interpolate(pixels_I3PP, size=(size, size), mode="bicubic", align_corners=False)
 
 
 def normalised(pixels_V3SS: Tensor, encoder: EncoderArgs) -> Tensor:
-    """CLIP's normalisation exchanged for the encoder's own."""
+    """Replace CLIP's normalisation by the encoder's own."""
     mean, std = encoder.normalisation
     if (mean, std) == (CLIP_MEAN, CLIP_STD):
         return pixels_V3SS
@@ -251,6 +252,6 @@ def normalised(pixels_V3SS: Tensor, encoder: EncoderArgs) -> Tensor:
 
 
 def _joined(parts: list[Features]) -> Features:
-    """One below the other, as a copy."""
+    """Concatenate features along the views, as a copy."""
     queries = [part.query_VQC for part in parts if part.query_VQC is not None]
     return Features(torch.cat([part.visual_VTC for part in parts]), torch.cat(queries) if queries else None)

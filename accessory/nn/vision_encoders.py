@@ -1,17 +1,18 @@
-"""The image encoders, each built from its configuration and called for the tokens that it gives of a view.
+"""The image encoders: builds each from its configuration, and runs it on views.
 
-Letters of shapes: V views, S pixels of a view each way, T tokens, C channels, h positions each way, Q queries.
+Legend: V views, S height and width of a view in pixels, T tokens, C channels, h height and width in positions, Q
+queries.
 
-The networks are transformers' own classes, but for EfficientNet-Lite0. Two things that those classes do differently
-from the libraries that the published weights were trained with are keys of the configuration:
+The networks are classes of transformers, except EfficientNet-Lite0. Published weights were trained with other
+libraries, which differ from those classes in two things. Two keys of the configuration set them:
 
-* convnext `norm_eps`: the epsilon of every LayerNorm but the last. transformers always takes 1e-6; timm's
-  convnext_xxlarge takes 1e-5, there too. (`layer_norm_eps` is the last one's.)
-* dinov2 `interpolate_offset`: the position embeddings, learnt for `image_size` pixels, are resampled to `size` pixels.
-  DINOv2's hub models do that with the scale (h + 0.1) / h₀, transformers with h / h₀; neither smooths them first
-  (antialias). Absent: as transformers.
+* convnext `norm_eps`: the epsilon of every LayerNorm except the last. transformers always uses 1e-6 there; timm's
+  convnext_xxlarge uses 1e-5. (`layer_norm_eps` is the epsilon of the last LayerNorm.)
+* dinov2 `interpolate_offset`: the position embeddings were learnt for `image_size` pixels and are resampled to `size`
+  pixels. DINOv2's hub models resample with the scale (h + 0.1) / h₀, transformers with h / h₀; both without
+  antialiasing. Without the key, the scale is that of transformers.
 
-CLIP's `hidden_act` matters likewise: OpenAI's weights were trained with quick_gelu, LAION's of the same size with gelu.
+CLIP's `hidden_act` matters too: OpenAI's weights were trained with quick_gelu, LAION's of the same size with gelu.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from accessory.errors import AccessoryError, ConfigError, MissingExtraError
 from accessory.vision_config import EncoderArgs, Kind
 
-_STRIDE = 32  # of the convolutional encoders: positions are so many pixels apart
+_STRIDE = 32  # convolutional encoders: pixels between neighbouring positions
 
 
 class Blip2(nn.Module):
-    """BLIP-2's image encoder and Q-Former, arXiv 2301.12597, under the names they have in transformers' Blip2Model."""
+    """BLIP-2's image encoder and Q-Former (arXiv 2301.12597), with the parameter names of transformers' Blip2Model."""
 
     def __init__(self, encoder: EncoderArgs) -> None:
         super().__init__()
@@ -56,26 +57,27 @@ class Blip2(nn.Module):
 
 
 def build_encoder(encoder: EncoderArgs) -> nn.Module:
-    """An encoder with random weights, or with none under `torch.device("meta")`; its state dict has the names of
-    transformers' class, of EfficientNetLite0's, or of Blip2Model's parts that see.
+    """Build an encoder with random weights; `torch.device("meta")` gives one without values.
 
-    Raises ConfigError for a configuration that its class does not take, MissingExtraError without transformers.
+    Its state dict has the names of transformers' class or of EfficientNetLite0; for blip2, those of the image encoder
+    and the Q-Former in Blip2Model. Raises ConfigError for a configuration that its class does not accept,
+    MissingExtraError without transformers.
     """
     try:
         return _BUILD[encoder.kind](encoder)
     except (AccessoryError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers' checks raise whatever their parts do
+    except Exception as error:  # transformers' checks raise many kinds of errors
         reason = " ".join(str(error).split())
         raise ConfigError(f"vision: encoder {encoder.name}: config: cannot be built ({reason[:200]})") from error
 
 
 def run_encoder(kind: Kind, module: nn.Module, pixels_V3SS: Tensor) -> Tensor:
-    """Tokens (V, T, C) of views that are normalised as the encoder wants them, in the dtype of both.
+    """The tokens (V, T, C) of views. Views have the encoder's normalisation; views, weights and tokens have one dtype.
 
-    clip and dinov2: class token, then patches in reading order, after the final LayerNorm, without a projection.
-    convnext and efficientnet_lite0: the last feature map (convnext's after its LayerNorm), its mean in front as class
-    token. blip2: the Q-Former's queries.
+    clip and dinov2: the class token, then patches in reading order, after the final LayerNorm, without a projection.
+    convnext and efficientnet_lite0: the mean of the last feature map as class token, then the map's positions in
+    reading order (convnext: after its LayerNorm). blip2: the Q-Former's queries.
     """
     return _RUN[kind](module, pixels_V3SS)
 
@@ -106,7 +108,7 @@ def _build_convnext(encoder: EncoderArgs) -> nn.Module:
 
 def _build_dinov2(encoder: EncoderArgs) -> nn.Module:
     transformers = _transformers(encoder)
-    # What stands for hidden patches in pretraining is of no use here, and not every file of weights has it.
+    # The mask token is used in pretraining only, and not every file of weights has it.
     config = _configuration(encoder, transformers.Dinov2Config, image_size=encoder.size, use_mask_token=False)
     model = transformers.Dinov2Model(config)
     offset = _number(encoder, "interpolate_offset")
@@ -129,9 +131,10 @@ def _build_efficientnet(encoder: EncoderArgs) -> nn.Module:
 
 
 def resampled_positions(positions_1TC: Tensor, sizes: tuple[int, int], offset: float) -> Tensor:
-    """Learnt position embeddings, a class token's in front, resampled bicubically (in fp32) to `sizes` = (h, w).
+    """Resample learnt position embeddings to `sizes` = (h, w), bicubically and in fp32: (1, 1 + h·w, C).
 
-    The scale is (h + offset) / h₀, so that sampling points lie a little closer together than h / h₀ would set them.
+    The class token's embedding comes first and is not changed. The scale is (h + offset) / h₀, so sampling points are
+    a little closer together than with h / h₀. Returns the dtype of `positions_1TC`.
     """
     old = math.isqrt(positions_1TC.shape[1] - 1)
     if sizes == (old, old):
@@ -200,9 +203,9 @@ def _transformers(encoder: EncoderArgs) -> Any:
 
 
 def _configuration(encoder: EncoderArgs, config_class: Any, part: str | None = None, **otherwise: Any) -> Any:
-    """transformers' configuration of the values given, `otherwise` where they are absent; unknown keys are refused.
+    """transformers' configuration from the encoder's values; `otherwise` has defaults. ConfigError for unknown keys.
 
-    transformers itself would keep a misspelt key and go on with the default of the one that was meant.
+    transformers itself would accept a misspelt key, and use the default of the right key.
     """
     values = encoder.config if part is None else encoder.config.get(part, {})
     where = f"vision: encoder {encoder.name}: config" + (f".{part}" if part else "")
