@@ -1,1 +1,1 @@
-"""How a network is cut up between ranks and shards."""
+"""Cuts a network between ranks and shards."""

@@ -1,7 +1,7 @@
-"""Cut a network for this rank and put the collectives at its boundaries; the layers compute on what is there.
+"""Cuts a network for this rank and adds the collectives. The layers themselves compute on local tensors.
 
-Collectives sit at three places only: around embedding and head (gathered), at attention's output and at the experts'
-output (summed): two all-reduces a layer.
+Collectives are at three places only. The outputs of embedding and head are gathered. The outputs of attention and of
+the experts are summed: two all-reduces a layer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
-    """Shrink a decoder's (empty) parameters to this rank's slices, in place, and hook the collectives.
+    """Replace a decoder's (empty) parameters by this rank's slices, in place, and add hooks for the collectives.
 
-    Raises ConfigError naming the field and both numbers where sizes cannot be cut. Attention whose heads cannot be cut
-    is computed whole on every rank, with a warning.
+    Raises ConfigError with the field and both numbers where a size cannot be cut. If attention's heads cannot be cut,
+    every rank computes the whole attention, and the first rank logs a warning.
     """
     args, implementation = decoder.args, decoder.implementation
     sharding.check_ranks(args, implementation, ranks.size)
@@ -49,7 +49,7 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             if implementation == "base":
                 module.first = ranks.rank * args.moe.num_experts // ranks.size
             elif ranks.rank > 0:
-                module.bias_factor = 0.0  # the sum over ranks must hold w2's bias once
+                module.bias_factor = 0.0  # the sum over ranks must contain w2's bias once
         elif isinstance(module, Attention) and mode != "whole" and ranks.rank > 0:
             module.wo.bias_factor = 0.0
     _hook(decoder, ranks, attention_is_cut=mode != "whole")
@@ -59,7 +59,8 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
 def local_part(
     name: str, whole: tuple[int, ...], args: ModelArgs, implementation: Implementation, rank: int, world: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(offsets, sizes) of `rank`'s slice of network parameter `name` of shape `whole`, experts stacked in front."""
+    """(offsets, sizes) of `rank`'s slice of a network's parameter `name`. Its uncut shape is `whole`; stacked experts
+    are the first dimension."""
     if sharding.expert_tensor(name, 0) is None:
         return _box(sharding.rank_part(name, whole, args, implementation, rank, world), whole)
     held = {}
@@ -90,7 +91,7 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
         return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
 
     def spread_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # The routing weights too: each rank sees only its experts' part of their gradient.
+        # The routing weights too: each rank computes only its experts' part of their gradient.
         x_TD, weight_TK, expert_TK = inputs
         return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), expert_TK
 

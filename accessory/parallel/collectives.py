@@ -1,8 +1,8 @@
-"""What ranks tell each other, with the gradients that belong to it.
+"""The collectives between model-parallel ranks, with their gradients.
 
-Where a tensor is the same on all ranks and each goes on with a part of the network, gradients add up (`spread`); where
-parts of a sum meet, values add up (`reduce`); where slices meet, they are joined (`gather`). Megatron-LM's f and g,
-arXiv 1909.08053.
+`copy_to_ranks`: all ranks have the same tensor, and each continues with its part of the network; gradients are summed.
+`reduce_from_ranks`: each rank has a part of a sum; values are summed. `gather_from_ranks`: each rank has a slice;
+slices are concatenated. The first two are Megatron-LM's f and g (arXiv 1909.08053).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class _GatherFromRanks(torch.autograd.Function):
 
 
 def _total(x: Tensor, ranks: Ranks) -> Tensor:
-    """One all-reduce. Gloo's takes several times as long as gathering what is small, so a CPU adds up itself."""
+    """The sum over ranks. Gloo's all-reduce of a small tensor takes several times as long as its all-gather, so on a
+    CPU small tensors are gathered and added up here."""
     if x.is_cuda or x.numel() > GATHERED_AT_MOST:
         total = x.contiguous().clone()
         dist.all_reduce(total, group=ranks.group)
@@ -70,21 +71,21 @@ def _total(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """x as it is; its gradient is summed over ranks."""
+    """Return x unchanged. Its gradient is summed over ranks."""
     return _CopyToRanks.apply(x, ranks)
 
 
 def reduce_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over ranks, fp32 whatever came in, so that the number of ranks does not change how sums are rounded."""
+    """The sum of x over ranks, always fp32: so the number of ranks does not change how sums are rounded."""
     return _ReduceFromRanks.apply(x, ranks)
 
 
 def gather_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """The ranks' tensors side by side along the last dimension."""
+    """Concatenate the ranks' tensors along the last dimension."""
     return _GatherFromRanks.apply(x, ranks)
 
 
 def broadcast(value: Tensor, ranks: Ranks) -> Tensor:
-    """The first rank's `value`, on every rank (in place)."""
+    """Copy the first rank's `value` to every rank, in place."""
     dist.broadcast(value, src=ranks.first, group=ranks.group)
     return value

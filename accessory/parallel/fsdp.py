@@ -1,8 +1,8 @@
-"""Data parallelism: FSDP2 on one dimension of a mesh, the model-parallel cuts of `plan` on the other.
+"""Data parallelism: FSDP2 on one dimension of a mesh, the model-parallel cuts of `sharding` on the other.
 
-A parameter is cut by `plan` first and FSDP2 cuts this rank's slice once more, so the layers still compute on plain
-local tensors and each kind of cut has its own collectives. Norms and routers are fp32, tiny and everywhere: they are
-not sharded, and their gradients are averaged at the end of a step.
+`sharding` cuts a parameter first; FSDP2 then cuts this rank's slice again. So the layers compute on plain local
+tensors, and each kind of cut has its own collectives. Norms and routers are fp32 and small. They are not sharded, and
+their gradients are averaged at the end of a step.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from accessory.parallel.mesh import DeviceMesh
 from accessory.parallel.sharding import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
-_FLAT = 2**24  # numbers that one all-reduce takes together
+_FLAT = 2**24  # the most numbers in one all-reduce of many tensors
 
 
 def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_dtype: torch.dtype) -> None:
     """Cut a network's parameters (on the meta device or filled) over the data-parallel ranks.
 
-    sdp: what is trained is sharded, with its gradients and its optimiser, and kept whole from forward to backward; what
-    is frozen is not sharded. fsdp: everything is sharded, and whole only while a layer runs.
+    sdp: trained parameters are sharded, with their gradients and optimiser states, and stay whole from forward to
+    backward; frozen parameters are not sharded. fsdp: all parameters are sharded, and are whole only while a layer
+    runs.
     """
     if mesh.data is None:
         return
@@ -43,11 +44,12 @@ def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_d
     size = mesh.data.size
 
     def placement(p: nn.Parameter) -> Shard | None:
-        # A rank of base may hold a single expert: the stack is then cut inside of it, which has to come out even.
+        # In the base implementation a rank may have a single expert. The cut is then inside the expert, along a
+        # dimension that `size` divides.
         dims = [d for d in range(p.dim()) if p.shape[d] % size == 0]
         return Shard(dims[0]) if dims else None
 
-    # A cast on the way would take quantised numbers for weights; `ops.linear` casts what is left to cast.
+    # FSDP2's cast would convert quantised numbers as if they were weights. Then `ops.linear` casts the dense weights.
     packed = any(isinstance(m, PackedWeight) for m in decoder.modules())
     dtype = None if packed else compute_dtype
     options: dict[str, Any] = {
@@ -63,9 +65,11 @@ def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_d
 
 
 def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """After backward: average what FSDP2 does not shard over data ranks, add up what model ranks have parts of.
+    """Complete the gradients after backward.
 
-    A trained parameter that took no part in the step gets a zero gradient, so that no rank waits for another.
+    Gradients that FSDP2 does not shard are averaged over data ranks. Gradients of which each model rank has a part are
+    summed over model ranks. A trained parameter that the step did not use gets a zero gradient, so that no rank waits
+    for another.
     """
     alone, partial = [], []
     for name, p in decoder.named_parameters():
@@ -86,7 +90,7 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
         for flat, parts in _flattened([g for g, n in partial if n == world]):
             dist.all_reduce(flat, group=mesh.model.group)
             _scatter(flat, parts)
-        for grad, n in ((g, n) for g, n in partial if n < world):  # key/value heads, small and rarely shared
+        for grad, n in ((g, n) for g, n in partial if n < world):  # key/value heads: small, and rarely shared by ranks
             grads = [torch.empty_like(grad) for _ in range(world)]
             dist.all_gather(grads, grad.contiguous(), group=mesh.model.group)
             first = rank // n * n
@@ -94,15 +98,15 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
 
 
 def sharers(decoder: Decoder, name: str, mesh: DeviceMesh) -> int:
-    """`plan.gradient_sharers` of a parameter of the network by its own name (experts stacked)."""
+    """`sharding.gradient_sharers` for a parameter's name in the network (experts stacked)."""
     canonical = expert_tensor(name, 0) or name
     return gradient_sharers(canonical, decoder.args, decoder.implementation, mesh.model_size)
 
 
 def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
-    """The sum of squares of all gradients, each number counted once wherever copies of it lie: () fp32, on all ranks.
+    """The sum of squares of all gradients, () fp32, on all ranks. A number with copies on several ranks counts once.
 
-    Parts of different meshes cannot be added by DTensor's own arithmetic, and a sum over all ranks would count copies.
+    DTensor cannot add parts of different meshes, and a plain sum over all ranks would count copies.
     """
     device = next(decoder.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float32)
@@ -119,13 +123,13 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
 
 
 def model_copies(decoder: Decoder, name: str, mesh: DeviceMesh) -> int:
-    """How many model-parallel ranks hold the same part of a parameter."""
+    """The number of model-parallel ranks that have the same part of a parameter."""
     whole, _ = decoder.local_shards[name]
     return mesh.model_size * decoder.get_parameter(name).numel() // math.prod(whole)
 
 
 def _flattened(tensors: Iterable[Tensor]) -> Iterable[tuple[Tensor, list[Tensor]]]:
-    """Batches of tensors as one vector each, so that many small ones cost one collective."""
+    """Concatenate tensors into flat vectors of about `_FLAT` numbers: many small tensors then need one collective."""
     batch: list[Tensor] = []
     size = 0
     for tensor in tensors:

@@ -1,6 +1,6 @@
-"""Images encoded by all ranks that hold one model: each runs its share of the views, then everyone has all features.
+"""Splits the encoding of images between a model's ranks: each runs its share of the views, then all get all features.
 
-Letters of shapes: I images, P pixels each way, V views.
+Legend: I images, P height and width in pixels, V views.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from accessory.parallel.mesh import Ranks
 
 
 def encode_shared(tower: VisionTower, pixels_I3PP: Tensor, ranks: Ranks | None) -> Features:
-    """`tower.encode`, its work split over `ranks`, all of which call this with the same images.
+    """`tower.encode` with its work split over `ranks`. All ranks must call it with the same images.
 
-    Every rank has a whole tower and gets, and keeps, all features. What is split is views, not images, so that four
-    ranks share even one image of five views. Raises as `VisionTower.encode`.
+    Every rank has a whole tower, and returns and caches all features. Views are split instead of images, so that four
+    ranks can share one image of five views. Raises the errors of `VisionTower.encode`.
     """
     if ranks is None or ranks.size == 1:
         return tower.encode(pixels_I3PP)
@@ -27,7 +27,8 @@ def encode_shared(tower: VisionTower, pixels_I3PP: Tensor, ranks: Ranks | None) 
 
 
 def _missing_anywhere(tower: VisionTower, ranks: Ranks, missing: list[bool]) -> list[bool]:
-    """Ranks may have kept different images (one may have encoded something alone), but must run the same ones."""
+    """The images that any rank lacks. Caches may differ (a rank may have encoded an image alone), but all ranks must
+    run the same images."""
     flags = torch.tensor(missing, dtype=torch.int32, device=tower.device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
     return [bool(flag) for flag in flags.tolist()]
@@ -42,10 +43,10 @@ def _run(tower: VisionTower, ranks: Ranks, pixels_I3PP: Tensor) -> Features:
 
 
 def _gathered(own_VTC: Tensor, share: int, views: int, ranks: Ranks) -> Tensor:
-    """The ranks' tensors one below the other, each filled up to `share` views for the way."""
+    """Concatenate the ranks' views: (views, T, C). Each rank sends `share` views, padded with zeros."""
     sent_VTC = own_VTC.new_zeros(share, *own_VTC.shape[1:])
     sent_VTC[: len(own_VTC)] = own_VTC
-    # As bytes: not every backend knows every dtype.
+    # Sent as bytes, because not every backend supports every dtype.
     all_VTC = sent_VTC.new_empty(ranks.size * share, *own_VTC.shape[1:])
     parts = list(all_VTC.view(torch.uint8).chunk(ranks.size))
     dist.all_gather(parts, sent_VTC.view(torch.uint8), group=ranks.group)

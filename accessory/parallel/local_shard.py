@@ -1,7 +1,7 @@
-"""What of a network this process holds: each parameter's box in the whole tensor, however often it was cut.
+"""The local shards of a network: for each parameter, this process's tensor and its place in the uncut tensor.
 
-Model parallelism cuts by `plan`, data parallelism (FSDP2) cuts what is left once more. Loading, saving and counting ask
-here, and know nothing of either.
+Model parallelism cuts a parameter as `sharding` says; data parallelism (FSDP2) cuts the result again. Loading, saving
+and counting use local shards and need not know how a parameter was cut.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from accessory.parallel.sharding import expert_tensor
 
 @dataclass(frozen=True)
 class LocalShard:
-    """`tensor` is the box of `tensor.shape` that begins at `offsets` in parameter (or canonical tensor) `name`."""
+    """`tensor` is the part of shape `tensor.shape` at `offsets` of parameter (or canonical tensor) `name`."""
 
     name: str
     whole: tuple[int, ...]  # the shape of the uncut tensor
     offsets: tuple[int, ...]
-    tensor: Any  # Tensor; Packed where the weight is quantised, with the shape of what it stands for
+    tensor: Any  # Tensor; for a quantised weight Packed, whose shape is that of the dequantised weight
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The numbers that lie in this process, without gradients."""
+    """This process's part of a tensor, without gradients."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:
-    """Every weight of the network, experts stacked, quantised ones as what they stand for; a box may be empty."""
+    """The local shard of every parameter, with stacked experts. A quantised weight is one `Packed`. Shards may be
+    empty."""
     cuts = decoder.local_shards if isinstance(decoder, Decoder) else {}
     packed = {name: m for name, m in decoder.named_modules() if isinstance(m, PackedWeight)}
     for name, m in packed.items():
         shape, data = tuple(m.shape), m.get_parameter("data")
         whole, offsets = cuts.get(name, (shape, (0,) * len(shape)))
-        # FSDP2 cuts experts or rows, and all tensors of a weight alike: see `fsdp.apply_fsdp`.
+        # FSDP2 cuts experts or rows, and cuts all tensors of a weight in the same way: see `fsdp.apply_fsdp`.
         yield LocalShard(name, whole, _plus(offsets, _data_parallel_offsets(data)), m.packed().map(local))
     for name, parameter in decoder.named_parameters():
         if name.rpartition(".")[0] in packed:
@@ -53,18 +54,18 @@ def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:
 
 
 def shard_like(shard: LocalShard, tensor: Tensor) -> LocalShard:
-    """The same box of a tensor that is shaped and cut as the parameter is: a gradient or an optimiser's moment."""
+    """The same shard of a tensor with the parameter's shape and cuts: a gradient or an optimiser's moment."""
     return LocalShard(shard.name, shard.whole, shard.offsets, local(tensor))
 
 
 def local_tensors(decoder: nn.Module) -> Iterator[LocalShard]:
-    """Every canonical tensor of which something lies here: stacks are taken apart into their experts'."""
+    """The local shard of every canonical tensor of which this process has a part. Stacks are split into experts."""
     for shard in local_parameters(decoder):
         if expert_tensor(shard.name, 0) is None:
             yield shard
             continue
         stack = decoder.get_submodule(shard.name.rpartition(".")[0])
-        # A stack without cuts may still begin at a later expert: a module made for a part of them.
+        # An uncut stack may still begin at a later expert, where a module was made for only some experts.
         first = stack.first if isinstance(stack, StackedExperts) and shard.offsets[0] == 0 else shard.offsets[0]
         for e in range(shard.tensor.shape[0]):
             yield LocalShard(
@@ -77,7 +78,8 @@ def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _data_parallel_offsets(parameter: Tensor) -> tuple[int, ...]:
-    """Where FSDP2's slice begins: equal parts of one dimension, rounded up, the last ones short or empty."""
+    """The offsets of FSDP2's slice. It cuts one dimension into equal parts, rounded up; the last may be short or
+    empty."""
     offsets = [0] * parameter.dim()
     if isinstance(parameter, DTensor):
         (placement,) = parameter.placements

@@ -1,4 +1,4 @@
-"""The ranks of one process group (`Ranks`), and all ranks of a run as data × model (`DeviceMesh`)."""
+"""The ranks of one process group (`Ranks`), and all ranks of a run as a mesh of data × model (`DeviceMesh`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process group and this process's place in it."""
+    """A process group, with this process's rank in it and its size."""
 
     group: Any  # torch.distributed.ProcessGroup
     rank: int
@@ -36,12 +36,12 @@ class Ranks:
 
     @property
     def first(self) -> int:
-        """The global rank of the group's first process, the one that decides."""
+        """The global rank of the group's first process. The other processes follow its decisions."""
         return dist.get_global_rank(self.group, 0)
 
 
 def broadcast_object(value: Any, ranks: Ranks | None) -> Any:
-    """The first rank's Python object on every rank; what the others pass is ignored."""
+    """Send the first rank's Python object to every rank. The values of other ranks are ignored."""
     if ranks is None:
         return value
     box = [value]
@@ -51,7 +51,7 @@ def broadcast_object(value: Any, ranks: Ranks | None) -> Any:
 
 @dataclass(frozen=True)
 class DeviceMesh:
-    """All ranks of a run, `data` × `model`. A model's parts lie on neighbouring ranks; None: a dimension of one."""
+    """All ranks of a run, as `data` × `model`. Neighbouring ranks share one model. None: a dimension of size 1."""
 
     data: Ranks | None = None
     model: Ranks | None = None
@@ -60,7 +60,7 @@ class DeviceMesh:
 
     @classmethod
     def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> DeviceMesh:
-        """ConfigError where the ranks do not divide into models of that size."""
+        """The mesh of these ranks. ConfigError where `model_parallel_size` does not divide their number."""
         world = ranks.size if ranks is not None else 1
         if model_parallel_size < 1 or world % model_parallel_size:
             raise ConfigError(
@@ -92,30 +92,33 @@ class DeviceMesh:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one process that speaks and writes."""
+        """Whether this process prints and writes files for all."""
         return self.data_rank == self.model_rank == 0
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """In place."""
+        """Sum a tensor over the data-parallel ranks, in place."""
         if self.data is not None:
             dist.all_reduce(tensor, group=self.data.group)
         return tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """In place."""
+        """Sum a tensor over all ranks, in place."""
         if self.all is not None:
             dist.all_reduce(tensor, group=self.all.group)
         return tensor
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What `function` gives on the first process, on all; an error of the user's or the disk's is raised on all."""
+        """Call `function` on the first process and return its result on all.
+
+        An AccessoryError is raised on all processes. So is an OSError, as an InputError.
+        """
         outcome: tuple[Any, AccessoryError | None] = (None, None)
         if self.first:
             try:
                 outcome = (function(), None)
             except AccessoryError as error:
                 outcome = (None, error)
-            except OSError as error:  # as InputError: one process speaks for all
+            except OSError as error:  # as an InputError with a one-line message
                 where = f"{error.filename}: " if error.filename is not None else ""
                 outcome = (None, InputError(f"{where}{error.strerror or error}"))
         value, failure = broadcast_object(outcome, self.all)

@@ -1,7 +1,7 @@
-"""The one table of how tensors are cut between ranks or shards, for both implementations.
+"""The sharding table: how each tensor is cut between ranks or shards, for both implementations.
 
 Dimensions are those of the canonical tensors (experts one by one, w2 as (D, F)). Files, tensor-parallel loading, FSDP
-and merging all read it here.
+and merging all use this table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from accessory.config import Implementation, ModelArgs
 from accessory.errors import ConfigError
 from accessory.vision_config import ENCODER_PREFIXES, PROJECTION
 
-# (names, dimension cut in base, in sparse); None: every rank holds the whole tensor. Column-parallel linears cut their
-# rows, biases and lora_b; row-parallel ones their columns and lora_a. In base an expert is whole: it lives on one rank.
+# (names, dimension cut in base, dimension cut in sparse); None: the tensor is not cut. Column-parallel linears cut
+# their rows, biases and lora_b; row-parallel linears cut their columns and lora_a. In base, a whole expert is on one
+# rank.
 _TABLE: tuple[tuple[re.Pattern[str], int | None, int | None], ...] = tuple(
     (re.compile(pattern), base, sparse)
     for pattern, base, sparse in (
@@ -45,7 +46,7 @@ _LAYER = re.compile(r"layers\.\d+\.")
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank holds of a tensor: `length` entries of `dim` from `start` on; `dim` None: all of it."""
+    """One rank's part of a tensor: `length` entries of `dim` from `start` on. `dim` None: the whole tensor."""
 
     dim: int | None
     start: int = 0
@@ -58,7 +59,8 @@ WHOLE = Slice(None)
 def cut_dim(name: str, implementation: Implementation) -> int | None:
     """The dimension of canonical tensor `name` that is cut between ranks; None where it is not cut.
 
-    A whole tensor is held by every rank, except base experts: see `expert_of`. KeyError for a name not in the table.
+    Every rank has the whole of an uncut tensor, except for base experts: see `expert_of`. KeyError for a name that the
+    table lacks.
     """
     base, sparse = _row(_LAYER.sub("", name, count=1))
     return base if implementation == "base" else sparse
@@ -73,13 +75,13 @@ def _row(name: str) -> tuple[int | None, int | None]:
 
 
 def expert_of(name: str) -> int | None:
-    """The expert that canonical tensor `name` belongs to, None for what is no expert's."""
+    """The number of the expert that canonical tensor `name` belongs to; None for all other tensors."""
     match = _EXPERT.search(name)
     return int(match[1]) if match else None
 
 
 def is_replicated(name: str, implementation: Implementation) -> bool:
-    """Whether every rank holds the same whole tensor."""
+    """Whether every rank has the same whole tensor."""
     whole = cut_dim(name, implementation) is None
     return whole and not (implementation == "base" and expert_of(name) is not None)
 
@@ -87,9 +89,9 @@ def is_replicated(name: str, implementation: Implementation) -> bool:
 def rank_slice(
     name: str, shape: Sequence[int], implementation: Implementation, rank: int, world: int, num_experts: int
 ) -> Slice | None:
-    """What `rank` of `world` holds of canonical tensor `name` of (whole) `shape`; None: nothing (another's expert).
+    """The part of canonical tensor `name` that `rank` of `world` has; None for another rank's expert.
 
-    Raises ConfigError, naming the tensor and both numbers, where sizes do not divide.
+    shape: of the whole tensor. Raises ConfigError with the tensor and both numbers where sizes do not divide.
     """
     expert = expert_of(name)
     if implementation == "base" and expert is not None:
@@ -109,9 +111,9 @@ _STACKED = re.compile(r"(.*feed_forward\.experts)\.(w[123])(?:_(bias|lora_a|lora
 
 
 def expert_tensor(parameter: str, expert: int) -> str | None:
-    """The canonical tensor that is one expert's entry of a network's stacked `parameter`; None for any other parameter.
+    """The name of one expert's canonical tensor in a network's stacked `parameter`; None for any other parameter.
 
-    "….experts.w1" holds "….experts.0.w1.weight", …; "….experts.w1_lora_a" holds "….experts.0.w1.lora_a.weight", ….
+    "….experts.w1" stacks "….experts.0.w1.weight", …; "….experts.w1_lora_a" stacks "….experts.0.w1.lora_a.weight", ….
     """
     match = _STACKED.fullmatch(parameter)
     if match is None:
@@ -125,8 +127,12 @@ _ATTENTION = re.compile(r"(?:layers\.\d+\.)?attention\.w([qkvo])\.(weight|bias|l
 
 
 def attention_mode(args: ModelArgs, world: int) -> AttentionMode:
-    """How attention runs on `world` ranks: heads cut; query heads cut and key/value heads shared by neighbouring ranks
-    (ranks a multiple of them); or whole everywhere, where heads cannot be cut."""
+    """How attention runs on `world` ranks.
+
+    "cut": each rank has a part of all heads. "kv replicated": query heads are cut, and neighbouring ranks share a
+    key/value head, because `world` is a multiple of the key/value heads. "whole": heads cannot be cut, so every rank
+    computes all of them.
+    """
     if args.n_heads % world:
         return "whole"
     if args.n_kv_heads % world == 0:
@@ -137,7 +143,7 @@ def attention_mode(args: ModelArgs, world: int) -> AttentionMode:
 def rank_part(
     name: str, shape: Sequence[int], args: ModelArgs, implementation: Implementation, rank: int, world: int
 ) -> Slice | None:
-    """What a running rank holds of canonical tensor `name`: `rank_slice`, but heads are never cut through."""
+    """The part of canonical tensor `name` that a running rank has: `rank_slice`, except that no head is ever split."""
     match = _ATTENTION.fullmatch(name)
     mode = attention_mode(args, world)
     if match and mode == "whole":
@@ -148,10 +154,10 @@ def rank_part(
 
 
 def gradient_sharers(name: str, args: ModelArgs, implementation: Implementation, world: int) -> int:
-    """How many neighbouring ranks hold the same part of canonical tensor `name`, each with a part of its gradient.
+    """How many neighbouring ranks have the same part of canonical tensor `name`, each with a part of its gradient.
 
-    1: a rank's gradient is the whole one. Otherwise the gradients of those ranks add up to it: LoRA's uncut matrix and
-    the bias of a linear that is cut, and key/value heads that several ranks' query heads look at.
+    1: a rank's gradient is complete. Otherwise the gradients of those ranks must be summed. That holds for the uncut
+    LoRA matrix and the uncut bias of a linear that is cut, and for key/value heads that several ranks' query heads use.
     """
     match = _ATTENTION.fullmatch(name)
     mode = attention_mode(args, world)
@@ -160,13 +166,13 @@ def gradient_sharers(name: str, args: ModelArgs, implementation: Implementation,
     if match and match[1] in "kv" and match[2] != "lora_a.weight" and mode == "kv replicated":
         return world // args.n_kv_heads
     if PROJECTION.fullmatch(name):
-        return 1  # what comes into the residual stream has its whole gradient on every rank
+        return 1  # image tokens enter the residual stream, whose gradient is complete on every rank
     beside = name.endswith((".bias", ".lora_a.weight", ".lora_b.weight")) and ".gate." not in name
     return world if beside and is_replicated(name, implementation) else 1
 
 
 def check_ranks(args: ModelArgs, implementation: Implementation, world: int) -> None:
-    """ConfigError naming the field and both numbers if a network of these sizes cannot run on `world` ranks."""
+    """ConfigError with the field and both numbers if a network of these sizes cannot run on `world` ranks."""
     for field, size in _sizes(args, implementation).items():
         if size % world and "head_dim" not in field:
             raise ConfigError(_indivisible(field, size, world))
@@ -184,7 +190,7 @@ def _sizes(args: ModelArgs, implementation: Implementation) -> dict[str, int]:
 
 
 def check_world(args: ModelArgs, implementation: Implementation, world: int) -> None:
-    """ConfigError naming the field and both numbers if a network of these sizes cannot be cut into `world` parts."""
+    """ConfigError with the field and both numbers if a network of these sizes cannot be cut into `world` parts."""
     if world < 1:
         raise ConfigError(f"shards: got {world}, but it must be at least 1")
     for field, size in _sizes(args, implementation).items():
