@@ -1,1 +1,1 @@
-"""Processes: what a launcher says of this one, and how ranks are started, watched and ended."""
+"""Processes: reads what a launcher set for this process, and starts, watches and ends ranks."""

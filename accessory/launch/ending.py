@@ -1,4 +1,4 @@
-"""How a rank ends: with the process that started it, within some seconds, or at once after it has spoken.
+"""Ends a rank: together with the process that started it, within some seconds, or at once after its last message.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -12,21 +12,22 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# Seconds that ranks which fail leave to the first one: the launcher must not end it before it has spoken.
+# Seconds that a failed rank waits for the first rank to print its error: the launcher ends all ranks once one is gone.
 FIRST_SPEAKS = 2.0
 
 
 def watch_torchrun() -> Callable[[], bool]:
-    """A question to ask from time to time: is the torchrun gone that started this process?
+    """Return a function that tells whether the torchrun that started this process is gone. Call it now and then.
 
-    Torchrun that was killed cannot end its ranks, which are in sessions of their own. False under any other launcher.
+    A torchrun that was killed cannot end its ranks, because they are in other sessions. The function returns False
+    under any other launcher.
     """
     launcher = os.getppid()
     return lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
 
 
 def end_with_torchrun(rank: int) -> None:
-    """End this process when torchrun is gone: it would write into a folder that a new run has begun with."""
+    """End this process when torchrun is gone. Otherwise it would write into a folder that a new run already uses."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_when, args=(watch_torchrun(), rank), daemon=True).start()
 
@@ -40,7 +41,7 @@ def _end_when(gone: Callable[[], bool], rank: int) -> NoReturn:
 
 
 def end_with_driver() -> None:
-    """End this process when its standard input does, which the death of the driving process brings about."""
+    """End this process when its standard input ends. That happens when the driver dies."""
 
     def read() -> NoReturn:
         while sys.stdin.read(1):
@@ -51,7 +52,7 @@ def end_with_driver() -> None:
 
 
 def end_within(seconds: float) -> None:
-    """Whatever hangs from here on (a rank that is gone, a connection held open) does not hold this process longer."""
+    """End this process after `seconds`, even if something hangs (a rank that is gone, an open connection)."""
 
     def end() -> NoReturn:
         time.sleep(seconds)
@@ -61,10 +62,10 @@ def end_within(seconds: float) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End at once, after everything has been said.
+    """End the process at once, after flushing its output.
 
-    An ordinary exit would take process groups down, which waits for ranks that are dead, or aborts. And gloo now and
-    then aborts while an interpreter ends.
+    An ordinary exit would destroy process groups, and that waits for dead ranks or aborts. Also, gloo sometimes aborts
+    while the interpreter ends.
     """
     sys.stdout.flush()
     sys.stderr.flush()

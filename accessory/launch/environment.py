@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, Slurm's srun) says of this process, read from environment variables.
+"""Reads the environment variables that a launcher (torchrun, Slurm's srun) sets for this process.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -17,7 +17,7 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class Launch:
-    """One of several ranks that a launcher started, and where they meet."""
+    """This process as one of several ranks that a launcher started, and the address where they meet."""
 
     rank: int
     size: int
@@ -27,9 +27,9 @@ class Launch:
 
 
 def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """Read torchrun's variables, else Slurm's (one task a rank under srun); None for a process started alone.
+    """Read torchrun's variables, else Slurm's (srun starts one task per rank); None for a process started alone.
 
-    ConfigError, which names the variable, where one makes no sense.
+    ConfigError names a variable with an invalid value.
     """
     e = environment
     if "WORLD_SIZE" in e and "RANK" in e:
@@ -46,7 +46,7 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
             size=_int(e, "SLURM_STEP_NUM_TASKS", _int(e, "SLURM_NTASKS", 1)),
             local_rank=_int(e, "SLURM_LOCALID", 0),
             address=e.get("MASTER_ADDR") or first_host(e.get("SLURM_STEP_NODELIST", e.get("SLURM_NODELIST", ""))),
-            # Jobs that share a node must not meet on one port, and all ranks of a job must agree on theirs.
+            # Jobs on the same node need different ports, and all ranks of a job need the same port.
             port=_int(e, "MASTER_PORT", DEFAULT_PORT + _int(e, "SLURM_JOB_ID", 0) % 1000),
         )
     else:
@@ -57,7 +57,10 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's rank; 0 for a process started alone, and where `launch_of` would raise: somebody must say so."""
+    """This process's rank; 0 for a process started alone.
+
+    It is also 0 where `launch_of` would raise, so that such a process prints the error.
+    """
     try:
         launch = launch_of(environment)
     except ConfigError:
@@ -72,7 +75,7 @@ def first_host(nodes: str) -> str:
 
 
 def set_meeting_point(address: str | None, port: int | None) -> None:
-    """Say where the ranks meet, unless the launcher has said it."""
+    """Set the address and the port where the ranks meet, unless the launcher has set them."""
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if value is not None:
             os.environ.setdefault(name, str(value))

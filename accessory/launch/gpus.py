@@ -1,6 +1,6 @@
-"""Which GPUs and how many ranks somebody asks for, checked once for commands, demos and `MultiGpuWrapper`.
+"""Checks how many ranks and which GPUs a user asks for. Commands, demos and `MultiGpuWrapper` use it.
 
-CUDA numbers the GPUs that CUDA_VISIBLE_DEVICES names, from 0 on; the ids here are these numbers.
+CUDA numbers the GPUs in CUDA_VISIBLE_DEVICES from 0 on. The ids in this file are those numbers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def count_ranks(
     n_field: str = "gpus",
     ids_field: str = "gpu_ids",
 ) -> int:
-    """How many ranks are asked for: `n`, or one on each GPU of `ids`.
+    """The number of ranks: `n`, or one for each GPU of `ids`.
 
-    shown: how many GPUs there are; None where that is not known, or the ranks need none.
-    InputError, which begins with `n_field` or `ids_field`, where they make no sense or do not agree.
+    shown: the number of GPUs; None where that is not known, or the ranks need none. InputError, which begins with
+    `n_field` or `ids_field`, where a value is invalid or the two contradict each other.
     """
     if ids is not None:
         if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
@@ -42,27 +42,27 @@ def count_ranks(
 
 
 def visible_gpus() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES names; None where it is not set, or empty."""
+    """The names in CUDA_VISIBLE_DEVICES; None where it is not set, or empty."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else None
 
 
 def visible_devices(ids: Sequence[int]) -> str:
-    """The CUDA_VISIBLE_DEVICES of a process that is to see the GPUs `ids` alone, numbered in this order."""
+    """The CUDA_VISIBLE_DEVICES for a process that must see only the GPUs `ids`, in this order."""
     names = visible_gpus()
     return ",".join(names[i] if names else str(i) for i in ids)
 
 
 def use_gpus(ids: Sequence[int]) -> None:
-    """Show this process the GPUs `ids` alone; to be called before CUDA starts.
+    """Let this process see only the GPUs `ids`. Call it before CUDA starts.
 
-    The r-th of them is then rank r's, and every thread's default is the right one.
+    Rank r then uses the r-th of them, and the default GPU of every thread is right.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(ids)
 
 
 def check_device(name: str | None) -> str | None:
-    """`name` as it is. InputError, where torch would answer a device that is not there with a traceback."""
+    """Return `name` unchanged. InputError where torch has no such device; torch itself would print a traceback."""
     if name is None:
         return None
     import torch

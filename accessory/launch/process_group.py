@@ -1,4 +1,4 @@
-"""How ranks find one another and form a torch process group, whoever started them."""
+"""Joins ranks in a torch process group, for ranks of a launcher and for ranks that a driver starts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from accessory.launch.environment import launch_of
 def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGroup | None:
     """Join the other ranks if a launcher started several (NCCL where there are GPUs, else gloo); None if it did not.
 
-    This process's GPU is set before the group is made. timeout: of the group's operations.
-    ConfigError where the launcher's variables make no sense, or name more ranks than this machine has GPUs.
+    Sets this process's GPU before it makes the group. timeout: of the group's operations. ConfigError where the
+    launcher's variables are invalid, or name more ranks than this machine has GPUs.
     """
     if dist.is_initialized():
         return dist.group.WORLD if dist.get_world_size() > 1 else None
@@ -45,14 +45,17 @@ def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGro
 
 
 def join_store(host: str, port: int, rank: int, size: int, *, cuda: bool) -> dist.ProcessGroup:
-    """Join the other ranks in the store of `host_store`. With CUDA, this process sees one GPU, which is its own."""
+    """Join the other ranks through the store of `host_store`. With CUDA, this process must see only its own GPU."""
     store = dist.TCPStore(host, port, is_master=False)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     return dist.new_group(list(range(size)))
 
 
 def host_store(host: str, port: int) -> dist.TCPStore:
-    """The store in which the ranks meet, on a port of `host` alone (0: a free one); InputError where there is none."""
+    """Start the store through which the ranks meet. It listens on `host` only.
+
+    port: 0 for a free one. InputError where the address or the port cannot be used.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
@@ -72,6 +75,6 @@ def host_store(host: str, port: int) -> dist.TCPStore:
             f"master_addr, master_port: cannot listen on {host} port {port} ({error.strerror}); "
             "leave them out, or give an address and a free port of this machine"
         ) from error
-    # torch alone would listen on every interface, and whoever reaches a store may write to it.
+    # torch itself would listen on every interface, and anyone who can reach a store may write to it.
     number = listening.getsockname()[1]
     return dist.TCPStore(host, number, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())

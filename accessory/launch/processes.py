@@ -1,7 +1,8 @@
-"""Ranks as processes of their own that one process, the driver, starts, watches and ends.
+"""Ranks as separate processes, which one process, the driver, starts, watches and ends.
 
-The driver writes to a rank's standard input where to meet (`Place`) and keeps the pipe open: its end tells the rank
-that the driver is gone. The rank connects to the driver's socket (`call_back`). What both then say is not known here.
+The driver writes a `Place` to a rank's standard input and keeps the pipe open. When the pipe ends, the rank knows that
+the driver is gone. The rank connects to the driver's socket (`call_back`). This module does not define the messages
+that they then exchange.
 """
 
 from __future__ import annotations
@@ -26,36 +27,37 @@ from accessory.errors import RankError
 from accessory.launch.ending import end_with_driver
 from accessory.launch.gpus import visible_devices
 
-GRACE = 5.0  # seconds that ranks get to end a call that was cancelled, or to say that they failed as another did
-POLL = 0.1
+GRACE = 5.0  # seconds for ranks to end a cancelled call, or to report the same failure as another rank
+POLL = 0.1  # seconds
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank a process is, and where it meets the other ranks and its driver."""
+    """A process's rank, and the addresses of the other ranks' store and of the driver."""
 
     rank: int
     size: int
-    host: str  # with `port`: of the store in which the ranks meet
+    host: str  # host and port of the store through which the ranks meet
     port: int
-    threads: int  # of a rank that computes on the CPU
+    threads: int  # CPU threads of a rank that computes on the CPU
     address: str  # of the driver's socket
-    authkey: str = field(repr=False)  # hexadecimal; who connects must know it
+    authkey: str = field(repr=False)  # hexadecimal; the key that the driver's socket asks for
 
 
 # --------------------------------------------------------------------------- in the driver
 
 
 class RankProcess:
-    """A rank's process; `connection` is there once it has called back."""
+    """A rank's process. `connection` exists once the process has called back."""
 
     connection: Connection
 
     def __init__(self, module: str, place: Place, gpu: int | None) -> None:
         """Run `python -m module` on one GPU (None: on the CPU). It must begin with `call_back`."""
         self.number = place.rank
-        # Only the first rank speaks to people. What another says last is often why it ended, so that is kept.
+        # Only the first rank prints to the terminal. The last lines of another rank often say why it ended, so its
+        # standard error goes to a file.
         self._said = None if self.number == 0 else tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -68,14 +70,14 @@ class RankProcess:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(asdict(place)).encode() + b"\n")
-            self._process.stdin.flush()  # and kept open: its end tells the rank that the driver is gone
+            self._process.stdin.flush()  # stays open: its end tells the rank that the driver is gone
 
     def kill(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
 
     def release(self) -> None:
-        """After `kill`: wait for the process, give its files back."""
+        """After `kill`: wait for the process, then close its connection and its files."""
         self.ended(GRACE)
         for end in (getattr(self, "connection", None), self._process.stdin, self._said):
             if end is not None:
@@ -83,7 +85,7 @@ class RankProcess:
                     end.close()
 
     def ended(self, patience: float) -> bool:
-        """Whether it ends within so many seconds."""
+        """Whether the process ends within `patience` seconds."""
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -111,10 +113,10 @@ def start_processes(
 ) -> None:
     """Start `python -m module` for each of `gpu_ids` (None: on the CPU) and wait until all have called back.
 
-    host, port: of the store in which they meet. Those started are put in `ranks` at once, so that the caller can end
-    them whatever happens. RankError where one ends, or says nothing for `patience` seconds.
+    host, port: of the store through which they meet. Each started process is added to `ranks` at once, so that the
+    caller can end them after any error. RankError where one ends, or where not all call back within `patience` seconds.
     """
-    import torch  # here: a rank that calls back has not read it yet, and shall answer at once
+    import torch  # here, because a rank imports this module too and must call back before it imports torch
 
     n = len(gpu_ids)
     authkey = secrets.token_bytes(32)
@@ -129,7 +131,7 @@ def start_processes(
 
 
 def who_ended(ranks: Sequence[RankProcess], patience: float) -> str:
-    """Which ranks ended and how, as soon as one has; "" where none does within `patience` seconds."""
+    """Wait until a rank has ended, then say which ranks ended and how; "" where none ends within `patience` seconds."""
     deadline = time.monotonic() + patience
     while not (dead := [rank for rank in ranks if rank.ended(0)]) and time.monotonic() < deadline:
         time.sleep(POLL / 10)
@@ -137,7 +139,7 @@ def who_ended(ranks: Sequence[RankProcess], patience: float) -> str:
 
 
 def end_processes(ranks: Sequence[RankProcess]) -> None:
-    """Kill all, then wait for them and give their files back."""
+    """Kill all processes, then wait for them and close their connections and files."""
     for rank in ranks:
         rank.kill()
     for rank in ranks:
@@ -150,13 +152,14 @@ def _environment(gpu: int | None, host: str) -> dict[str, str]:
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices([gpu])
     if host == LOOPBACK and "lo" in (name for _, name in socket.if_nameindex()):
-        # Else gloo listens where this machine's name points: in reach of others, or nowhere on a laptop off its net.
+        # Otherwise gloo listens on the address of this machine's name. Others can reach that address, and on a laptop
+        # without its network it may not exist.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
 
 def _accept(listener: Listener, ranks: list[RankProcess], patience: float) -> None:
-    """A connection from every rank; a process that dies before it connects must not be waited for."""
+    """Accept a connection from every rank. Stops waiting when a process dies before it connects."""
     connections: dict[int, Connection] = {}
 
     def accept() -> None:
@@ -184,7 +187,7 @@ def _accept(listener: Listener, ranks: list[RankProcess], patience: float) -> No
 
 
 def call_back() -> tuple[Place, Connection]:
-    """Read from standard input where to meet and connect to the driver. From now on its end is this process's end."""
+    """Read the `Place` from standard input and connect to the driver. From now on this process ends with the driver."""
     place = Place(**json.loads(sys.stdin.readline()))
     end_with_driver()
     connection = Client(place.address, authkey=bytes.fromhex(place.authkey))

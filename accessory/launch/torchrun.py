@@ -1,4 +1,4 @@
-"""Ranks of this machine that torchrun starts, watches and ends: `run_under_torchrun`."""
+"""Runs a Python program on several ranks of this machine with torchrun, which starts, watches and ends them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Seconds that a rank has after Ctrl-C to end its step and save its state, where torchrun would give it 30.
+# Seconds that a rank has after Ctrl-C to end its step and save its state. torchrun's default is 30.
 SAVING = "600"
 
 
 def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> int:
     """Run `python …words` as n ranks of this machine; returns the exit status.
 
-    Ctrl-C and SIGTERM reach the ranks, which save a state; what goes wrong there, they say themselves.
+    Ctrl-C and SIGTERM reach the ranks, which then save a state. The ranks print their own errors.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,7 +23,7 @@ def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     if not debug:
-        logging.disable(logging.ERROR)  # torchrun's own account of failures
+        logging.disable(logging.ERROR)  # hides torchrun's own messages about failures
     arguments = torchrun.parse_args(["--standalone", f"--nproc-per-node={n}", "--no-python", sys.executable, *words])
     try:
         torchrun.run(arguments)
