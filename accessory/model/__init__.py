@@ -1,1 +1,1 @@
-"""A whole model: folder in, text out."""
+"""A whole model: loads a checkpoint folder and generates text."""

@@ -1,6 +1,6 @@
-"""From an image to the features that the decoder takes: `ImageProcessor`.
+"""Turns images into the features that the decoder takes: `ImageProcessor`.
 
-Legend: 3 colours, P pixels each way.
+Legend: 3 colours, P height and width in pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Images = Tensor | Sequence[Image | None] | None
 
 
 class ImageProcessor:
-    """A tower of image encoders, and the transform that turns an image into its pixels.
+    """The image encoders (a `VisionTower`), and the transform that turns an image into pixels.
 
     ranks: the ranks that share the work of encoding; None for one.
     """
@@ -40,13 +40,13 @@ class ImageProcessor:
         self._transform = get_transform(transform, tower.pixels)
 
     def open(self, image: Image, name: str = "image") -> Tensor:
-        """(3, P, P) fp32 pixels of an image; a tensor of pixels is returned as it is. InputError says what is wrong.
+        """The pixels (3, P, P) of an image, fp32 on the CPU. A tensor already has pixels, so it is only checked.
 
-        name: what the message calls the image.
+        name: how messages call the image. InputError where the image cannot be used.
         """
         P = self.tower.pixels
         if isinstance(image, Tensor):
-            image = image[0] if image.dim() == 4 and len(image) == 1 else image  # a batch of one, as the original's
+            image = image[0] if image.dim() == 4 and len(image) == 1 else image  # the original passes a batch of one
             if tuple(image.shape) != (3, P, P):
                 raise InputError(f"{name}: got a tensor of {tuple(image.shape)}, but pixels are (3, {P}, {P})")
             return image.detach().to("cpu", torch.float32)
@@ -55,7 +55,7 @@ class ImageProcessor:
     def open_all(self, images: Images, count: int, of: str = "prompt") -> list[Tensor | None]:
         """The pixels of each prompt's image, None for a prompt without one. InputError unless there are `count` images.
 
-        of: what the message calls a prompt.
+        of: how messages call a prompt.
         """
         if isinstance(images, str | Path) or not isinstance(images, Tensor | Sequence):
             raise InputError(f"images: got {images!r:.60}, but it must be a list, an image or None for each {of}")
@@ -64,6 +64,6 @@ class ImageProcessor:
         return [None if i is None else self.open(i, f"images[{n}]") for n, i in enumerate(images)]
 
     def features(self, pixels: Sequence[Tensor | None]) -> Features | None:
-        """What the encoders give for those pixels that are not None, in order; None where all are."""
+        """The features of all images, in order, without the prompts whose pixels are None; None without any image."""
         there = [p for p in pixels if p is not None]
         return encode_shared(self.tower, torch.stack(there), self.ranks) if there else None

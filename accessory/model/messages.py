@@ -1,4 +1,4 @@
-"""What passes between the driver of a model and its ranks: plain values, which need nothing shared to be sent."""
+"""The values that a model's driver and its ranks exchange. They are plain values, so sending needs no shared memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ IMAGES = ("image", "images")  # arguments of MetaModel's methods
 
 
 def arguments_to_send(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments; images are opened here, so that what is wrong with one is said by one process."""
+    """A call's arguments as plain values. Images are opened here, so that only the driver reports a bad one."""
     return {name: image_to_send(v) if name in IMAGES else to_ids(v) for name, v in arguments.items()}
 
 
 def arguments_received(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a rank received, with images as tensors again."""
     return {name: from_plain(v) if name in IMAGES else v for name, v in arguments.items()}
 
 
 def to_ids(value: Any) -> Any:
-    """Prompts as strings and lists: an array or tensor of ids would be shared with the ranks, not sent."""
+    """Prompts as strings and lists. An array or tensor of ids would be sent as shared memory."""
     if isinstance(value, list | tuple):
         return [to_ids(v) for v in value]
     return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 
 def image_to_send(value: Any) -> Any:
+    """Images as Pillow images or arrays. Opens paths; InputError for a file that is no image."""
     if isinstance(value, list | tuple):
         return [image_to_send(v) for v in value]
     if isinstance(value, str | Path) or hasattr(value, "convert"):
@@ -39,7 +41,7 @@ def image_to_send(value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Tensors as arrays."""
+    """Replace tensors by arrays, also in dicts and lists."""
     if isinstance(value, dict):
         return {k: to_plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -48,6 +50,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
+    """Undo `to_plain`: replace arrays by tensors."""
     if isinstance(value, dict):
         return {k: from_plain(v) for k, v in value.items()}
     if isinstance(value, list):

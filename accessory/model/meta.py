@@ -1,8 +1,8 @@
 """`MetaModel` loads a checkpoint folder and generates text with it. It has nothing to do with torch's meta device.
 
-Its name and import path are LLaMA2-Accessory's. The loop of generation is in `engine`; `scoring` judges given texts.
+Its name and import path are LLaMA2-Accessory's. The generation loop is in `engine`; `scoring` scores given texts.
 
-Legend: T tokens, V vocabulary, P pixels each way.
+Legend: T tokens, V vocabulary, P height and width in pixels.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PathLike = str | Path
 
 class StreamItem(TypedDict):
     text: str  # everything generated so far
-    end_of_content: bool  # true for the last item alone
+    end_of_content: bool  # true for the last item only
 
 
 class MetaModel(nn.Module):
     """A decoder (`llma`), its `tokenizer`, and its `image_processor` where it takes images. `from_pretrained` makes it.
 
-    max_seq_len: prompt and answer together, in tokens. ranks: the ranks that hold the decoder together; None for one.
+    max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MetaModel(nn.Module):
 
     @property
     def image_words(self) -> int:
-        """How many positions an image takes among the tokens; 0 for a model of text alone."""
+        """The number of image tokens of an image; 0 for a text-only model."""
         return 0 if self.image_processor is None else self.image_processor.image_tokens
 
     @property
@@ -105,20 +105,21 @@ class MetaModel(nn.Module):
         """Load a checkpoint of any layout into either implementation.
 
         pretrained_path: a folder or `hf://owner/name[/folder]`, or several: later ones replace tensors of earlier ones.
-        llama_type: "mixtral" or "mixtral_sparse", whatever the folder holds; by default what its meta.json says. LoRA
-        and biases that the folders hold are loaded beside the weights, whether or not it ends in "_peft".
+        llama_type: "mixtral" or "mixtral_sparse"; a folder of any layout loads as either. The default is the type in
+        meta.json. LoRA adapters and biases in the folders are loaded too, whether or not the type ends in "_peft".
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
-        max_seq_len: prompt and answer together, in tokens. device: by default "cuda" if there is one, else "cpu".
+        max_seq_len: tokens of prompt and answer together. device: by default "cuda" if there is one, else "cpu".
         quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
-        and with int8 the output head; `quant_attention` and `quant_output` choose apart, a format or "none". A folder
-        made by `accessory quantize` is loaded as it lies; leave all three out.
+        and with int8 the output head too. `quant_attention` and `quant_output` set the format of those parts, or
+        "none". For a folder made by `accessory quantize`, leave all three out: it is loaded as it is.
         with_visual: load the image encoders too. Then `llama_type`, or the folder's own, must end in _ens or _ens5.
-        Without it, such a model answers to text alone. Encoders whose weights the folders lack are loaded from where
-        the configuration says. image_transform: how an image becomes a square, see `data.transform.get_transform`.
-        mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, hold the model together. Each rank
-        calls every method with the same arguments and gets the same result.
+        Without it, such a model takes text only. Encoders whose weights the folders lack are loaded from the place
+        that the configuration names. image_transform: how an image becomes a square, see
+        `data.transform.get_transform`.
+        mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
+        every method with the same arguments, and gets the same result.
 
-        Raises CheckpointError and ConfigError, each naming the file, tensor or field.
+        Raises CheckpointError and ConfigError, which name the file, tensor or field.
         """
         chosen = Quant.parse(quant, quant_attention, quant_output)
         if not isinstance(max_seq_len, int) or max_seq_len < 2:
@@ -153,7 +154,7 @@ class MetaModel(nn.Module):
         llma = build(spec, DeviceMesh(model=ranks), device=device, dtype=dtype, progress=progress)
         processor = None
         if with_visual:
-            from accessory.model.image_processor import ImageProcessor  # text alone starts without it
+            from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
 
             tower = build_tower(spec, device=device, dtype=dtype, progress=progress)
             processor = ImageProcessor(tower, image_transform, ranks)
@@ -170,16 +171,16 @@ class MetaModel(nn.Module):
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[str]:
-        """The text that the model writes after each prompt. A prompt is a string, or token ids, taken as they are.
+        """The text that the model writes after each prompt. A prompt is a string, or token ids, which are not changed.
 
         images: one for each prompt: a path, a PIL image, a tensor of (3, P, P) pixels as `image_processor.open` makes
         them, or None for a prompt without an image. Or all of them as one tensor (prompts, 3, P, P). An image takes
         `image_words` positions.
 
         A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
-        tokens. Each prompt of a batch gets the answer that it gets alone. A prompt that leaves no room for
-        `max_gen_len` in `max_seq_len` loses its beginning (never its BOS), with a warning. `cancelled` is called once a
-        step (on the first of several ranks); once it returns true, the texts end there.
+        tokens. A prompt gets the same answer in a batch as alone. If a prompt leaves no room for `max_gen_len` in
+        `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once a step (on the
+        first of several ranks); when it returns true, the texts end there.
         """
         texts = [""] * count_prompts(prompts)
         for row, text, _ in self._stream(
@@ -199,9 +200,9 @@ class MetaModel(nn.Module):
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[StreamItem]:
-        """The answer while it is written. Each item holds all text so far; the last one has `end_of_content` set.
+        """Yield the answer while it is written. Each item has all text so far; the last one has `end_of_content` set.
 
-        Text appears once it is certain: never half a character, never part of a stop symbol.
+        Text appears only when it is final: never half a character, never part of a stop symbol.
         """
         images = None if image is None else [image]
         whole = ""
@@ -224,7 +225,7 @@ class MetaModel(nn.Module):
         seed: int | None,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[tuple[int, str, bool]]:
-        """Yield (row, new text, whether the row has ended) as the text becomes certain."""
+        """Yield (row, new text, whether the row has ended) whenever text becomes final."""
         prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
         stops = [stops] if isinstance(stops, str) else list(stops)
         counts = image_token_counts(self.image_processor, pixels)
@@ -259,12 +260,12 @@ class MetaModel(nn.Module):
                 yield row, text, ended
 
     def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, image_tokens: int = 0) -> list[int]:
-        """A prompt's token ids, without its image's positions. What leaves no room for the answer is cut."""
+        """A prompt's token ids, without its image tokens. The beginning is cut if it leaves no room for the answer."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(f"prompts[{row}]: is empty; give at least one character")
             # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
-            # What users type into a chat goes through `data.conversation`, where they stay characters.
+            # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
             ids = list(prompt)
@@ -293,9 +294,9 @@ class MetaModel(nn.Module):
     ) -> list[Tensor]:
         """The logits after each token of each example: a list of (T, V), fp32, on the model's device.
 
-        Strings get BOS and EOS as asked for; token ids are taken as they are. An example longer than `max_seq_len` is
-        an InputError: here nothing may be cut. images: as `generate` takes them; the logits after BOS are then those
-        after BOS and the image behind it.
+        `bos` and `eos` add BOS and EOS to strings; token ids are not changed. An example longer than `max_seq_len` is
+        an InputError, because nothing may be cut here. images: as for `generate`; the logits after BOS are then those
+        after BOS and the image that follows it.
         """
         return self._scorer().compute_logits(examples, images, bos, eos)
 
@@ -307,12 +308,12 @@ class MetaModel(nn.Module):
         bos: bool = True,
         eos: bool = False,
     ) -> dict[str, list]:
-        """How likely the model finds each example, given its context where there is one.
+        """The likelihood of each example under the model, given its context if there is one.
 
-        contexts: each example must begin with its context, and only what follows is judged; without contexts,
-        everything after the first token. Returns lists, one entry an example: `log_likelihood` (sum over the judged
-        tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (greedy decoding would
-        give the example), `non_context_logits` ((judged tokens, V), fp32).
+        contexts: each example must begin with its context, and only the tokens after the context are scored. Without
+        contexts, all tokens after the first are scored. Returns lists with one entry an example: `log_likelihood` (sum
+        over the scored tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (whether
+        greedy decoding would give the example), `non_context_logits` ((scored tokens, V), fp32).
         """
         return self._scorer().evaluate_examples(examples, contexts, images, bos, eos)
 

@@ -1,8 +1,8 @@
-"""`MultiGpuWrapper`: one process drives a model that lives on several ranks, each a process of its own.
+"""`MultiGpuWrapper`: one process, the driver, uses a model on several ranks. Each rank is a separate process.
 
-The driver and each rank talk over a local socket, whose end tells either that the other died. A call goes to all ranks;
-the first one answers, all say when they are done, so the next call finds them in step. When a rank dies or is stuck,
-all are ended and the next call starts new ones.
+The driver and each rank talk over a local socket. When one of them dies, the socket ends and tells the other. The
+driver sends a call to all ranks. The first rank sends the answer, and all ranks say when they are done, so all are in
+step for the next call. When a rank dies or hangs, the driver ends all ranks, and the next call starts new ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RANK_MODULE = "accessory.model.rank_process"
 
 
 class _Call:
-    """What the ranks are doing, and what they have said of it so far."""
+    """A call that the ranks are working on, and the messages they have sent about it."""
 
     def __init__(self, doing: str, ranks: Sequence[RankProcess], patience: float, cancelled: Cancelled = None) -> None:
         self.doing, self.patience, self.cancelled = doing, patience, cancelled
@@ -47,8 +47,8 @@ class _Call:
         self.result: Any = None
         self.problems: dict[int, tuple[Any, ...]] = {}
         self.error: Exception | None = None
-        self.left = self.told = False  # its caller has gone; the ranks know that it is cancelled
-        self.hearing = False  # in the middle of a message
+        self.left = self.told = False  # left: the caller has gone; told: the ranks know that the call is cancelled
+        self.hearing = False  # true while a message is being received
         self.heard = time.monotonic()
 
     @property
@@ -71,7 +71,7 @@ class _Call:
             self.problems[rank.number] = (kind, *said)
 
     def failure(self, size: int) -> tuple[Exception, bool]:
-        """What to raise, and whether the ranks are still in step: all failed, and not each in its own way."""
+        """The error to raise, and whether the ranks are still in step: they are if all failed in the same way."""
         everywhere = len(self.problems) == size
         number, (kind, what, *trace) = min(self.problems.items())
         refused = {kind for kind, *_ in self.problems.values()} == {"refused"}
@@ -91,20 +91,20 @@ class _Call:
         try:
             raise error
         finally:
-            del error  # it knows this frame: a ring would keep a dropped wrapper, and its ranks, alive
+            del error  # it refers to this frame: the cycle would keep a dropped wrapper, and its ranks, alive
 
 
 class MultiGpuWrapper:
-    """A model on `gpus` ranks, or on the GPUs `gpu_ids`, with `MetaModel`'s methods; without CUDA, or with
-    device="cpu", they share the CPU.
+    """A model on `gpus` ranks, or on the GPUs `gpu_ids`, with `MetaModel`'s methods. Without CUDA, or with
+    device="cpu", the ranks share the CPU.
 
-    The other arguments are those of `MetaModel.from_pretrained`. `master_addr` and `master_port` say where the ranks
-    meet; by default on a free port that this machine alone can reach. `load_timeout` bounds loading and `step_timeout`
-    a step (both in seconds): ranks that say nothing for so long are ended. Calls from several threads are done one
-    after the other; one that begins while a stream is half read lets the ranks finish the stream first. Use it as a
-    context manager, or `close` it; dropping it or the end of this process closes it as well.
+    The other arguments are those of `MetaModel.from_pretrained`. The ranks meet at `master_addr` and `master_port`; the
+    default is a free port that only this machine can reach. Ranks that send nothing for `load_timeout` seconds while
+    loading, or for `step_timeout` seconds during a call, are ended. Calls from several threads run one after the other.
+    A call that begins while a stream is half read lets the ranks finish the stream first. Use the wrapper as a context
+    manager, or `close` it. It is also closed when it is dropped and when this process ends.
 
-    Raises what `MetaModel` raises for wrong input, and RankError when ranks die, hang or fail.
+    Raises the errors of `MetaModel` for wrong input, and RankError when ranks die, hang or fail.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class MultiGpuWrapper:
         self._meeting = (master_addr or LOOPBACK, master_port or 0)
         self._load_timeout, self._step_timeout = load_timeout, step_timeout
         given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
-        # Resolved once, here: ranks that all fetched a model would fetch it over one another.
+        # Resolved here, once: several ranks must not download the same model into the same place.
         folders = [Path(resolve(path)) for path in given]
         self._options = {"pretrained_path": folders, **from_pretrained}
         own = from_pretrained.get("tokenizer_path")
         self.tokenizer: Tokenizer = load_tokenizer(own) if own else tokenizer_of(folders)
-        # Held while somebody listens to the ranks, never while a reader of a stream thinks.
+        # A thread has this lock while it listens to the ranks, but not while the reader of a stream handles an item.
         self._turn = threading.Lock()
         self._ranks: list[RankProcess] = []
         self._call_now: _Call | None = None
@@ -144,6 +144,7 @@ class MultiGpuWrapper:
 
     @property
     def sees(self) -> bool:
+        """Whether prompts may have images."""
         return self.image_words > 0
 
     # ----------------------------------------------------------------- MetaModel's methods
@@ -173,7 +174,7 @@ class MultiGpuWrapper:
         seed: int | None = None,
         cancelled: Cancelled = None,
     ) -> Iterator[StreamItem]:
-        """As `MetaModel.stream_generate`; closing the iterator, or dropping it, ends the generation on the ranks."""
+        """As `MetaModel.stream_generate`. Closing or dropping the iterator ends the generation on the ranks."""
         how = _sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
         yield from self._replies("stream_generate", {"prompt": prompt, "image": image, **how}, cancelled)
 
@@ -196,13 +197,13 @@ class MultiGpuWrapper:
         return self._answer("evaluate_examples", arguments)
 
     def close(self) -> None:
-        """End the ranks, also in the middle of another thread's call; a later call would start them again."""
+        """End the ranks, also in the middle of another thread's call. A later call starts them again."""
         self._closed = True
         for rank in list(self._ranks):
             rank.kill()
-        listened = self._turn.acquire(timeout=GRACE)  # whoever listens hears them end
+        listened = self._turn.acquire(timeout=GRACE)  # a thread that listens notices their end and releases the lock
         try:
-            if self._closed:  # else a later call has started new ranks since
+            if self._closed:  # otherwise a later call has started new ranks meanwhile
                 self._end()
         finally:
             if listened:
@@ -241,7 +242,7 @@ class MultiGpuWrapper:
                     item = call.items.popleft()
                 yield item
         finally:
-            if not call.over:  # the reader left, or Ctrl-C: end it on the ranks, or end the ranks
+            if not call.over:  # the reader left, or Ctrl-C: end the call on the ranks, or end the ranks
                 self._leave(call)
 
     def _begin(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> _Call:
@@ -256,8 +257,8 @@ class MultiGpuWrapper:
                 busy = self._call_now
                 if busy is None or busy.over:
                     return self._send(method, message, cancelled)
-                self._listen(busy)  # perhaps a stream that its reader has left half read; what comes is kept for it
-            time.sleep(POLL / 100)  # its reader's turn, if there is one
+                self._listen(busy)  # perhaps a half-read stream: its items are stored for its reader
+            time.sleep(POLL / 100)  # lets that reader take the lock
 
     def _send(self, method: str, message: Any, cancelled: Cancelled) -> _Call:
         if not self._ranks:
@@ -275,10 +276,10 @@ class MultiGpuWrapper:
         return call
 
     def _listen(self, call: _Call) -> None:
-        """Wait a moment for what the ranks say. Where the call fails, set `call.error` and end ranks out of step."""
+        """Wait a moment for messages of the ranks. If the call fails, set `call.error`, and end ranks out of step."""
         if not call.told and (call.left or (call.cancelled is not None and call.cancelled())):
             call.told = True
-            with contextlib.suppress(OSError):  # the end of a rank is heard below
+            with contextlib.suppress(OSError):  # a rank that is gone is noticed below
                 self._ranks[0].connection.send(("cancel", {}))
         try:
             for connection in wait(list(call.waiting), timeout=POLL):
@@ -291,7 +292,7 @@ class MultiGpuWrapper:
             call.error = self._lost(list(call.waiting.values()), call.doing)
             return
         silent = time.monotonic() - call.heard
-        if call.problems and (not call.waiting or silent > GRACE):  # else the others wait for one that has failed
+        if call.problems and (not call.waiting or silent > GRACE):  # silent: they wait for a rank that has failed
             call.error, in_step = call.failure(self.size)
             if not in_step:
                 self._end()
@@ -302,9 +303,10 @@ class MultiGpuWrapper:
             call.error = RankError(f"{silence}; the next call starts them again")
 
     def _leave(self, call: _Call) -> None:
-        """Cancel what the ranks are doing and wait until they are in step again; end them if that takes long."""
+        """Cancel the ranks' call and wait until they are in step again. End them if that takes too long."""
         call.left, call.patience, call.heard = True, min(call.patience, GRACE), time.monotonic()
-        # Another thread that listens cancels it instead. So does this one, when garbage is collected as it listens.
+        # A thread that already has the lock listens, and cancels the call itself. It may be this thread, when garbage
+        # collection drops a stream while it listens.
         if not self._turn.acquire(timeout=1):
             return
         try:
@@ -326,11 +328,11 @@ class MultiGpuWrapper:
     # ----------------------------------------------------------------- processes
 
     def _start(self) -> None:
-        """Start ranks and load the model on them, or leave none behind."""
+        """Start ranks and load the model on them. If that fails, end all ranks."""
         self._closed = False
         try:
             host, port = self._meeting
-            self._store: Any = host_store(host, port)  # kept: the ranks meet in it
+            self._store: Any = host_store(host, port)  # the ranks meet through it, so it must stay alive
             start_processes(RANK_MODULE, self._gpu_ids, host, self._store.port, self._load_timeout, self._ranks)
             loading = _Call("loading", self._ranks, self._load_timeout)
             for rank in self._ranks:
@@ -348,7 +350,7 @@ class MultiGpuWrapper:
     def _end(self) -> None:
         ranks, self._ranks = getattr(self, "_ranks", []), []
         end_processes(ranks)
-        self._store = None  # gives its port back
+        self._store = None  # frees its port
         call = getattr(self, "_call_now", None)
         if call is not None and not call.over:
             call.error = RankError(f"the ranks were {'closed' if self._closed else 'ended'} while {call.doing}")
@@ -369,6 +371,6 @@ def _sampling(max_gen_len: int, temperature: float, top_p: float, stops: Iterabl
         "temperature": temperature,
         "top_p": top_p,
         "additional_stop_symbols": stops if isinstance(stops, str) else list(stops),
-        # A draw of our own where none is given, so that torch.manual_seed in this process makes ranks repeat.
+        # Without a seed, one is drawn here, so that torch.manual_seed in this process makes the ranks repeat.
         "seed": int(torch.randint(2**62, ())) if seed is None and temperature else seed,
     }

@@ -1,4 +1,4 @@
-"""The options that say which model is loaded and how, declared once for the command line and the demos.
+"""The options that choose a model and how it is loaded. The command line and the demos share them.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -21,15 +21,15 @@ IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
-    """Declare `--name`, spelled with dashes or underscores: the original's scripts spell --max_seq_len."""
+    """Declare `--name`, spelled with dashes or underscores: the original's scripts use --max_seq_len."""
     parser.add_argument(*dict.fromkeys(["--" + name.replace("_", "-"), f"--{name}"]), **how)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
-    """Declare which checkpoint is loaded, how, and on which GPUs.
+    """Declare the options for the checkpoint, for loading it, and for the GPUs.
 
-    demo: as the original's demos have them. The checkpoint is an option, --quant may stand alone, a wrong format is
-    refused by the model and not by the parser, and the demo declares itself how many ranks it starts, if it starts any.
+    demo: declare them as the original's demos do. Then the checkpoint is an option, --quant needs no value, the model
+    refuses a wrong format instead of the parser, and each demo itself declares the option for the number of its ranks.
     """
     if demo:
         about = "folders, loaded one over the other, or hf://"
@@ -61,7 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) ->
 
 
 def add_quant_options(parser: argparse.ArgumentParser, about: str, *, required: bool = False) -> None:
-    """Declare the format that weights are quantised to (`about` is its help), and attention's and the head's own."""
+    """Declare the options for the quantisation format (`about` is the help), and for attention's and the head's."""
     add_option(parser, "quant", choices=QUANT, metavar="FORMAT", required=required, help=about)
     _add_quant_parts(parser, choices=QUANT)
 
@@ -72,7 +72,7 @@ def _add_quant_parts(parser: argparse.ArgumentParser, **how: Any) -> None:
 
 
 def add_image_transform(parser: argparse.ArgumentParser) -> None:
-    """Declare how an image becomes the square that encoders take."""
+    """Declare the option that says how an image becomes the square that encoders take."""
     add_option(
         parser,
         "image_transform",
@@ -84,7 +84,7 @@ def add_image_transform(parser: argparse.ArgumentParser) -> None:
 
 
 def port_number(text: str) -> int:
-    """The type of an option that names a port."""
+    """Parse the value of an option for a port."""
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … 65535")
     return int(text)
@@ -94,9 +94,9 @@ def port_number(text: str) -> int:
 
 
 def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict[str, Any]:
-    """The arguments of `MetaModel.from_pretrained` that parsed options make.
+    """Turn parsed options into the arguments of `MetaModel.from_pretrained`.
 
-    with_visual: load what the model sees with too. InputError for a device that is not there.
+    with_visual: load the image encoders too. InputError for a device that does not exist.
     """
     formats = ("quant_attention", "quant_output")
     names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
@@ -110,7 +110,7 @@ def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict
 
 
 def torch_dtype(name: str | None) -> Any:
-    """The torch.dtype that one of `DTYPES` names, short or long; None for None."""
+    """The torch.dtype of a name from `DTYPES`, short or long; None for None."""
     import torch
 
     return None if name is None else getattr(torch, SHORT_DTYPES.get(name, name))

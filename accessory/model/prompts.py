@@ -1,6 +1,6 @@
-"""Prompts and examples as `MetaModel` and `Scorer` are given them: texts or token ids, some with an image.
+"""Checks the prompts and examples that `MetaModel` and `Scorer` get: texts or token ids, some with an image.
 
-Legend: 3 colours, P pixels each way.
+Legend: 3 colours, P height and width in pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pixels = list[Tensor | None]  # (3, P, P) fp32 for each prompt, None for one wit
 
 
 def count_prompts(prompts: Sequence[Prompt]) -> int:
-    """How many prompts there are. Raises InputError for one string in place of a list, and for an empty list."""
+    """The number of prompts. Raises InputError for one string instead of a list, and for an empty list."""
     if isinstance(prompts, str):
         raise InputError("prompts: got one string, but a list of prompts is needed; write [prompt]")
     if len(prompts) == 0:
@@ -34,8 +34,8 @@ def open_images(
 ) -> tuple[Sequence[Prompt], Pixels]:
     """The prompts without image tags, and the pixels of their images.
 
-    image_processor: None for a model of text alone, which leaves tags as they are. of: what messages call a prompt.
-    Raises InputError for an image that cannot be used, and for a prompt whose image is missing.
+    image_processor: None for a text-only model, whose prompts keep their tags. of: how messages call a prompt. Raises
+    InputError for an image that cannot be used, and for a prompt whose image is missing.
     """
     none: Pixels = [None] * len(prompts)
     if image_processor is None and images is not None:
@@ -47,5 +47,5 @@ def open_images(
 
 
 def image_token_counts(image_processor: ImageProcessor | None, pixels: Pixels) -> list[int]:
-    """How many positions each prompt's image takes; 0 for a prompt without an image."""
+    """The number of image tokens of each prompt's image; 0 for a prompt without an image."""
     return [0 if image_processor is None or p is None else image_processor.image_tokens for p in pixels]

@@ -1,7 +1,7 @@
-"""One rank of a `MultiGpuWrapper`, as a process of its own: `python -m accessory.model.rank_process`.
+"""The process of one rank of a `MultiGpuWrapper`: `python -m accessory.model.rank_process`.
 
-It reads where to meet from standard input, loads the model together with the other ranks, and then does what it is
-called for until its connection or its standard input ends, which the death of the driving process does too.
+It reads its `Place` from standard input and loads the model together with the other ranks. Then it answers calls until
+its connection or its standard input ends. Both end when the driver dies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     try:
         serve(connection, place)
     except (EOFError, ConnectionError):
-        pass  # the driver is gone or wants us gone
+        pass  # the driver is gone, or has closed the connection
     finally:
         leave(0)
 
@@ -41,7 +41,7 @@ def serve(connection: Connection, place: Place) -> None:
     said = time.monotonic()
 
     def step(*_: Any) -> None:
-        """Tell the driver that the ranks go on: a call may be longer than it would wait for a silent one."""
+        """Tell the driver that the ranks are still working: a call may take longer than it waits for silent ranks."""
         nonlocal said
         if (now := time.monotonic()) - said > 0.1:
             connection.send(("step",))
@@ -49,14 +49,14 @@ def serve(connection: Connection, place: Place) -> None:
 
     def cancelled() -> bool:
         step()
-        return connection.poll()  # whatever the driver says during a call, it means that the call should end
+        return connection.poll()  # any message of the driver during a call means that the call should end
 
     if place.rank == 0:
         model.llma.register_forward_pre_hook(step)
     while True:
         method, arguments = connection.recv()
         if method == "cancel":
-            continue  # of a call that had already ended
+            continue  # the call that it cancels had already ended
         if place.rank == 0 and method in ("generate", "stream_generate"):
             arguments["cancelled"] = cancelled
         _answer(connection, partial(_do, connection, model, method, arguments, place.rank))
@@ -76,7 +76,7 @@ def _load(place: Place, options: dict[str, Any]) -> Any:
 
 
 def _do(connection: Connection, model: Any, method: str, arguments: dict[str, Any], rank: int) -> Any:
-    """Every rank computes; the first one tells."""
+    """Run a method of the model. Every rank computes, but only the first one sends the result."""
     from accessory.model.messages import arguments_received, to_plain
 
     result = getattr(model, method)(**arguments_received(arguments))
@@ -89,7 +89,10 @@ def _do(connection: Connection, model: Any, method: str, arguments: dict[str, An
 
 
 def _answer(connection: Connection, work: Callable[[], Any]) -> bool:
-    """Do the work and say how it went: ("done", result), ("refused", a user's error) or ("failed", text, trace)."""
+    """Do the work and send the outcome: ("done", result), ("refused", a user's error) or ("failed", text, trace).
+
+    Returns whether it succeeded.
+    """
     from accessory.errors import AccessoryError
 
     try:

@@ -1,4 +1,4 @@
-"""Scoring: the logits of given texts, and how likely a model finds them. `MetaModel` passes such calls to `Scorer`.
+"""Scoring: the logits of given texts, and their likelihood under a model. `MetaModel` passes such calls to `Scorer`.
 
 Legend: B examples of a batch, T tokens, V vocabulary.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores examples with the parts of a `MetaModel`, whose docstrings say what each method takes and returns."""
+    """Scores examples with the parts of a `MetaModel`. The methods have the docstrings of `MetaModel`'s methods."""
 
     llma: Decoder
     tokenizer: Tokenizer
@@ -70,7 +70,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]], pixels: Pixels) -> list[Tensor]:
-        """(T, V) fp32 for each row of T token ids: the logits after each of them, without those of its image."""
+        """The logits (T, V) fp32 after each token of each row of T token ids, without those of image tokens."""
         out = []
         counts, step = image_token_counts(self.image_processor, pixels), self.llma.args.max_batch_size
         for first in range(0, len(rows), step):
@@ -83,15 +83,16 @@ class Scorer:
             for n, ids in enumerate(with_image):
                 tokens_BT[n, : len(ids)] = torch.tensor(ids)
             features = None if self.image_processor is None else self.image_processor.features(pixels[here])
-            # Padding stands on the right and attention is causal: no token that counts can see it.
+            # Padding is on the right and attention is causal, so no real token sees the padding.
             logits_BTV = self.llma(tokens_BT.to(self.llma.tok_embeddings.weight.device), images=features).logits
-            # What BOS predicts stands after the last position of its image, so `count` logits in front are dropped.
+            # The image comes after BOS, so the logits after BOS are those of the last image token. The first `count`
+            # logits are dropped.
             for n, (count, ids) in enumerate(zip(counts[here], with_image, strict=True)):
                 out.append(logits_BTV[n, count : len(ids)].float())
         return out
 
     def _rows(self, examples: Sequence[Prompt], pixels: Pixels, bos: bool, eos: bool) -> list[list[int]]:
-        """The token ids of each example, checked. An image's positions are not among them, but must fit too."""
+        """The checked token ids of each example, without image tokens. Those must fit into `max_seq_len` too."""
         counts = image_token_counts(self.image_processor, pixels)
         return [self._example_ids(e, n, bos, eos, counts[n]) for n, e in enumerate(examples)]
 
@@ -110,12 +111,12 @@ class Scorer:
         return self.tokenizer.encode(text, bos=bos, eos=eos, special=True) if isinstance(text, str) else list(text)
 
     def _context_length(self, context: Prompt, example: Prompt, ids: list[int], row: int, bos: bool) -> int:
-        """How many of the example's tokens are context; at least one, since the first token follows nothing."""
+        """The number of the example's tokens that are context; at least one, because nothing predicts the first."""
         both_text = isinstance(context, str) and isinstance(example, str)
         begins = example.startswith(context) if both_text else None  # type: ignore[union-attr, arg-type]
         context_ids = self._encode(context, bos, eos=False)
         shared = next((n for n, (a, b) in enumerate(zip(context_ids, ids, strict=False)) if a != b), len(context_ids))
-        # Where two texts meet, one token may hold the end of the context and the beginning of the rest. It is judged.
+        # One token may contain the end of the context and the beginning of the rest. It is scored.
         if begins is False or (begins is None and shared < len(context_ids)):
             raise InputError(f"contexts[{row}]: examples[{row}] does not begin with it")
         return max(1, min(shared, len(ids)))
