@@ -20,14 +20,14 @@ LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    """Run a command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
     from accessory.commands.outcome import outcome
 
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    elif rest:  # key=value behind an option, which argparse does not take for the positional argument that it is
+    elif rest:  # key=value after an option: a positional argument that argparse does not recognise there
         options.overrides += rest
     return outcome(lambda: options.run(options), debug=options.debug)
 
@@ -150,7 +150,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     if options.finetune:
-        # Before torch reads it: threads that spin while others work waste most of a machine that is busy anyway.
+        # Set before torch reads it. Otherwise waiting threads spin, and on a busy machine they take most of the CPU.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from accessory.demos.finetune import finetune_demo
 

@@ -1,7 +1,8 @@
 """Finetune with the flags of the original project: `python main_finetune.py …`, alone, under torchrun or under srun.
 
-Every field of `FinetuneConfig` is a flag. Flags that are left out mean what they mean in the original, but for the
-schedule (there 400 epochs at 0.001, which suits no mixture); and rows are packed unless --no_packing is given.
+Every field of `FinetuneConfig` is a flag. Flags that are left out have the original's defaults, with two exceptions.
+The schedule differs, because the original's (400 epochs at 0.001) suits no mixture. Rows are packed unless --no_packing
+is given.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if not __package__:  # started as a file: look for the package in this checkout,
 from accessory.errors import ConfigError
 from accessory.train.config import FinetuneConfig, field_types, required_fields
 
-# What the original does without these flags, where our own default is another.
+# The original's defaults, where they differ from those of `FinetuneConfig`.
 ORIGINAL_DEFAULTS: dict[str, Any] = {
     "output_dir": "./output_dir",
     "batch_size": 16,
@@ -33,7 +34,7 @@ ORIGINAL_DEFAULTS: dict[str, Any] = {
     "save_iteration_interval": 5000,
 }
 
-# Flags of the original that have nothing to say here, and why.
+# Flags of the original that have no effect here, and why.
 IGNORED = {
     "pretrained_type": "every published layout is recognised by itself",
     "log_dir": "what happens is written to output_dir; --loggers tensorboard adds its files there",
@@ -45,7 +46,7 @@ IGNORED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Finetune as the flags say; returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    """Finetune as the flags say. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
     from accessory.commands.outcome import outcome
 
     options, unknown = parser().parse_known_args(argv)
@@ -61,7 +62,8 @@ def _run(options: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def parser(config: type[FinetuneConfig] = FinetuneConfig) -> argparse.ArgumentParser:
-    """A flag for every field, spelled with underscores or dashes; what is not given is absent from the result."""
+    """A parser with a flag for every field, spelled with underscores or dashes. Flags that are not given are absent
+    from its result."""
     p = argparse.ArgumentParser(
         prog="main_finetune.py",
         description="Finetune Mixtral-8x7B and its relatives, alone, under torchrun or under srun.",
@@ -106,9 +108,9 @@ def _help(field: Field[Any]) -> str:
 def read_flags(
     options: argparse.Namespace, unknown: Sequence[str] = (), config: type[FinetuneConfig] = FinetuneConfig
 ) -> tuple[FinetuneConfig, list[str]]:
-    """The configuration that parsed flags make, and notes on those that say nothing here.
+    """Make the configuration from parsed flags, with notes on the flags that have no effect here.
 
-    Raises ConfigError for a flag that does not exist, is missing or holds a wrong value.
+    Raises ConfigError for a flag that does not exist, is missing or has a wrong value.
     """
     names = [field.name for field in fields(config)]
     given = {name: value for name, value in vars(options).items() if name in names}

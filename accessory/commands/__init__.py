@@ -1,1 +1,1 @@
-"""What the commands that need a model do; `accessory.cli` has their arguments."""
+"""Carries out the larger commands; `accessory.cli` has their arguments."""

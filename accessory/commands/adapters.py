@@ -1,4 +1,4 @@
-"""`accessory merge` and `accessory adapter export|import`: adapters into weights, and to and from PEFT."""
+"""`accessory merge` and `accessory adapter export|import`: merges adapters, and converts them to and from PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accessory.errors import InputError
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Merge, and print what changed and the certificate."""
+    """Merge adapters into the weights. Print the changes and the certificate."""
     report = merge_folders(
         options.paths,
         options.dst,
@@ -31,7 +31,7 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def adapter(options: argparse.Namespace) -> int:
-    """Convert an adapter to or from PEFT's folder, and print what is in it."""
+    """Convert an adapter to or from PEFT's folder, and print its content."""
     if options.direction == "export":
         for name in ("to", "shards", "safetensors"):
             if getattr(options, name):

@@ -1,4 +1,4 @@
-"""`accessory data check`: everything that can be known of finetuning data before a GPU is used."""
+"""`accessory data check`: checks finetuning data, and shows how a run would use it, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accessory.train.dataloader import Schedule
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print the report; 1 where anything is wrong with the data, else 0. Raises AccessoryError for wrong options."""
+    """Print the report. Returns 1 where the data has a problem, else 0. Raises AccessoryError for wrong options."""
     choices = read_choices(options)
     tokenizer = load_tokenizer(tokenizer_path(choices.model))
     args = sizes_of(Path(choices.model))

@@ -1,4 +1,4 @@
-"""What `accessory data check` is asked for: `Choices`, out of options, a finetune's configuration and defaults."""
+"""Combines the options of `accessory data check`, a finetune's configuration and defaults into `Choices`."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ class Choices:
     checkpointing: bool
     output_dir: Path | None
     tokens_per_second: float | None
-    image_tokens: int | None  # of an image; 0: the run takes no images; None: unknown
+    image_tokens: int | None  # tokens of an image; 0: the run takes no images; None: unknown
 
     @property
     def rows(self) -> int:
-        """Rows of a step, on all ranks together."""
+        """Rows of a step, summed over all ranks."""
         return self.batch_size * self.accum_iter * self.replicas
 
 
 def read_choices(options: argparse.Namespace) -> Choices:
-    """Options win over a finetune's configuration, which wins over the defaults.
+    """Make the choices. Options win over a finetune's configuration, which wins over the defaults.
 
-    Raises ConfigError where two of them contradict each other, InputError for an option that is out of range.
+    Raises ConfigError for a wrong configuration or one that contradicts an option, InputError for an option that is
+    out of range.
     """
     path = Path(options.config)
     path = path if path.exists() else find_recipe(options.config)
@@ -106,7 +107,7 @@ def tokenizer_path(model: str) -> Path:
 
 
 def _image_tokens(recipe: FinetuneConfig | None, model: Path) -> int | None:
-    """Positions of an image in the run; 0 where it takes no images, None where neither recipe nor model tells."""
+    """Tokens of an image in the run; 0 where it takes no images, None where neither recipe nor model tells."""
     if recipe is not None and recipe.no_visual:
         return 0
     kind = recipe.llama_type if recipe is not None else None
@@ -122,7 +123,7 @@ def _image_tokens(recipe: FinetuneConfig | None, model: Path) -> int | None:
 
 
 def sizes_of(model: Path, more: Sequence[str] = ()) -> ModelArgs | None:
-    """The network's sizes out of a model's folder; None where it has no configuration that tells them.
+    """The network's sizes from a model's folder; None where the folder has no configuration with sizes.
 
     more: configuration files that win over the folder's own.
     """

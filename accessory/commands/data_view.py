@@ -1,4 +1,4 @@
-"""What `accessory data check` shows: counts, a histogram, steps, and items, in which colour marks what is learnt."""
+"""The output of `accessory data check`: counts, a histogram, steps, and items whose learnt tokens are coloured."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from accessory.train.metrics import METRICS_FILE
 from accessory.vision_config import IMAGE_ID
 
 SHOWN_PROBLEMS = 20
-_PREVIEWED = 2  # items of each group
-_TOKENS = 400  # of an item that are shown
+_PREVIEWED = 2  # items shown of each group
+_TOKENS = 400  # tokens shown of an item
 _BAR = 40  # characters of the histogram's longest bar
 LEARNT, REST, SPECIAL = "green", "dim", "bold magenta"
-MARKS = ("⟦", "⟧")  # stand around what is learnt, where there are no colours
+MARKS = ("⟦", "⟧")  # put around learnt tokens where there are no colours
 
 
 def heading(choices: Choices, tokenizer: Tokenizer) -> str:
@@ -38,7 +38,7 @@ def heading(choices: Choices, tokenizer: Tokenizer) -> str:
 
 
 def counts(data: FinetuneData) -> RenderableType:
-    """Items, tokens and what is cut, left out and learnt: a line a file, and one a group where there are several."""
+    """Items, tokens, and how many are cut, left out and learnt: by file, and by group if there are several."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "type", "items", "tokens", "mean", "cut", "left out", "learnt"):
         table.add_column(name, justify="left" if name in ("file", "type") else "right", overflow="fold")
@@ -73,7 +73,7 @@ def _cells(
 
 
 def images(data: FinetuneData, image_tokens: int | None) -> str:
-    """How many items have an image, and what share of all tokens their images take."""
+    """The number of items with an image, and the share of image tokens among all tokens."""
     items = sum(len(f.encoded.images) for f in data.files)
     paths = {(f.source.root, image) for f in data.files for image in f.encoded.images.values()}
     every = sum(len(f.encoded.lines) for f in data.files)
@@ -89,7 +89,7 @@ def images(data: FinetuneData, image_tokens: int | None) -> str:
 
 
 def histogram(data: FinetuneData) -> RenderableType:
-    """How many items have how many tokens, before any cut, in bins that double."""
+    """The number of items by their tokens before any cut. Each bin is twice as wide as the one before."""
     lines = [Text("tokens of an item", style="bold")]
     bins = np.floor(np.log2(np.maximum(data.whole, 1))).astype(int)
     numbers = np.bincount(bins)
@@ -122,7 +122,7 @@ def steps(choices: Choices, schedule: Schedule) -> str:
 
 
 def time(data: FinetuneData, schedule: Schedule, speed: Speed | None) -> str:
-    """How long the run will take, and how that is known; or what to do to know it."""
+    """The duration of the run and the source of the estimate; without one, how to get it."""
     if speed is None:
         return (
             "time      unknown here; give --tokens-per-second (of all GPUs together), or make a few steps of the run: "
@@ -134,7 +134,7 @@ def time(data: FinetuneData, schedule: Schedule, speed: Speed | None) -> str:
 
 
 def bos(data: FinetuneData, tokenizer: Tokenizer, misplaced: Sequence[str] | None) -> str:
-    """Where BOS stands, in a line. misplaced: what `check_bos` found."""
+    """A line that says whether BOS begins each item. misplaced: the result of `check_bos`."""
     if misplaced is None:
         return "BOS       the tokenizer puts none before a text"
     if misplaced:
@@ -145,7 +145,7 @@ def bos(data: FinetuneData, tokenizer: Tokenizer, misplaced: Sequence[str] | Non
 
 
 def problems(found: Iterable[str]) -> RenderableType:
-    """The first problems, then how many there are in each file."""
+    """The first problems, then the number of problems in each file."""
     found = list(found)
     if not found:
         return Text("\nnothing is wrong", style="green")
@@ -159,12 +159,12 @@ def problems(found: Iterable[str]) -> RenderableType:
 
 
 def _file_of(problem: str) -> str:
-    """A problem reads "file:line: what" or "file: what"."""
+    """The file of a problem, which has the form "file:line: what" or "file: what"."""
     return problem.split(": ", 1)[0].rpartition(":")[0] or problem.split(": ", 1)[0]
 
 
 def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: bool) -> RenderableType:
-    """The first items of a group as the model reads them. `marked`: brackets, not colours, show what is learnt."""
+    """The first items of a group as the model reads them. `marked`: show learnt tokens by brackets, not colours."""
     lines = []
     for item in np.flatnonzero(data.groups == group)[:_PREVIEWED].tolist():
         example = data.example(item)
@@ -184,7 +184,7 @@ def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: boo
 def _size(image: str) -> str:
     try:
         return " ({:,} × {:,})".format(*read_header(image))
-    except AccessoryError:  # the problems name it, or nobody looked at this image
+    except AccessoryError:  # the list of problems has it, or images are not checked
         return ""
 
 
@@ -195,9 +195,9 @@ def _legend(marked: bool) -> Text:
 def painted(
     ids: list[int], learn: list[bool], tokenizer: Tokenizer, *, marked: bool, places: int = 0, at: int = 0
 ) -> Text:
-    """Token ids as text: control tokens by their names, line ends visible, what is learnt in a colour of its own.
+    """Token ids as text: control tokens by their names, line ends visible, learnt tokens in a different colour.
 
-    places: how many positions an image has there; the text says so before token number `at`.
+    places: the number of image tokens; the text shows it before token number `at`.
     """
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     text, run, before, begun = Text(), b"", False, False

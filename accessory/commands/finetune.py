@@ -1,4 +1,4 @@
-"""`accessory finetune`, and what `main_finetune.py` shares with it: from a configuration to ranks that train."""
+"""`accessory finetune`: trains as a configuration says, on one rank or several. `main_finetune.py` uses it too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPES = PACKAGE / "configs" / "finetune"
 
 
 def finetune(options: argparse.Namespace) -> int:
-    """Carry out a recipe: here, as one of a launcher's ranks, or on `--n-gpus` ranks that are started for it."""
+    """Carry out a recipe: in this process alone, as one of a launcher's ranks, or on `--n-gpus` ranks started here."""
     recipe = find_recipe(options.config)
     config = FinetuneConfig.from_yaml(recipe, options.overrides)
     launch = launch_of()
@@ -44,7 +44,7 @@ def finetune(options: argparse.Namespace) -> int:
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or one of the package's recipes by its name."""
+    """The path of a recipe: a file, or one of the package's recipes by its name. ConfigError where there is none."""
     for path in (Path(name), PACKAGE / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -53,9 +53,10 @@ def find_recipe(name: str) -> Path:
 
 
 def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | None = None) -> int:
-    """Train in this process, one of `world` ranks (by default, of as many as a launcher started); the exit status.
+    """Train in this process. Returns the exit status.
 
-    dry_run: print the configuration and check it against the files, and stop there.
+    world: the number of ranks, by default those that a launcher started. dry_run: only check the configuration against
+    the files, and print it.
     """
     launch = launch_of()
     if world is None:
@@ -74,7 +75,7 @@ def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | Non
 
 
 def _summary(config: FinetuneConfig, world: int, replicas: int) -> list[str]:
-    """What follows from a configuration; opens the model's files, unless they are still to be downloaded."""
+    """Lines about ranks, steps and trained parameters. Opens the model's files, unless they must be downloaded."""
     rows = config.batch_size * config.accum_iter * replicas
     lines = [
         f"{world} rank{'s' * (world > 1)} = {config.model_parallel_size} model-parallel × {replicas} data-parallel",
@@ -119,7 +120,8 @@ def _train(config: FinetuneConfig) -> None:
 
 
 def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
-    """Ends the process without taking groups down where other ranks may be dead: that waits for them, or aborts."""
+    """Train as a launcher's rank. After an error, the process ends without destroying its process groups: other ranks
+    may be dead, and then that waits for them or aborts."""
     end_with_torchrun(launch.rank)
     status = 1
     try:

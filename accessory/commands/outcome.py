@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and a user's mistake as one line. Every door of the package goes through it.
+"""Ends a command: gives its exit status, and prints a user's mistake as one line. All entry points of commands use it.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -17,9 +17,9 @@ from accessory.launch.environment import launched_rank
 
 
 def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 130 interrupted.
+    """Run a command. Returns the exit status: 0 done, 1 failed, 130 interrupted.
 
-    Of several ranks the first one speaks; the others do where something may have happened to them alone.
+    With several ranks, only the first one prints. Another rank prints an error that it may have alone.
     """
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     rank = launched_rank()
@@ -32,7 +32,7 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
             print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (head, less) went away; Python would complain again while closing stdout.
+        # The reader of a pipe (head, less) has ended. Python would print another error when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -47,14 +47,14 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
 
 
 def _is_users(error: Exception) -> bool:
-    """What has a plain answer; anything else is a defect of ours, and its traceback helps to mend it."""
+    """Whether one line can explain the error to the user. Other errors are bugs, and need their traceback."""
     return isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError) or (
         type(error).__name__ == "OutOfMemoryError"
     )
 
 
 def _may_be_of_one_rank(error: Exception) -> bool:
-    """Wrong configurations and inputs are the same on all ranks; disks and memories are not."""
+    """Whether a single rank may have this error: disks and memory differ, configurations and inputs do not."""
     return isinstance(error, OSError | MemoryError | RankError) or type(error).__name__ == "OutOfMemoryError"
 
 

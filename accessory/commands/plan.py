@@ -1,4 +1,4 @@
-"""`accessory plan`: what a task takes of GPUs, host and disk, before anything is downloaded or loaded."""
+"""`accessory plan`: the memory that a task needs on GPUs, host and disk, before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GB = 1e9
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print the plan; 1 where the task does not fit the cards, else 0. Raises AccessoryError for wrong options."""
+    """Print the plan. Returns 1 where the task does not fit the cards, else 0. AccessoryError for wrong options."""
     made = make_plan(options)
     if options.json:
         print(json.dumps(as_json(made), indent=1))
@@ -43,10 +43,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def look_at(path: str) -> Model:
-    """The model that `path` stands for: a preset's name, a JSON file, a folder or an hf:// address.
+    """The model at `path`: the name of a preset, a JSON file, a folder or an hf:// address.
 
-    A folder is read by its tensors' headers, or by its configuration while it has no weights. Of an address only the
-    configuration is fetched.
+    Reads the headers of a folder's tensors, or only its configuration if the folder has no weights. Downloads only the
+    configuration of an address.
     """
     if path.lower() in PRESETS:
         return Model(path.lower(), PRESETS[path.lower()])
@@ -119,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> Card | None:
-    """The card that the options name, or the cards of this machine; None without either. `--gpus` says how many."""
+    """The card that the options name, else this machine's cards, else None. `--gpus` sets their number."""
     if options.card is not None:
         card = card_of(options.card)
     elif options.memory is not None:
@@ -142,7 +142,7 @@ def _present(gpus: int | None) -> Card | None:
 
 
 def _has_driver() -> bool:
-    """Whether there can be a GPU here. It is asked first, since importing torch to ask it takes seconds."""
+    """Whether this machine has NVIDIA's driver. It is checked first, because importing torch takes seconds."""
     import ctypes
 
     try:
@@ -205,7 +205,7 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
 
 
 def _ranks(options: argparse.Namespace) -> tuple[int, int]:
-    """(model-parallel, data-parallel) ranks. `--gpus` alone is model-parallel for running, else data-parallel."""
+    """(model-parallel, data-parallel) ranks. `--gpus` alone means model-parallel for inference, else data-parallel."""
     tp, dp, gpus = options.tp, options.dp, options.gpus
     if gpus is None:
         return tp or 1, dp or 1
@@ -220,7 +220,7 @@ def _ranks(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def as_json(made: Plan) -> dict[str, Any]:
-    """Everything in bytes."""
+    """The plan as plain values for JSON. Sizes are in bytes."""
     total, active = made.model.args.parameter_counts()
     return {
         "model": {
@@ -245,7 +245,7 @@ def as_json(made: Plan) -> dict[str, Any]:
 
 
 def describe(setup: Setup) -> dict[str, Any]:
-    """A set-up as plain values."""
+    """A set-up as plain values for JSON."""
     out: dict[str, Any] = {
         "gpus": setup.gpus,
         "model_parallel_size": setup.tp,

@@ -1,4 +1,5 @@
-"""The options of `accessory plan`; like `cli`, this imports only the standard library."""
+"""The options of `accessory plan`. Only the standard library is imported here, so that `accessory --help` answers at
+once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `accessory plan` looks: a table of one GPU, what else is needed, and the smallest set-ups."""
+"""The output of `accessory plan`: a table for one GPU, what host and disk need, and the smallest set-ups."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from accessory.formats import PARTS, Format, Quant
 from accessory.planner.search import RESERVE, Fitting
 from accessory.planner.setup import Inference, Setup, Training
 
-SHOWN = 5_000_000  # bytes; a smaller term would show as zeros
-A_MACHINE = 8  # GPUs that `--n-gpus` can start ranks on; torchrun and srun start more
+SHOWN = 5_000_000  # bytes; a smaller term would show as 0.00
+A_MACHINE = 8  # the most GPUs for which `--n-gpus` is suggested; more need torchrun or srun
 
 
 def show(made: Plan) -> None:
@@ -79,7 +79,7 @@ def setups_table(found: list[Fitting]) -> Table:
 
 
 def how(setup: Setup) -> str:
-    """The options that make it so: of `generate` and `chat`, or of `finetune`."""
+    """The options that give this set-up: of `generate` and `chat`, or of `finetune`."""
     task = setup.task
     if isinstance(task, Inference):
         words = [f"--n-gpus {setup.gpus}"] if setup.gpus > 1 else []
@@ -128,14 +128,14 @@ def setup_line(setup: Setup) -> str:
 
 
 def formats_of(quant: Quant) -> str:
-    """One word where one option `--quant` says all, else the format of each part."""
+    """One word where `--quant` alone gives these formats, else the format of each part."""
     if quant == _usual(quant.experts):
         return quant.experts or "bf16"
     return ", ".join(f"{part} {getattr(quant, part) or 'bf16'}" for part in PARTS)
 
 
 def _usual(experts: Format | None) -> Quant:
-    """The formats of the other parts where `--quant` says the experts' format alone."""
+    """The formats of all parts where `--quant` is given alone, with the experts' format."""
     return Quant.parse(experts) or Quant()
 
 

@@ -1,4 +1,4 @@
-"""`accessory quantize`: any checkpoint into a quantised folder, with numbers chosen on a text if there is one."""
+"""`accessory quantize`: writes a quantised copy of a checkpoint, and calibrates it on a text if there is one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError
 from accessory.formats import Quant
 
-ROW = 512  # tokens of the text that are read in one go
+ROW = 512  # tokens of the text in a row
 TOKENS = 128 * ROW
 
 
 def quantize(options: argparse.Namespace) -> int:
-    """Run the command; prints which experts the text reached, and that the folder is there."""
+    """Run the command. Prints which experts the text reached, and the folder that was written."""
     quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
     src, calibrate = resolve(options.src), None
     if options.calibrate is not None:

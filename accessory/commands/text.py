@@ -1,4 +1,4 @@
-"""`accessory generate` and `accessory chat`: a model on one rank or several, prompts and images in, text out."""
+"""`accessory generate` and `accessory chat`: answer prompts and images with text, on one rank or several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_IMAGE = ("none", "-")
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Continue the prompts and print what was written; under a launcher, the first rank reads and prints."""
+    """Continue the prompts and print the texts. Under a launcher, only the first rank reads and prints."""
     launch = launch_of()
     first = launch is None or launch.rank == 0
     prompts = _prompts(options) if first else []
@@ -55,7 +55,7 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
         if _visual(options):
             refuse_tags(prompts, images or [None] * len(prompts))
             prompts_said = [without_tag(prompt) for prompt in prompts]
-        else:  # to a model of text, it is text
+        else:  # for a text-only model, an image tag is plain text
             prompts_said = prompts
         talks = [Conversation(template, options.system).add("user", text) for text in prompts_said]
         asked = [talk.prompt_ids(model.tokenizer) for talk in talks]
@@ -95,7 +95,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        # The newline that ends a text file is not part of the prompt: models continue worse after it.
+        # The newline at the end of a text file is not part of the prompt: models continue worse after it.
         prompts += [line for line in text.splitlines() if line] if options.lines else [text.removesuffix("\n")]
     if not prompts:
         raise InputError("--lines: the input has no line with text")
@@ -103,7 +103,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _images(names: list[str], count: int) -> list[Any]:
-    """What was asked to be seen, one a prompt, opened before minutes of loading; nothing where nothing was."""
+    """Open one image per prompt, before the model takes minutes to load. The list is empty without any image."""
     if names and len(names) != count:
         raise InputError(
             f"--image: got {len(names)} for {count} prompts; give one each, in their order, and none for those without"
@@ -140,7 +140,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
             return 0
         if text.split(maxsplit=1)[:1] == ["/image"]:
             before, seen = seen, _change(seen, text.removeprefix("/image").strip(), visual)
-            if seen is not before:  # it stands before the first question, so what was said was not about it
+            if seen is not before:  # an image comes before the first question, so the dialogue begins again
                 del conversation.messages[fixed:]
             continue
         if text in ("/undo", "/clear"):
@@ -166,7 +166,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
                 ),
                 template.reply,
             )
-        except KeyboardInterrupt:  # stops this answer, not the chat; a half round would confuse the next
+        except KeyboardInterrupt:  # stops this answer, not the chat; half an answer would confuse the next one
             print("\n(stopped; the round is forgotten)")
             conversation.messages.pop()
             continue
@@ -180,7 +180,8 @@ class _Seen:
 
 
 def _see(words: str, visual: bool) -> _Seen | None:
-    """The image at a path as people type it, or a terminal that a file is dropped on: quoted, escaped, with ~."""
+    """Open the image at a typed path, or None for `NO_IMAGE`. The path may be quoted or escaped, as a terminal writes
+    it when a file is dropped on it, and may begin with ~."""
     if words in NO_IMAGE:
         return None
     if not visual:
@@ -194,7 +195,7 @@ def _see(words: str, visual: bool) -> _Seen | None:
 
 
 def _change(seen: _Seen | None, words: str, visual: bool) -> _Seen | None:
-    """What `/image` with these words leaves the dialogue to be about; says so, or why it is what it was."""
+    """The dialogue's image after `/image` with these words. Prints it, or the error where the old image stays."""
     try:
         seen = _see(words, visual) if words else seen
         print("(no image)" if seen is None else f"({seen.path}: the dialogue is about this image)")
@@ -204,7 +205,7 @@ def _change(seen: _Seen | None, words: str, visual: bool) -> _Seen | None:
 
 
 def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
-    """Print a stream as it grows; returns the whole text."""
+    """Print a stream as it grows. Returns the whole text."""
     shown = whole = ""
     for item in stream:
         whole = tidy(item["text"])
@@ -215,14 +216,15 @@ def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
 
 
 def _visual(options: argparse.Namespace) -> bool:
-    """Whether the model is to see."""
+    """Whether the image encoders must be loaded."""
     images = [options.image] if isinstance(options.image, str) else options.image or []
     return options.with_visual or any(name not in NO_IMAGE for name in images)
 
 
 @contextmanager
 def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiGpuWrapper, Ranks | None]]:
-    """The model that the options name: on the ranks a launcher started, on `--n-gpus` of our own, or here."""
+    """Load the model that the options name: on a launcher's ranks, on `--n-gpus` ranks started here, or in this
+    process."""
     loading = loading_arguments(options, with_visual=_visual(options))
     asked = options.n_gpus is not None or options.gpu_ids is not None
     if launch_of() is not None:

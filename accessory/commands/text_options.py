@@ -1,6 +1,6 @@
-"""Options of `accessory generate` and `accessory chat` beside those of the model.
+"""Options of `accessory generate` and `accessory chat` for images and sampling.
 
-Like `cli`, this imports only the standard library.
+Only the standard library is imported here, so that `accessory --help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from accessory.model.options import add_image_transform, add_option
 
 
 def add_image_arguments(command: argparse.ArgumentParser, several: bool) -> None:
-    """`--image`, once for each prompt or once for a dialogue, and what belongs to it."""
+    """Declare `--image`, once for each prompt (`several`) or once for a dialogue, and the other options for images."""
     if several:
         help_ = "what the prompt is about; of several prompts, one each in their order, or none"
         command.add_argument("--image", action="append", default=[], metavar="PATH", help=help_)

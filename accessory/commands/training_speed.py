@@ -1,4 +1,4 @@
-"""How many tokens a second a finetune would learn from: given, read off an earlier run, or estimated from the GPU."""
+"""The tokens per second of a planned finetune: as given, from an earlier run, or estimated from the GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from accessory.config import ModelArgs
 from accessory.errors import AccessoryError
 from accessory.train.metrics import iterate_metrics
 
-# The share of the speed of large matrix products that finetuning keeps, where nothing better is known.
+# Finetuning is assumed to reach this share of the speed of large matrix products, where nothing better is known.
 EFFICIENCY = 0.35
 _RECENT = 50  # records at the end of an earlier run; their median is its speed
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of all GPUs together, and how that is known."""
+    """Tokens per second of all GPUs together, and the source of that number."""
 
     tokens_per_second: float
     source: str
@@ -29,9 +29,9 @@ class Speed:
 def expected_speed(
     given: float | None, earlier_run: Path | None, args: ModelArgs | None, *, gpus: int, checkpointing: bool
 ) -> Speed | None:
-    """The best knowledge there is, in this order: `given`, the metrics of `earlier_run`, a measurement of this GPU.
+    """The best known speed, in this order: `given`, the metrics of `earlier_run`, a measurement of this GPU.
 
-    args: the network's sizes. gpus: how many GPUs would train. None where nothing tells.
+    args: the network's sizes. gpus: the number of GPUs that would train. None where none of the three is known.
     """
     if given is not None:
         return Speed(given, "as given")
@@ -52,9 +52,10 @@ def _speed_of_run(folder: Path) -> float | None:
 
 
 def _speed_of_gpu(args: ModelArgs, gpus: int, checkpointing: bool) -> Speed:
-    """An estimate: how fast this machine's GPU multiplies matrices, divided by what a token needs."""
+    """Estimate the speed: the rate of this GPU's matrix products, divided by the operations of a token."""
     rate = _matrix_rate("cuda", 8192)
-    # Of each parameter that a token uses: forward 2, backward 4, and forward again 2 where activations are recomputed.
+    # Operations for each parameter that a token uses: forward 2, backward 4, and 2 more where activations are
+    # recomputed.
     per_token = (8 if checkpointing else 6) * args.parameter_counts()[1]
     return Speed(
         EFFICIENCY * rate * gpus / per_token,
@@ -64,7 +65,7 @@ def _speed_of_gpu(args: ModelArgs, gpus: int, checkpointing: bool) -> Speed:
 
 
 def _matrix_rate(device: str, size: int) -> float:
-    """Floating-point operations a second of bf16 matrix products."""
+    """Floating-point operations per second of bf16 matrix products."""
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
 
     def run(times: int) -> float:

@@ -1,1 +1,1 @@
-"""Scripts to copy elsewhere or run by themselves."""
+"""Scripts that users copy next to a checkpoint, or run directly."""

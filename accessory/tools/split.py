@@ -1,4 +1,4 @@
-"""Put this beside consolidated.00.pth and run `python split.py`: it makes converted/ (eight shards)."""
+"""Put this file next to consolidated.00.pth and run `python split.py`. It makes converted/ (eight shards)."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""Put this beside consolidated.00.pth and run `python split_sparse.py`: it makes converted_sparse/ (eight shards)."""
+"""Put this file next to consolidated.00.pth and run `python split_sparse.py`. It makes converted_sparse/ (eight
+shards)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `split.py` and `split_sparse.py` share: the torrent release beside the script becomes eight shards."""
+"""Shared by `split.py` and `split_sparse.py`: splits the torrent release next to the script into eight shards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHARDS = 8
 
 
 def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
-    """Convert the checkpoint next to `script` (or else in the current folder) into `folder_name` beside it.
+    """Convert the checkpoint next to `script` (or else in the current folder) into the folder `folder_name` there.
 
-    Returns the exit status: 0, or 1 after one line that says what is wrong.
+    Returns the exit status: 0, or 1 after one line with the error.
     """
     parser = argparse.ArgumentParser(
         prog=Path(script).name, description=f"Convert consolidated.00.pth beside this script into {folder_name}/."
@@ -42,7 +42,7 @@ def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
 
 
 def _add_tokenizer(source: Path, target: Path) -> None:
-    """Mixtral-8x7B's own comes with this package; for another vocabulary only the user can know."""
+    """Add Mixtral-8x7B's tokenizer, which comes with this package. For another vocabulary, ask the user for one."""
     vocab_size = ModelArgs.from_files(target / "config.json").vocab_size
     if vocab_size == load_tokenizer(MIXTRAL_TOKENIZER).vocab_size:
         shutil.copyfile(MIXTRAL_TOKENIZER, target / "tokenizer.model")
