@@ -1,1 +1,1 @@
-"""Programs to look at: what a newcomer starts first."""
+"""Demos for newcomers: a first run, a first finetune, and web pages."""

@@ -1,6 +1,7 @@
-"""What the finetuning demo learns from: brief answers of a machine, out of the installed package chatterbot-corpus.
+"""The data of the finetuning demo: brief answers of a machine, from the installed package chatterbot-corpus.
 
-The package is data (YAML files under a BSD licence); it is found, not imported, and nothing of it is shipped here.
+The package is data (YAML files under a BSD licence). This module finds its folder without importing it. No file of the
+package is shipped here.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from accessory.errors import InputError, MissingExtraError
 
 Pair = tuple[str, str]
 
-# What a machine says of itself. Left out are files of facts, jokes, insults, source code, and few answers many times.
+# Files in which a machine talks about itself. The others have facts, jokes, insults, source code, or few answers that
+# repeat often.
 SUBJECTS = ("ai", "botprofile", "computers", "emotion", "food", "greetings")
-# In these, what follows a question are answers to it; elsewhere the dialogue goes on.
+# In these files, all lines after a question are answers to it. In the others, the dialogue goes on.
 ALTERNATIVES = ("computers", "emotion")
 LONGEST = 15  # words of an answer
 
 
 def corpus_folder() -> Path:
     """The English files of the installed package. MissingExtraError with the pip line where it is not installed."""
-    spec = importlib.util.find_spec("chatterbot_corpus")  # of a top-level package: finds it without running it
+    spec = importlib.util.find_spec("chatterbot_corpus")  # finds a top-level package without importing it
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (english := Path(folder) / "data" / "english").is_dir():
             return english
@@ -35,7 +37,7 @@ def corpus_folder() -> Path:
 
 
 def pairs(folder: Path) -> list[Pair]:
-    """Questions with each of their answers that is one brief statement, in order and each once."""
+    """The pairs of a question and an answer that is one brief statement, in order and without duplicates."""
     found = [pair for subject in SUBJECTS for pair in _pairs_of(folder / f"{subject}.yml")]
     if not found:
         raise InputError(f"{folder}: no question with a brief answer in it; install chatterbot-corpus==1.3.3")
@@ -49,7 +51,7 @@ def _pairs_of(path: Path) -> Iterator[Pair]:
         raise InputError(f"{path}: not a file of chatterbot-corpus ({' '.join(str(error).split())})") from error
     for entry in entries:
         if not isinstance(entry, list) or not all(isinstance(text, str) for text in entry):
-            continue  # some have lost a bracket
+            continue  # some entries of the corpus lack a bracket
         question, *answers = entry
         for answer in answers if path.stem in ALTERNATIVES else answers[:1]:
             if (said := _statement(answer)) is not None:
@@ -65,10 +67,10 @@ def _statement(answer: str) -> str | None:
 
 
 def split(all_pairs: Sequence[Pair], held_out: Sequence[str], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(to learn from, held out), each in random order.
+    """Split the pairs into (training, held out), each in random order.
 
-    A question is on one side with all of its answers, however it is spelled: those of `held_out`, and of the others
-    about `share`.
+    The questions `held_out` and about `share` of the others are held out. All answers of a question are on one side.
+    Spellings that differ only in case and punctuation are one question.
     """
     generator = random.Random(seed)
     kept = {_key(question) for question in held_out}
@@ -83,7 +85,7 @@ def _key(question: str) -> str:
 
 
 def as_json_lines(some_pairs: Sequence[Pair]) -> str:
-    """One dialogue a line, in the form of OpenAI's messages."""
+    """One dialogue per line, in the format of OpenAI's messages."""
     lines = []
     for question, answer in some_pairs:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

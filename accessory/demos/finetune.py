@@ -1,7 +1,7 @@
-"""`accessory demo --finetune`: the demo's model is taught, here, to answer briefly and as a machine, and shows it.
+"""`accessory demo --finetune`: teaches the demo's model to answer briefly and as a machine, and shows the difference.
 
-Nothing is done that a command could not do: the folder holds data, recipe, run and merged model, to be looked at and
-changed. What it learns from is `accessory.demos.corpus`.
+Commands can do each of its steps too. The folder has data, recipe, run and merged model, so that users can look at them
+and change them. The data come from `accessory.demos.corpus`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from accessory.train.run import finetune
 from accessory.train.run_folder import FINAL
 
 HELD_OUT = ("What is your mood?", "Do you ever get lonely?", "Why can you not eat?")
-SHARE, SEED = 0.15, 0  # this part of the other questions is held out, too
-# On two cores, some five minutes. CPUs multiply fp32 many times faster than bf16, unless they have instructions for it.
+SHARE, SEED = 0.15, 0  # this share of the other questions is held out too
+# About five minutes on two cores. CPUs multiply fp32 many times faster than bf16, unless they have bf16 instructions.
 RECIPE: dict[str, Any] = {
     "llama_type": "mixtral_sparse_peft",
     "lora_rank": 8,
@@ -53,8 +53,10 @@ _COMMENTS = "# What `accessory demo --finetune` did; to do it again with other v
 
 
 def finetune_demo(folder: Path, question: str, max_gen_len: int) -> int:
-    """Make the model and the data unless they are there, train, merge, and ask before and after; 0 when the held-out
-    loss fell, else 1. A demo that was interrupted goes on."""
+    """Make the model if it is missing, write the data, train, merge, and ask questions before and after.
+
+    Returns 0 when the held-out loss fell, else 1. A demo that was interrupted continues.
+    """
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     console.print(
         "[bold]SmolLM2-135M-Instruct, a mixture of 8 experts, learns to answer briefly, as the machine that it is[/]"
@@ -94,7 +96,7 @@ def finetune_demo(folder: Path, question: str, max_gen_len: int) -> int:
 
 
 def _prepare(console: Console, corpus: Path, base: Path, home: Path) -> Path:
-    """Write data and recipe; returns the recipe's path."""
+    """Write the data and the recipe. Returns the recipe's path."""
     home.mkdir(parents=True, exist_ok=True)
     learnt, kept = split(pairs(corpus), HELD_OUT, SHARE, SEED)
     for name, some in (("train", learnt), ("held_out", kept)):
@@ -118,12 +120,12 @@ def _prepare(console: Console, corpus: Path, base: Path, home: Path) -> Path:
 
 
 def _answers(path: Path, questions: Sequence[str], max_gen_len: int) -> list[str]:
-    """What the model says to each question, on one line; … where it was not done."""
+    """The model's answer to each question, on one line, with … at the end of an unfinished answer."""
     model = MetaModel.from_pretrained(path, max_seq_len=MAX_SEQ_LEN, device="cpu")
     template = get_template(None, model.tokenizer)
     prompts = [Conversation(template).add("user", q).prompt_ids(model.tokenizer) for q in questions]
     stops = template.stop_strings
-    # One at a time: that is where a CPU reads the chosen experts in place.
+    # One at a time, because a CPU then reads the chosen experts in place.
     texts = [model.generate([p], max_gen_len=max_gen_len, additional_stop_symbols=stops)[0] for p in prompts]
     lines = [" ".join(template.reply(text).split()) for text in texts]
     return [line if line.endswith((".", "!", "?", '"')) else f"{line} …" for line in lines]
@@ -140,7 +142,7 @@ def _merged(report: Report) -> str:
 
 
 def _report(console: Console, run: Path) -> bool:
-    """Say how the loss of the held-out answers and the routing moved; whether the loss fell."""
+    """Print how the loss of the held-out answers and the routing changed. Returns whether the loss fell."""
     records = read_metrics(run)
     losses = [r["loss"] for r in records if r["kind"] == "eval"]
     steps = [r for r in records if r["kind"] == "train"]

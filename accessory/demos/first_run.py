@@ -1,4 +1,4 @@
-"""`accessory demo`: a real language model of Mixtral's architecture, made from an installed package, answers here."""
+"""`accessory demo`: makes a real language model of Mixtral's architecture from an installed package, and runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_SEQ_LEN = 2048
 
 
 def first_run(folder: Path, question: str, max_gen_len: int) -> int:
-    """Make both checkpoints unless they are there, answer with each; 0 when all agree, else 1."""
+    """Make both checkpoints if they are missing, and answer with each. Returns 0 when all agree, else 1."""
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     console.print("[bold]SmolLM2-135M-Instruct, grown into a mixture of 8 experts, 2 per token[/]")
     base, sparse = folder / "base", folder / "sparse"
@@ -55,7 +55,7 @@ def first_run(folder: Path, question: str, max_gen_len: int) -> int:
 
 
 def make_base(console: Console, base: Path) -> None:
-    """The first step of a demo: the mixture in the base layout, made unless it is there."""
+    """The first step of a demo: make the mixture in the base layout, if it is missing."""
     if base.exists():
         console.print(f"1. {base} is there already")
         return
@@ -64,12 +64,12 @@ def make_base(console: Console, base: Path) -> None:
 
 
 def program() -> str:
-    """The way this program was called, which is the way to call it again, whatever PATH holds."""
+    """The command that started this program. It works again even where PATH lacks the program's folder."""
     return sys.argv[0] if Path(sys.argv[0]).name == "accessory" else "accessory"
 
 
 def _answer(console: Console, path: Path, question: str, max_gen_len: int) -> list[int]:
-    """Stream an answer to the terminal; returns its token ids."""
+    """Stream an answer to the terminal. Returns its token ids."""
     started = time.perf_counter()
     model = MetaModel.from_pretrained(path, max_seq_len=MAX_SEQ_LEN, device="cpu")
     loaded = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""A page to talk to a model: `python demos/multi_turn.py --n_gpus N --pretrained_path PATH`."""
+"""A web page to talk to a model: `python demos/multi_turn.py --n_gpus N --pretrained_path PATH`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DEMO = Demo(
 
 
 def main(argv: Sequence[str] | None = None, demo: Demo = DEMO, program: str = "multi_turn.py") -> int:
-    """Serve the page until Ctrl-C; returns the exit status."""
+    """Serve the page until Ctrl-C. Returns the exit status."""
     parser = serving.parser(program, "Talk to a model on a web page.", images=demo.images)
     about = "ranks to start (default: as many as --gpu_ids, else 1)"
     add_option(parser, "n_gpus", type=int, metavar="N", help=about)

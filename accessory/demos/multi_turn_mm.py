@@ -1,4 +1,4 @@
-"""A page to talk to a model about an image: `python demos/multi_turn_mm.py --n_gpus N --pretrained_path PATH`."""
+"""A web page to talk to a model about an image: `python demos/multi_turn_mm.py --n_gpus N --pretrained_path PATH`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEMO = replace(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page until Ctrl-C; returns the exit status."""
+    """Serve the page until Ctrl-C. Returns the exit status."""
     return multi_turn.main(argv, DEMO, "multi_turn_mm.py")
 
 

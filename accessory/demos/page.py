@@ -1,7 +1,7 @@
-"""The web page of all demos: one builder, one wiring of events, from a description of what is asked and shown.
+"""The web page of all demos. A `Demo` describes the fields of a page; `Page` builds it and handles its events.
 
-The page knows a model by two things only: `tokenizer`, and `stream_generate` as `MetaModel` has it. It is built with
-Gradio, fetches nothing from the network, and reports nothing to anybody.
+The page needs two things of a model: `tokenizer`, and `stream_generate` as `MetaModel` has it. It is built with
+Gradio, downloads nothing and sends no usage reports.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError
 
 if TYPE_CHECKING:
-    import gradio as gr  # else see import_gradio
+    import gradio as gr  # at run time, import_gradio imports it
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, str]  # role, content; of the first one perhaps image, a file
-Upload = dict[str, Any]  # Gradio's words about a file; path
-SHOW_EVERY = 0.05  # seconds; a page drawn for every token would slow a fast model down
+Message = dict[str, str]  # keys: role, content; the first one may have image, a path
+Upload = dict[str, Any]  # Gradio's description of a file; has the key path
+SHOW_EVERY = 0.05  # seconds; drawing the page for every token would slow a fast model down
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 CPP = re.compile(r"^([ >]*```)(?:cpp|c\+\+)(?=\s)", re.MULTILINE | re.IGNORECASE)
 SYSTEM_FONT = ("system-ui", "sans-serif")
 MONO_FONT = ("ui-monospace", "monospace")
-# Gradio's own greys are too faint on white.
+# Gradio's own greys have too little contrast on white.
 READABLE = {
     "body_text_color_subdued": "*neutral_600",
     "body_text_color_subdued_dark": "*neutral_300",
@@ -54,7 +54,7 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class Ask:
-    """What goes to the model, and how its text becomes the answer shown."""
+    """The prompt and the stop strings for the model. `tidy` turns its text into the answer shown."""
 
     prompt: str | list[int]
     stops: Sequence[str] = ()
@@ -63,12 +63,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Demo:
-    """What tells one page from another.
+    """Describes one of the pages.
 
-    chat: rounds are kept, shown as a dialogue and can be taken back; otherwise each question stands alone.
-    images: a question may be about an image; a dialogue is about one from its beginning.
-    beside, settings: make the fields below the question and among the settings, given the tokenizer.
-    ask: from the tokenizer, the messages (the last one is the question) and the values of those fields, in that order.
+    chat: the page shows a dialogue, whose rounds can be undone; otherwise each question is independent.
+    images: a question may be about an image; a dialogue has its image from the beginning.
+    beside, settings: take the tokenizer and make the fields below the question and among the settings.
+    ask: takes the tokenizer, the messages (the last one is the question) and the values of those fields, in that order.
     """
 
     title: str
@@ -81,32 +81,32 @@ class Demo:
 
 
 def import_gradio() -> Any:
-    """Gradio with its reports home switched off; MissingExtraError without it."""
+    """Import Gradio with its usage reports switched off. MissingExtraError where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
     try:
         import gradio
     except ImportError as error:
         raise MissingExtraError("the demos need Gradio: pip install 'mixtral-accessory[demo]'") from error
-    globals()["gr"] = gradio  # Gradio reads the annotations of what it calls, to know who wants the request
+    globals()["gr"] = gradio  # Gradio evaluates the annotations of its callbacks, to find those that take the request
     return gradio
 
 
 class Page:
-    """The built page (`blocks`) and the answers under way in it.
+    """The built page (`blocks`) and its current answers.
 
-    Answers are written one at a time; whoever asks meanwhile waits in a queue. An answer ends early when its visitor
-    presses Stop or goes away.
+    The model writes one answer at a time; other visitors wait in a queue. An answer ends early when its visitor presses
+    Stop or leaves.
     """
 
     def __init__(self, demo: Demo, model: Any, about_model: str, max_seq_len: int) -> None:
         self.gr = import_gradio()
         self.demo, self.model, self.max_seq_len = demo, model, max_seq_len
-        self._stops: dict[str, threading.Event] = {}  # of each visitor who waits for an answer
+        self._stops: dict[str, threading.Event] = {}  # one for each visitor who waits for an answer
         self._uploads = Uploads()
         self.blocks = self._build(about_model)
 
     def launch(self, host: str, port: int, share: bool) -> tuple[str, str | None]:
-        """Serve in threads; returns the address, and the public one if there is. OSError when the port is taken."""
+        """Serve in threads. Returns the address, and the public one or None. OSError when the port is in use."""
         theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT).set(**READABLE)
         _, url, public = self.blocks.launch(
             server_name=host, server_port=port, share=share, theme=theme, css=CSS, show_error=True, quiet=True,
@@ -119,8 +119,8 @@ class Page:
         for stop in list(self._stops.values()):
             stop.set()
         if (server := getattr(self.blocks, "server", None)) is not None:
-            server.force_exit = True  # without waiting for browsers to let their connections go …
-            logging.getLogger("uvicorn.error").disabled = True  # … and without a traceback about that
+            server.force_exit = True  # does not wait for browsers to close their connections …
+            logging.getLogger("uvicorn.error").disabled = True  # … and prints no traceback about that
         self.blocks.close(verbose=False)
         self._uploads.close()
 
@@ -135,7 +135,7 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
                     if demo.chat:
-                        # No copy buttons: they would copy the text as `_markdown` writes it.
+                        # No copy buttons: they would copy the output of `_markdown` instead of the text.
                         self.output = gr.Chatbot(
                             label="Dialogue", elem_id="output", height="55vh", feedback_options=None, buttons=[]
                         )
@@ -180,8 +180,8 @@ class Page:
         return [length, temperature, top_p]
 
     def _wire(self, fields: list[Any]) -> None:
-        """preprocess=False: Gradio checks that an image was uploaded, but leaves its file as it came. Else it would
-        decode it, without our limits, and say in its own words what is wrong with it."""
+        """Connect the events. preprocess=False: Gradio checks that an image was uploaded, but does not decode it.
+        Otherwise it would decode without our limits and show its own error messages."""
         gr = self.gr
         asked = [self.send.click, self.question.submit]
         view = [self.history, self.output, self.question, self.status, self.send, self.stop, self.undo, self.clear]
@@ -198,10 +198,10 @@ class Page:
         self._on(self.stop.click, self._stop, None, None)
         self._on(self.undo.click, self._undo, [self.history], view)
         self._on(self.clear.click, self._clear, None, view)
-        if self.demo.chat:  # the dialogue has a clear button of its own
+        if self.demo.chat:  # Gradio's dialogue has its own clear button
             self._on(self.output.clear, self._clear, None, view)
         if self.image is not None:
-            gr.on(  # in a queue, which notes need
+            gr.on(  # in a queue, because `gr.Warning` needs one
                 [self.image.upload, self.image.clear], self._look, [self.history, self.image], view,
                 concurrency_limit=2, show_progress="hidden", api_visibility="private", preprocess=False,
             )  # fmt: skip
@@ -212,7 +212,7 @@ class Page:
     def _view(
         self, history: list[Message], status: str, *, busy: bool = False, question: str | None = None
     ) -> dict[Any, Any]:
-        """All that changes on the page; `question`: what stands in its box, None leaves it alone."""
+        """The new values of everything on the page. `question`: the text of its box; None leaves the box unchanged."""
         gr = self.gr
         shown: Any = [_shown(message) for message in history]
         if not self.demo.chat:
@@ -227,14 +227,14 @@ class Page:
     # ------------------------------------------------------------------ what happens on it
 
     def _look(self, history: list[Message], upload: Upload | None, request: gr.Request) -> dict[Any, Any]:
-        """An image was chosen or taken away: say at once whether it is one, and what comes of it."""
+        """An image was chosen or removed: check it at once, and say what it means for the dialogue."""
         image, of_dialogue = _file(upload), _image_of(history)
         self._uploads.need(str(request.session_hash), image, of_dialogue)
         if image is not None:
             try:
                 open_image(image)
             except AccessoryError as error:
-                self._warn(error, image)  # its file stays for the moment: the browser may still be fetching it
+                self._warn(error, image)  # the file stays for now: the browser may still be fetching it
                 return {self.image: None, self.status: "No image"}
         if self.demo.chat and history and image != of_dialogue:
             about = "without an image" if image is None else "about this image"
@@ -244,7 +244,7 @@ class Page:
     def _begin(
         self, history: list[Message], question: str, request: gr.Request, upload: Upload | None = None
     ) -> dict[Any, Any]:
-        """At once, before the queue: show the question, and make Stop work from now on."""
+        """Runs at once, before the queue: show the question, and make Stop work from now on."""
         visitor, image = str(request.session_hash), _file(upload)
         question = question if image is None else without_tag(question)
         if visitor in self._stops:
@@ -259,7 +259,7 @@ class Page:
         asked = {"role": "user", "content": question}
         if image is not None and not before:
             asked["image"] = image
-        # A lone question stays in its box, to be changed and asked again.
+        # Without a dialogue, the question stays in its box, so that it can be changed and asked again.
         return self._view(
             [*before, asked], "Waiting for the model …", busy=True, question="" if self.demo.chat else None
         )
@@ -279,7 +279,7 @@ class Page:
             how = "Stopped after" if stop.is_set() else "Answered in" if text else "An empty answer in"
             status = f"{how} {time.monotonic() - started:.1f} s"
             self._stops.pop(visitor, None)
-            if stop.is_set() and not text:  # nothing came of this round
+            if stop.is_set() and not text:  # there is no answer, so the round is dropped
                 yield self._view(before, status, question=question)
             else:
                 yield self._view([*history, _reply(text)], status)
@@ -294,7 +294,7 @@ class Page:
             self._stops.pop(visitor, None)
 
     def _stream(self, history: list[Message], fields: Sequence[Any], stop: threading.Event) -> Iterator[str]:
-        """The answer so far, again and again; the last one is given however soon it follows."""
+        """Yield the answer so far, at most once in `SHOW_EVERY` seconds; the last one always comes."""
         max_gen_len, temperature, top_p, *own = fields
         ask = self.demo.ask(self.model.tokenizer, history, *own)
         image = _image_of(history)
@@ -313,12 +313,12 @@ class Page:
                     yield text
             yield text
         finally:
-            stream.close()  # also when the visitor has gone: the model goes on to the next one
+            stream.close()  # also when the visitor has left, so that the model can answer the next one
 
     def _warn(self, problem: Exception | str, image: str | None) -> None:
-        """A note of one line. Not Gradio's error, which would hide the dialogue behind the word "Error"."""
+        """Show a note of one line. Gradio's own error would replace the dialogue by the word "Error"."""
         words = str(problem)
-        if image is not None:  # by the name that it was uploaded under
+        if image is not None:  # show the name under which it was uploaded
             words = words.replace(image, Path(image).name)
         self.gr.Warning(_plain(words), duration=None)
 
@@ -335,7 +335,7 @@ class Page:
 
     def _stop(self, request: gr.Request) -> None:
         if (stop := self._stops.get(str(request.session_hash))) is not None:
-            stop.set()  # the answer itself then says on the page that it was stopped
+            stop.set()  # `_answer` then shows that it was stopped
 
     def _leave(self, request: gr.Request) -> None:
         visitor = str(request.session_hash)
@@ -359,7 +359,7 @@ class Page:
 
 
 def _rounds(history: list[Message]) -> list[Message]:
-    """Without a question that was never answered, because its visitor was away."""
+    """The history without a last question that has no answer, because its visitor had left."""
     return history[: len(history) // 2 * 2]
 
 
@@ -368,12 +368,12 @@ def _file(upload: Upload | None) -> str | None:
 
 
 def _image_of(history: list[Message]) -> str | None:
-    """The file that a dialogue, or a lone question, is about."""
+    """The image file of a dialogue or of a single question."""
     return history[0].get("image") if history else None
 
 
 def _shown(message: Message) -> dict[str, Any]:
-    """A message as Gradio's dialogue takes it."""
+    """A message in the form that Gradio's dialogue takes."""
     text = _markdown(message["content"])
     if "image" not in message:
         return {"role": message["role"], "content": text}
@@ -385,9 +385,9 @@ def _reply(text: str) -> Message:
 
 
 def _markdown(text: str) -> str:
-    """As the dialogue shows it: Markdown without HTML, so that `a<b` and `<tag>` stay what they are.
+    """Text for the dialogue: Markdown without HTML, so that `a<b` and `<tag>` appear unchanged.
 
-    C++ is coloured as C: Gradio 6.31 shows nothing at all of a message with C++ in it.
+    C++ is coloured as C, because Gradio 6.31 shows nothing of a message with C++ in it.
     """
     parts = CODE.split(text)
     parts[::2] = [_plain(part) for part in parts[::2]]
@@ -395,5 +395,5 @@ def _markdown(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text for where Gradio takes HTML. (`>` stays: it begins quotations, and alone it is no tag.)"""
+    """Escape text for places where Gradio takes HTML. `>` stays: it begins quotations, and alone it is no tag."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

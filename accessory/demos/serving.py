@@ -1,4 +1,4 @@
-"""What all demos share besides their page: arguments, starting a model on one rank or several, serving, ending."""
+"""Shared by all demos besides their page: parses arguments, starts a model on one rank or several, serves and ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from accessory.parallel.mesh import Ranks, broadcast_object
 
 IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
-GRACE = 8.0  # seconds after Ctrl-C in which everything has to have ended
+GRACE = 8.0  # seconds after Ctrl-C after which the process ends in any case
 
 Serve = Callable[[Any, str], int]  # (model, a line about it) -> exit status
 Start = Callable[[argparse.Namespace, Serve], int]
@@ -48,7 +48,8 @@ Start = Callable[[argparse.Namespace, Serve], int]
 
 
 def parser(program: str, about: str, images: bool = False) -> argparse.ArgumentParser:
-    """Every option of all demos, and of those with images theirs; dashes and underscores are one."""
+    """A parser with the options of all demos; with `images`, also those for images. Names may have dashes or
+    underscores."""
     p = argparse.ArgumentParser(prog=program, description=about)
     add_model_options(p, demo=True)
     if images:
@@ -65,7 +66,7 @@ def parser(program: str, about: str, images: bool = False) -> argparse.ArgumentP
 
 
 def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
-    """Start the model, serve the page until Ctrl-C; returns the exit status. A user's mistake is one line."""
+    """Start the model and serve the page until Ctrl-C. Returns the exit status. Prints a user's mistake as one line."""
     rank = 0
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -82,7 +83,7 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
         return 0
     except Exception as error:
         if rank:
-            time.sleep(FIRST_SPEAKS)  # it speaks for all that fail alike; the launcher then ends the others
+            time.sleep(FIRST_SPEAKS)  # the first rank prints an error that all share; the launcher then ends the others
         if options.debug or not isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
@@ -96,7 +97,7 @@ def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> in
     page = Page(demo, model, line, options.max_seq_len)
     try:
         url, public = page.launch(options.host, options.port, options.share)
-    except OSError as error:  # the port was taken while the model was loaded; Gradio's words are about a range of them
+    except OSError as error:  # the port was taken while the model loaded; Gradio's message is about a range of ports
         raise _port_in_use(options.host, options.port) from error
     print(f"{demo.title}: {line}\nOpen {url} (Ctrl-C ends it)", flush=True)
     if options.share:
@@ -116,7 +117,7 @@ def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> in
 
 
 def _interrupt(*_: Any) -> None:
-    """Once: under torchrun the terminal and the launcher both send the signal."""
+    """Raise KeyboardInterrupt at the first signal only: under torchrun, terminal and launcher both send one."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     end_within(GRACE)
@@ -130,7 +131,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port` if it can be had, any free one for 0; InputError otherwise."""
+    """`port` if it is free, or any free port for 0. InputError otherwise."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -156,7 +157,8 @@ def _port_in_use(host: str, port: int) -> InputError:
 
 
 def start_launched(options: argparse.Namespace, serve: Serve) -> int:
-    """On the ranks that torchrun or srun started, or on one: the first serves, the others follow it."""
+    """Start the model on the ranks of torchrun or srun, or in this process alone. The first rank serves the page, the
+    others follow it."""
     _use_gpus(options.gpu_ids)
     set_meeting_point(options.master_addr, options.master_port)
     group = join_launched()
@@ -164,8 +166,8 @@ def start_launched(options: argparse.Namespace, serve: Serve) -> int:
         return _start_alone(options, serve)
     ranks = Ranks.of(group)
     if ranks.rank:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all ranks; the first one ends the others
-    # Apart from the model's group, whose operations have to answer within minutes.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals all ranks; the first one ends the others
+    # A separate group, because operations of the model's group time out within minutes.
     commands = Ranks.of(dist.new_group(backend="gloo", timeout=IDLE))
     model = MetaModel.from_pretrained(**_loading(options), mp_group=group)
     if ranks.rank:
@@ -179,7 +181,7 @@ def start_launched(options: argparse.Namespace, serve: Serve) -> int:
 
 
 def start_own(options: argparse.Namespace, serve: Serve) -> int:
-    """On `--n_gpus` ranks, which this process starts."""
+    """Start the model on `--n_gpus` ranks, which this process starts, and serve the page."""
     if launch_of() is not None:
         raise InputError("this demo starts its ranks itself: run it with python and --n_gpus N, not with torchrun")
     n = 1 if options.n_gpus is None and options.gpu_ids is None else options.n_gpus
@@ -210,7 +212,7 @@ def _use_gpus(ids: list[int] | None) -> None:
 
 
 def _count_ranks(n: int | None, ids: list[int] | None) -> int:
-    """As `count_ranks`, before CUDA starts: torch must not be asked yet how many GPUs there are."""
+    """`count_ranks` before CUDA starts. Asking torch for the number of GPUs would start it."""
     visible = visible_gpus() if ids is not None else None
     shown = len(visible) if visible is not None else None
     return count_ranks(n, ids, shown=shown, n_field="--n_gpus", ids_field="--gpu_ids")

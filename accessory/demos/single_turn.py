@@ -1,7 +1,7 @@
-"""A page that answers one question at a time:
+"""A web page that answers one question at a time:
 `torchrun --nproc-per-node=N demos/single_turn.py --pretrained_path PATH`.
 
-For pretrained models choose the system prompt None: the question is then continued as it stands.
+For pretrained models choose the system prompt None. The model then continues the question itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DEMO = Demo(
 
 
 def main(argv: Sequence[str] | None = None, demo: Demo = DEMO, program: str = "single_turn.py") -> int:
-    """Serve the page until Ctrl-C; returns the exit status."""
+    """Serve the page until Ctrl-C. Returns the exit status."""
     about = "Answer single questions on a web page; start it with torchrun."
     parser = serving.parser(program, about, images=demo.images)
     return serving.run(demo, parser.parse_args(argv), serving.start_launched)

@@ -1,7 +1,7 @@
-"""A page that answers one question at a time, about an image or without one:
+"""A web page that answers one question at a time, about an image or without one:
 `torchrun --nproc-per-node=N demos/single_turn_mm.py --pretrained_path PATH`.
 
-An image with the system prompt caption, or with None and an empty question, is asked about with no words at all.
+With the system prompt caption, or with None and an empty question, the prompt is the image alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from accessory.demos.page import Ask, Message
 def _ask(tokenizer: Any, history: Sequence[Message], input: str, system_prompt: str) -> Ask:
     ask = single_turn.DEMO.ask(tokenizer, history, input, system_prompt)
     if not ask.prompt and "image" in history[-1] and tokenizer.bos_id is not None:
-        return replace(ask, prompt=[tokenizer.bos_id])  # what the image stands behind
+        return replace(ask, prompt=[tokenizer.bos_id])  # the image comes after BOS
     return ask
 
 
@@ -37,7 +37,7 @@ DEMO = replace(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page until Ctrl-C; returns the exit status."""
+    """Serve the page until Ctrl-C. Returns the exit status."""
     return single_turn.main(argv, DEMO, "single_turn_mm.py")
 
 

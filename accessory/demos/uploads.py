@@ -1,4 +1,4 @@
-"""The images that visitors upload: files in a folder of our own, each kept for as long as a visitor needs it."""
+"""The images that visitors upload: files in a temporary folder, deleted once no visitor needs them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import threading
 import time
 from pathlib import Path
 
-LARGEST = "20mb"  # a photograph has fewer
-_UNDER_WAY = 30.0  # seconds in which what a visitor set going before leaving may still arrive
+LARGEST = "20mb"  # photographs are smaller
+_UNDER_WAY = 30.0  # seconds after a visitor left in which uploads and events of that visitor may still arrive
 
 
 class Uploads:
-    """A folder that this user alone can read, gone when the page is closed or this process ends.
+    """A folder that only this user can read. It is deleted when the page is closed or this process ends.
 
-    Gradio names a file by its content: visitors who upload the same image share one.
+    Gradio names a file by its content, so visitors who upload the same image share one file.
     """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="accessory-", ignore_cleanup_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # read while a page is built and when it is launched
+        os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # Gradio reads it when it builds and launches a page
         self._needed: dict[str, set[str]] = {}
         self._left: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def need(self, visitor: str, *paths: str | None) -> None:
-        """The visitor needs these and no others; what nobody needs any more is deleted. A visitor who has just left
-        needs nothing, whatever arrives late."""
+        """Note that the visitor needs these files and no others. Delete files that nobody needs any more. A visitor who
+        has just left needs nothing, even if an event arrives late."""
         with self._lock:
             now = {path for path in paths if path is not None}
             before = self._needed.pop(visitor, set()) | now
@@ -40,8 +40,8 @@ class Uploads:
                     Path(path).parent.rmdir()
 
     def leave(self, visitor: str) -> None:
-        """The visitor's page is closed, or cannot be reached. It may have uploaded what it never told of: a moment
-        later, everything goes that nobody needs."""
+        """Note that the visitor's page is closed or cannot be reached. Its last uploads may not have been reported, so
+        all files that nobody needs are deleted a moment later."""
         now = time.monotonic()
         with self._lock:
             self._left = {who: when for who, when in self._left.items() if now - when < _UNDER_WAY} | {visitor: now}
@@ -55,7 +55,7 @@ class Uploads:
             needed = {Path(path).parts[-2:] for paths in self._needed.values() for path in paths}
             for path in Path(self._folder.name).glob("*/*"):
                 with contextlib.suppress(OSError):
-                    # A younger one may be another visitor's, who is about to tell of it.
+                    # A newer file may belong to another visitor whose event has not arrived yet.
                     if path.parts[-2:] not in needed and time.time() - path.stat().st_mtime >= _UNDER_WAY / 2:
                         path.unlink()
                         path.parent.rmdir()
