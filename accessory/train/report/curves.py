@@ -27,15 +27,23 @@ def smoothed(values: Floats) -> Floats:
         return np.where(counts[high] > counts[low], (sums[high] - sums[low]) / (counts[high] - counts[low]), np.nan)
 
 
-def thinned(values: Floats) -> NDArray[np.intp]:
-    """The places of the lowest and the highest value of each of BUCKETS buckets, and of the two ends, in their order.
+def thinned(values: Floats, buckets: int = BUCKETS) -> NDArray[np.intp]:
+    """The places of at most two values a bucket, its lowest and its highest, and of the two ends, in their order.
 
     A bucket without a finite value keeps its first place, so that a gap stays one.
     """
-    if len(values) <= 2 * BUCKETS:
+    if len(values) <= 2 * buckets:
         return np.arange(len(values))
     places = [0, len(values) - 1]
-    for bucket in np.array_split(np.arange(len(values)), BUCKETS):
+    for bucket in np.array_split(np.arange(len(values)), buckets):
         shown = bucket[np.isfinite(values[bucket])]
         places += [shown[values[shown].argmin()], shown[values[shown].argmax()]] if len(shown) else [bucket[0]]
     return np.unique(places)
+
+
+def one_a_bucket(steps: Floats, buckets: int = 2 * BUCKETS) -> Floats:
+    """The first of the `steps` (N,), which ascend, in each bucket of their span: marks that can be told apart."""
+    if len(steps) <= buckets:
+        return steps
+    bucket = np.floor((steps - steps[0]) / (steps[-1] - steps[0]) * (buckets - 1))
+    return steps[np.unique(bucket, return_index=True)[1]]

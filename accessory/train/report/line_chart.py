@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accessory.train.report.curves import thinned
+from accessory.train.report.curves import one_a_bucket, thinned
 from accessory.train.report.frame import ALARM, GREY, ONE, TWO, Chart, frame, tooltip
 from accessory.train.report.layer_bins import Floats
 
@@ -96,7 +96,7 @@ def line_chart(
         drawn.hspan(y=[axis.scaled(reference[0])], line_color=GREY, line_dash=[4, 4])
     if failed is not None and len(failed):
         legend.append(("failed", "no finite loss"))
-        drawn.vspan(x=failed, line_color=ALARM, line_alpha=0.6)
+        drawn.vspan(x=one_a_bucket(failed), line_color=ALARM, line_alpha=0.6)
     _draw_lines(drawn, lines, columns, said)
     if points:
         _draw_points(drawn, points.x, axis.scaled(points.y))
@@ -161,14 +161,16 @@ class ValueAxis:
         from bokeh.models import BasicTicker, BasicTickFormatter, NumeralTickFormatter
 
         large = max(abs(self.low), abs(self.high)) >= 1e4
-        drawn.yaxis.formatter = NumeralTickFormatter(format="0.[00]a") if large else BasicTickFormatter()
+        drawn.yaxis.formatter = NumeralTickFormatter(format="0.[0000]a") if large else BasicTickFormatter()
         if not self.log:
             drawn.yaxis.ticker = BasicTicker(desired_num_ticks=5)
 
 
 def _draw_lines(drawn: figure, lines: Sequence[Line], columns: dict[str, Any], said: dict[str, str]) -> None:
-    """Draw the columns `line0`, `line1`, …, and around each step an invisible bar: over it the pointer says what is
-    `said`, so that it finds a step everywhere, also one without a value."""
+    """Draw the columns `line0`, `line1`, …, and invisible bars around their steps.
+
+    Over a bar the pointer says what is `said`. So it finds a step everywhere, even one without a value.
+    """
     from bokeh.models import ColumnDataSource, CrosshairTool, HoverTool
 
     step = columns["step"]

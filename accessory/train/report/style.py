@@ -1,6 +1,7 @@
 """The style of a report's page, for light and dark mode, wide and narrow windows, and paper.
 
-Names that begin with `--bk-` are Bokeh's: it draws axes and their texts in these colours.
+Names that begin with `--bk-` are Bokeh's: it draws axes and their texts in these colours. Lines have one colour in both
+modes, which is made brighter in the dark.
 """
 
 from accessory.train.report.frame import ALARM, GREY, ONE, TWO
@@ -16,7 +17,8 @@ STYLE = (
   --bk-grid-line-color: var(--hair); --bk-major-label-text-font: var(--font); --bk-axis-label-text-font: var(--font);
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif; }
 @media (prefers-color-scheme: dark) { :root { --card: #1b1f23; --ink: #e6e9ec; --soft: #9aa5af; --hair: #2b3137;
-  --edge: #414a52; --back: #101215; } }
+  --edge: #414a52; --back: #101215; }
+  .chart .picture, .key::before { filter: brightness(1.2); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 var(--font);
   font-variant-numeric: tabular-nums; }

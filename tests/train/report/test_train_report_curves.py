@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from accessory.train.report.curves import smoothed, thinned
+from accessory.train.report.curves import one_a_bucket, smoothed, thinned
 
 
 def test_smoothing_keeps_lines_and_passes_over_gaps():
@@ -34,3 +35,13 @@ def test_a_long_line_keeps_its_extremes_its_ends_and_its_gaps():
             assert (kept.min(), kept.max()) == (np.nanmin(part), np.nanmax(part))
     assert np.isnan(values[picks]).any()
     np.testing.assert_array_equal(thinned(values[:800]), np.arange(800))
+
+
+def test_marks_of_steps_are_few_and_everywhere():
+    few = np.array([3.0, 4.0, 900.0])
+    np.testing.assert_array_equal(one_a_bucket(few), few)
+    many = np.r_[1.0, np.arange(50_000.0, 100_000.0)]
+    kept = one_a_bucket(many)
+    assert len(kept) <= 800
+    assert (kept[0], kept[1], kept[-1]) == (1.0, 50_000.0, pytest.approx(99_999, abs=130))
+    assert np.diff(kept[1:]).max() <= 130
