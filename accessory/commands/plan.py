@@ -12,9 +12,10 @@ from accessory.commands.plan_result import Model, Plan
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
+from accessory.planner.cards import USUAL, Card, card_of
 from accessory.planner.host import disk_bytes, host_bytes
 from accessory.planner.peak import estimate
-from accessory.planner.search import USUAL, Card, card_of, smallest, smallest_of_each
+from accessory.planner.search import smallest, smallest_of_each
 from accessory.planner.setup import Inference, Setup, Training
 
 GB = 1e9

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
+from accessory.planner.cards import Card
 from accessory.planner.encoders import parameter_count
 from accessory.planner.peak import Estimate
-from accessory.planner.search import Card, Fitting
+from accessory.planner.search import Fitting
 from accessory.planner.setup import Setup
 
 

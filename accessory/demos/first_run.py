@@ -12,7 +12,7 @@ from accessory.convert.convert import convert
 from accessory.convert.upcycle import smollm2_gguf, upcycle
 from accessory.convert.verify import verify
 from accessory.data.conversation import Conversation
-from accessory.data.stream import StreamDecoder
+from accessory.data.detokenizer import StreamDecoder
 from accessory.data.templates import get_template
 from accessory.engine.generate import Generation
 from accessory.model.meta import MetaModel

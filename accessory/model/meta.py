@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from accessory.build import NetworkSpec, build, build_tower
 from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
 from accessory.config import LlamaType, ModelArgs
+from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.data.image_tokens import insert_image_tokens
-from accessory.data.stream import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs

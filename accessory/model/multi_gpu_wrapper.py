@@ -27,14 +27,22 @@ from accessory.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from accessory.errors import AccessoryError, InputError, RankError
 from accessory.launch.gpus import count_ranks
 from accessory.launch.process_group import host_store
-from accessory.launch.processes import GRACE, LOOPBACK, POLL, RankProcess, end_processes, start_processes, who_ended
+from accessory.launch.rank_processes import (
+    GRACE,
+    LOOPBACK,
+    POLL,
+    RankProcess,
+    end_processes,
+    start_processes,
+    who_ended,
+)
 from accessory.model.messages import arguments_to_send, from_plain
 from accessory.model.meta import PathLike, StreamItem
 from accessory.model.prompts import Prompt
 
 Replies = Generator[Any, None, Any]
 Cancelled = Callable[[], bool] | None
-RANK_MODULE = "accessory.model.rank_process"
+RANK_MODULE = "accessory.model.rank_worker"
 
 
 class _Call:

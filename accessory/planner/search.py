@@ -1,4 +1,4 @@
-"""GPUs and their memories, and the search for the setups of a task that take the fewest of them."""
+"""The search for the setups of a task that take the fewest GPUs."""
 
 from __future__ import annotations
 
@@ -7,44 +7,17 @@ from dataclasses import dataclass, replace
 
 from accessory.errors import ConfigError
 from accessory.formats import Format, Quant
+from accessory.planner.cards import Card
 from accessory.planner.peak import Estimate, estimate
 from accessory.planner.setup import Setup, Training
 
-# The memory that torch finds on each card, in GiB: a little less than its name says.
-CARDS: dict[str, float] = {
-    "B200": 178.3,
-    "H200": 139.7,
-    "H100": 79.1,
-    "A100-80": 79.1,
-    "A100-40": 39.4,
-    "L40S": 44.4,
-    "A40": 44.4,
-    "A6000": 47.5,
-    "6000-Ada": 47.5,
-    "5090": 31.3,
-    "4090": 23.6,
-    "3090": 23.6,
-    "L4": 22.0,
-    "A10": 22.0,
-}
 # The part of a card's memory that a proposed setup must leave free, because estimates are not exact.
 RESERVE = 0.03
-# The cards that are searched where no card is named and none is there.
-USUAL = ("4090", "L40S", "H100", "H200")
 # The formats that are tried, from the most exact to the least; None: 16 bits.
 TRIED_FORMATS: tuple[Format | None, ...] = (None, "int8", "fp8", "nf4", "int4")
 # The numbers of cards that are tried, and those of model-parallel ranks, which share one machine.
 TRIED_CARDS = (1, 2, 4, 8, 16, 32, 64)
 TRIED_TP = (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Card:
-    """A kind of card, and how many of them there are."""
-
-    name: str
-    nbytes: int
-    count: int | None = None  # None: as many as are needed
 
 
 @dataclass(frozen=True)
@@ -58,15 +31,6 @@ class Fitting:
     @property
     def margin(self) -> int:
         return self.card.nbytes - self.estimate.total
-
-
-def card_of(name: str) -> Card:
-    """The card of this name. ConfigError for an unknown one lists those that are known."""
-    known = {key.lower(): key for key in CARDS}
-    key = known.get(name.lower())
-    if key is None:
-        raise ConfigError(f"card: got {name!r}, but known are {', '.join(CARDS)}; give --memory GB for another")
-    return Card(key, int(CARDS[key] * 2**30))
 
 
 def fitting(setup: Setup, card: Card) -> Fitting | None:

@@ -1,4 +1,4 @@
-"""What a run begins from, and what it saves to be resumed from: `Start`, `Resume` and `StateSaver`.
+"""What a run begins from (`find_start`), and what it saves to be resumed from (`StateSaver`).
 
 `Start` is the beginning of a new run and `Resume` that of a run which goes on from a state. Both answer the same
 questions, so no other code asks which of the two it has.
@@ -12,10 +12,10 @@ from typing import Any
 
 from accessory.config import Implementation
 from accessory.errors import ConfigError
-from accessory.train.config import FinetuneConfig
+from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.dataloader import Split
 from accessory.train.optim import updates_made
-from accessory.train.state import StateInfo, load_state, save_state
+from accessory.train.state import STATES, StateInfo, complete_states, load_state, read_state_info, save_state
 from accessory.train.trainer import Trainer
 
 
@@ -88,6 +88,27 @@ class Resume(Start):
     def load_into(self, trainer: Trainer) -> None:
         load_state(trainer, self.state.folder)
         trainer.loss_scale.value, trainer.loss_scale.good = self.state.values["loss_scale"]
+
+
+def find_start(resume: str | None, states: Path) -> Start:
+    """Where a run begins whose own states lie in the folder `states`: at step 0, or at the state that `resume` means.
+
+    resume: None, "auto" (the newest of the run's own states), or the path of a run's folder, of its states or of one
+    state. Raises CheckpointError for a damaged state, and for a path that holds none.
+    """
+    if resume is None:
+        return Start()
+    if resume == AUTO:
+        own = complete_states(states)
+        return _resume(own[-1], states) if own else Start()
+    given = Path(resume)
+    inside = complete_states(given / STATES) or complete_states(given)
+    return _resume(inside[-1] if inside else given, states)
+
+
+def _resume(state: Path, states: Path) -> Resume:
+    info = read_state_info(state)
+    return Resume(info, in_place=info.folder.resolve().parent == states.resolve())
 
 
 class StateSaver:

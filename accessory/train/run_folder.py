@@ -13,10 +13,10 @@ from accessory.errors import ConfigError
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.metrics import METRICS_FILE, write_whole
 from accessory.train.report.write import CONFIG_FILE, REPORT_FILE, write_report
-from accessory.train.resume import Resume, Start
-from accessory.train.state import StateInfo, clean_states, complete_states, read_state_info
+from accessory.train.resume import Start, find_start
+from accessory.train.state import STATES, clean_states, complete_states
 
-STATES, FINAL = "states", "final"
+FINAL = "final"
 
 
 class RunFolder:
@@ -32,7 +32,7 @@ class RunFolder:
         resume from is damaged or no state.
         """
         self._check_writable()
-        start = self._start(config)
+        start = find_start(config.resume, self.states)
         holds_run = (self.path / METRICS_FILE).exists() and not config.overwrite
         if holds_run and config.resume is None:
             raise ConfigError(
@@ -73,16 +73,3 @@ class RunFolder:
             probe.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from error
-
-    def _start(self, config: FinetuneConfig) -> Start:
-        if config.resume is None:
-            return Start()
-        if config.resume == AUTO:
-            own = complete_states(self.states)
-            return self._resume(read_state_info(own[-1])) if own else Start()
-        given = Path(config.resume)  # a run's folder, its folder of states, or a state
-        inside = complete_states(given / STATES) or complete_states(given)
-        return self._resume(read_state_info(inside[-1] if inside else given))
-
-    def _resume(self, state: StateInfo) -> Resume:
-        return Resume(state, in_place=state.folder.resolve().parent == self.states.resolve())

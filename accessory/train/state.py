@@ -37,6 +37,7 @@ from accessory.train.optim import allocate_moments
 from accessory.train.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = "states"  # the folder of a run that holds its states
 _FILE_BYTES = 2 * 10**9  # a rank keeps about this much in host memory while it writes
 _STEP = re.compile(r"step-(\d{8})")
 _DESCRIPTION = "state.json"

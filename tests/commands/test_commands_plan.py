@@ -17,7 +17,7 @@ from accessory.commands import plan as command
 from accessory.commands.plan_view import formats_of
 from accessory.config import PRESETS
 from accessory.formats import Quant
-from accessory.planner.search import CARDS, Card
+from accessory.planner.cards import CARDS, Card
 
 HF_CONFIG = {
     "model_type": "mixtral",

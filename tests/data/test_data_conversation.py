@@ -4,7 +4,7 @@ import pytest
 from helpers.dialogues import dialogue, learnt
 
 from accessory.data.conversation import Conversation
-from accessory.data.stream import StreamDecoder
+from accessory.data.detokenizer import StreamDecoder
 from accessory.data.templates import get_template
 
 

@@ -303,7 +303,7 @@ def test_vocabulary_of_another_model_is_an_error(mixtral, rows):
 
 def test_importing_is_cheap():
     code = (
-        "import sys, accessory.data.tokenizer, accessory.data.stream, accessory.data.conversation;"
+        "import sys, accessory.data.tokenizer, accessory.data.detokenizer, accessory.data.conversation;"
         "heavy = {'torch', 'transformers', 'jinja2', 'sentencepiece', 'tokenizers', 'numpy'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

@@ -19,7 +19,7 @@ from helpers.sizes import SPEAKING
 
 from accessory.convert.convert import convert
 from accessory.errors import CheckpointError, InputError, RankError
-from accessory.launch.processes import RankProcess
+from accessory.launch.rank_processes import RankProcess
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 
@@ -66,7 +66,7 @@ def _no_test_hangs():
 
 
 def rank_processes():
-    return [p for p in psutil.Process().children(recursive=True) if "rank_process" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if "rank_worker" in " ".join(p.cmdline())]
 
 
 def gone(processes, patience=SOON):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
 from accessory.formats import Quant
+from accessory.planner.cards import Card, card_of
 from accessory.planner.peak import estimate
-from accessory.planner.search import RESERVE, TRIED_FORMATS, Card, card_of, smallest, smallest_of_each
+from accessory.planner.search import RESERVE, TRIED_FORMATS, smallest, smallest_of_each
 from accessory.planner.setup import Inference, Setup
 
 

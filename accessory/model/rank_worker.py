@@ -1,4 +1,4 @@
-"""The process of one rank of a `MultiGpuWrapper`: `python -m accessory.model.rank_process`.
+"""The process of one rank of a `MultiGpuWrapper`: `python -m accessory.model.rank_worker`.
 
 It reads its `Place` from standard input and loads the model together with the other ranks. Then it answers calls until
 its connection or its standard input ends. Both end when the driver dies.
@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from accessory.launch.ending import leave
-from accessory.launch.processes import Place, call_back
+from accessory.launch.rank_processes import Place, call_back
 
 
 def main() -> None:

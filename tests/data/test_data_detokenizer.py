@@ -2,7 +2,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accessory.data.stream import StopScanner, StreamDecoder
+from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.errors import InputError
 
 # Emoji with modifiers and joiners, CJK, combining marks, right-to-left, rare planes, white space, then anything.

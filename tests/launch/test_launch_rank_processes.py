@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from accessory.errors import RankError
-from accessory.launch.processes import end_processes, start_processes, who_ended
+from accessory.launch.rank_processes import end_processes, start_processes, who_ended
 
 ECHO = """
 from accessory.launch.ending import leave
-from accessory.launch.processes import call_back
+from accessory.launch.rank_processes import call_back
 place, connection = call_back()
 try:
     while True:
@@ -24,7 +24,7 @@ except EOFError:
 """
 FAILS = """
 import os, sys
-from accessory.launch.processes import Place
+from accessory.launch.rank_processes import Place
 place = Place(**__import__("json").loads(sys.stdin.readline()))
 sys.exit("RuntimeError: no room left" if place.rank else sys.stdin.read())
 """
