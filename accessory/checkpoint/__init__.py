@@ -1,1 +1,1 @@
-"""Checkpoints: every layout read through lazy tensors, written whole or not at all, verified by one hash."""
+"""Checkpoints: read any layout through lazy tensors, write folders whole or not at all, verify models by one hash."""

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written aside as `<name>.partial`, synced, renamed."""
+"""Write folders that appear whole or not at all: each is filled as `<name>.partial`, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from accessory.checkpoint.weight_files import find_weights
 from accessory.errors import CheckpointError
 
-MARKER = ".writing"  # in a folder that is being written, and in what a killed writer left
+MARKER = ".writing"  # a file in every folder that is being written; it stays if the writer is killed
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:
-    """CheckpointError if writing (and, when overwriting, replacing) `dst` would touch `src`."""
+    """Raise CheckpointError if `dst` is `src` or contains it, because replacing `dst` would then delete `src`."""
     source, target = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
     if source == target:
         raise CheckpointError(f"{dst}: is the source itself; give another folder to write to")
@@ -25,7 +25,10 @@ def refuse_overlap(src: Path, dst: Path) -> None:
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
-    """CheckpointError unless `dst` may be written: it is missing or empty, or a checkpoint or adapter to replace."""
+    """Raise CheckpointError unless `dst` may be written.
+
+    It may if it is missing or empty, or, with `overwrite`, if it holds a checkpoint or an adapter.
+    """
     if not dst.exists():
         return
     if not dst.is_dir():
@@ -44,10 +47,10 @@ def check_destination(dst: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which becomes `dst` when the block ends well and disappears when it does not.
+    """Yield a folder to fill. It becomes `dst` when the block ends, and is deleted if the block raises.
 
-    What a killed run left aside is cleared away first. Raises CheckpointError as `check_destination` does, or when
-    another process is at it.
+    Leftovers of a killed run are removed first. Raises CheckpointError as `check_destination` does, and if another
+    process is writing to `dst`.
     """
     dst = Path(os.path.abspath(dst))
     partial, old = dst.with_name(dst.name + ".partial"), dst.with_name(dst.name + ".old")
@@ -61,7 +64,7 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot be made ({error.strerror})") from error
     try:
-        with open(partial / MARKER, "w") as marker:  # says that the folder is ours; locked while its writer lives
+        with open(partial / MARKER, "w") as marker:  # marks the folder as ours; locked while its writer lives
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
             (partial / MARKER).unlink()
@@ -81,9 +84,10 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def set_aside(dst: Path, what: str) -> Iterator[Path]:
-    """A folder `<name>.<what>` beside `dst` for what is needed until `dst` is written; it is gone after the block.
+    """Yield a scratch folder `<name>.<what>` next to `dst`, for data needed until `dst` is written.
 
-    What a killed run left there is cleared away first. Raises CheckpointError when another process is at it.
+    It is deleted after the block. Leftovers of a killed run are removed first. Raises CheckpointError if another
+    process is using the folder.
     """
     dst = Path(os.path.abspath(dst))
     aside = dst.with_name(f"{dst.name}.{what}")
@@ -102,7 +106,7 @@ def set_aside(dst: Path, what: str) -> Iterator[Path]:
 
 
 def clear_aside(dst: Path, what: str) -> None:
-    """Remove what a killed run left in `set_aside`; CheckpointError when another process is at it."""
+    """Remove the `set_aside` folder of a killed run; CheckpointError if another process is using it."""
     _clear(dst.with_name(f"{dst.name}.{what}"))
 
 
@@ -121,7 +125,7 @@ def _clear(partial: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
+    """Flush a folder's entries to disk, so that new and renamed files survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -130,7 +134,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """CheckpointError if the file system of `folder` has less than `needed` bytes left."""
+    """Raise CheckpointError if the file system of `folder` has less than `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(f"{folder}: {needed / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free")

@@ -1,4 +1,4 @@
-"""Checkpoints that are loaded one over the other: a whole model, then adapters or other saves of what was trained."""
+"""Chains of checkpoints, loaded one over the other: a whole model, then adapters or other saves of trained tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SIZES = "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".sp
 
 
 def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] = ()) -> list[Checkpoint]:
-    """Open folders (or hf:// addresses) that are loaded one over the other; the first one is a whole model.
+    """Open folders (or hf:// addresses) to load one over the other; the first one is a whole model.
 
-    Errors are those of `open_checkpoint`, and CheckpointError for folders that do not fit together.
+    Raises as `open_checkpoint` does, and CheckpointError for folders that do not belong together or a PEFT adapter.
     """
     folders = [Path(resolve(path)) for path in paths]
     for folder in folders:
@@ -26,7 +26,7 @@ def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] =
             raise CheckpointError(f"{folder}: is a PEFT adapter; bring it in with `accessory adapter import` first")
     checkpoints = [open_checkpoint(folders[0], config_files)]
     for folder in folders[1:]:
-        # A save of what was trained may come without a configuration; it then belongs to the first folder's.
+        # A save of trained tensors may have no configuration; then that of the first folder applies.
         own = _configs_in(folder) or _configs_in(folders[0])
         checkpoint = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
         for name in _SIZES:
@@ -42,9 +42,10 @@ def _configs_in(folder: Path) -> list[Path]:
 
 
 def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
-    """The configuration of checkpoints loaded one over the other: the first one's sizes, the adapters' own fields.
+    """The configuration of a chain of checkpoints.
 
-    CheckpointError where adapters that stay beside one another scale their LoRA differently.
+    Sizes come from the first checkpoint, PEFT fields from the last one with adapters, and image encoders from the last
+    one that configures them. CheckpointError if LoRA adapters of two checkpoints stay in use with different scales.
     """
     args = checkpoints[0].args
     vision = next((c.args.vision for c in reversed(checkpoints) if c.args.vision is not None), None)
@@ -69,9 +70,9 @@ def chained_args(checkpoints: Sequence[Checkpoint]) -> ModelArgs:
 
 
 def chained_quant(checkpoints: Sequence[Checkpoint], chosen: Quant | None) -> Quant | None:
-    """The formats to load checkpoints in, one over the other: those of a quantised folder, else what was `chosen`.
+    """The quantisation formats of a chain: those of a quantised folder in it, otherwise `chosen`.
 
-    ConfigError where something else was chosen than the folder holds.
+    ConfigError if `chosen` differs from the formats of the quantised folder.
     """
     own = next((c for c in reversed(checkpoints) if c.quant is not None), None)
     if own is None or own.quant is None:

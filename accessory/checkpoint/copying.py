@@ -1,4 +1,7 @@
-"""Dense copies at memory speed in bounded memory: transposing tile by tile, to a GPU through pinned blocks."""
+"""Copy dense tensors at memory speed in bounded memory.
+
+Transposing copies go tile by tile. Copies to a GPU go block by block through pinned memory.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import threading
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 * 2**20  # what a reader hands out at once, and what a copy keeps in anonymous memory at most
-_TILE = 512  # rows and columns a transposing copy works on at once: 0.5 MB of 16-bit numbers stay in the cache
+BLOCK_BYTES = 8 * 2**20  # size of the blocks of a reader, and the most anonymous memory that a copy takes
+_TILE = 512  # rows and columns of a tile of a transposing copy: 0.5 MB of 16-bit numbers fit the cache
 
 
 def copy_dense(dst: Tensor, src: Tensor) -> None:
-    """`dst.copy_(src)` for a CPU source of any strides, in bounded memory and at memory speed."""
+    """Do `dst.copy_(src)` for a CPU source of any strides, in bounded memory and at memory speed."""
     if _columns_first(src) and dst.dim() == 2:
         dst, src = dst.t(), src.t()
     if dst.device.type != "cpu":
@@ -28,7 +31,7 @@ def _columns_first(tensor: Tensor) -> bool:
 
 
 def _copy_transposed(dst: Tensor, src: Tensor) -> None:
-    """Tile by tile, because an element-wise transposing copy of a narrowed matrix is five times slower."""
+    """Copy tile by tile, because an element-wise transposing copy of a narrowed matrix is five times slower."""
     for row in range(0, src.shape[0], _TILE):
         for column in range(0, src.shape[1], _TILE):
             tile = src[row : row + _TILE, column : column + _TILE].contiguous()
@@ -37,7 +40,7 @@ def _copy_transposed(dst: Tensor, src: Tensor) -> None:
 
 
 class _Staging(threading.local):
-    """Two pinned buffers a thread: one fills from the file while the other travels to the GPU."""
+    """Two pinned buffers per thread: one is filled from the file while the other is copied to the GPU."""
 
     def __init__(self) -> None:
         self.turn = 0

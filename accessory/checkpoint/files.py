@@ -1,7 +1,7 @@
-"""One file of tensors, opened lazily: .safetensors, torch's zip pickles, and a file that was published in pieces.
+"""Open one file of tensors lazily: .safetensors, a zip pickle of torch, or a file that was published in pieces.
 
-Nothing is read but headers. Files are mapped read-only and shared, so that neither their size nor what is read of them
-counts as the program's own memory. Pickles are read with `weights_only=True`, always.
+Opening reads only headers. Files are mapped read-only and shared, so neither their size nor the pages that are read
+count as the program's own memory. Pickles are always read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# These processors load elements from any address; elsewhere such a tensor is copied out of the file.
+# These processors load elements from unaligned addresses. On others, an unaligned tensor is copied out of the file.
 _UNALIGNED_IS_FINE = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
 _READ_AHEAD = 2**20
 _HEADER_LIMIT = 100 * 2**20
@@ -65,11 +65,11 @@ class File(Bytes):
 
     def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
         nbytes = count * dtype.itemsize
-        if start % dtype.itemsize and not _UNALIGNED_IS_FINE:  # old safetensors, pieces cut anywhere
+        if start % dtype.itemsize and not _UNALIGNED_IS_FINE:  # in old safetensors files and in pieces
             return _owned(self.read(start, nbytes), dtype)
         mapped = self._mapped()
         if soon and nbytes >= _READ_AHEAD:
-            # A page fault alone makes the kernel read 128 kB; one request for the whole keeps the disk busy.
+            # A page fault makes the kernel read only 128 kB. One request for the whole range keeps the disk busy.
             page = start - start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
         with warnings.catch_warnings():
@@ -77,7 +77,7 @@ class File(Bytes):
             return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
 
     def read(self, start: int, nbytes: int) -> bytearray:
-        """A copy of `nbytes` bytes, for what cannot be a view."""
+        """Copy `nbytes` bytes from byte `start`, where a view is impossible. CheckpointError if the file is shorter."""
         out = bytearray(nbytes)
         done = 0
         with open(self.path, "rb", buffering=0) as handle:
@@ -100,7 +100,7 @@ class File(Bytes):
 
 
 class Pieces(Bytes):
-    """Several files that are one when put end to end (`consolidated.00.pth-split0` …)."""
+    """Several files that form one file when put end to end (`consolidated.00.pth-split0` …)."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.files = [File(p) for p in paths]
@@ -126,7 +126,7 @@ class Pieces(Bytes):
 
 
 class _PiecesReader(io.RawIOBase):
-    """Pieces as a seekable file, for torch.load."""
+    """Presents pieces as one seekable file, for torch.load."""
 
     def __init__(self, pieces: Pieces) -> None:
         self.pieces = pieces
@@ -159,7 +159,7 @@ def _owned(data: bytearray, dtype: torch.dtype) -> Tensor:
 
 
 def read_file(path: Path) -> dict[str, Lazy]:
-    """The tensors of a .safetensors file or a pickle, whichever it is."""
+    """Read the tensors of a file: as .safetensors if it is named so, otherwise as a torch pickle."""
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
@@ -190,7 +190,7 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says about itself beside its tensors. CheckpointError if it is broken."""
+    """The `__metadata__` of a .safetensors file, empty if it has none. CheckpointError if the file is broken."""
     header, _ = _safetensors_header(File(path))
     return dict(header.get("__metadata__", {}))
 
@@ -217,8 +217,9 @@ def _safetensors_header(source: File) -> tuple[dict[str, Any], int]:
 def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
     """The tensors of a torch pickle, `{"model": {…}}` or bare, under their names in it.
 
-    `pieces`: the file's parts, if it was published in several; `path` then only names it. A pickle of the format before
-    torch 1.6 is read into memory. Raises CheckpointError for anything else, for code in the pickle and for truncation.
+    `pieces`: the file's parts, if it was published in several; `path` is then used only in messages. A pickle in the
+    format before torch 1.6 is read into memory. Raises CheckpointError for other files, for code in the pickle and for
+    truncated files.
     """
     source = File(path) if pieces is None else pieces
     head = bytes(source.read(0, min(64, source.size)))
@@ -245,7 +246,7 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
 
 def _stored(path: Path, source: File | Pieces, name: str, value: Tensor) -> Stored:
     start = value.untyped_storage()._checkpoint_offset
-    assert start is not None  # what `_offsets_come_with_meta` has made sure of
+    assert start is not None  # `_offsets_come_with_meta` has checked this
     end = start + value.untyped_storage().nbytes()
     if end > source.size:
         raise CheckpointError(_truncated(path, name, end, source.size))
@@ -269,13 +270,13 @@ def _load_pickle(path: Path, pieces: Pieces | None, on_meta: bool) -> Any:
             return torch.load(handle, map_location="meta", weights_only=True)
         log.warning("%s: this torch does not tell where tensors lie in a file; mapping all of it instead", path)
         return torch.load(handle, map_location="cpu", weights_only=True, mmap=pieces is None)
-    except Exception as error:  # torch.load raises whatever its parts raise
+    except Exception as error:  # torch.load raises exceptions of many kinds
         raise CheckpointError(f"{path}: {_reason(error)}") from error
 
 
 @lru_cache(maxsize=1)
 def _offsets_come_with_meta() -> bool:
-    """Whether tensors loaded onto `meta` know their place in the file (an undocumented attribute of torch's)."""
+    """Whether tensors loaded onto `meta` know their place in the file (an undocumented attribute of torch)."""
     memory = io.BytesIO()
     torch.save(torch.zeros(1), memory)
     memory.seek(0)

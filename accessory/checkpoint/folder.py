@@ -1,4 +1,4 @@
-"""A checkpoint folder of any layout, opened: its configuration, and its tensors under canonical names, lazily."""
+"""Open a checkpoint folder of any layout: its configuration, and its lazy tensors under canonical names."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from accessory.formats import Quant
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished: whatever was writing this folder has not ended, or not well; run it again"
-_LISTED = 3  # problems and names that one message spells out
+_LISTED = 3  # how many problems or names one message spells out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An opened folder. `tensors` maps canonical names to whole, unsharded lazy tensors (q and k rows interleaved).
 
-    Of a quantised folder, those that `quant` names are `packed.Quantised`: what they mean, and how they lie.
+    In a quantised folder, the weights that `quant` names are `packed.Quantized`: they give dequantised values, and the
+    stored tensors as `pieces`.
     """
 
     path: Path
@@ -48,10 +49,10 @@ class Checkpoint:
     args: ModelArgs
     llama_type: LlamaType  # what meta.json says; otherwise the layout's implementation, sparse for foreign layouts
     tensors: dict[str, Lazy]
-    files: list[Path]  # that hold tensors
+    files: list[Path]  # the files that hold tensors
     resources: list[Path] = field(default_factory=list)  # tokenizer files and the like
     shards: int = 1  # model-parallel shards; 1 for layouts that have none
-    partial: bool = False  # a save of the trained tensors only
+    partial: bool = False  # tensors are missing, as in a save of the trained tensors only
     quant: Quant | None = None  # the formats of a quantised folder
 
     @property
@@ -60,19 +61,19 @@ class Checkpoint:
 
     @property
     def vision(self) -> dict[str, Lazy]:
-        """The tensors of image encoders among `tensors`, under their file's own names."""
+        """The tensors of image encoders among `tensors`, under the names they have in their file."""
         return {name: tensor for name, tensor in self.tensors.items() if is_encoder_tensor(name)}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most bytes."""
+        """The dtype that most bytes have."""
         count: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             count[tensor.dtype] += tensor.nbytes
         return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
 
     def warn_of_dequantizing(self) -> None:
-        """Say, where a dense layout is written out of a quantised folder, what its numbers are."""
+        """Warn, if this folder is quantised, that a dense layout written from it holds dequantised values."""
         if self.quant is not None:
             kind = str(self.tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
             log.warning("%s is quantised (%s): written is what its numbers mean, %s", self.path, self.quant, kind)
@@ -80,7 +81,7 @@ class Checkpoint:
 
 @dataclass
 class Survey:
-    """What a folder turned out to hold, whole or not; `checkpoint` is None when not even that much can be told."""
+    """What a folder was found to hold, whole or not. `checkpoint` is None if its layout or configuration is unclear."""
 
     path: Path
     weights: WeightFiles
@@ -106,11 +107,12 @@ class Survey:
 def open_checkpoint(
     path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False
 ) -> Checkpoint:
-    """Recognise the layout of a folder (or hf:// address) and open it; no tensor data is read but small norms.
+    """Recognise the layout of a folder (or hf:// address) and open it.
 
-    `config_files` take precedence over the folder's own config.json, that over params.json, later ones over earlier.
-    A folder that lacks tensors (a save of what was trained) opens only with `allow_partial`, and then says `partial`;
-    one that is being written, or that a killed writer left, does not open.
+    The only tensor data it reads are small norms and routers of sharded layouts. `config_files` take precedence over
+    the folder's config.json, and config.json over params.json; later `config_files` override earlier ones. A folder
+    that lacks tensors (a save of trained tensors) opens only with `allow_partial` and is then `partial`. A folder that
+    is being written, or that a killed writer left, does not open.
     Raises CheckpointError or ConfigError naming the file, field or tensor that is missing, broken or contradictory.
     """
     survey = survey_folder(path, config_files, allow_partial=allow_partial)
@@ -124,9 +126,10 @@ def open_checkpoint(
 def survey_folder(
     path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False, thorough: bool = False
 ) -> Survey:
-    """Read all headers of a folder and collect everything that is wrong instead of raising at the first of it.
+    """Read all headers of a folder and collect every problem instead of raising the first one.
 
-    Still raises where there is nothing to survey: no folder, no weight files.
+    `thorough` also compares all tensors that shards have in common. CheckpointError only if there is nothing to survey:
+    no folder, or no weight files in it.
     """
     folder = Path(resolve(path))
     if not folder.is_dir():
@@ -164,7 +167,10 @@ def survey_folder(
 
 
 def _put_together(survey: Survey, tensors: dict[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
-    """The pieces of quantised weights as the weights they are, by what config.json says; ConfigError if it does not."""
+    """Assemble the pieces of quantised weights into weights, in the formats that config.json says.
+
+    ConfigError if there are pieces but config.json has no formats.
+    """
     if survey.layout not in ("official", "quantized"):
         return tensors
     survey.quant = declared_quant(survey.path)
@@ -179,7 +185,7 @@ def _put_together(survey: Survey, tensors: dict[str, Lazy], problems: list[str])
 def _configure(
     survey: Survey, tensors: dict[str, Lazy], config_files: Sequence[str | Path], allow_partial: bool
 ) -> None:
-    """Fill in configuration, kind and checkpoint, and hold the tensors against the configuration."""
+    """Set the survey's llama_type, args and checkpoint, and check the tensors against the configuration."""
     folder, layout = survey.path, survey.layout
     assert layout is not None
     try:
@@ -197,7 +203,7 @@ def _configure(
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     expected = expected_shapes(args)
     if any(name in tensors for name in ("start_img", "visual_proj.0.weight")):
-        expected |= image_shapes(args)  # whoever wants images of a folder without any of these is told when loading
+        expected |= image_shapes(args)  # if none of these is there, loading with images reports it
     elif not survey.llama_type.image_views:
         survey.problems += [
             CheckpointError(f"unexpected tensor {name} {tensors[name].shape}")
@@ -251,7 +257,7 @@ def _llama_type(folder: Path, layout: Layout) -> LlamaType:
 
 
 def _config_sources(folder: Path, config_files: Sequence[str | Path]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name, contents), the one that takes precedence last."""
+    """Pairs (name, contents) in order of precedence, the highest last."""
     own = [name for name in ("params.json", "config.json") if (folder / name).is_file()]
     return [(name, read_json(folder / name)) for name in own] + [(str(p), read_json(p)) for p in config_files]
 
@@ -261,5 +267,5 @@ def _interleave(tensors: dict[str, Lazy], args: ModelArgs, problems: list[Access
         try:
             tensors[name] = rotary_from_hf(name, tensor, args)
         except CheckpointError as error:
-            if not problems:  # else those say already what is wrong
+            if not problems:  # otherwise the earlier problems explain this one
                 problems.append(error)

@@ -1,4 +1,4 @@
-"""One hash of a whole model, whatever layout it lies in, and the loop over tensors that computing it shares."""
+"""One hash of a whole model, the same in every layout, and the threaded loop over tensors that other code shares."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from accessory.progress import progress_bar
 
 T = TypeVar("T")
 
-# Bit patterns of infinity, as the unsigned integers that floats of each size compare like.
+# Bit patterns of infinity. Positive floats are ordered like their bit patterns read as integers.
 _INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
 
 
 @dataclass(frozen=True)
 class Digest:
-    """A tensor's canonical content: shape, dtype and sha256 of its row-major bytes; and whether all of it is finite."""
+    """A tensor's canonical content: shape, dtype, sha256 of its row-major bytes, and whether all values are finite."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,7 +38,10 @@ def as_bytes(block: Tensor) -> memoryview:
 
 
 def is_finite(block: Tensor) -> bool:
-    """No NaN, no infinity. Two integer maxima over the bit patterns: far quicker than arithmetic on 16-bit floats."""
+    """Whether a contiguous CPU tensor has no NaN and no infinity.
+
+    It takes two integer maxima over the bit patterns, which is far quicker than arithmetic on 16-bit floats.
+    """
     infinity = _INFINITY.get(block.dtype)
     if infinity is None or block.numel() == 0:
         return True
@@ -49,6 +52,7 @@ def is_finite(block: Tensor) -> bool:
 
 
 def digest(tensor: Lazy) -> Digest:
+    """Read a tensor once, block by block, and compute its digest."""
     sha, finite = hashlib.sha256(), True
     for block in tensor.blocks():
         sha.update(as_bytes(block))
@@ -57,7 +61,7 @@ def digest(tensor: Lazy) -> Digest:
 
 
 def digest_all(tensors: Mapping[str, Lazy], *, progress: bool = True, title: str = "checking") -> dict[str, Digest]:
-    """The digest of every tensor, read once."""
+    """The digest of every tensor; each tensor is read once."""
     return each_tensor(tensors, lambda _, tensor: digest(tensor), progress=progress, title=title)
 
 
@@ -74,9 +78,10 @@ def model_hash(digests: Mapping[str, Digest]) -> str:
 def each_tensor(
     tensors: Mapping[str, Lazy], work: Callable[[str, Lazy], T], *, progress: bool = True, title: str = ""
 ) -> dict[str, T]:
-    """`work(name, tensor)` of every tensor in a few threads, with a progress bar over bytes; the first error ends it.
+    """Call `work(name, tensor)` for every tensor in a few threads; return the results by name.
 
-    Two to four threads: hashing, copying and file access release the interpreter lock.
+    A progress bar counts bytes. The first exception stops the loop and is raised. Two to four threads pay off, because
+    hashing, copying and file access release the interpreter lock.
     """
     total = sum(t.nbytes for t in tensors.values())
     out: dict[str, T] = {}

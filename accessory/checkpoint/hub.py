@@ -1,7 +1,7 @@
-"""`hf://owner/name[/folder][@revision]`: the files that one layout needs, fetched from the Hugging Face Hub.
+"""Fetch from the Hugging Face Hub the files that one layout needs: `hf://owner/name[/folder][@revision]`.
 
-A repository often holds one model several times over (safetensors beside pickles, a converted folder beside the
-original): only one copy is fetched. Resuming, caching and authorisation are huggingface_hub's.
+A repository often holds several copies of one model (safetensors and pickles, an original and a converted folder). Only
+one copy is fetched. huggingface_hub resumes, caches and authorises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOTHING = ["<none>"]  # a pattern that no file name can match
 
 @dataclass(frozen=True)
 class Address:
-    """What an hf:// address says; `folder` is "" for the top of the repository, `revision` None for its main branch."""
+    """The parts of an hf:// address. `folder` is "" for the repository's top, `revision` None for its main branch."""
 
     url: str
     repo: str
@@ -36,19 +36,19 @@ class Address:
     revision: str | None
 
     def path(self, name: str) -> str:
-        """A file of the folder as the repository names it."""
+        """The path of a file of this folder within the repository."""
         return f"{self.folder}/{name}" if self.folder else name
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether `path` is an hf:// address (also one whose two slashes `pathlib` has made one), not a local path."""
+    """Whether `path` is an hf:// address. hf:/ counts too, because `pathlib` merges the two slashes."""
     return str(path).startswith(("hf://", "hf:/"))
 
 
 def parse(path: str | Path, revision: str | None = None) -> Address:
-    """Take an hf:// address apart; the revision may stand at its end or, as huggingface_hub spells it, after the name.
+    """Split an hf:// address. The revision comes at the end or, as huggingface_hub spells it, after the name.
 
-    Raises CheckpointError where the address is malformed or names another revision than `revision`.
+    Raises CheckpointError if the address is malformed or names another revision than `revision`.
     """
     url = "hf://" + str(path).split(":", 1)[1].lstrip("/")
     head, at, tail = url[len("hf://") :].partition("@")
@@ -80,13 +80,13 @@ def resolve(
     progress: bool = True,
     wanted: Wanted | None = None,
 ) -> Path:
-    """The local folder (or .gguf file) that `path` stands for, fetched first where it is an hf:// address.
+    """Return the local folder (or .gguf file) of `path`, after fetching it if `path` is an hf:// address.
 
-    A local path is returned as it is. `wanted` says which tensors, by name, are wanted of it; see `files_to_load`.
-    `cache_dir` is huggingface_hub's (by default its own); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
-    without a network, what is in the cache serves if it is whole.
+    A local path is returned as it is. `wanted` selects tensors by name, so that fewer files are fetched; see
+    `files_to_load`. `cache_dir` replaces huggingface_hub's default cache. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
+    honoured. Without a network, the cached files are used if they are complete.
 
-    Raises CheckpointError where there is no such path, repository, revision or folder, or no checkpoint in it, and
+    Raises CheckpointError if there is no such path, repository, revision or folder, or no checkpoint in it, and
     MissingExtraError without huggingface_hub.
     """
     if not is_remote(path):
@@ -108,9 +108,9 @@ def resolve(
 
 
 def fetch_configuration(path: str | Path) -> list[Path]:
-    """The configuration files of an hf:// address, later ones more telling; nothing else is fetched.
+    """Fetch only the configuration files of an hf:// address; return their paths, the one with most precedence last.
 
-    Raises as `resolve` does, and CheckpointError for a folder that has none.
+    Raises as `resolve` does, and CheckpointError for a folder without configuration files.
     """
     address = parse(path)
     hub = _open(address, cache_dir=None, progress=False)
@@ -143,7 +143,7 @@ def _open(address: Address, cache_dir: str | Path | None, progress: bool) -> _Hu
 
 
 class _Hub:
-    """huggingface_hub's calls for one address, with its errors said in one line."""
+    """Calls huggingface_hub for one address, and turns its exceptions into one-line errors."""
 
     def __init__(self, module: Any, address: Address, cache_dir: str | Path | None, progress: bool) -> None:
         self.module, self.address = module, address
@@ -159,13 +159,13 @@ class _Hub:
             self.common["tqdm_class"] = _silent_tqdm()
 
     def names(self) -> list[str] | None:
-        """Every file of the repository; None where the Hub cannot be reached."""
+        """The names of all files in the repository; None if the Hub cannot be reached."""
         if self.module.constants.HF_HUB_OFFLINE:
             return None
         api = self.module.HfApi(endpoint=self.endpoint)
         try:
             with self.explained():
-                # Asked first because it gives up at once; the listing would be tried again for half a minute.
+                # Without a network this fails at once, while the listing would retry for half a minute.
                 commit = api.model_info(self.address.repo, revision=self.address.revision, timeout=_TIMEOUT).sha
                 return list(api.list_repo_files(self.address.repo, revision=commit))
         except _UnreachableError:
@@ -175,9 +175,9 @@ class _Hub:
         return read_json(self.fetch([self.address.path(name)]) / name)
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Download these files; the folder they lie in."""
+        """Download these files and return the folder that holds them. CheckpointError if one did not arrive."""
         with self.explained():
-            # Patterns, so a name with brackets or stars in it has to be escaped.
+            # allow_patterns takes glob patterns, so brackets and stars in names must be escaped.
             root = self._snapshot([glob.escape(name) for name in names])
         for name in names:
             if not (root / name).is_file():
@@ -185,7 +185,7 @@ class _Hub:
         return (root / names[0]).parent
 
     def _snapshot(self, patterns: list[str]) -> Path:
-        """snapshot_download, called again where a connection broke off: what has arrived by then is kept."""
+        """Call snapshot_download, and up to twice more if the connection breaks; it keeps what has arrived."""
         errors = self.module.errors
         for last in (False, False, True):
             try:
@@ -196,9 +196,9 @@ class _Hub:
         raise AssertionError("unreachable")
 
     def cached_folder(self) -> Path:
-        """Where earlier downloads lie, whatever they left."""
+        """The folder of earlier downloads, complete or not. CheckpointError if there were none."""
         try:
-            # Nothing is asked for by name: huggingface_hub would take a partial download of other files for a failure.
+            # A pattern that matches no file: otherwise huggingface_hub treats a partial download as a failure.
             root = Path(self.module.snapshot_download(local_files_only=True, allow_patterns=_NOTHING, **self.common))
         except (OSError, ValueError) as error:
             raise CheckpointError(
@@ -207,7 +207,7 @@ class _Hub:
         return root / self.address.folder
 
     def from_cache(self, wanted: Wanted | None = None) -> Path:
-        """The folder as earlier downloads left it, if it is whole."""
+        """The folder of earlier downloads. CheckpointError if it lacks files that are needed."""
         missing = f"{self.address.url}: {_AWAY}"
         folder = self.cached_folder()
         if self.address.folder.endswith(".gguf") and folder.is_file():
@@ -223,7 +223,7 @@ class _Hub:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn what huggingface_hub raises into one line; _UnreachableError where there was no answer at all."""
+        """Turn exceptions of huggingface_hub into one-line errors; _UnreachableError if the Hub did not answer."""
         errors, url, repo = self.module.errors, self.address.url, self.address.repo
         try:
             yield
@@ -272,7 +272,7 @@ def _silent_tqdm() -> type:
 
 
 def _children(names: Sequence[str], address: Address) -> list[str]:
-    """The files that lie in the address' folder itself; CheckpointError where the repository has no such folder."""
+    """The files directly in the address's folder; CheckpointError if the repository has no such folder."""
     prefix = address.folder + "/" if address.folder else ""
     below = [name[len(prefix) :] for name in names if name.startswith(prefix)]
     if not below:

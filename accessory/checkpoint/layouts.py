@@ -1,6 +1,6 @@
-"""What each layout's tensors are, in canonical terms: a reader per layout, from raw names to whole lazy tensors.
+"""Read each layout: its reader maps raw tensors to whole lazy tensors under canonical names.
 
-Readers collect what is wrong in `problems` and go on, so that `verify` and `info` can tell all of it.
+Readers append what is wrong to `problems` and continue, so that `verify` and `info` can report all of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _CHECKED_ALWAYS = re.compile(r"norm\.weight|layers\.0\..*")
 
 
 def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
-    """The layout that tensors of these (raw) names are in; `sharded`: their files are called `…RR-of-NN.model…`."""
+    """The layout of tensors with these raw names, or None. `sharded`: their files are named `…RR-of-NN.model…`."""
     if sharded:
         stacked = any(_SPARSE_EXPERTS.fullmatch(n.removeprefix("llma.")) for n in names)
-        # A save of LoRA and biases alone has no stacks, but every shard of the sparse layout has its part of them.
+        # A save of LoRA and biases alone has no stacks. In the sparse layout every shard has a part of each expert's
+        # adapter, so that names repeat.
         beside = [n for n in names if expert_of(n) is not None and companion_of(n.removeprefix("llma."))]
         return "sparse" if stacked or len(beside) > len(set(beside)) else "base"
     return next((layout for layout, reader in READERS.items() if any(map(reader.has, names))), None)
@@ -38,7 +39,7 @@ def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
 def read_single(layout: Layout, files: Mapping[str, Mapping[str, Lazy]], problems: list[str]) -> dict[str, Lazy]:
     """Canonical tensors of a layout without model-parallel shards; `files` maps file names to their raw tensors.
 
-    Rotary rows of the hf layout are left in its order, because their permutation needs the number of heads.
+    Rotary rows of the hf layout keep that layout's order, because permuting them needs the number of heads.
     """
     raw: dict[str, Lazy] = {}
     for file, tensors in files.items():
@@ -66,7 +67,10 @@ def _read_hf(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Lazy]:
 
 
 def _split_fused(layer: str, kind: str, tensor: Lazy, out: dict[str, Lazy]) -> None:
-    """gate_up_proj (E, 2F, D) holds w1 above w3, down_proj (E, D, F) is w2."""
+    """Split a stack of experts into their weights.
+
+    gate_up_proj (E, 2F, D) holds w1 in the first F rows and w3 in the last F; down_proj (E, D, F) is w2.
+    """
     for e in range(tensor.shape[0]):
         expert, prefix = tensor.select(0, e), f"{layer}feed_forward.experts.{e}."
         if kind == "down_proj":
@@ -100,11 +104,11 @@ def _read_torrent(raw: Mapping[str, Lazy], problems: list[str]) -> dict[str, Laz
 class Reader(NamedTuple):
     """How a layout without model-parallel shards is recognised and read."""
 
-    has: Callable[[str], bool]  # whether a raw name is one that only this layout, of those below it, has
+    has: Callable[[str], bool]  # whether a raw name rules out all layouts that follow in READERS
     read: Callable[[Mapping[str, Lazy], list[str]], dict[str, Lazy]]  # raw tensors, problems → canonical tensors
 
 
-# The first one that has any of the names is the layout.
+# The layout is the first one whose `has` accepts any of the names.
 READERS: dict[Layout, Reader] = {
     "hf": Reader(lambda name: name.startswith(("model.", "lm_head.")), _read_hf),
     "torrent": Reader(lambda name: ".block_sparse_moe." in name, _read_torrent),
@@ -116,9 +120,10 @@ READERS: dict[Layout, Reader] = {
 def read_shards(
     implementation: Implementation, shards: Sequence[tuple[str, Mapping[str, Lazy] | None]], problems: list[str]
 ) -> dict[str, Lazy]:
-    """Canonical tensors out of model-parallel shards: (file name, its raw tensors, or None where it is not readable).
+    """Assemble canonical tensors from model-parallel shards.
 
-    A tensor that some readable shard lacks is reported; one that lacks only because a shard is unreadable is left out.
+    `shards` are pairs of a file name and its raw tensors, or None if the file is unreadable. A tensor that a readable
+    shard lacks is reported. A tensor that is incomplete only because a shard is unreadable is left out.
     """
     stripped = [
         (file, {n.removeprefix("llma."): t for n, t in raw.items() if not IGNORED.fullmatch(n.removeprefix("llma."))})
@@ -172,7 +177,10 @@ def _join(name: str, parts: Sequence[Lazy], dim: int, out: dict[str, Lazy], prob
 def _unstack(
     layer: str, which: str, parts: Sequence[Lazy], num_experts: int, out: dict[str, Lazy], problems: list[str]
 ) -> None:
-    """Sparse shards: (E·F/n, D) holds rows r·F/n … of each expert, expert-major; w2 is stored transposed."""
+    """Split sparse shards into experts. Shard r of n is (E·F/n, D): expert by expert, F/n rows from row r·F/n on.
+
+    w2 is stored transposed.
+    """
     rows = parts[0].shape[0] // num_experts if num_experts else 0
     if num_experts == 0 or parts[0].shape[0] % num_experts:
         problems.append(f"{layer}feed_forward.{which}: {parts[0].shape} is no stack of {num_experts} experts")
@@ -188,9 +196,9 @@ def _unstack(
 def mixed_shards(
     implementation: Implementation, shards: Sequence[tuple[str, Mapping[str, Lazy] | None]], *, thorough: bool
 ) -> str | None:
-    """Shards of one checkpoint hold the same norms and gates; name the first two files that do not.
+    """Check that all shards hold the same norms and routers; name the first two files that differ, None if none do.
 
-    Unless `thorough`, only the final norm's and the first layer's are read, so that opening stays quick.
+    Unless `thorough`, it reads only those of the first layer and the final norm, so that opening stays quick.
     """
     readable = [(file, raw) for file, raw in shards if raw is not None]
     if len(readable) < 2:

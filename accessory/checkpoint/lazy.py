@@ -1,8 +1,8 @@
-"""Lazy, sliceable tensors: what a checkpoint hands out instead of data.
+"""Lazy, sliceable tensors, which a checkpoint gives out instead of data.
 
-A `Lazy` knows its shape and dtype; its bytes are touched when it is copied, loaded or read block by block. Slicing and
-transposing are pushed down to the file, so that a rank which wants an eighth of a tensor reads an eighth of it.
-Algebra: `narrow`, `select`, `t`, `to`, `concat`; `rotary` adds the order of rotary pairs.
+A `Lazy` knows its shape and dtype. Its bytes are read only when it is copied, loaded or read block by block. Slicing
+and transposing apply to the file, so a rank that needs an eighth of a tensor reads an eighth of it. The operations are
+`narrow`, `select`, `t`, `to` and `concat`; `rotary` adds the reordering of rotary pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accessory.checkpoint.copying import BLOCK_BYTES, copy_dense
 
 
 class Lazy(ABC):
-    """A tensor that is not there yet: `shape`, `dtype`, and ways to cut it before anything is read."""
+    """A tensor that is not read yet: it has a shape, a dtype, and methods to cut it before reading."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,14 +30,14 @@ class Lazy(ABC):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def narrow(self, dim: int, start: int, length: int) -> Lazy:
-        """`length` entries of dimension `dim` from `start` on; only their bytes will ever be touched."""
+        """`length` entries of dimension `dim` from `start` on; only their bytes are read. IndexError out of range."""
         dim = range(len(self.shape))[dim]
         if min(start, length) < 0 or start + length > self.shape[dim]:
             raise IndexError(f"narrow({dim}, {start}, {length}) is outside of shape {self.shape}")
         return self if length == self.shape[dim] else self._narrow(dim, start, length)
 
     def select(self, dim: int, index: int) -> Lazy:
-        """One entry of dimension `dim`, which disappears (an expert out of a stack of experts)."""
+        """One entry of dimension `dim`, without that dimension (one expert of a stack, for instance)."""
         dim = range(len(self.shape))[dim]
         return self.narrow(dim, index, 1)._squeeze(dim)
 
@@ -54,7 +54,7 @@ class Lazy(ABC):
     def copy_to(self, dst: Tensor) -> None:
         """Write the values into `dst` (same shape; any strides, dtype and device).
 
-        What lies in a file goes there in blocks: no temporary of the tensor's size is made on the CPU.
+        Values from a file are copied in blocks, so that the CPU needs no temporary of the tensor's size.
         """
         if tuple(dst.shape) != self.shape:
             raise ValueError(f"copy_to: the tensor has shape {self.shape}, the destination {tuple(dst.shape)}")
@@ -63,12 +63,12 @@ class Lazy(ABC):
 
     @abstractmethod
     def load(self) -> Tensor:
-        """A CPU tensor to read from. Never write to it: it may be a view of a file."""
+        """The values as a CPU tensor. Never write to it, because it may be a view of a file."""
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        """Contiguous 1-D CPU tensors which, one after the other, are the values in row-major order.
+        """Yield the values in row-major order, as contiguous 1-D CPU tensors.
 
-        A block is valid until the next one is asked for.
+        A block is valid until the next one is requested.
         """
         if not self.piecewise:
             yield from Constant(self.load()).blocks(block_bytes)
@@ -100,7 +100,7 @@ class Lazy(ABC):
 
 
 class _Strided(Lazy):
-    """A strided window on a flat run of elements: cutting, transposing and squeezing are arithmetic."""
+    """A strided window on a flat run of elements. Cutting and transposing only change shape, stride and offset."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None, offset: int) -> None:
         self.shape = tuple(shape)
@@ -137,15 +137,15 @@ class _Strided(Lazy):
 
 
 class Bytes(ABC):
-    """Where a stored tensor's bytes come from: a file, or several files read as one."""
+    """The source of a stored tensor's bytes: a file, or several files read as one."""
 
     @abstractmethod
     def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
-        """`count` elements from byte `start`, a view of the mapped file if possible; `soon`: all will be read now."""
+        """`count` elements from byte `start`, a view of the mapped file if possible. `soon`: all will be read now."""
 
 
 class Stored(_Strided):
-    """A tensor in a file: `start` is the byte where its storage begins; the file is opened when it is first read."""
+    """A tensor in a file. `start` is the byte where its storage begins. The first read opens the file."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class Constant(_Strided):
 
 
 class Computed(Lazy):
-    """Made by `fn()` when it is asked for (dequantised, noise, a sum): `fn` must give the same values each time."""
+    """A tensor that `fn()` computes at each read (dequantised, noise, a sum), always with the same values."""
 
     piecewise = False
 
@@ -202,7 +202,7 @@ class Computed(Lazy):
 
 
 class _Wrapper(Lazy):
-    """A view of another lazy tensor that could not be pushed further down."""
+    """A view of another lazy tensor, where that tensor cannot apply the operation itself."""
 
     def __init__(self, base: Lazy, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
         self.base = base
@@ -248,7 +248,7 @@ class _Transposed(_Wrapper):
 
 
 class Cast(_Wrapper):
-    """Another dtype, converted while copying."""
+    """A lazy tensor in another dtype; values are converted while they are copied."""
 
     def __init__(self, base: Lazy, dtype: torch.dtype) -> None:
         super().__init__(base, base.shape, dtype)
@@ -257,7 +257,7 @@ class Cast(_Wrapper):
         return self.base.load().to(self.dtype)
 
     def _copy_to(self, dst: Tensor) -> None:
-        # A destination of a third dtype must see the values rounded to this one.
+        # If `dst` has a third dtype, the values must be rounded to this one first.
         if dst.dtype == self.dtype:
             self.base.copy_to(dst)
         else:
@@ -278,7 +278,7 @@ class Cast(_Wrapper):
 
 
 class Concat(Lazy):
-    """Tensors joined along one dimension; use `concat`."""
+    """Tensors concatenated along one dimension; `concat` makes it."""
 
     def __init__(self, parts: Sequence[Lazy], dim: int) -> None:
         first = parts[0]
@@ -332,7 +332,7 @@ class Concat(Lazy):
 
 
 def concat(parts: Sequence[Lazy], dim: int) -> Lazy:
-    """The parts joined along `dim` (0 or more); one part is returned as it is."""
+    """Concatenate the parts along `dim` (0 or more); a single part is returned as it is."""
     return parts[0] if len(parts) == 1 else Concat(parts, dim)
 
 

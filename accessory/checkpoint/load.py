@@ -1,4 +1,4 @@
-"""Filling: a network's parameters, or what a rank holds of them, get the values of lazy canonical tensors."""
+"""Fill a network's parameters, or a rank's local shards of them, with the values of lazy canonical tensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from accessory.progress import progress_bar
 
 
 def part_of(tensor: Lazy, shard: LocalShard) -> Lazy:
-    """The part of a whole canonical tensor that belongs into `held`."""
+    """Cut the part for `shard` out of a whole canonical tensor."""
     for dim, (start, length) in enumerate(zip(shard.offsets, shard.tensor.shape, strict=True)):
         tensor = tensor.narrow(dim, start, length)
     return tensor
 
 
 def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> None:
-    """CheckpointError listing tensors that are missing, that `decoder` does not have, or of another shape."""
+    """Raise CheckpointError if tensors are missing, unknown to `decoder` or misshapen; the message lists them.
+
+    `where` names the checkpoints in the message.
+    """
     wanted = {shard.name: tuple(shard.tensor.shape) for shard in local_tensors(decoder)}
     problems = []
     for problem, names in (
@@ -46,8 +49,11 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
 
 
 def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
-    """Copy every tensor, or what is held of it, to its place: several at a time, as copies leave Python's lock and
-    overlap reading; those that have to be quantised one after the other, so that only one is there in 16 bits."""
+    """Copy every tensor, or the local shard of it, into its parameter.
+
+    Several threads copy, because copies release Python's lock and overlap with reading. Tensors that must be quantised
+    follow one after the other, so that only one at a time is in memory in 16 bits.
+    """
     places = list(local_tensors(decoder))
     copied = [shard for shard in places if _lies_as_wanted(tensors[shard.name], shard)]
     arriving = [shard for shard in places if not _lies_as_wanted(tensors[shard.name], shard)]
@@ -80,15 +86,16 @@ def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = Fals
 
 
 def _lies_as_wanted(tensor: Lazy, shard: LocalShard) -> bool:
-    """Whether nothing has to be quantised for it."""
+    """Whether `tensor` fits `shard` without quantising."""
     return isinstance(shard.tensor, Tensor) or (isinstance(tensor, Quantized) and tensor.format == shard.tensor.format)
 
 
 def quantize_into(tensor: Lazy, shard: LocalShard) -> None:
-    """Quantise what `held` holds of a whole canonical tensor, some rows at a time, where it is to lie.
+    """Quantise the part for `shard` of a whole canonical tensor into place, some rows at a time.
 
-    Formats that scale rows need whole rows for it, even where only a part of each is kept, and nf4-dq, which centres
-    its scales, the whole tensor: a rank's numbers are then those of the quantised whole.
+    A rank must get the same numbers as if the whole tensor were quantised. So formats that scale rows quantise whole
+    rows, even if the rank keeps only a part of each. nf4-dq subtracts the mean of all scales, so it quantises the whole
+    tensor.
     """
     packed: Packed = shard.tensor
     (rows, columns), (first_row, first_column) = packed.shape, shard.offsets

@@ -1,7 +1,7 @@
-"""Which of a folder's or a repository's file names are the weights of one model, and which of them are missing.
+"""Find the weight files of one model among the names in a folder or repository, and those that are missing.
 
-FORMS is the one table of it. `model_files` reads it and reports; `files_to_load` is for who needs a whole model.
-Names are all that is looked at, besides an index: what is not needed is neither fetched nor opened.
+The table FORMS lists how weights are published. `model_files` applies it and reports what it found; `files_to_load`
+raises unless the model is whole. Both look only at names and at an index, so nothing else is fetched or opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 ReadIndex = Callable[[str], Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
-# What comes along with the weights, whichever form they are in.
+# Files that accompany the weights, in every form.
 RESOURCES = frozenset(
     [
         "config.json",
@@ -42,24 +42,24 @@ RESOURCES = frozenset(
         "chat_template.json",
     ]
 )
-_NAMED = 8  # files that one message names
-_DIGITS = r"\d{1,5}"  # five are the most in use; a longer number would make us list millions of missing files
+_NAMED = 8  # how many files one message names
+_DIGITS = r"\d{1,5}"  # nobody uses more than five; with more we would list millions of missing files
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form in which the weights of a model are published: what their files are called.
+    """One form in which the weights of a model are published: how its files are named.
 
-    It may be spelled in several ways: a set of numbered files, one file, files under an index.
+    A form may allow a set of numbered files, a single file, and files that an index lists.
     """
 
-    numbered: str = ""  # one of a set of files: its {number}, the {count} of them, the {whole} that it is a piece of
+    numbered: str = ""  # a file of a set: its {number}, their {count}, the {whole} file it is a piece of
     first: int = 0  # the number that a set begins with
-    single: str = ""  # the one file
-    index: str = ""  # JSON, whose weight_map says which file holds which tensor
-    ends: tuple[str, ...] = ()  # the one file whose name ends so; only where no form above has any file
+    single: str = ""  # the name of a single file
+    index: str = ""  # a JSON file whose weight_map maps tensors to files
+    ends: tuple[str, ...] = ()  # endings of a single file; only if no form above has any file
     sharded: bool = False  # every file of a set holds a part of every tensor
-    parts_only: bool = False  # only where a part of a model is wanted, such as an image encoder
+    parts_only: bool = False  # used only for a part of a model, such as an image encoder
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -70,11 +70,11 @@ class Form:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether the files of a set, put end to end, are one file."""
+        """Whether the files of a set form one file when put end to end."""
         return "{whole}" in self.numbered
 
     def match(self, name: str) -> re.Match[str] | None:
-        """`name` as one of a set, with its groups number, count and whole; None for any other file."""
+        """Match `name` as a file of a set; the groups are number, count and whole. None for any other file."""
         return self._pattern.fullmatch(name) if self.numbered else None
 
     def has(self, name: str) -> bool:
@@ -83,20 +83,21 @@ class Form:
         return single or bool(self.ends and name.endswith(self.ends)) or self.match(name) is not None
 
 
-# A folder often holds one model several times over, safetensors beside pickles, or the original beside a conversion.
-# The first form that is whole is the model: a download or an upload that was broken off does not hide another copy. If
-# none is whole, the first form of which there is anything is the model, and its other files are missing.
+# A folder often holds several copies of one model, such as safetensors and pickles, or an original and a conversion.
+# The first complete form is the model, so an interrupted download or upload does not hide another copy. If no form is
+# complete, the first form with any file is the model, and its other files are missing.
 #
-# Within a form an index comes first, since it alone says what belongs together: transformers writes shards beside an
-# old model.safetensors and leaves it there. It also leaves an old index beside a new model.safetensors; then files of
-# the index are missing, and the single file is the model. Without an index nothing says which of two whole sets is
-# meant, be they model.safetensors and numbered shards, or shards of two counts: they are refused, not guessed at.
+# Within a form an index comes first, because only an index says which files belong together. transformers writes shards
+# next to an old model.safetensors and leaves that file there. It also leaves an old index next to a new
+# model.safetensors; then files of the index are missing, and the single file is the model. Without an index, nothing
+# says which of two complete sets is meant: model.safetensors or numbered shards, or shards of two counts. We refuse
+# such folders instead of guessing.
 FORMS = (
-    # Ours and the original's: made out of one of the others for this program, so it is what is meant to be loaded.
+    # Our shards and those of the original project. They were converted for this program, so they come first.
     Form("consolidated.{number}-of-{count}.model.safetensors", sharded=True),
     Form("consolidated.{number}-of-{count}.model.pth", sharded=True),
-    # Safetensors before pickles, which may hold code. Hugging Face's names before Mistral's, as config.json, which
-    # belongs to the one, goes before params.json, which belongs to the other.
+    # Safetensors come before pickles, because pickles may hold code. Hugging Face's names come before Mistral's,
+    # because config.json (Hugging Face) takes precedence over params.json (Mistral).
     Form(
         "model-{number}-of-{count}.safetensors",
         first=1,
@@ -109,7 +110,7 @@ FORMS = (
         single="consolidated.safetensors",
         index="consolidated.safetensors.index.json",
     ),
-    # The first publication before what was converted from it; .pth, which we write too, before .pt.
+    # The first publication comes before its conversions, and .pth, which we also write, before .pt.
     Form("consolidated.{number}.pth"),
     Form("consolidated.{number}.pt"),
     Form(
@@ -120,9 +121,9 @@ FORMS = (
     ),
     # Last of the pickles, because their names do not tell whether the last piece is there.
     Form("consolidated.{whole}.pth-split{number}"),
-    # Never instead of the others, since it is no copy of them: its numbers are rounded, and few commands read it.
+    # GGUF never replaces another form, because it is no copy: its numbers are rounded, and few commands read it.
     Form(ends=(".gguf",)),
-    # Image encoders are published under many names. Where there are several forms, the safetensors.
+    # Image encoders are published under many names. Safetensors are preferred.
     Form(ends=(".safetensors",), parts_only=True),
     Form(ends=(".bin", ".pt", ".pth"), parts_only=True),
 )
@@ -134,14 +135,14 @@ class ModelFiles:
 
     form: Form
     files: tuple[str, ...]  # all of them; a set in the order of its numbers
-    missing: tuple[str, ...] = ()  # those that are not there
+    missing: tuple[str, ...] = ()  # the files that do not exist
     index: str = ""  # the index that names them
-    doubt: str = ""  # why it is open which files are meant
-    passed_over: ModelFiles | None = None  # a form that comes before this one and is not whole
+    doubt: str = ""  # why it is unclear which files are meant
+    passed_over: ModelFiles | None = None  # files that would have come first but are incomplete
 
     @property
     def shortfall(self) -> str:
-        """What is missing, in words."""
+        """A message that names the missing files."""
         if self.index:
             return f"{self.index} names files that are not in its folder: {listed(self.missing, _NAMED)}"
         like = next((name for name in self.files if name not in self.missing), self.files[0])
@@ -150,7 +151,7 @@ class ModelFiles:
 
     @property
     def instead(self) -> str:
-        """What a user should know where another form was passed over, in words; "" where none was."""
+        """A warning that incomplete files were passed over; "" if none were."""
         if self.passed_over is None:
             return ""
         return f"{self.passed_over.shortfall}; read instead: {listed(self.files, 2)}"
@@ -159,11 +160,11 @@ class ModelFiles:
 def model_files(
     names: Collection[str], read_index: ReadIndex, origin: str, wanted: Wanted | None = None
 ) -> ModelFiles | None:
-    """Pick the files of one model out of the names in a folder, by FORMS; None where no form has any file.
+    """Pick the files of one model out of the names in a folder, by FORMS; None if no form has any file.
 
-    `read_index` gives the contents of an index, given its name. `origin` is what a message calls the folder. `wanted`
-    says which tensors are wanted, by name: files that hold none of them are left out as far as an index tells.
-    Raises CheckpointError for an index that is none, and passes on what `read_index` raises of it.
+    `read_index` returns the contents of the index with the given name. `origin` names the folder in messages. `wanted`
+    selects tensors by name: if an index shows that a file holds none of them, the file is left out. Raises
+    CheckpointError for an index that is not one, and lets other exceptions of `read_index` through.
     """
     present = sorted(set(names))
     incomplete: ModelFiles | None = None
@@ -185,10 +186,10 @@ def files_to_load(
     elsewhere: Sequence[str] = (),
     wanted: Wanted | None = None,
 ) -> list[str]:
-    """Pick what is needed of a whole model out of the names in a folder: weights, index, configuration, tokenizer.
+    """Pick all files of a whole model out of the names in a folder: weights, index, configuration, tokenizer.
 
-    Arguments are those of `model_files`; `elsewhere` are folders to suggest where this one holds no checkpoint. Raises
-    CheckpointError for none, for one with files missing, and where it is open which files are meant.
+    Arguments are those of `model_files`. The message suggests the folders `elsewhere` if this one holds no checkpoint.
+    Raises CheckpointError if there is no checkpoint, if files are missing, and if it is unclear which files are meant.
     """
     found = model_files(names, read_index, origin, wanted)
     if found is None:
@@ -210,7 +211,7 @@ def holds_weights(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """A file's own name, which cannot lead out of its folder."""
+    """Whether `name` is a bare file name, which cannot lead out of its folder."""
     return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0:")
 
 
@@ -224,7 +225,7 @@ def _by_end(form: Form, present: Sequence[str]) -> ModelFiles | None:
 def _in_form(
     form: Form, present: Sequence[str], read_index: ReadIndex, origin: str, wanted: Wanted | None
 ) -> ModelFiles | None:
-    """What there is in one form: as its index says, or else the set that is whole, or else the one with most files."""
+    """The files in one form: of a complete index, or a complete set, or an incomplete index, or the largest set."""
     there = set(present)
     sets = _numbered(form, present)
     if form.single in there:
@@ -237,7 +238,7 @@ def _in_form(
         if files and not missing:
             return ModelFiles(form, files, index=form.index)
         indexed = ModelFiles(form, files, missing, index=form.index) if files else None
-        # A set of which the index says that it is only a part is not whole.
+        # A set that shares files with the index is only a part of what the index lists.
         sets = [found for found in sets if set(weight_map.values()).isdisjoint(found.files)]
     whole = [found for found in sets if not found.missing]
     if not whole and indexed is not None:
@@ -270,7 +271,7 @@ def _two_models(form: Form, candidates: Sequence[ModelFiles]) -> str:
 
 
 def _numbered(form: Form, present: Sequence[str]) -> list[ModelFiles]:
-    """The sets of numbered files, the largest first. The pieces of all files that were cut are one set."""
+    """The sets of numbered files, the largest first. The pieces of all cut files form one set."""
     groups: dict[tuple[str, int], list[re.Match[str]]] = {}
     for name in present:
         if match := form.match(name):
@@ -289,12 +290,12 @@ def _numbered(form: Form, present: Sequence[str]) -> list[ModelFiles]:
 
 
 def _count(match: re.Match[str]) -> int:
-    """How many files a set has, by the name of one of them; -1 where names do not tell."""
+    """The number of files in a set, taken from the name of one of them; -1 if names do not say it."""
     return int(match.groupdict().get("count", -1))
 
 
 def _set(form: Form, count: int, matches: Sequence[re.Match[str]]) -> ModelFiles:
-    """The set that these files belong to: numbers without a gap, up to the count, or else up to the highest number."""
+    """The set that these files belong to: all numbers up to the count or, without a count, up to the highest number."""
     there: dict[int, str] = {}
     doubt = ""
     for match in matches:

@@ -1,4 +1,4 @@
-"""Canonical names and shapes, what each layout calls the same tensors, and the sizes that shapes tell."""
+"""Canonical names and shapes, Hugging Face's names for the same tensors, and the sizes read off shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 _USUAL_HEAD_DIM = 128
 _HEAD_KEYS = {"n_heads": ("n_heads", "num_attention_heads"), "head_dim": ("head_dim",)}
 
-# Buffers that some writers save and that say nothing.
+# Buffers that some writers save and that carry no information.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs|freqs_cis)")
 
 _HF_LAYER = {
@@ -67,22 +67,22 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def image_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """What a network of these sizes that sees has beside `expected_shapes`: projections, start and end."""
+    """The tensors, in addition to `expected_shapes`, of a network that takes images: projections, start and end."""
     return args.sees_with.projection_shapes(args.dim)
 
 
 def is_encoder_tensor(name: str) -> bool:
-    """Whether a tensor is of an image encoder: frozen, whole everywhere, under its file's own name."""
+    """Whether a tensor belongs to an image encoder. Encoders are frozen and unsharded, and keep their file's names."""
     return name.startswith(ENCODER_PREFIXES)
 
 
 def is_of_images(name: str) -> bool:
-    """Whether only a model that sees has this tensor: an encoder's, or what makes its output words."""
+    """Whether only a model that takes images has this tensor: an encoder's, or a projection's to image tokens."""
     return is_encoder_tensor(name) or PROJECTION.fullmatch(name) is not None
 
 
 def companion_of(name: str) -> tuple[str, str] | None:
-    """(the weight it belongs to, "bias" | "lora_a.weight" | "lora_b.weight"), or None for another name."""
+    """An adapter tensor's name as (its weight, "bias" | "lora_a.weight" | "lora_b.weight"), None for other names."""
     match = _COMPANION.fullmatch(name)
     if match is None or _LINEAR.fullmatch(match[1] + ".weight") is None:
         return None
@@ -90,9 +90,9 @@ def companion_of(name: str) -> tuple[str, str] | None:
 
 
 def shape_problem(name: str, tensor: Lazy, expected: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with a tensor of this name and shape in a network of the `expected` tensors; None: nothing."""
+    """What is wrong with a tensor's name or shape in a network of the `expected` tensors; None if nothing is."""
     if is_encoder_tensor(name):
-        return None  # its own network says what it should be
+        return None  # `vision_names` checks it
     if name in expected:
         wanted: tuple[int | str, ...] = expected[name]
     else:
@@ -118,7 +118,7 @@ def to_hf(name: str) -> str:
 
 
 def from_hf(name: str) -> str | None:
-    """The canonical name of a Hugging Face tensor in the classic spelling; None for a name of no such tensor."""
+    """The canonical name of a Hugging Face tensor in the classic spelling; None for other names."""
     if name in _FROM_HF_TOP:
         return _FROM_HF_TOP[name]
     match = _LAYER.match(name.removeprefix("model."))
@@ -130,11 +130,11 @@ def from_hf(name: str) -> str | None:
     return match[0] + _FROM_HF_LAYER[rest] if rest in _FROM_HF_LAYER else None
 
 
-# --------------------------------------------------------------------------- sizes that shapes tell
+# --------------------------------------------------------------------------- sizes read off shapes
 
 
 def sizes_from_shapes(tensors: Mapping[str, Lazy]) -> dict[str, tuple[int, str]]:
-    """Sizes that the shapes tell, each with the name of a tensor that tells it; by majority where tensors differ.
+    """Read sizes off shapes: field → (size, name of a tensor with that size). If tensors differ, the majority wins.
 
     Keys: ModelArgs' fields, "moe.num_experts", and "q_rows" and "kv_rows" (heads × head_dim).
     """
@@ -177,15 +177,17 @@ def sizes_from_shapes(tensors: Mapping[str, Lazy]) -> dict[str, tuple[int, str]]
 
 
 def layer_numbers(names: Iterable[str]) -> set[int]:
+    """The layer numbers that occur in canonical names."""
     return {int(match[1]) for match in map(_LAYER.match, names) if match}
 
 
 def configure(
     sources: Sequence[Mapping[str, Any]], tensors: Mapping[str, Lazy], *, origin: str = "config", partial: bool = False
 ) -> ModelArgs:
-    """The network's sizes from config `sources` (the last takes precedence), the rest from the tensors' shapes.
+    """Take the network's sizes from config `sources` (the last has precedence), the rest from the tensors' shapes.
 
-    ConfigError names what no source tells and shapes cannot: the split of q and k rows into heads.
+    Shapes do not tell how q and k rows split into heads. ConfigError if no source does and 128 does not divide the
+    rows, and if `partial` tensors come without a source and do not tell the sizes.
     """
     shapes = {field: value for field, (value, _) in sizes_from_shapes(tensors).items()}
     if partial and not sources and not {"dim", "hidden_dim", "vocab_size", "q_rows"} <= shapes.keys():
@@ -237,7 +239,7 @@ def _heads(sources: Sequence[Mapping[str, Any]], shapes: Mapping[str, int]) -> d
 
 
 def field_problems(args: ModelArgs, tensors: Mapping[str, Lazy], origin: str) -> list[str]:
-    """Where the configuration from `origin` and the shapes disagree: the field, both numbers and a tensor."""
+    """List where the configuration from `origin` contradicts the shapes: the field, both numbers and a tensor."""
     told = {
         "dim": args.dim,
         "hidden_dim": args.hidden_dim,

@@ -1,8 +1,7 @@
-"""Quantised weights in files: read as what they mean or as they lie, and made out of dense ones.
+"""Quantised weights in files: read them dequantised or as stored, and make them from dense weights.
 
-A quantised folder holds, where a weight would be, the tensors that it is made of: `<canonical name>.data`, `.scale`
-and, of int4, `.zero`, of nf4-dq `.nested` and `.offset`. Readers get one lazy tensor for them, so that whatever takes
-dense tensors takes these too.
+A quantised folder stores a weight as several tensors: `<canonical name>.data` and `.scale`, for int4 also `.zero`, for
+nf4-dq also `.nested` and `.offset`. Readers get one lazy tensor for them, so code for dense tensors takes these too.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from accessory.ops.quantized import PIECES, Packed, dequantize, double_quantized
 from accessory.ops.quantized_search import search_int4
 
 VERSION = 1
-# Numbers of a weight that are quantised at a time: what a CPU's cache holds, and enough to keep a GPU busy.
+# Numbers of a weight that a CPU quantises or dequantises at a time: as many as its cache holds.
 BLOCK_CPU = 2**20
 
 
 class Quantized(Lazy):
-    """A weight that lies quantised: to readers it is what its numbers mean, in `dtype`. `pieces` are its tensors.
+    """A weight that is stored quantised. Reading gives dequantised values in `dtype`; `pieces` are its stored tensors.
 
-    Cuts along the reduction that go through a group read the whole group.
+    A cut of columns that begins or ends inside a group reads the whole group.
     """
 
     def __init__(self, format: Format, pieces: Mapping[str, Lazy], dtype: torch.dtype) -> None:
-        # `Packed` knows how each format is cut; lazy tensors are cut as tensors are.
+        # `Packed` knows how to cut each format, and lazy tensors have the methods of tensors that it calls.
         lazies: dict[str, Any] = dict(pieces)
         self.packed: Any = Packed(format, **lazies)
         self.format, self.dtype = format, dtype
@@ -55,7 +54,7 @@ class Quantized(Lazy):
         return out
 
     def copy_pieces_to(self, packed: Packed) -> None:
-        """Write the tensors it is made of into those of a weight of the same format, as they are."""
+        """Copy the stored tensors, unchanged, into those of `packed`, a weight of the same format."""
         for name, tensor in packed.tensors().items():
             self.pieces[name].copy_to(tensor)
 
@@ -74,11 +73,11 @@ class Quantized(Lazy):
         return Lazy._narrow(self.narrow(dim, first, last - first), dim, start - first, length)
 
     def _cut(self, dim: int, start: int, length: int) -> dict[str, Lazy]:
-        """The pieces of a cut at whole groups."""
+        """The pieces of a part that begins and ends at whole groups."""
         pieces = self.pieces
         if dim == 0 or "nested" not in pieces:
             return self.packed.narrow(dim, start, length).tensors()
-        # A lazy tensor can be cut but not picked from; this one is a two thousandth of the weight.
+        # A lazy tensor cannot pick columns, so all of `nested` is loaded; it is 1/2000 of the weight.
         nested, columns = pieces.pop("nested"), self.packed.columns_of_nested(start, length)
         picked = Computed((self.shape[0], len(columns)), nested.dtype, lambda: nested.load()[:, columns])
         rest = Packed("nf4", pieces["data"], pieces["scale"]).narrow(1, start, length)  # type: ignore[arg-type]
@@ -86,7 +85,7 @@ class Quantized(Lazy):
 
 
 class Quantizing(Lazy):
-    """A dense weight on its way into a quantised folder: `blocks_of_rows` reads and quantises it once, row by row."""
+    """A dense weight to be written quantised: `blocks_of_rows` reads and quantises it once, some rows at a time."""
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class Quantizing(Lazy):
 
     @property
     def pieces(self) -> dict[str, Lazy]:
-        """What there will be, without the numbers."""
+        """The tensors to be written, as meta tensors: they have shapes and dtypes but no values."""
         shapes = packed_shapes(self.format, self.shape)
         return {n: Constant(torch.empty(size, dtype=dtype, device="meta")) for n, (size, dtype) in shapes.items()}
 
@@ -116,9 +115,10 @@ class Quantizing(Lazy):
 def quantized_blocks(
     tensor: Lazy, format: Format, device: torch.device | str = "cpu", search: bool = False
 ) -> Iterator[Packed]:
-    """A dense weight quantised on `device`, some rows at a time: of what comes from a file, no more is held.
+    """Quantise a dense weight on `device`, and yield it some rows at a time.
 
-    nf4-dq comes in one piece, as its scales' mean is over all of them; no more than that and some rows is held.
+    Of a weight in a file, only these rows are in memory. nf4-dq is yielded in one block, because it needs the mean of
+    all scales; memory then holds the quantised weight and some dense rows.
     """
     if format == "nf4-dq":
         blocks = [block.tensors() for block in quantized_blocks(tensor, "nf4", device)]
@@ -139,9 +139,9 @@ def quantized_blocks(
 
 
 def declared_quant(folder: Path) -> Quant | None:
-    """What the folder's own config.json says about quantised weights; None where it says nothing (in our words).
+    """The formats of quantised weights in the folder's config.json; None if it has no "quantization" of our kind.
 
-    ConfigError for a later version of the format, and for formats that are not known.
+    ConfigError for an unknown version, and for unknown formats.
     """
     config = folder / "config.json"
     said = read_json(config).get("quantization") if config.is_file() else None
@@ -160,20 +160,20 @@ def declared_quant(folder: Path) -> Quant | None:
 
 
 def declaration(quant: Quant) -> dict[str, Any]:
-    """What goes into config.json as "quantization"."""
+    """The value of "quantization" in config.json."""
     return {"format_version": VERSION, **quant.to_dict()}
 
 
 def is_quantized_piece(name: str) -> bool:
-    """Whether a raw tensor's name is that of a quantised weight's piece."""
+    """Whether a raw name belongs to a piece of a quantised weight."""
     weight, _, piece = name.rpartition(".")
     return piece in PIECES and weight.endswith(".weight") and weight.startswith(("layers.", "output."))
 
 
 def read_quantized(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -> dict[str, Lazy]:
-    """Canonical tensors out of a quantised folder's, where `quant` says which weights lie in which format.
+    """Assemble canonical tensors from those of a quantised folder; `quant` gives each weight's format.
 
-    What they mean is given in the dtype of the embedding, which is never quantised.
+    Dequantised values have the dtype of the embedding, which is never quantised. What is wrong goes into `problems`.
     """
     out = {name: tensor for name, tensor in raw.items() if not is_quantized_piece(name)}
     weights: dict[str, dict[str, Lazy]] = {}
@@ -197,7 +197,7 @@ def read_quantized(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -
 
 
 def _problem(weight: str, pieces: Mapping[str, Lazy], format: Format | None) -> str | None:
-    """What is wrong with the pieces of one weight."""
+    """What is wrong with the pieces of one weight; None if nothing is."""
     if format is None:
         return f"{weight}: is quantised, but config.json says that it is not"
     data = pieces.get("data")

@@ -1,7 +1,7 @@
 """The order of rotary pairs in the rows of queries and keys: interleaved in this package, half-split in Hugging Face's.
 
-`rotary_from_hf` and `rotary_to_hf` take any tensor under its canonical name and leave those alone that have no such
-rows. Every reader and writer of a Hugging Face layout uses them.
+`rotary_from_hf` and `rotary_to_hf` take any tensor and its canonical name. They return tensors without such rows
+unchanged. Every reader and writer of a Hugging Face layout uses them.
 
 In a head of d rows, member j (0 or 1) of pair i is row 2i + j where pairs are interleaved, and row j·d/2 + i where they
 are half-split.
@@ -20,9 +20,9 @@ from accessory.errors import CheckpointError
 
 
 def rotary_from_hf(name: str, tensor: Lazy, args: ModelArgs) -> Lazy:
-    """A tensor of a Hugging Face folder with interleaved rows. `name` is its canonical name.
+    """Interleave the rotary rows of a tensor from a Hugging Face folder. `name` is its canonical name.
 
-    Raises CheckpointError where the rows of queries or keys are not the heads that `args` says.
+    Raises CheckpointError if the number of query or key rows does not match the heads in `args`.
     """
     heads = _heads(name, tensor, args)
     return tensor if heads is None else to_interleaved(tensor, heads)
@@ -35,7 +35,7 @@ def rotary_to_hf(name: str, tensor: Lazy, args: ModelArgs) -> Lazy:
 
 
 def _heads(name: str, tensor: Lazy, args: ModelArgs) -> int | None:
-    """How many heads the tensor's rows make up; None for a tensor whose rows are not those of queries or keys."""
+    """The number of heads in the tensor's rows; None if they are not rows of queries or keys."""
     weight, kind = companion_of(name) or (name, "weight")
     if kind == "lora_a.weight":  # its rows are LoRA's rank
         return None
@@ -51,7 +51,7 @@ def _heads(name: str, tensor: Lazy, args: ModelArgs) -> int | None:
 
 
 def to_interleaved(lazy: Lazy, n_heads: int) -> Lazy:
-    """Rows (n_heads·d, …) from the half-split order to the interleaved one. ValueError where d is no even number."""
+    """Reorder rows (n_heads·d, …) from half-split to interleaved. ValueError if d is not an even number."""
     return _reordered(lazy, n_heads, to_interleaved=True)
 
 
@@ -97,5 +97,5 @@ class _Reordered(Lazy):
             return _Reordered(self.base.narrow(dim, start, length), self.head_dim, self.to_interleaved)
         first, last = start // self.head_dim * self.head_dim, -(-(start + length) // self.head_dim) * self.head_dim
         heads = _Reordered(self.base.narrow(0, first, last - first), self.head_dim, self.to_interleaved)
-        # Rows that begin or end within a head are cut out of whole heads, which are read first.
+        # If the rows begin or end inside a head, whole heads are read and the rows are cut out of them.
         return heads if last - first == length else Lazy._narrow(heads, 0, start - first, length)

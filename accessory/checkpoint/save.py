@@ -1,8 +1,8 @@
-"""A checkpoint folder, written whole or not at all, in bounded memory, and read again to be sure.
+"""Write a checkpoint folder, whole or not at all, in bounded memory, and read it back to check it.
 
-Each canonical tensor is read once, and its parts go to their places in all files: straight from the mapped source to
-the file, in blocks. Files are laid out first, so that threads can write to any place at any time. What was read is
-compared with what was written by CRC-32: a fault of the disk shows, and it costs a third of what sha256 does.
+Each canonical tensor is read once, and its parts are copied in blocks from the mapped source to their places in all
+files. Files are created in full size first, so that threads can write to any place at any time. CRC-32 compares what
+was read with what was written: it detects faults of the disk and costs a third of sha256.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.flo
 _DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
 
 
-_Sum = tuple[tuple[int, ...], torch.dtype]  # CRC-32 of what went to each place
+_Sum = tuple[tuple[int, ...], torch.dtype]  # CRC-32 of the bytes for each place; the dtype
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Place:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """bf16, fp16, fp32 or torch's names; ConfigError otherwise."""
+    """Parse "bf16", "fp16", "fp32" or torch's names; None and dtypes pass unchanged. ConfigError otherwise."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:
@@ -82,13 +82,13 @@ def write_checkpoint(
 ) -> None:
     """Write canonical `tensors` as a folder of layout `to`.
 
-    `shards`: model-parallel shards (base, sparse; by default 8, or as many below that as the sizes divide into), or
-    files (hf; by default of 5 GB each). `dtype` converts every tensor. `resources` are copied along. With `verify` the
-    folder is opened again before it gets its name, and every tensor read again and compared. `image_views`: of a model
-    that sees, how many of an image, which its meta.json has to say.
+    `shards`: for base and sparse the number of model-parallel shards, by default the largest number up to 8 that
+    divides the sizes; for hf the number of files, by default one per 5 GB. `dtype` converts every tensor. `resources`
+    are copied into the folder. With `verify`, the folder is opened again before it gets its name, and every tensor is
+    read back and compared. `image_views`: the views of an image that a model with images takes, for its meta.json.
 
-    Raises ConfigError for sizes that do not divide, CheckpointError for tensors that are missing (unless
-    `allow_partial`), extra or misshapen, a destination that is in the way, and a disk that is full or fails.
+    Raises ConfigError for sizes that do not divide. Raises CheckpointError for tensors that are missing (unless
+    `allow_partial`), extra or misshapen, a destination that may not be replaced, and a disk that is full or fails.
     """
     target = parse_dtype(dtype)
     if target is not None:
@@ -140,7 +140,7 @@ def _check_tensors(tensors: Mapping[str, Lazy], args: ModelArgs, allow_partial: 
 
 
 def _special_ids(resources: Sequence[Path]) -> dict[str, Any]:
-    """What generation_config.json, where it comes along, says about the tokenizer; config.json has to agree."""
+    """The special token ids in generation_config.json, if it is among `resources`; config.json must agree with it."""
     for path in resources:
         if path.name == "generation_config.json":
             return {key: value for key, value in read_json(path).items() if key in _SPECIAL_IDS}
@@ -150,7 +150,7 @@ def _special_ids(resources: Sequence[Path]) -> dict[str, Any]:
 def _write(
     folder: Path, plan: FolderPlan, tensors: Mapping[str, Lazy], places: Mapping[str, list[_Place]], progress: bool
 ) -> dict[str, _Sum]:
-    """Write everything where the plan says, noting `places`; returns a checksum of each canonical tensor."""
+    """Write all files of the plan and add to `places`; return the checksums of each canonical tensor."""
     handles: list[int] = []
     try:
         for number, file in enumerate(plan.files):
@@ -180,7 +180,7 @@ def _write(
 
 
 def _write_tensor(tensor: Lazy, places: Sequence[_Place], handles: Sequence[int]) -> _Sum:
-    """Write all parts of one canonical tensor, reading it once; returns the CRC-32 of each, and the dtype."""
+    """Read one canonical tensor once and write all its parts; return the CRC-32 of each part, and the dtype."""
     if isinstance(tensor, Quantizing):
         sources: Iterable[Lazy] = tensor.blocks_of_rows()
     else:
@@ -206,10 +206,10 @@ def _write_at(handle: int, data: memoryview, offset: int) -> int:
 
 
 def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
-    """Make a file of its final size, with everything but tensor data; returns where each tensor's data begins."""
+    """Create a file in full size, with everything but tensor data; return the byte where each tensor's data begins."""
     if path.suffix == ".safetensors":
         return _lay_out_safetensors(path, file)
-    # torch writes the archive around storages that are never touched: one stretch of reserved address space serves all.
+    # torch writes the archive without reading the storages, so all tensors of a dtype can share reserved address space.
     largest: dict[torch.dtype, int] = {}
     for slot in file.slots.values():
         largest[slot.dtype] = max(largest.get(slot.dtype, 1), math.prod(slot.shape) * slot.dtype.itemsize)
@@ -239,7 +239,7 @@ def _lay_out(path: Path, file: FilePlan) -> dict[str, int]:
 def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    # Wide dtypes first keeps every tensor aligned to its own element size.
+    # Wide dtypes come first, so that every tensor is aligned to its element size.
     for name, slot in sorted(file.slots.items(), key=lambda item: -item[1].dtype.itemsize):
         end = offset + math.prod(slot.shape) * slot.dtype.itemsize
         kind = _SAFETENSORS_NAMES[slot.dtype]
@@ -257,7 +257,7 @@ def _lay_out_safetensors(path: Path, file: FilePlan) -> dict[str, int]:
 def _check_written(
     folder: Path, sums: Mapping[str, _Sum], places: Mapping[str, Sequence[_Place]], progress: bool
 ) -> None:
-    """Open the folder as anybody would, cut its tensors as they were cut, and compare the checksums."""
+    """Open the folder like any reader, cut its tensors as when writing, and raise unless the checksums are the same."""
 
     def read(name: str, tensor: Lazy) -> _Sum:
         sums = []
@@ -279,7 +279,7 @@ def _check_written(
 
 @contextmanager
 def _flushing(handles: Sequence[int]) -> Iterator[None]:
-    """Send what is written to the disk all along, instead of filling memory with it and waiting at the end."""
+    """Flush written data to the disk during the block, so that it neither fills memory nor makes the end wait."""
     end = threading.Event()
     errors: list[OSError] = []
 
@@ -287,8 +287,8 @@ def _flushing(handles: Sequence[int]) -> Iterator[None]:
         while not errors and not end.wait(0.2):
             for handle in handles:
                 try:
-                    getattr(os, "fdatasync", os.fsync)(handle)  # not every system has the former
-                except OSError as error:  # reported once by the system, so it must not get lost here
+                    getattr(os, "fdatasync", os.fsync)(handle)  # some systems have no fdatasync
+                except OSError as error:  # the system reports it only once, so keep it
                     errors.append(error)
 
     thread = threading.Thread(target=flush, daemon=True)

@@ -1,4 +1,4 @@
-"""Image encoders from a checkpoint's tensors, or from the weights that their configuration names."""
+"""Load image encoders from a checkpoint's tensors, or from the paths in their configuration."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def load_tower(
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
 ) -> VisionTower:
-    """The encoders of `args` on `device` in `dtype`, each from `tensors` if they hold any of it, else from its `path`.
+    """Load the encoders of `args` onto `device` in `dtype`.
 
-    `tensors` are a checkpoint's, names in any spelling without `llma.` in front; others than encoders' are ignored.
-    Values go from the files to their places block by block, converted on the way: nothing is held twice.
-    Raises CheckpointError naming the encoder whose weights are incomplete, of the wrong shapes, or nowhere.
+    An encoder is loaded from `tensors` if they hold any part of it, otherwise from its `path`. `tensors` are those of a
+    checkpoint, with names in any known spelling but without `llma.` in front; tensors that belong to no encoder are
+    ignored. Values are copied and converted block by block, so that no encoder is in memory twice. Raises
+    CheckpointError naming the encoder whose weights are incomplete, misshapen or not found.
     """
     with torch.device("meta"):
         tower = VisionTower(args, views, cache_bytes=cache_bytes).to(dtype)
@@ -48,15 +49,17 @@ def load_tower(
 
 
 def encoder_tensors(args: VisionArgs, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """All tensors that `load_tower` would fill a tower with, from where it takes them, under our names."""
+    """All tensors that `load_tower` would load, from the same sources, under our names."""
     with torch.device("meta"):
         tower = VisionTower(args, 1)
     return _find(tower, tensors, progress=False)
 
 
 def with_encoders(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Lazy]:
-    """The tensors of a whole model, with its encoders' from where the configuration says if it sees and has none of
-    them: written so, a folder stands for itself."""
+    """Add the encoders' tensors to those of a model that takes images but has no encoders; leave other models alone.
+
+    The encoders come from the paths in the configuration. A folder written from the result needs no other files.
+    """
     if "start_img" not in tensors or any(map(is_encoder_tensor, tensors)):
         return dict(tensors)
     return {**tensors, **encoder_tensors(args.sees_with, {})}
@@ -99,7 +102,7 @@ def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Lazy], *, progress:
 
 
 def _from_path(encoder: EncoderArgs, shapes: Mapping[str, tuple[int, ...]], progress: bool) -> dict[str, Lazy]:
-    assert encoder.path is not None  # what `load_tower` has made sure of
+    assert encoder.path is not None  # `_find` has checked this
 
     def wanted(name: str) -> bool:
         return bool(parts_of(encoder.kind, name))
@@ -113,7 +116,7 @@ def _from_path(encoder: EncoderArgs, shapes: Mapping[str, tuple[int, ...]], prog
 
 
 def _read(place: Path, wanted: Wanted) -> dict[str, Lazy]:
-    """The tensors of a file, or of a folder that holds one model, whatever its files are called."""
+    """The tensors of a file, or of a folder that holds one model in any known form."""
     if not place.is_dir():
         return read_file(place)
     names = [path.name for path in place.iterdir() if path.is_file()]

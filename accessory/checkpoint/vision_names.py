@@ -1,12 +1,12 @@
-"""What the libraries that publish image encoders call their tensors, in the names that are written here.
+"""Translate the names that other libraries give to tensors of image encoders into canonical names.
 
-Canonical is `vision.<encoder's name>.<name in transformers' class>`, as of transformers 5.23, of which older spellings
-are read too. The original's checkpoints hold CLIP as open_clip names it (`clip.visual.…`), ConvNeXt as timm
-(`openclip_convnext_xxl.…`), DINOv2 as its hub models (`dinov2_vitg14.…`) and BLIP-2 as transformers (`qformer.…`).
-Weights published alone bear the same names without the first word.
+A canonical name is `vision.<encoder's name>.<name in transformers' class>`, as of transformers 5.23; older spellings of
+transformers are read too. Checkpoints of the original name CLIP's tensors as open_clip does (`clip.visual.…`),
+ConvNeXt's as timm (`openclip_convnext_xxl.…`), DINOv2's as its hub models (`dinov2_vitg14.…`) and BLIP-2's as
+transformers (`qformer.…`). Weights that are published alone have the same names without the first word.
 
-Which activation CLIP was trained with, no tensor tells: `hidden_act` of the configuration decides. open_clip builds
-ViT-L-14 with quick_gelu for OpenAI's weights only, with gelu for all others and for none.
+No tensor tells which activation CLIP was trained with, so `hidden_act` of the configuration decides. open_clip builds
+ViT-L-14 with quick_gelu only for OpenAI's weights; for other weights, or none, it uses gelu.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ORIGINAL: dict[Kind, str] = {
 
 
 class Rule(NamedTuple):
-    """A name (all of it) and what it is here: one tensor, several of equal size one below the other, or nothing."""
+    """A pattern of a full name, and our names for it: one tensor, equal parts along dimension 0, or nothing."""
 
     theirs: re.Pattern[str]
     ours: tuple[str, ...]
@@ -43,7 +43,7 @@ def _rules(*pairs: tuple[str, str | tuple[str, ...]]) -> tuple[Rule, ...]:
     return tuple(Rule(re.compile(theirs), (ours,) if isinstance(ours, str) else ours) for theirs, ours in pairs)
 
 
-# In front of a network's names where it is a part of a larger one.
+# Prefixes of a network's names if it is a part of a larger one.
 _WITHIN: dict[Kind, re.Pattern[str]] = {
     "clip": re.compile(r"vision_model\."),
     "convnext": re.compile(r"(visual\.)?trunk\.|convnext\."),
@@ -111,9 +111,9 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
 
 
 def parts_of(kind: Kind, name: str) -> tuple[str, ...]:
-    """The tensors, in canonical names within their encoder, that `name` holds one below the other; () if not needed.
+    """The canonical names, within their encoder, of the equal parts of tensor `name` along dimension 0.
 
-    Names that no rule knows are taken to be canonical already.
+    It returns () if the tensor is not needed. A name without a rule is taken to be canonical.
     """
     within = _WITHIN.get(kind)
     name = within.sub("", name, count=1) if within is not None and within.match(name) else name
@@ -124,7 +124,7 @@ def parts_of(kind: Kind, name: str) -> tuple[str, ...]:
 
 
 def destinations(tower: VisionTower) -> dict[str, Tensor]:
-    """Canonical names, and the tensors of a tower, or parts of them, that hold these in any version of transformers."""
+    """Map canonical names to a tower's tensors, or to views of their parts, in any version of transformers."""
     out: dict[str, Tensor] = {}
     state = tower.state_dict()
     for encoder in tower.args.all:
@@ -141,7 +141,7 @@ def destinations(tower: VisionTower) -> dict[str, Tensor]:
 
 
 def expected_shapes(args: VisionArgs) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the encoders under its canonical name."""
+    """The shape of every tensor of the encoders, by canonical name."""
     with torch.device("meta"):
         tower = VisionTower(args, 1)
     return {name: tuple(tensor.shape) for name, tensor in destinations(tower).items()}
@@ -150,11 +150,11 @@ def expected_shapes(args: VisionArgs) -> dict[str, tuple[int, ...]]:
 def canonical(
     raw: Mapping[str, Lazy], args: VisionArgs, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Lazy]:
-    """The encoders' tensors out of a checkpoint's, whose names have no `llma.` in front; lazily cut, nothing is read.
+    """Pick the encoders' tensors out of a checkpoint's, under canonical names. They are cut lazily; nothing is read.
 
-    Encoders of which `raw` has nothing are left out, and so is what belongs to no part of a network that is used here
-    (CLIP's text tower, a language model). CheckpointError listing names, where an encoder's tensors are not all there,
-    of another shape than its configuration says (`expected`, if that is known already), or unknown.
+    Names in `raw` have no `llma.` in front. Encoders that `raw` lacks entirely are left out, and so are parts that we
+    do not use (CLIP's text tower, a language model). `expected` are the shapes by the configuration, if the caller has
+    them already. Raises CheckpointError listing an encoder's tensors that are missing, misshapen or unknown.
     """
     expected = expected_shapes(args) if expected is None else expected
     out: dict[str, Lazy] = {}
@@ -168,7 +168,7 @@ def canonical(
 def canonical_of(
     encoder: EncoderArgs, within: Mapping[str, Lazy], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Lazy]:
-    """As `canonical`, of one encoder's tensors, named as in weights that were published alone."""
+    """Do as `canonical` for one encoder, whose tensors are named as in weights that were published alone."""
     if encoder.kind == "blip2":
         within = _joined_biases(within)
     prefix = f"{_OURS}{encoder.name}."
@@ -207,7 +207,7 @@ def canonical_of(
 
 
 def _within(encoder: EncoderArgs, raw: Mapping[str, Lazy], args: VisionArgs) -> Iterator[tuple[str, Lazy]]:
-    """What of `raw` is this encoder's, under our prefix, or under the original's if it is the first of its kind."""
+    """Yield this encoder's tensors: under our prefix, and under the original's if it is the first of its kind."""
     prefixes = [f"{_OURS}{encoder.name}."]
     if encoder.kind in _ORIGINAL and next(e for e in args.all if e.kind == encoder.kind) is encoder:
         prefixes.append(_ORIGINAL[encoder.kind])
@@ -218,7 +218,10 @@ def _within(encoder: EncoderArgs, raw: Mapping[str, Lazy], args: VisionArgs) -> 
 
 
 def _joined_biases(within: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """BLIP-2's image encoder as first published has a bias for queries and one for values; keys have none, or zeros."""
+    """Join the biases of queries, keys and values into one, as transformers has it.
+
+    BLIP-2's image encoder was first published with biases for queries and values only; those of keys are zeros.
+    """
     out = dict(within)
     for name in within:
         stem = name.removesuffix("q_bias")

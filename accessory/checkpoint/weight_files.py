@@ -1,4 +1,4 @@
-"""The weight files of a folder, opened: what they hold, and what is missing or broken."""
+"""Open the weight files of a folder, and report which are missing or broken."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _CONFIGS = ("config.json", "params.json", "meta.json")
 
 @dataclass
 class WeightFiles:
-    """The files that make up one model: name → path, None where it is missing."""
+    """The weight files of one model. `paths` maps names to paths, None if the file is missing."""
 
     paths: dict[str, Path | None] = field(default_factory=dict)
     sharded: bool = False  # model-parallel shards RR-of-NN
     pieces: dict[str, list[Path]] = field(default_factory=dict)  # name of the whole → its parts
     problems: list[str] = field(default_factory=list)
-    instead: str = ""  # what to warn of where files of another form are there and not whole
+    instead: str = ""  # a warning that files of another form are incomplete
 
     @property
     def present(self) -> list[Path]:
         return [p for p in self.paths.values() if p is not None] + [p for ps in self.pieces.values() for p in ps]
 
     def read(self) -> dict[str, dict[str, Lazy] | None]:
-        """The raw tensors of each file, None (and a problem) where it is missing or broken."""
+        """Read the raw tensors of each file: None, and an entry in `problems`, if it is missing or broken."""
         if self.instead:
             log.warning("%s", self.instead)
         out: dict[str, dict[str, Lazy] | None] = {}
@@ -46,7 +46,7 @@ class WeightFiles:
                 self.problems.append(str(error).replace(str(path), name))
         for name, parts in self.pieces.items():
             out[name] = None
-            if self.problems:  # a whole with a hole in it cannot be read
+            if self.problems:  # a cut file with a missing piece cannot be read
                 continue
             try:
                 out[name] = read_pickle(parts[0].with_name(name), Pieces(parts))
@@ -56,10 +56,10 @@ class WeightFiles:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """Find the files of one model in `folder`; where it holds the model in several forms, those of one of them.
+    """Find the weight files of one model in `folder`. If it holds the model in several forms, one is chosen.
 
-    CheckpointError if there is none, if an index is broken, or if the folder cannot be read. GGUF files are none here:
-    they are opened by their own names.
+    CheckpointError if there is no model, if an index is broken, or if the folder cannot be read. GGUF files do not
+    count here: they are opened by their own names.
     """
     try:
         names = sorted(p.name for p in folder.iterdir() if p.is_file())
@@ -82,7 +82,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def find_resources(folder: Path) -> list[Path]:
-    """Tokenizer files and the like, which come along with the weights."""
+    """The files in `folder` that accompany the weights, such as the tokenizer, without the configuration files."""
     return [folder / name for name in sorted(RESOURCES - set(_CONFIGS)) if (folder / name).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""What each layout writes: files, the tensors in them, and which part of which canonical tensor goes where."""
+"""Plan what each layout writes: files, their tensors, and which part of which canonical tensor goes where."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HF_FILE_BYTES = 5 * 10**9
 
 @dataclass
 class Slot:
-    """A tensor of a file: the cuts of canonical tensors that follow one another along dimension 0."""
+    """A tensor of a file: cuts of canonical tensors, concatenated along dimension 0."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Slot:
 
 @dataclass
 class FilePlan:
-    """A file to write; its name's ending says in which format."""
+    """A file to write. The ending of its name gives the format."""
 
     name: str
     slots: dict[str, Slot] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class FilePlan:
 
 @dataclass
 class FolderPlan:
-    """Everything a checkpoint folder of one layout consists of, but resources: tensor files and JSON files."""
+    """All files of a checkpoint folder of one layout except resources: tensor files and JSON files."""
 
     files: list[FilePlan]
     documents: dict[str, dict[str, Any]]  # file name → contents
@@ -63,7 +63,11 @@ def plan_folder(
     safetensors: bool = False,
     image_views: int = 0,
 ) -> FolderPlan:
-    """ConfigError for a target or a number of shards that cannot be; CheckpointError for tensors it cannot express."""
+    """Plan a folder of layout `to`; arguments are those of `write_checkpoint`.
+
+    ConfigError for an unknown layout or an impossible number of shards; CheckpointError for tensors that the layout
+    cannot express.
+    """
     if to not in TARGETS:
         raise ConfigError(f"to: got {to!r}, but it must be one of {', '.join(TARGETS)}")
     if shards is not None and shards < 1:
@@ -153,7 +157,7 @@ def _slot(name: str, tensor: Lazy, piece: Slice) -> Slot:
 
 
 def _stack(file: FilePlan, stacked: str, name: str, tensor: Lazy, piece: Slice) -> None:
-    """Append one expert's rows to the stack of all experts; w2 goes in transposed."""
+    """Append one expert's rows to the stack of all experts; w2 is stored transposed."""
     is_w2 = cut_dim(name, "sparse") == 1
     rows, columns = tensor.shape[::-1] if is_w2 else tensor.shape
     start, length = (0, rows) if piece.dim is None else (piece.start, piece.length)
@@ -212,7 +216,7 @@ def _plan_hf(tensors: Mapping[str, Lazy], args: ModelArgs, shards: int | None) -
 
 
 def _hf_config(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Any]:
-    """config.json that both transformers 4 and 5 read: rope_theta at the top, scaling beside it."""
+    """A config.json that both transformers 4 and 5 read: rope_theta and rope_scaling are keys at the top level."""
     sample = tensors.get("layers.0.attention.wq.weight") or next(iter(tensors.values()))
     config: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM"],
