@@ -1,1 +1,1 @@
-"""From one whole checkpoint to another, or to a report about it: what the commands on checkpoints do."""
+"""The commands on checkpoints: each turns a checkpoint into another one, or into a report about it."""

@@ -1,12 +1,10 @@
-"""int4 and int8 weights chosen with a text at hand: the network reads it, and a linear's numbers suit what comes in.
+"""Choose int4 and int8 weights by GPTQ on a text: a linear's numbers suit the inputs that the text sends into it.
 
-Layer by layer, each as it will be used: what a layer's linears take in comes through everything before it already
-quantised, and routers send tokens to experts as they then do. An expert is calibrated on its own tokens, which count
-as much as the router's weight makes of them. Which experts the text reached is counted; where it reached none, there
-is nothing to calibrate on, and that is an error unless it is allowed.
+Layers are calibrated in order. The inputs of a layer come through all earlier layers, already quantised, and routers
+choose experts from these inputs. An expert is calibrated on its own tokens, weighted by the router's weights. The
+tokens of each expert are counted. An expert without tokens cannot be calibrated; that is an error unless it is allowed.
 
-The weights of linears with the same inputs are in memory at a time, in fp32, beside the text's activations and what
-became of one layer.
+Memory holds the weights of linears that share an input, in fp32, the text's activations, and the results of one layer.
 
 Legend: B sequences, T tokens, D dim, N = B·T, n tokens of an expert, K experts a token, I in features.
 """
@@ -34,10 +32,10 @@ from accessory.ops.rope import apply_rope, rope_frequencies, rotations
 from accessory.ops.routing import route
 from accessory.progress import progress_bar
 
-CALIBRATED = ("int4", "int8")  # formats whose numbers a text chooses
-FEW_TOKENS = 128  # experts that got fewer are named: what suits so few may suit others less
-_AT_ONCE = 2**13  # tokens in a product
-_NAMED = 8  # experts that a line spells out
+CALIBRATED = ("int4", "int8")  # formats that are calibrated on a text
+FEW_TOKENS = 128  # experts with fewer are reported: numbers chosen for so few may not suit others
+_AT_ONCE = 2**13  # tokens in one product
+_NAMED = 8  # how many experts one line names
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Reached:
     counts: list[list[int]]
 
     def below(self, bound: int) -> list[tuple[int, int, int]]:
-        """(layer, expert, tokens) of the experts that got fewer than `bound`."""
+        """(layer, expert, tokens) of each expert with fewer than `bound` tokens."""
         return [(i, e, n) for i, layer in enumerate(self.counts) for e, n in enumerate(layer) if n < bound]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,9 +74,10 @@ class Reached:
 class Calibration:
     """Run the network over `tokens_BT` (int64) and choose the numbers of its int4 and int8 weights.
 
-    `tensors` are canonical and whole. Parts that `quant` wants in other formats, or in none, are run as that.
-    ConfigError where nothing is int4 or int8, for biases and LoRA beside the weights, and, while it runs, for experts
-    that no token reached, unless `allow_unreached`: they are then quantised without, int4's scales searched.
+    `tensors` are canonical and whole. Parts for which `quant` has another format, or none, run in that format, or
+    dense. ConfigError if no part is int4 or int8, and if there are biases or LoRA adapters. `weights` raises
+    ConfigError for an expert that no token reached, unless `allow_unreached`: it is then quantised without
+    calibration, with a search for int4's scales.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Calibration:
 
     @torch.no_grad()
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Packed]]:
-        """The int4 and int8 weights by canonical name, on the CPU, in the order of the network's layers."""
+        """Yield the int4 and int8 weights with their canonical names, on the CPU, in the order of the layers."""
         args, (B, T) = self.args, self.tokens_BT.shape
         frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         rotation_1T1c = rotations(torch.arange(T)[None], *frequencies).to(self.device)
@@ -137,7 +136,7 @@ class Calibration:
         yield from done.items()
 
     def _attend(self, i: int, x_BTD: Tensor, rotation_1T1c: Tensor) -> None:
-        """Add a layer's attention to `x_BTD`, once its linears are settled."""
+        """Quantise the linears of a layer's attention, then add its output to `x_BTD` in place."""
         names = {kind: f"layers.{i}.attention.{kind}.weight" for kind in ("wq", "wk", "wv", "wo")}
         rows = max(1, _AT_ONCE // x_BTD.shape[1])
         inputs = _Inputs(self.args.dim, self.device) if self._calibrates(names["wq"]) else None
@@ -161,7 +160,7 @@ class Calibration:
             part_BTD.add_(F.linear(attended(part_BTD), wo))
 
     def _feed_forward(self, i: int, x_ND: Tensor) -> None:
-        """Add a layer's mixture to `x_ND`, expert by expert, each once its linears are settled."""
+        """Quantise a layer's experts one by one, and add each one's output to `x_ND` in place."""
         gate = self._weight(f"layers.{i}.feed_forward.gate.weight")
         normed_ND = torch.cat([self._normed(f"layers.{i}.ffn_norm", part_nD) for part_nD in x_ND.split(_AT_ONCE)])
         weight_NK, expert_NK, _ = route(F.linear(normed_ND, gate), self.args.moe.num_experts_per_tok)
@@ -203,7 +202,7 @@ class Calibration:
         return self.quant.format_of(name) in CALIBRATED
 
     def _settled(self, names: Sequence[str], inputs: _Inputs | None) -> list[Tensor]:
-        """The weights of linears with the same inputs as they will be: fp32 values of what is stored of them."""
+        """Quantise the weights of linears that share an input; return the dequantised values in fp32."""
         weights = [self._weight(name) for name in names]
         format = self.quant.format_of(names[0])
         if format is None:
@@ -226,7 +225,7 @@ class Calibration:
 
 
 class _Inputs:
-    """What came into a linear: Σ x xᵀ, and how many."""
+    """Sums over a linear's inputs x: Σ x xᵀ (I, I), and their number."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum_II = torch.zeros(features, features, device=device)

@@ -1,8 +1,8 @@
-"""The merge certificate: networks that should compute the same do compute the same, shown on random tokens.
+"""The merge certificate: show on random tokens that the merged network computes the same as the unmerged one.
 
-Both run in fp32, layer by layer, with one layer of one network in memory, so that a model is certified on a machine
-that could never hold it. All networks send a token to the experts that the first one chooses: a close call between
-experts, turned by the last bit, would otherwise look like a mistake. How often they would choose otherwise is counted.
+The networks run in fp32, layer by layer, with one layer of one network in memory. So a machine can certify a model that
+does not fit its memory. All networks use the experts that the first one chooses. Otherwise the last bit could decide
+between two experts, which would look like a mistake. We count how often a network would choose other experts.
 
 Legend: B sequences, T tokens, D dim, E experts, K experts a token, V vocabulary, N = B·T.
 """
@@ -29,24 +29,27 @@ from accessory.progress import progress_bar
 
 SEQUENCES, TOKENS = 2, 64
 _SHAKEN = "shaken"
-# fp32 keeps 7 digits, and sums in another order cost a few units of the last one. What that comes to depends on the
-# network, and is measured: the first one runs once more while the result of every layer is shaken.
+# fp32 keeps 7 digits, and summing in another order changes a few units of the last one. How much the logits change then
+# depends on the network, so it is measured: the first network runs once more with noise on the result of every layer.
 EXACT_BOUND = 1e-5
-_SHAKE, _SHAKES = 2.0**-22, 8.0  # relative; how many times what shaking does is still rounding
-# Rounded weights are held against the same weights rounded otherwise, which may do several times more or less.
+_SHAKE, _SHAKES = 2.0**-22, 8.0  # size of the noise, relative; how many times its effect still counts as rounding
+# Rounded weights are compared with the same weights rounded otherwise, whose effect may be several times larger.
 _ROUNDINGS = 4.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two networks' logits at the same tokens, token by token: ‖difference‖ / ‖logits‖, and the Kullback-Leibler
-    divergence of the predicted next-token distributions, nats."""
+    """How the logits of two networks differ on the same tokens.
+
+    `largest` and `mean` are over tokens, of ‖difference‖ / ‖logits‖. `kl` is the Kullback-Leibler divergence of the
+    next-token distributions, in nats.
+    """
 
     largest: float
     mean: float
     kl: float  # mean
-    turned: int  # (token, layer) decisions in which the other network prefers other experts
-    closeness: float  # the largest difference of probability that such a decision turned on
+    turned: int  # (token, layer) decisions in which the other network would choose other experts
+    closeness: float  # the largest difference of router probabilities in such a decision
 
     @classmethod
     def between(cls, reference_NV: Tensor, other_NV: Tensor, turned: int = 0, closeness: float = 0.0) -> Difference:
@@ -59,10 +62,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `certify` found: each network's difference to the one with the adapter beside its weights.
+    """The result of `certify`: how each network differs from the one with unmerged adapters.
 
-    exact: merged, not rounded; stored: as written; adapter: without the adapter. shaken: the same network, shaken in
-    the last bits of fp32. otherwise: merged, with rounding errors of the size that they have, but of random sign.
+    exact: merged, not rounded. stored: merged, as written. adapter: the base, without the adapters. shaken: the
+    unmerged network with noise in the last bits of fp32. otherwise: merged, with the rounding errors of `stored` but
+    random signs.
     """
 
     tokens: int
@@ -83,12 +87,12 @@ class Certificate:
         return self.exact_bound + (_ROUNDINGS * self.otherwise.largest if self.otherwise else 0.0)
 
     def check(self) -> None:
-        """CheckpointError where merged and unmerged logits differ by more than rounding explains."""
+        """Raise CheckpointError if merged and unmerged logits differ by more than rounding explains."""
         for which, difference, bound in (
             ("merged, in fp32,", self.exact, self.exact_bound),
             (f"merged and rounded to {_short(self.dtype)},", self.stored, self.stored_bound),
         ):
-            if not difference.largest <= bound:  # NaN is no pass
+            if not difference.largest <= bound:  # so that NaN fails
                 raise CheckpointError(
                     f"merged and unmerged logits differ: {which} by {difference.largest:.2g} of the logits, of which "
                     f"rounding explains {bound:.2g}; nothing was written"
@@ -126,8 +130,8 @@ def certify(
 ) -> Certificate:
     """Compare `networks`: "adapters", the reference, with "exact" (merged, not rounded) and "stored" (in `dtype`).
 
-    Each is a mapping from canonical names to whole tensors, LoRA and biases included. With "base", what the adapter
-    changes is measured too. Nothing is judged here: see `Certificate.check`.
+    Each maps canonical names to whole tensors, including LoRA adapters and biases. With "base", the effect of the
+    adapters is measured too. This function only measures; `Certificate.check` raises.
     """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(args.vocab_size, (SEQUENCES, TOKENS), generator=generator)
@@ -152,18 +156,18 @@ def certify(
 
 
 def _rounded_otherwise(exact: Mapping[str, Lazy], stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """The exact weights with the stored ones' rounding errors, their signs drawn anew: what rounding as such does.
+    """The exact weights plus the rounding errors of the stored ones with random signs: they show what rounding does.
 
-    An error is taken for half a unit in the last place at most, so that mistakes do not make room for themselves.
+    Each error counts as half a unit in the last place at most. Otherwise a mistake would raise its own bound.
     """
 
     def made(name: str) -> Tensor:
         right = exact[name].load().float()
         most = right.abs().mul_(torch.finfo(stored[name].dtype).eps / 2)
-        error = stored[name].load().to(torch.float32, copy=True).sub_(right)  # never into what may be a file
+        error = stored[name].load().to(torch.float32, copy=True).sub_(right)  # a copy: the loaded tensor may be a file
         error = torch.minimum(error, most, out=error).maximum(most.neg_())
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        for dim, size in enumerate(error.shape):  # a sign for every row and one for every column, which costs little
+        for dim, size in enumerate(error.shape):  # one sign for each row and each column, which is cheap
             signs = torch.randint(0, 2, (size,), generator=generator).float().mul_(2).sub_(1)
             error.mul_(signs if dim == error.dim() - 1 else signs[:, None])
         return error.add_(right)
@@ -172,7 +176,7 @@ def _rounded_otherwise(exact: Mapping[str, Lazy], stored: Mapping[str, Lazy]) ->
 
 
 class _Run:
-    """Several networks over the same tokens, in step; the first one's routing is everybody's."""
+    """Runs several networks over the same tokens, layer by layer; all use the routing of the first one."""
 
     def __init__(
         self,
@@ -189,7 +193,7 @@ class _Run:
 
     @torch.no_grad()
     def logits(self, progress: bool) -> dict[str, Tensor]:
-        """fp32 (N, V) of each network, and of the first one shaken."""
+        """The fp32 logits (N, V) of each network, and of the first one with noise."""
         args, (B, T) = self.args, self.tokens_BT.shape
         frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         rotation_BT1c = rotations(torch.arange(T).expand(B, T), *frequencies).to(self.device)
@@ -208,7 +212,7 @@ class _Run:
                         shaken_BTD, _ = self._step(_SHAKEN, layer, stream[_SHAKEN], rotation_BT1c, chosen_NK)
                         noise_BTD = torch.randn(shaken_BTD.shape, generator=generator).to(self.device)
                         stream[_SHAKEN] = shaken_BTD * (1 + _SHAKE * noise_BTD)
-                    del layer  # before the next one is made
+                    del layer  # free it before the next one is made
                     steps.update()
         return {
             name: self._head(self.networks[first if name == _SHAKEN else name], x_BTD) for name, x_BTD in stream.items()
@@ -218,7 +222,7 @@ class _Run:
         return tensors["tok_embeddings.weight"].load()[self.tokens_BT].float().to(self.device)
 
     def _filled(self, tensors: Mapping[str, Lazy], i: int, part: str) -> Decoder:
-        """A decoder of one layer of which just the modules under `part` are there, with the values of layer `i`."""
+        """A decoder of one layer with the values of layer `i`. Only the modules under `part` are in memory."""
         own = {n.replace(f"layers.{i}.", "layers.0.", 1): t for n, t in tensors.items() if n.startswith(f"layers.{i}.")}
         own |= {n: t for n, t in tensors.items() if not n.startswith("layers.")}
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""`accessory convert`: any layout in, base, sparse, hf or torrent out."""
+"""`accessory convert`: read a checkpoint of any layout; write it as base, sparse, hf or torrent."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def convert(
 ) -> None:
     """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`.
 
-    Options are those of `write_checkpoint`. `dst` appears whole or not at all; `src` is never touched. Of a quantised
-    `src`, what its numbers mean is written. Raises CheckpointError and ConfigError as reading and writing do, and for a
-    `dst` that is or holds `src`.
+    Options are those of `write_checkpoint`. `dst` appears whole or not at all; `src` is never changed. A quantised
+    `src` is written dequantised. Raises CheckpointError and ConfigError as reading and writing do, and CheckpointError
+    if `dst` is `src` or contains it.
     """
     if "://" not in str(src):
         refuse_overlap(Path(src), Path(dst))

@@ -1,7 +1,7 @@
-"""Dense Llama and Mistral checkpoints: the canonical view of a network with one feed-forward a layer.
+"""Dense Llama and Mistral checkpoints, under canonical names: networks with one feed-forward per layer.
 
-Canonical names are the mixture's, with `layers.i.feed_forward.{w1,w2,w3}.weight` in place of router and experts: w1
-the gate projection (F, D), w3 the up projection (F, D), w2 the down projection (D, F). q and k rows are interleaved.
+Canonical names are those of the mixture, but `layers.i.feed_forward.{w1,w2,w3}.weight` replace router and experts: w1
+is the gate projection (F, D), w3 the up projection (F, D), w2 the down projection (D, F). q and k rows are interleaved.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Dense:
 
     args: ModelArgs
     tensors: dict[str, Lazy]
-    # Puts the tokenizer's files into the folder it is given, where they are not files already; all of their paths.
+    # Returns the paths of the tokenizer's files. If they are not files yet, it writes them into the given folder.
     resources: Callable[[Path], list[Path]] = field(default=lambda scratch: [])
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most bytes."""
+        """The dtype that most bytes have."""
         count: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             count[tensor.dtype] += tensor.nbytes
@@ -45,7 +45,7 @@ class Dense:
 
 
 def dense_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Every canonical name of a dense network of these sizes, and its shape."""
+    """The shape of every tensor of a dense network of these sizes, by canonical name."""
     query, key = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     layer = {
         "attention_norm.weight": (args.dim,),
@@ -65,7 +65,7 @@ def dense_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelling: Callable[[str], str]) -> None:
-    """CheckpointError unless `found` has exactly the tensors of these sizes; `spelling` gives the file's own names."""
+    """Raise CheckpointError unless `found` has exactly the tensors of these sizes; `spelling` gives its own names."""
     if args.n_layers > len(found):  # before a damaged number makes us list millions of names
         raise CheckpointError(
             f"{origin}: the configuration says {args.n_layers} layers, which {len(found)} tensors are not"
@@ -84,15 +84,15 @@ def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelli
 
 
 class TensorCache:
-    """The tensors computed last, up to `limit` bytes: a mixture's writer reads a feed-forward once for every expert."""
+    """Caches the last computed tensors, up to `limit` bytes: a mixture's writer reads one feed-forward per expert."""
 
     def __init__(self, limit: int = 256 * 2**20) -> None:
         self.limit = limit
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._lock = Lock()  # two threads that want one tensor shall not both make it
+        self._lock = Lock()  # so that two threads do not both compute one tensor
 
     def get(self, key: Hashable, nbytes: int, make: Callable[[], Tensor]) -> Tensor | None:
-        """The tensor kept under `key`, made first if need be; None for one that is too large to be kept."""
+        """Return the tensor cached under `key`, after making it if needed; None if it is too large for the cache."""
         if nbytes > self.limit:
             return None
         with self._lock:
@@ -104,7 +104,7 @@ class TensorCache:
             return self._kept[key]
 
 
-# What transformers takes for keys that a config.json leaves out.
+# transformers' defaults for keys that a config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 4096,
@@ -147,8 +147,8 @@ _LAYER_NAMES = {
 def open_hf_dense(folder: str | Path) -> Dense:
     """Open a Hugging Face folder of LlamaForCausalLM or MistralForCausalLM, single or sharded; no tensor is read.
 
-    Raises CheckpointError or ConfigError naming the file, field or tensor that is missing or cannot be carried over
-    (biases, other activations, quantised weights, a network that is a mixture already).
+    Raises CheckpointError or ConfigError naming the file, field or tensor that is missing or that a Mixtral cannot have
+    (biases, other activations, quantised weights, a network that is already a mixture).
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -192,7 +192,7 @@ def _hf_args(config: Mapping[str, Any], path: Path) -> ModelArgs:
     full.setdefault("num_key_value_heads", full["num_attention_heads"])
     args = ModelArgs.from_dicts(full, origin=str(path))
     window = full["sliding_window"]
-    # A Mixtral attends to everything: beyond the window it would be another network.
+    # A Mixtral has no sliding window, so beyond its length the network would compute something else.
     return args.replace(moe=ONE_EXPERT, max_seq_len=min(args.max_seq_len, window) if window else args.max_seq_len)
 
 

@@ -1,6 +1,6 @@
 """GGUF files of dense Llama and Mistral networks: their sizes, and tensors that are dequantised when they are read.
 
-What a quantised block means is the `gguf` package's knowledge. Only what is asked for is read of the mapped file.
+The `gguf` package dequantises blocks. Only the requested parts of the mapped file are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from accessory.errors import CheckpointError, listed
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
-_DECODE_ELEMENTS = 2**21  # dequantised at once; the intermediate values are some ten times as many bytes
+_DECODE_ELEMENTS = 2**21  # dequantised at once; intermediate values take about ten times as many bytes
 
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
@@ -49,10 +49,10 @@ _LAYER_NAMES = {
 def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
     """Open the GGUF file of a dense network of architecture "llama"; no tensor is read.
 
-    Quantised tensors are handed out in `dtype`, plain ones (F32, F16, BF16) in their own. q and k rows are
-    interleaved in the file already; where there is no output.weight the embedding serves (tied).
+    Quantised tensors have dtype `dtype`, plain ones (F32, F16, BF16) their own. q and k rows are already interleaved in
+    the file. If there is no output.weight, the embedding is used for it (tied weights).
 
-    Raises CheckpointError for a file that is truncated, of another kind, architecture or type, or incomplete, and
+    Raises CheckpointError for a file that is truncated or incomplete, or of another kind, architecture or type, and
     MissingExtraError without the gguf package.
     """
     file = read_header(Path(path))
@@ -80,14 +80,14 @@ def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
 
 
 class _Source:
-    """The mapped file, and the tensors dequantised last."""
+    """The mapped file, and a cache of the last dequantised tensors."""
 
     def __init__(self, path: Path) -> None:
         self.file = File(path)
         self.cache = TensorCache()
 
     def rows(self, entry: Entry) -> np.ndarray:
-        """The tensor's bytes, (rows, bytes of a row), mapped."""
+        """The tensor's bytes, uint8 (rows, bytes of a row), as a view of the mapped file."""
         return self.file.flat(torch.uint8, entry.start, entry.nbytes).view(entry.shape[0], -1).numpy()
 
 
@@ -117,7 +117,7 @@ class _Dequantized(Lazy):
             self.decode_into(dst)
 
     def _whole(self) -> Tensor | None:
-        """The whole tensor out of the cache; None where it is too large for that."""
+        """The whole tensor from the cache; None if it is too large for the cache."""
 
         def decode() -> Tensor:
             out = torch.empty(self.entry.shape, dtype=self.dtype)
@@ -226,7 +226,7 @@ def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=_rope_scaling(data, path, factors, theta),
-        # A Mixtral attends to everything: beyond the window it would be another network.
+        # A Mixtral has no sliding window, so beyond its length the network would compute something else.
         max_seq_len=min(context, window) if window else context,
         moe=ONE_EXPERT,
     )
@@ -252,7 +252,7 @@ def _rope_scaling(data: Mapping[str, Any], path: Path, factors: Tensor | None, t
 
 
 def _llama3_scaling(factors: Tensor, theta: float, path: Path) -> dict[str, Any]:
-    """The parameters behind the per-frequency divisors (head_dim / 2,) that GGUF keeps of Llama 3's scaling."""
+    """Recover Llama 3's scaling parameters from the divisors of each frequency (head_dim / 2,) that GGUF stores."""
     factor, low, high = float(factors.max()), 1.0, 4.0
     inverse = theta ** -(torch.arange(len(factors), dtype=torch.float64) / len(factors))
     for original in (8192, 4096, 2048, 16384, 32768):

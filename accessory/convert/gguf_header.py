@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata, and where each tensor lies.
+"""Parse the header of a GGUF file: its metadata, and where each tensor is.
 
-Parsed here because the `gguf` package's own reader takes seconds and much memory for a large vocabulary, and meets a
-damaged file with whatever error comes up first.
+We do not use the reader of the `gguf` package: it takes seconds and much memory for a large vocabulary, and it fails on
+a damaged file with exceptions of any kind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A file's header: metadata under its own keys, and the tensors it announces (all inside of the file)."""
+    """A file's header: metadata under its own keys, and the tensors it lists (all lie inside the file)."""
 
     path: Path
     metadata: dict[str, Any]
@@ -45,7 +45,10 @@ class GGUFFile:
 
 
 def read_header(path: Path) -> GGUFFile:
-    """Parse a GGUF file's header and check that every tensor it announces lies inside of the file."""
+    """Parse a GGUF file's header and check that every tensor it lists lies inside the file.
+
+    Raises CheckpointError for a damaged file or another kind of file, and MissingExtraError without the gguf package.
+    """
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
@@ -107,7 +110,7 @@ class _Header:
         return GGUFFile(self.path, metadata, entries)
 
     def take(self, count: int) -> int:
-        """Move on by `count` bytes; where they begin."""
+        """Advance by `count` bytes and return where they begin; CheckpointError if the file ends first."""
         start = self.at
         if start + count > self.size:
             raise CheckpointError(f"{self.path}: truncated: the header goes on after the file's {self.size} bytes")
@@ -134,7 +137,7 @@ class _Header:
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path}: metadata of unknown type {kind}; the header is damaged or too new")
         value = self.scalar(_SCALARS[kind])
-        # 1e-5 was stored in 32 bits: take the short number that was meant, not 9.999999747378752e-06.
+        # A float32 that was written as 1e-5 becomes 1e-5 again, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if kind == _FLOAT32 else value
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:

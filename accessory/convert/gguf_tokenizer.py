@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, written as the files other programs read.
+"""Write the tokenizer of a GGUF file as the files that other programs read.
 
-Byte-level BPE becomes a Hugging Face tokenizer.json. A SentencePiece vocabulary becomes a tokenizer.model: GGUF keeps
-exactly what its protobuf keeps (pieces, scores, types), so SentencePiece itself gives exactly the ids it always gave.
+Byte-level BPE becomes a Hugging Face tokenizer.json. A SentencePiece vocabulary becomes a tokenizer.model: GGUF stores
+exactly what SentencePiece's protobuf stores (pieces, scores, types), so SentencePiece gives the original ids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _TEKKEN = (
 )
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# tokenizer.ggml.pre -> expressions that cut the text one after the other; whether a whole word that is a token needs no
-# merges; whether BOS is put in front where the file does not say.
+# tokenizer.ggml.pre -> regular expressions that split the text, applied in order; whether a word that is a token skips
+# the merges; whether BOS is put in front if the file does not say.
 _PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
@@ -46,7 +46,7 @@ _PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
 def write(metadata: Mapping[str, Any], folder: Path, origin: Path) -> list[Path]:
     """Write tokenizer.json or tokenizer.model, with tokenizer_config.json and generation_config.json, into `folder`.
 
-    Returns the files. Raises CheckpointError naming the metadata's key where it describes no tokenizer we know.
+    Returns their paths. Raises CheckpointError naming the key of the metadata if it describes no tokenizer we know.
     """
     tokens, types = _vocabulary(metadata, origin)
     kind = metadata.get("tokenizer.ggml.model")
@@ -134,7 +134,7 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path, origin: Path) -> bool:
-    """tokenizer.json of a byte-level BPE; whether it puts BOS in front."""
+    """Write tokenizer.json of a byte-level BPE; return whether it puts BOS in front."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -170,7 +170,7 @@ def _write_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int],
 
 
 def _sentencepiece_model(metadata: Mapping[str, Any], tokens: list[str], types: list[int], origin: Path) -> bytes:
-    """SentencePiece's ModelProto; the numbers are the fields of sentencepiece_model.proto."""
+    """Serialise SentencePiece's ModelProto; the numbers are field numbers of sentencepiece_model.proto."""
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         given = len(scores) if isinstance(scores, list) else "no"

@@ -1,4 +1,4 @@
-"""`accessory info`: what a folder holds, read off its headers; incomplete folders too."""
+"""`accessory info`: report what a folder holds, complete or not, from its headers alone."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from accessory.formats import Quant
 
 @dataclass(frozen=True)
 class Info:
-    """`parameters`: (all, used by one token), None without a configuration; `problems`: why it is not `complete`."""
+    """What a folder holds. `parameters`: (all, used by one token), None without a configuration."""
 
     path: Path
     layout: str
     llama_type: LlamaType | None
     args: ModelArgs | None
     parameters: tuple[int, int] | None
-    nbytes: int  # of the files that are there
-    dtype: str  # of most bytes; of a quantised folder, each format and dtype and how much there is of it
+    nbytes: int  # of the existing weight files
+    dtype: str  # of most bytes; for a quantised folder, each format and dtype with its bytes
     shards: int
     files: list[Path]
     resources: list[Path]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # why it is not `complete`
     quant: Quant | None = None
-    encoders: int = 0  # parameters of the image encoders that lie in it
+    encoders: int = 0  # parameters of the image encoders in the folder
 
     @property
     def complete(self) -> bool:
@@ -59,7 +59,7 @@ class Info:
 def info(path: str | Path) -> Info:
     """Look at a folder (or hf:// address) without reading tensor data.
 
-    Raises CheckpointError only where there is no checkpoint at all; what is missing or wrong is in the answer.
+    Raises CheckpointError only if there is no checkpoint at all; `Info.problems` lists what is missing or wrong.
     """
     survey = survey_folder(path)
     checkpoint = survey.checkpoint
@@ -93,7 +93,7 @@ def _dtype(checkpoint: Checkpoint) -> str:
 
 
 def _count(number: int, unit: str = "") -> str:
-    """Three digits and a prefix: 46.7 G, 93.4 GB."""
+    """Format `number` with three digits and a prefix: 46.7 G, 93.4 GB."""
     for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {prefix}{unit}"

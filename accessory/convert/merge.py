@@ -1,7 +1,7 @@
-"""`accessory merge`: adapters worked into the weights they stand beside, and a certificate that nothing else happened.
+"""`accessory merge`: merge adapters into the weights, and certify that nothing else changed.
 
-W + scale · B·A is computed in fp32 and rounded once. What would be a surprise is an error before anything is written:
-an adapter that changes nothing, one that rounding takes away, a merged network that computes something else.
+W + scale · B·A is computed in fp32 and rounded once. Three surprises are errors, raised before anything is written: an
+adapter that changes nothing, an update that rounding removes, and a merged network that computes something else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAIN = {"lora_rank": -1, "lora_alpha": None, "lora_targets": LORA_TARGETS, "no
 
 @dataclass(frozen=True)
 class Pair:
-    """LoRA's two matrices beside one weight: a (r, in), b (out, r); the weight becomes W + scale · b·a."""
+    """The LoRA adapter of one weight: a (r, in), b (out, r); the weight becomes W + scale · b·a."""
 
     a: Lazy
     b: Lazy
@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Effect:
-    """What merging does to one weight. zero: B·A is exactly zero; swallowed: rounding leaves the bytes as they were."""
+    """What merging does to one weight. zero: B·A is exactly zero; swallowed: rounding removes the whole update."""
 
     name: str
     state: State
@@ -56,7 +56,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Change:
-    """A weight that LoRA stands beside, before and after, both lazy; `effect` reads and compares them."""
+    """A weight with a LoRA adapter, before and after merging, both lazy; `effect` reads and compares them."""
 
     name: str
     before: Lazy
@@ -65,14 +65,14 @@ class Change:
 
     def merged(self) -> Tensor:
         """W + scale · B·A in fp32, not rounded yet."""
-        weight = self.before.load().to(torch.float32, copy=True)  # what is loaded may be the file itself
+        weight = self.before.load().to(torch.float32, copy=True)  # a copy: the loaded tensor may be a file
         return weight.addmm_(self.pair.b.load().float(), self.pair.a.load().float(), alpha=self.pair.scale)
 
     def after(self) -> Lazy:
         return Computed(self.before.shape, self.dtype, self.merged)
 
     def effect(self) -> Effect:
-        """CheckpointError where the merged weight is not finite."""
+        """Compare the weight before and after merging. CheckpointError if the merged weight is not finite."""
         size = self._size()
         if size == 0:
             return Effect(self.name, "zero", 0.0)
@@ -84,7 +84,7 @@ class Change:
 
     def _size(self) -> float:
         a, b = self.pair.a.load().double(), self.pair.b.load().double()
-        squared = float((b.T @ b * (a @ a.T)).sum()) * self.pair.scale**2  # the trace of (BᵀB)(AAᵀ): no large product
+        squared = float((b.T @ b * (a @ a.T)).sum()) * self.pair.scale**2  # trace of (BᵀB)(AAᵀ): no large product
         if squared <= 0 and not (self.pair.b.load().float() @ self.pair.a.load().float()).any():
             return 0.0
         weight = float(torch.linalg.vector_norm(self.before.load(), dtype=torch.float32))
@@ -93,7 +93,7 @@ class Change:
 
 @dataclass
 class Report:
-    """What was merged: `lines` tells people."""
+    """What was merged; `lines` describes it for the user."""
 
     effects: list[Effect] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)  # whole tensors (norms, router) that differ from the base's
@@ -105,7 +105,7 @@ class Report:
         return [e for e in self.effects if e.state != "changed"]
 
     def idle_experts(self) -> dict[str, list[int]]:
-        """Layer ("layers.3") → experts that LoRA stands beside and that no part of it changed."""
+        """Layer ("layers.3") → experts that have LoRA adapters, none of which changed a weight."""
         moved: dict[str, dict[int, bool]] = {}
         for effect in self.effects:
             expert = expert_of(effect.name)
@@ -142,7 +142,7 @@ def _layer_of(name: str) -> str:
 
 
 def pairs_of(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Pair]:
-    """Weight → the LoRA beside it. CheckpointError for half a pair, and for ranks that contradict each other."""
+    """Weight → its LoRA adapter. CheckpointError if half of a pair is missing or ranks contradict each other."""
     pairs = {}
     for name in tensors:
         companion = companion_of(name)
@@ -169,9 +169,10 @@ def pairs_of(tensors: Mapping[str, Lazy], args: ModelArgs) -> dict[str, Pair]:
 def merge_tensors(
     tensors: Mapping[str, Lazy], args: ModelArgs, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Lazy], list[Change]]:
-    """Canonical tensors without LoRA: W + scale · B·A, lazily, in W's dtype or `dtype`; and what was changed.
+    """Merge LoRA lazily; return the canonical tensors without LoRA, and the changes.
 
-    Biases stay. CheckpointError as `pairs_of`, and for LoRA beside a weight that is not there.
+    A weight with LoRA becomes W + scale · B·A. Tensors keep their dtype, or all get `dtype`. Biases stay as they are.
+    CheckpointError as `pairs_of`, and for LoRA whose weight is missing.
     """
     pairs = pairs_of(tensors, args)
     alone = [weight for weight in pairs if weight not in tensors]
@@ -205,15 +206,15 @@ def merge(
     progress: bool = True,
     config_files: Sequence[PathLike] = (),
 ) -> Report:
-    """Write to `dst` the network of `paths`, a base model and adapters in order (or one whole folder), merged.
+    """Merge `paths` (a base model and adapters in order, or one whole folder) and write the network to `dst`.
 
-    `to`: by default the layout of the first path. `dtype`: by default each weight's own; norms and routers that were
-    trained keep what they were trained in. Other options are those of `write_checkpoint`. `certificate`: run both
-    networks on `device`, a layer at a time, before writing.
+    `to`: by default the layout of the first path. `dtype`: by default each weight keeps its own, and trained norms and
+    routers keep the dtype of their training. Other options are those of `write_checkpoint`. `certificate`: before
+    writing, run the merged and the unmerged network on `device`, a layer at a time, and compare their logits.
 
-    Raises CheckpointError, with nothing written, where there is no adapter, it is incomplete, it changes nothing,
-    rounding takes away all of a weight's update (these two unless `allow_unchanged`), merged and unmerged logits
-    differ, or biases should go to a layout that has none.
+    Raises CheckpointError, with nothing written, if there is no adapter or an incomplete one, if merged and unmerged
+    logits differ, or if there are biases and the layout has none. Unless `allow_unchanged`, it also raises if the
+    adapter changes nothing, or if rounding removes the whole update of a weight.
     """
     target = parse_dtype(dtype)
     for path in paths:
@@ -255,7 +256,7 @@ def merge(
     write_checkpoint(
         dst,
         merged,
-        args.replace(**_PLAIN, bias_tuning=bool(biases)),  # the base's, and what adapters see with
+        args.replace(**_PLAIN, bias_tuning=bool(biases)),  # the base's sizes, the adapters' image encoders
         to=layout,
         shards=base.shards if shards is None and layout == base.layout and layout != "hf" else shards,
         safetensors=safetensors,
@@ -269,14 +270,18 @@ def merge(
 
 
 def _written_as(base: Checkpoint) -> Target:
-    """The layout of the base, or the one that is nearest to it."""
+    """The layout of the base, or the nearest one that can be written."""
     if base.layout == "quantized":
         return base.llama_type.implementation
     return "torrent" if base.layout == "official" else base.layout
 
 
 def _overlaid(checkpoints: Sequence[Checkpoint]) -> dict[str, Lazy]:
-    """Later tensors over earlier ones; in the base's dtype, but for norms and routers, which run in fp32 anyway."""
+    """The tensors of all checkpoints; later ones replace earlier ones.
+
+    They get the base's dtype, except adapters, tensors that the base lacks, and norms and routers, which run in fp32
+    anyway.
+    """
     base = checkpoints[0].tensors
     tensors = dict(base)
     for checkpoint in checkpoints[1:]:
@@ -291,7 +296,7 @@ def _runs_in_fp32(name: str) -> bool:
 
 
 def _replaced(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Weights that adapters bring whole and that differ from the base's."""
+    """The names of tensors that were trained whole and differ from the base's."""
     base = checkpoints[0].tensors
     last = {name: t for c in checkpoints[1:] for name, t in c.tensors.items() if companion_of(name) is None}
     return [n for n, t in last.items() if n not in base or not torch.equal(t.load().float(), base[n].load().float())]

@@ -1,7 +1,7 @@
-"""The adapter folder of Hugging Face's PEFT: ours written as one, one written as ours.
+"""Convert our adapters to the adapter folders of Hugging Face's PEFT, and back.
 
-PEFT's folder is `adapter_config.json` and `adapter_model.safetensors`. Experts are written in the classic spelling, a
-pair of matrices for each expert's linear: servers read it, and PEFT turns it into what transformers 5's stacks need.
+PEFT's folder is `adapter_config.json` and `adapter_model.safetensors`. We write experts in the classic spelling, a pair
+of matrices for each expert's linear. Servers read it, and PEFT converts it for the stacked experts of transformers 5.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def export_adapter(
     config = _peft_config(args, rank, targets, modules, str(base) if whole.layout == "hf" else None)
     out = _lora(pairs, targets, rank, args)
     for name, tensor in saved.items():
-        # In transformers 5 the router lies under mlp, and PEFT renames LoRA's tensors alone.
+        # In transformers 5 the router's module is under mlp, and PEFT renames only LoRA's tensors.
         out[PREFIX + to_hf(name).replace("block_sparse_moe.", "mlp.")] = tensor.load().contiguous()
     _write_folder(Path(dst), out, config, overwrite)
     text = f"LoRA of rank {rank}, scaled by {args.lora_scale:g}, beside {', '.join(targets)}"
@@ -91,10 +91,10 @@ def import_adapter(
     safetensors: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write PEFT's folder `src`, made for `base`, as an adapter of ours: a folder to be loaded after `base`.
+    """Write PEFT's folder `src`, made for `base`, as our adapter `dst`: a folder to load after `base`.
 
-    `to`: base or sparse, by default what `base` is. Returns lines that say what is in it. Raises CheckpointError naming
-    the key for what our network cannot have.
+    `to`: base or sparse, by default the implementation of `base`. Returns lines that say what is in the adapter. Raises
+    CheckpointError naming the key of anything that our network cannot have.
     """
     source = Path(resolve(src))
     for path in (source, *([Path(base)] if "://" not in str(base) else [])):
@@ -102,7 +102,7 @@ def import_adapter(
     model = open_checkpoint(base)
     tensors, args = read_adapter(source, model.args)
     for name in ("tok_embeddings.weight", "output.weight"):
-        # PEFT saves these along with LoRA beside them, trained or not.
+        # If these have LoRA, PEFT saves their weights too, trained or not.
         if name in tensors and _equal(tensors[name], model.tensors[name]):
             del tensors[name]
     if not tensors:
@@ -147,13 +147,14 @@ def _refuse(beside: Iterable[str], saved: Iterable[str], pairs: Mapping[str, Pai
 def _targets(pairs: Iterable[str]) -> list[str]:
     present = {target_of(weight) for weight in pairs}
     if present & {"w1", "w3"}:
-        # PEFT fuses w1 and w3 and wants both; without w2 it takes their place for w2's and forgets them. Zeros fill in.
+        # PEFT fuses w1 and w3 and needs both. Without w2, it takes the fused pair for that of w2 and drops it. So all
+        # three are written, the missing ones as zeros.
         present |= {"w1", "w2", "w3"}
     return [target for target in _MODULES if target in present]
 
 
 def _lora(pairs: Mapping[str, Pair], targets: Sequence[str], rank: int, args: ModelArgs) -> dict[str, Tensor]:
-    """Pairs under PEFT's names, of equal rank, with zeros where a target has none."""
+    """The pairs under PEFT's names, padded with zeros to `rank`; weights of `targets` without a pair get zeros."""
     out = {}
     for weight, shape in expected_shapes(args).items():
         if target_of(weight) not in targets:

@@ -1,7 +1,7 @@
-"""An adapter folder of Hugging Face's PEFT, read: canonical tensors beside the base model's, and their configuration.
+"""Read an adapter folder of Hugging Face's PEFT: canonical adapter tensors, and their configuration.
 
-Experts come in two spellings. Classic: a pair of matrices for each expert's linear ("…experts.3.w1.lora_A.weight").
-Fused: what PEFT keeps beside transformers 5's stacks, where w1 and w3 are one matrix.
+Experts have two spellings. Classic: a pair of matrices for each expert's linear ("…experts.3.w1.lora_A.weight").
+Fused: PEFT's pairs for the stacked experts of transformers 5, where w1 and w3 are one matrix.
 
 Legend: D dim, F hidden dim, E experts, R rank of a fused pair.
 """
@@ -28,7 +28,7 @@ from accessory.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-# Weights that PEFT may keep whole in its folder (modules_to_save), and what it calls their modules.
+# Weights that PEFT may save whole (modules_to_save), and PEFT's names for their modules.
 WHOLE = {
     "attention_norm.weight": "input_layernorm",
     "ffn_norm.weight": "post_attention_layernorm",
@@ -37,7 +37,7 @@ WHOLE = {
     "output.weight": "lm_head",
     "tok_embeddings.weight": "embed_tokens",
 }
-# Settings that mean more than two matrices beside a weight.
+# Settings that make an adapter more than two matrices per weight.
 _UNSUPPORTED = (
     "use_dora use_qalora use_bdlora lora_bias layer_replication trainable_token_indices alora_invocation_tokens "
     "arrow_config kasa_config monteclora_config"
@@ -50,7 +50,7 @@ _SAVED = re.compile(r"(.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.weig
 
 @dataclass(frozen=True)
 class LoraPair:
-    """A pair in memory: a (r, in), b (out, r), and what its product is multiplied by."""
+    """A LoRA pair in memory: a (r, in), b (out, r), and the factor of their product."""
 
     a: Tensor
     b: Tensor
@@ -58,10 +58,11 @@ class LoraPair:
 
 
 def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelArgs]:
-    """Canonical tensors of PEFT's folder for a network of `args`, and the configuration with it.
+    """Read PEFT's folder for a network of `args`: canonical tensors, and `args` with the adapter's fields.
 
-    Our network has one rank and one scale: pairs of a smaller rank are filled up with zeros, and where scales differ (a
-    pattern, or rank-stabilised LoRA of several ranks), what a pair's own is more or less is multiplied into its b.
+    Our network has one rank and one scale. Pairs of a smaller rank are padded with zeros. If scales differ (a pattern,
+    or rank-stabilised LoRA of several ranks), the ratio of a pair's scale to the common one is multiplied into its b.
+    Raises CheckpointError for anything but plain LoRA, and for tensors that the network cannot have.
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: no adapter of PEFT: {CONFIG} is not in it")
@@ -98,7 +99,7 @@ def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelA
 
 
 def target_of(weight: str) -> str | None:
-    """ "wq" … "w3", "gate" or "output" for a linear's weight."""
+    """The LoRA target of a linear's weight: "wq" … "w3", "gate" or "output"; None for other names."""
     kind = weight.removesuffix(".weight").rpartition(".")[2]
     return kind if kind in (*LORA_TARGETS, *LORA_TARGETS_ON_REQUEST) else None
 
@@ -126,7 +127,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _saved_name(key: str, path: Path) -> str:
-    """The canonical name of what PEFT kept whole."""
+    """The canonical name of a weight that PEFT saved whole; CheckpointError if our network has no place for it."""
     match = _SAVED.fullmatch(key)
     name = None if match is None else from_hf(match[1].removeprefix(PREFIX) + ".weight")
     if name is None or kind_of(name) not in WHOLE:
@@ -142,7 +143,7 @@ def _saved_name(key: str, path: Path) -> str:
 def _read_pair(
     module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
 ) -> dict[str, LoraPair]:
-    """Canonical weight → pair, out of one pair of PEFT's: one linear's, or a whole stack's."""
+    """Canonical weight → pair, from one of PEFT's pairs: that of a linear, or of a whole stack of experts."""
     fused = _FUSED.fullmatch(module)
     if fused:
         return _read_stack(fused[1], module, a, b, config, args, path)
@@ -157,7 +158,7 @@ def _read_pair(
 def _read_stack(
     layer: str, module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
 ) -> dict[str, LoraPair]:
-    """A fused pair: a (E·R, in), expert-major; b (out, R·E), expert-minor. Shapes tell the stack it is beside."""
+    """Split a fused pair: a (E·R, in) is expert-major, b (out, R·E) expert-minor. Shapes tell which stack it adapts."""
     D, F, E = args.dim, args.hidden_dim, args.moe.num_experts
     sides = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}
     which = sides.get((a.shape[-1], b.shape[0]))
@@ -171,7 +172,7 @@ def _read_stack(
     scale = _scale(f"{layer}mlp.experts.{which}", R, config)
     cut = {"w2": (slice(None), slice(None))}
     if which == "gate_up_proj":
-        # Made of two pairs, b is block-diagonal, and each gets its own half of a back; else both share all of it.
+        # If two pairs were fused, b is block-diagonal, and w1 and w3 each get a half of a. Otherwise both get all of a.
         half = R // 2
         apart = R % 2 == 0 and not b_EOR[:, :F, half:].any() and not b_EOR[:, F:, :half].any()
         ranks = (slice(half), slice(half, None)) if apart else (slice(None), slice(None))
@@ -195,7 +196,7 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def _uniform(pairs: Mapping[str, LoraPair], args: ModelArgs) -> tuple[dict[str, Lazy], ModelArgs]:
-    """One rank, one scale, and whole stacks; without the zeros that only a folder's form asked for."""
+    """Give all pairs one rank and one scale; complete stacks with zeros, and drop stacks that are all zeros."""
     stacks = Counter(_stack_of(w) for w, pair in pairs.items() if pair.a.any() or pair.b.any())
     pairs = {weight: pair for weight, pair in pairs.items() if stacks[_stack_of(weight)]}
     if not pairs:

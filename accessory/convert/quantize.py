@@ -1,4 +1,7 @@
-"""`accessory quantize`: any layout in, a quantised folder out, which loads in either implementation on any ranks."""
+"""`accessory quantize`: read a checkpoint of any layout and write a quantised folder.
+
+The folder loads in both implementations, on any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from accessory.formats import FORMATS, GROUP, Quant
 
 log = logging.getLogger(__name__)
 
-FILE_BYTES = 5 * 10**9  # no file is larger
-ASIDE = "calibrating"  # beside the folder to write, while calibrating
+FILE_BYTES = 5 * 10**9  # the largest size of a file
+ASIDE = "calibrating"  # ending of the scratch folder, next to the folder to write
 
 
 def quantize_checkpoint(
@@ -46,15 +49,16 @@ def quantize_checkpoint(
 ) -> Reached | None:
     """Write the checkpoint in `src` (a folder or hf:// address of any layout) to `dst`, quantised as `quant` says.
 
-    What `quant` leaves out stays what it is in `src`. Weights are read and quantised some rows at a time. `dst` appears
-    whole or not at all, and with `verify` only after it was read again and compared.
+    Parts that `quant` leaves out stay as they are in `src`. Weights are read and quantised some rows at a time. `dst`
+    appears whole or not at all, and with `verify` only after it was read back and compared.
 
-    On `device`, int4's scales are searched for the smallest error unless `search` is False, or with `calibrate`, a
-    text's token ids (B, T), its numbers and int8's are chosen for what the text sends through the network; which
-    experts that reached is returned, and written to calibration.json. `allow_unreached`: do without for the others.
+    Quantising runs on `device`. int4's scales are searched for the smallest error unless `search` is False.
+    `calibrate`: the token ids (B, T) of a text; int4 and int8 numbers are then chosen for the inputs that the text
+    sends through the network. The tokens that reached each expert are returned and written to calibration.json.
+    `allow_unreached`: quantise experts that no token reached without calibration.
 
-    Raises CheckpointError and ConfigError as reading, writing and calibrating do, for a `src` that is quantised
-    already, and for rows without whole groups.
+    Raises CheckpointError and ConfigError as reading, writing and calibrating do, and ConfigError for a `src` that is
+    already quantised and for rows that are not whole groups.
     """
     if quant is None:
         raise ConfigError(f"quant: nothing is to be quantised; give one of {', '.join(FORMATS)}")
@@ -97,8 +101,11 @@ def quantize_checkpoint(
 def _set_aside(
     calibration: Calibration, tensors: Mapping[str, Lazy], dst: Path, progress: bool
 ) -> Iterator[dict[str, Lazy]]:
-    """The calibrated weights, each in a file of its own beside `dst` as soon as it is chosen, and read from there: so
-    that memory holds one layer's, and the folder itself is written as any other."""
+    """Yield the calibrated weights as lazy tensors in a scratch folder next to `dst`.
+
+    Each weight is written to a file of its own as soon as it is chosen. So memory holds the weights of one layer, and
+    `dst` is written like any other folder.
+    """
     wanted = {n: t for n, t in tensors.items() if isinstance(t, Quantizing) and t.format in CALIBRATED}
     with set_aside(dst, ASIDE) as scratch:
         check_free_space(scratch, 2 * sum(p.nbytes for t in wanted.values() for p in t.pieces.values()))
@@ -112,9 +119,11 @@ def _set_aside(
 def quantized_tensors(
     tensors: Mapping[str, Lazy], quant: Quant, search: bool = True, device: torch.device | str = "cpu"
 ) -> dict[str, Lazy]:
-    """Canonical tensors, those that `quant` names to be quantised when they are written. ConfigError naming a weight
-    whose rows have no whole groups."""
-    dtype = tensors["tok_embeddings.weight"].dtype  # what readers of the folder will be given
+    """Replace the tensors that `quant` names by ones that are quantised when they are written.
+
+    ConfigError naming a weight whose rows are not whole groups.
+    """
+    dtype = tensors["tok_embeddings.weight"].dtype  # the dtype that readers of the folder get
     out: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
         format = quant.format_of(name)
@@ -134,7 +143,7 @@ def quantized_tensors(
 def plan_quantized(
     tensors: Mapping[str, Lazy], args: ModelArgs, llama_type: LlamaType, quant: Quant, file_bytes: int = FILE_BYTES
 ) -> FolderPlan:
-    """safetensors files of at most `file_bytes`, their index where there are several, config.json and meta.json."""
+    """Plan the folder: safetensors files of at most `file_bytes`, an index if needed, config.json and meta.json."""
     groups: list[dict[str, Slot]] = [{}]
     size = total = 0
     for canonical, tensor in tensors.items():

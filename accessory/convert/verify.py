@@ -1,4 +1,4 @@
-"""`accessory verify`: is a checkpoint whole, and is it the same model as another one."""
+"""`accessory verify`: check that a checkpoint is whole, and that it is the same model as another one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from accessory.errors import listed
 class Side:
     """What was found in one folder. `hash` is "" when tensors are missing or broken, because there is no model then.
 
-    `digests` are of what quantised weights mean, so that the hash is that of the model they are; `pieces`, of the
-    tensors that these weights are made of.
+    `digests` are those of dequantised values, so the hash is that of the dequantised model. `pieces` are the digests of
+    the stored tensors of quantised weights.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Report:
-    """`ok`: whole, and equal where two were compared. `hash`: the (first) model's, "" if it is not whole."""
+    """`ok`: the models are whole and, if two were compared, equal. `hash`: that of the first, "" if it is not whole."""
 
     a: Side
     b: Side | None = None
@@ -59,7 +59,7 @@ class Report:
         return self.a.hash
 
     def lines(self) -> list[str]:
-        """For printing; the last word is the hash, or "none" where there is no whole model to hash."""
+        """Lines to print. The last word is the hash, or "none" if there is no whole model to hash."""
         out = self.a.lines()
         if self.b is None:
             return [*out, f"{'whole' if self.ok else 'NOT whole'}: {self.hash or 'none'}"]
@@ -70,9 +70,10 @@ class Report:
 
 
 def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True) -> Report:
-    """Read every tensor of `a` (and `b`): missing, extra, misshapen, not finite, shards mixed; hash; compare.
+    """Read and hash every tensor of `a` (and `b`), and compare the two.
 
-    Raises CheckpointError only where there is no checkpoint to look at; everything else is in the report.
+    The report lists tensors that are missing, extra, misshapen or not finite, and shards of different checkpoints.
+    Raises CheckpointError only if there is no checkpoint to look at.
     """
     first = _look_at(a, progress)
     if b is None:
@@ -97,7 +98,7 @@ def _look_at(path: str | Path, progress: bool) -> Side:
     found = digest_all({**tensors, **made_of}, progress=progress, title=f"reading {survey.path.name}")
     digests, pieces = ({name: found[name] for name in names} for names in (tensors, made_of))
     infinite = [name for name, digest in digests.items() if not digest.finite]
-    # The scale is to blame, where it is one.
+    # If a weight's scale is not finite, name the scale.
     infinite = [f"{n}.scale" if f"{n}.scale" in pieces and not pieces[f"{n}.scale"].finite else n for n in infinite]
     if infinite:
         problems.append(f"NaN or infinity in {listed(infinite)} ({len(infinite)} of {len(digests)} tensors)")
@@ -137,6 +138,6 @@ def _compare(a: Side, b: Side) -> list[str]:
     alike = {name for name, _, _ in shared}
     both = [name for name in a.pieces if name in b.pieces and name.rpartition(".")[0] in alike]
     differ = [name for name in both if a.pieces[name] != b.pieces[name]]
-    if differ:  # so little that what they mean rounds to the same
+    if differ:  # so little that the dequantised values are the same
         out.append(f"stored content differs: {listed(differ)} ({len(differ)} of {len(both)})")
     return out
