@@ -1,9 +1,9 @@
-"""The assembly of a network: `build`, from opened checkpoints to a decoder that holds their values, a line a step.
+"""Assemble a network: `build` turns opened checkpoints into a decoder with their values, one line per step.
 
-    meta → adapters → cast → cut → quantise → shard → fill → fuse
+    meta → adapters → cast → cut → quantise → shard → fuse → fill
 
-Inference and training both come this way. Until the values arrive, every step works on parameters without memory, so a
-rank never holds more than its own part.
+Inference and training both use it. Until the network is sharded, its parameters are on the meta device and take no
+memory, so a rank never holds more than its own part.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """Which network: checkpoints, one loaded over the other, and what is made of them."""
+    """The network to build: its checkpoints, loaded one over the other, and what to make of them."""
 
     checkpoints: Sequence[Checkpoint]
     args: ModelArgs
     implementation: Implementation
-    quant: Quant | None = None  # weights that are kept in fewer bits
+    quant: Quant | None = None  # formats of quantised weights; None: no weight is quantised
     image_views: int = 0  # views of an image; 0: the network takes text alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """What of a network is trained, and how its training is spread over data-parallel ranks."""
+    """Which parameters of a network are trained, and how training is distributed over data-parallel ranks."""
 
-    trainable: Callable[[str], bool]  # by a parameter's name in the network
+    trainable: Callable[[str], bool]  # takes a parameter's name in the network
     adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)  # new ones, by the canonical name of their linear
-    seed: int = 0  # new tensors are drawn from it
+    seed: int = 0  # of the random values of new tensors
     data_parallel: DataParallel = "sdp"
-    checkpointing: bool = False  # compute activations again in the backward pass
+    checkpointing: bool = False  # recompute activations in the backward pass
 
 
 def build(
@@ -64,15 +64,16 @@ def build(
     training: TrainingSpec | None = None,
     progress: bool = False,
 ) -> Decoder:
-    """The network on `device`, in evaluation mode, its products in `dtype`.
+    """Build the network on `device`, in evaluation mode. Its products run in `dtype`.
 
-    mesh: a rank holds its own slices, however many files the checkpoints are cut into, and reads no more of them.
-    training: trained parameters are fp32 and need gradients, all others are frozen. New adapters and projections start
-    with values that depend on the seed and their names alone. Without it, everything is frozen.
+    mesh: each rank reads and holds only its local shards, for any number of checkpoint files. training: trained
+    parameters are fp32 and require gradients; all others are frozen. New adapters and projections start with values
+    that depend only on the seed and their names. Without `training`, all parameters are frozen.
 
-    A weight that a checkpoint holds quantised is copied as it lies; any other is quantised on arrival, some rows at a
-    time. No tensor is held beside the parameters. Raises CheckpointError listing tensors that are missing, extra or
-    misshapen, and ConfigError for sizes that cannot be cut or quantised.
+    A weight that is already quantised in its checkpoint is copied unchanged. Other weights that `spec.quant` names are
+    quantised while they are loaded, some rows at a time. Memory never holds a second copy of the weights. Raises
+    CheckpointError listing tensors that are missing, extra or misshapen, and ConfigError for sizes that cannot be
+    sharded or quantised.
     """
     mesh = mesh or DeviceMesh()
     tensors = _stored_tensors(spec)
@@ -98,8 +99,8 @@ def build(
 def build_tower(
     spec: NetworkSpec, *, device: torch.device | str, dtype: torch.dtype, progress: bool = False
 ) -> VisionTower:
-    """The image encoders of a network that sees, frozen and whole on every rank."""
-    from accessory.checkpoint.vision import load_tower  # text alone starts without it
+    """Build the image encoders of a network that takes images: frozen, and whole on every rank."""
+    from accessory.checkpoint.vision import load_tower  # not imported for text alone
 
     stored = {name: tensor for c in spec.checkpoints for name, tensor in c.vision.items()}
     args = spec.args.sees_with
@@ -107,14 +108,17 @@ def build_tower(
 
 
 def _stored_tensors(spec: NetworkSpec) -> dict[str, Lazy]:
-    """The canonical tensors of all checkpoints, without encoders; later ones replace earlier ones."""
+    """The canonical tensors of all checkpoints, without encoders; later ones replace earlier ones.
+
+    Without image views, the projections to image tokens are left out too.
+    """
     left_out = is_encoder_tensor if spec.image_views else is_of_images
     every = {name: tensor for checkpoint in spec.checkpoints for name, tensor in checkpoint.tensors.items()}
     return {name: tensor for name, tensor in every.items() if not left_out(name)}
 
 
 def _adapter_specs(tensors: Mapping[str, Lazy], training: TrainingSpec | None) -> dict[str, AdapterSpec]:
-    """The adapters that checkpoints hold, and the new ones."""
+    """The adapters in the checkpoints, and the new ones, by the canonical name of their linear."""
     stored = adapter_specs_of({name: tensor.shape for name, tensor in tensors.items()})
     new = training.adapters if training is not None else {}
     return {name: stored.get(name, AdapterSpec()) | new.get(name, AdapterSpec()) for name in {**stored, **new}}
@@ -135,7 +139,7 @@ def _choose_trained(decoder: Decoder, training: TrainingSpec | None) -> None:
 def _new_tensors(
     decoder: Decoder, spec: NetworkSpec, training: TrainingSpec | None, stored: Mapping[str, Lazy]
 ) -> dict[str, Lazy]:
-    """Initial values of what is trained and no checkpoint holds: adapters, and what makes positions of images."""
+    """Initial values of trained tensors that no checkpoint holds: adapters, and projections to image tokens."""
     if training is None:
         return {}
 

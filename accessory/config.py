@@ -18,12 +18,12 @@ from accessory.vision_config import SPHINX, VisionArgs
 
 Implementation = Literal["base", "sparse"]
 
-# How people spell torch's dtypes on command lines.
+# Short names of torch's dtypes on command lines.
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
-# The linears that LoRA may stand beside; the router and the output head only where they are named.
+# The linears that get LoRA by default. The router and the output head get it only if they are named.
 LORA_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 LORA_TARGETS_ON_REQUEST = ("gate", "output")
 TRAINABLE_MODES = ("sg", "mm_stage1", "mm_stage2")
@@ -40,7 +40,7 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """The mixture: `num_experts` (E) feed-forward networks a layer; a token visits `num_experts_per_tok` (K)."""
+    """The mixture: `num_experts` (E) feed-forwards per layer; a token uses `num_experts_per_tok` (K) of them."""
 
     num_experts_per_tok: int = 2
     num_experts: int = 8
@@ -88,7 +88,7 @@ class ModelArgs:
     norm_tuning: bool = True
     # Images
     load_pretrained_visual_encoder: bool = False
-    trainable_mode: str = "sg"  # or "mm_stage1": projections, start and end alone; "mm_stage2": all but the encoders
+    trainable_mode: str = "sg"  # or "mm_stage1": projections, start and end only; "mm_stage2": all but encoders
     vision: VisionArgs | None = None  # None: the original's ensemble, where llama_type asks for images
 
     def __post_init__(self) -> None:
@@ -181,10 +181,10 @@ class ModelArgs:
 
     @classmethod
     def from_dicts(cls, *sources: Mapping[str, Any], origin: str = "config") -> ModelArgs:
-        """Merge configurations in any of the three spellings; the keys of a later one win.
+        """Merge configurations in any of the three spellings; later ones override earlier ones.
 
-        Raises ConfigError for a key that is known in no spelling (a typing mistake must not pass in silence),
-        except in Hugging Face's files, which carry dozens that do not concern the network.
+        Raises ConfigError for a key that no spelling has, so that a typing mistake is not ignored. In Hugging Face's
+        files unknown keys are allowed, because dozens of their keys do not concern the network.
         """
         merged: dict[str, Any] = {}
         moe: dict[str, Any] = {}
@@ -203,7 +203,7 @@ class ModelArgs:
         return cls.from_dicts(*(read_json(p) for p in paths), origin=", ".join(str(p) for p in paths))
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's `config.json`: all keys, those of PEFT and images only where they differ from the default."""
+        """The original's `config.json`: all keys, but those of PEFT and images only if they differ from the default."""
         out = asdict(self)
         for name in _OPTIONAL_KEYS:
             if out[name] == type(self).__dataclass_fields__[name].default:
@@ -212,21 +212,24 @@ class ModelArgs:
 
     @property
     def sees_with(self) -> VisionArgs:
-        """The image encoders of a model that has any; `load_pretrained_visual_encoder`: from where they are published,
-        unless a checkpoint holds them or their own path says otherwise."""
+        """The image encoders of a model that takes images.
+
+        With `load_pretrained_visual_encoder`, SPHINX's encoders without a path get the address where they are
+        published. It is used if the checkpoint holds none of their weights.
+        """
         vision = self.vision or SPHINX
         return vision.published() if self.load_pretrained_visual_encoder else vision
 
     @property
     def lora_scale(self) -> float:
-        """What the product of LoRA's two matrices is multiplied by (arXiv 2106.09685)."""
+        """The factor of the product of LoRA's two matrices (arXiv 2106.09685)."""
         return 1.0 if self.lora_alpha is None or self.lora_rank < 1 else self.lora_alpha / self.lora_rank
 
     def replace(self, **changes: Any) -> ModelArgs:
         return replace(self, **changes)
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(all parameters, those one token's products use: attention, router, K experts, output head)."""
+        """(all parameters, those that one token uses: attention, router, K experts, norms and output head)."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         expert = 3 * self.dim * self.hidden_dim
         gate = self.moe.num_experts * self.dim
@@ -240,7 +243,7 @@ class ModelArgs:
 PEFT_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "bias_tuning", "norm_tuning")
 _OPTIONAL_KEYS = (*PEFT_FIELDS, "load_pretrained_visual_encoder", "trainable_mode", "vision")
 
-# Other spellings -> ours. Mistral's params.json and what circulates under its name; Hugging Face's config.json.
+# Other spellings -> ours: those of Mistral's params.json and its variants, and of Hugging Face's config.json.
 _ALIASES = {
     "hidden_size": "dim",
     "intermediate_size": "hidden_dim",
@@ -259,7 +262,7 @@ _MOE_ALIASES = {
     "num_experts": "num_experts",
     "num_local_experts": "num_experts",
 }
-# Keys of params.json and of the original's config.json that say nothing this network needs.
+# Keys of params.json and of the original's config.json that this network does not need.
 _IGNORED = frozenset(
     "model_type architectures torch_dtype dtype transformers_version sliding_window vocab multiple_of "
     "ffn_dim_multiplier hidden_act initializer_range use_cache bos_token_id eos_token_id pad_token_id "
@@ -323,7 +326,7 @@ def _rope_parameters(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LlamaType:
-    """What `llama_type` says, parsed once: implementation × PEFT × views of an image (0: text only)."""
+    """A parsed `llama_type`: the implementation, whether PEFT is used, and the views of an image (0: text only)."""
 
     implementation: Implementation
     peft: bool = False
@@ -331,7 +334,7 @@ class LlamaType:
 
     @classmethod
     def parse(cls, text: str) -> LlamaType:
-        """ "mixtral", "mixtral_sparse", with "_peft" and "_ens" or "_ens5" appended in that order or the other."""
+        """Parse "mixtral" with any of "_sparse", "_peft" and "_ens" or "_ens5", in any order. ConfigError otherwise."""
         words = text.split("_") if isinstance(text, str) else [""]
         rest = words[1:]
         known = {"sparse", "peft", "ens", "ens5"}
@@ -365,7 +368,7 @@ MIXTRAL_8X22B = ModelArgs(
 PRESETS: dict[str, ModelArgs] = {
     "8x7b": MIXTRAL_8X7B,
     "8x22b": MIXTRAL_8X22B,
-    # For tests and a first look: runs anywhere in a blink.
+    # For tests and a first try: it runs in a moment on any machine.
     "tiny": ModelArgs(
         dim=64,
         hidden_dim=96,
@@ -380,7 +383,7 @@ PRESETS: dict[str, ModelArgs] = {
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; ConfigError names the file when it is missing, broken or something else."""
+    """Read a JSON object from a file. ConfigError names the file if it is missing, broken or something else."""
     try:
         with open(path, encoding="utf-8") as handle:
             value = json.load(handle)

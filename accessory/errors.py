@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class AccessoryError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+    """Base of every error that the user's input causes; the command line prints it without a traceback."""
 
 
 class ConfigError(AccessoryError, ValueError):
@@ -14,7 +14,7 @@ class ConfigError(AccessoryError, ValueError):
 
 
 class CheckpointError(AccessoryError, ValueError):
-    """Files that should hold a model do not, or not a whole or consistent one; the message names file or tensor."""
+    """Files do not hold a whole and consistent model, as they should; the message names the file or tensor."""
 
 
 class InputError(AccessoryError, ValueError):

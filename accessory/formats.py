@@ -1,7 +1,7 @@
-"""The formats of quantised weights: their names, bytes and groups, and which parts of a network have which.
+"""The formats of quantised weights: their names, bytes and groups, and the format of each part of a network.
 
-`ops.quantized` says how numbers are rounded to them. Only the standard library is imported here: the planner and
-`accessory --help` read this file without torch.
+`ops.quantized` rounds numbers to them. This file imports only the standard library, because the planner and
+`accessory --help` use it without torch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT: Format = "nf4"  # what `quant=True` means, as in the original
 PARTS = ("experts", "attention", "output")
-DOUBLE_QUANTIZATION_BLOCK = 256  # nf4-dq scales so many of its scales together
+DOUBLE_QUANTIZATION_BLOCK = 256  # how many of its scales nf4-dq scales together
 
 
 class Storage(NamedTuple):
-    """How a format lies in memory, in bytes."""
+    """How many bytes a format takes in memory."""
 
-    number: float  # of a number
+    number: float  # bytes of one number
     group: int | None  # neighbouring numbers of a row that share a scale; None: the whole row shares one
-    shared: int  # of what a group, or the row, shares: its scale and its zero point
+    shared: int  # bytes of the scale and zero point of a group, or of the row
 
 
 STORAGE: dict[Format, Storage] = {
@@ -33,14 +33,14 @@ STORAGE: dict[Format, Storage] = {
     "fp8": Storage(1, None, 4),
     "int4": Storage(0.5, 128, 3),
     "nf4": Storage(0.5, 64, 4),
-    "nf4-dq": Storage(0.5, 64, 1),  # and what `nested_scales` of a row take
+    "nf4-dq": Storage(0.5, 64, 1),  # and the `nested_scales` of each row
 }
 # Formats that scale groups of a row, and how many numbers a group has; the others scale whole rows.
 GROUP: dict[str, int] = {name: s.group for name, s in STORAGE.items() if s.group is not None}
 
 
 def check_cut(format: str, start: int, length: int) -> None:
-    """ConfigError where `length` numbers of a row, from `start` on, begin or end inside a group."""
+    """Raise ConfigError if a cut of `length` numbers of a row, from `start` on, begins or ends inside a group."""
     group = GROUP.get(format)
     if group is not None and (start % group or length % group):
         raise ConfigError(
@@ -50,15 +50,15 @@ def check_cut(format: str, start: int, length: int) -> None:
 
 
 def nested_scales(groups: int) -> int:
-    """How many fp32 scales of scales nf4-dq keeps for a row of `groups` groups.
+    """The number of fp32 scales of scales that nf4-dq stores for a row of `groups` groups.
 
-    One for each run of groups that is sure to lie inside one block, so that a cut row still has all that it needs.
+    There is one for each run of groups that always lies inside one block, so that a part of a row has all it needs.
     """
     return groups // math.gcd(groups, DOUBLE_QUANTIZATION_BLOCK)
 
 
 def packed_bytes(format: Format, rows: int, columns: int) -> int:
-    """Bytes of a quantised weight (rows, columns). ConfigError where a row has no whole groups."""
+    """Bytes of a quantised weight (rows, columns). ConfigError if a row is not whole groups."""
     number, group, shared = STORAGE[format]
     if group and columns % group:
         raise ConfigError(
@@ -66,7 +66,7 @@ def packed_bytes(format: Format, rows: int, columns: int) -> int:
             "use fewer ranks, or int8"
         )
     groups = columns // group if group else 1
-    nested = 4 * (nested_scales(groups) + 1) if format == "nf4-dq" else 0  # and the row's offset
+    nested = 4 * (nested_scales(groups) + 1) if format == "nf4-dq" else 0  # plus the row's offset
     return int(rows * columns * number) + rows * (groups * shared + nested)
 
 
@@ -74,7 +74,7 @@ def packed_bytes(format: Format, rows: int, columns: int) -> int:
 class Quant:
     """The format of each part of a network; None: 16 bits.
 
-    Never the router, the norms, the embedding or adapters: they are few, and rounding them shows.
+    Router, norms, embedding and adapters are never quantised: they are small, and rounding them changes the results.
     """
 
     experts: Format | None = None
@@ -83,10 +83,10 @@ class Quant:
 
     @classmethod
     def parse(cls, quant: object, attention: object = None, output: object = None) -> Quant | None:
-        """What `quant=` says: False, None or "none" is none; True is nf4; else a format, of experts and attention.
+        """Parse `quant=`: False, None or "none" is None; True is nf4; a format applies to experts and attention.
 
-        The output head is int8 with int8 and else stays in 16 bits. `attention` and `output` choose apart: a format, or
-        "none". ConfigError for an unknown format.
+        The output head is int8 if `quant` is int8; otherwise it stays in 16 bits. `attention` and `output` override the
+        format of their part: a format, or "none". ConfigError for an unknown format.
         """
         main = _format("quant", DEFAULT if quant is True else quant)
         if main is None and attention is None and output is None:
@@ -109,11 +109,11 @@ class Quant:
         return asdict(self)
 
     def __str__(self) -> str:
-        """For people: "experts int4, attention int8"."""
+        """For messages: "experts int4, attention int8"."""
         return ", ".join(f"{part} {format}" for part, format in self.to_dict().items() if format is not None)
 
     def format_of(self, name: str) -> Format | None:
-        """The format of the canonical tensor or network parameter `name`; None where it is not quantised."""
+        """The format of the canonical tensor or network parameter `name`; None if it is not quantised."""
         parts = name.split(".")
         if "experts" in parts and parts[-1] in ("weight", "w1", "w2", "w3") and "lora" not in name:
             return self.experts
@@ -122,7 +122,7 @@ class Quant:
         return self.output if name == "output.weight" else None
 
     def nbytes(self, args: ModelArgs, bytes_16: int = 2) -> int:
-        """Bytes that the weights of a network of these sizes take, norms and routers in fp32."""
+        """Bytes of a network's weights: norms and routers in fp32, other dense numbers of `bytes_16` bytes each."""
 
         def size(format: Format | None, rows: int, columns: int) -> int:
             return rows * columns * bytes_16 if format is None else packed_bytes(format, rows, columns)

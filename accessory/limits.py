@@ -1,26 +1,27 @@
-"""Limits of kernels, graphs and blocks: up to where which way is the quicker one, measured on an H100.
+"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100.
 
 `benchmarks/README.md` has the measurements. `ops.dispatch` and the engine decide by these numbers, and the planner
-counts with them. Only the standard library is imported here.
+counts with them. This file imports only the standard library.
 """
 
 from __future__ import annotations
 
-# (token, expert) pairs up to which experts' weights are read where they lie, pair by pair. More pairs read a weight
-# several times, and a grouped product reads it once. On a CPU sorting the tokens costs more than it saves.
+# (token, expert) pairs up to which experts' weights are read in place, pair by pair. With more pairs, this reads a
+# weight several times, while a grouped product reads it once. On a CPU, sorting so few tokens for a grouped product
+# costs more than it saves.
 DECODE_PAIRS_CPU = 4
 DECODE_PAIRS_GPU = 8
-DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slower, so reading again pays longer
+DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slower, so the limit is higher
 
-# Rows of input up to which a GPU reads a quantised weight once a row.
+# Rows of input up to which a GPU reads a quantised weight once for each row.
 IN_PLACE_ROWS = 4
-# Rows of input (of a stack: rows an expert, on average) up to which a quantised weight is dequantised tile by tile
-# inside the product. With more rows each tile is dequantised so often that a pass before the product is quicker.
+# Rows of input (for stacked experts: average rows per expert) up to which a quantised weight is dequantised tile by
+# tile inside the product. With more rows, each tile is dequantised so often that a pass before the product is quicker.
 TILED_ROWS = 128
 TILED_ROWS_AN_EXPERT = 256
 
-# CUDA graphs of decoding: the shortest context that one is captured for, and the largest batch. In larger batches the
-# launches that a graph saves no longer matter.
+# CUDA graphs of decoding: the shortest context for which one is captured, and the largest batch. In larger batches, the
+# kernel launches that a graph saves no longer matter.
 GRAPH_SMALLEST_EXTENT = 256
 GRAPH_LARGEST_BATCH = 64
 

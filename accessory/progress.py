@@ -1,4 +1,4 @@
-"""Progress of long work: `bar`."""
+"""The progress bar of long work: `progress_bar`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# Seconds between two looks at it, and before the first one. In a log, every look is a line that stays.
+# Seconds between two updates, and before the first one. In a log, every update adds a line.
 _TERMINAL, _LOG = (0.1, 0.3), (15.0, 15.0)
 
 
 def progress_bar(total: int, what: str, shown: bool = True, *, unit: str = "B") -> tqdm:
-    """A bar with rate and time left on standard error; bytes are scaled. Of several processes, the first one shows it,
-    and in a log it is a line now and then instead of a line that is drawn over."""
+    """A progress bar on standard error, with rate and remaining time. Bytes are shown in kB, MB and GB.
+
+    Of several processes, only the first one (RANK 0) shows it. A terminal redraws the line; a log gets a new line now
+    and then.
+    """
     from tqdm import tqdm
 
     interval, delay = _TERMINAL if sys.stderr.isatty() else _LOG

@@ -1,7 +1,7 @@
-"""What a model sees with: its image encoders, how many views of an image they look at, how many positions that takes.
+"""The configuration of image encoders: which there are, and how many views and image tokens an image takes.
 
 The default is the ensemble of SPHINX (arXiv 2311.07575): CLIP ViT-L/14, ConvNeXt-XXL and DINOv2 ViT-g/14, whose
-channels stand side by side, and BLIP-2's Q-Former with an image encoder of its own.
+channels are concatenated, and BLIP-2's Q-Former with an image encoder of its own.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ Kind = Literal["clip", "convnext", "dinov2", "blip2", "efficientnet_lite0"]
 KINDS: tuple[Kind, ...] = ("clip", "convnext", "dinov2", "blip2", "efficientnet_lite0")
 VIEWS = (1, 5)
 
-CACHE_BYTES = 256 * 2**20  # features of images that are kept, so that an image shown again is not encoded again
+CACHE_BYTES = 256 * 2**20  # size of the feature cache, which saves encoding an image again
 VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
 
-# The id of an image's positions in a row of token ids. No tokenizer has it. `data.image_tokens` inserts it.
+# The id of image tokens among token ids. No tokenizer has it. `data.image_tokens` inserts it.
 IMAGE_ID = -1
 
-# What is trained of a model that sees, beside its decoder, and how the names of its frozen encoders' tensors begin:
-# ours, and those of the original's checkpoints.
+# The names of the trained tensors that turn the encoders' output into image tokens. Then the prefixes of the frozen
+# encoders' tensors: ours, and those of the original's checkpoints.
 PROJECTION = re.compile(r"(visual_proj|qformer_proj)\.[01]\.(weight|bias)|(start|end)_img")
 ENCODER_PREFIXES = ("vision.", "clip.", "openclip_convnext_xxl.", "dinov2_vitg14.", "qformer.")
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE = (127 / 255,) * 3, (128 / 255,) * 3
-_PATCH = 32  # pixels that a position of the convolutional encoders looks at, each way
+_PATCH = 32  # width and height, in pixels, that one token of a convolutional encoder covers
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderArgs:
-    """One encoder: `name` is how its tensors begin (`vision.<name>.…`), `config` what its class is built from.
+    """One encoder. The names of its tensors begin with `vision.<name>.`; its class is built from `config`.
 
-    config: of clip CLIPVisionConfig's keys, of dinov2 Dinov2Config's, of convnext ConvNextConfig's (transformers); of
-    blip2 "vision" (Blip2VisionConfig's), "qformer" (Blip2QFormerConfig's) and "num_query_tokens"; nothing of
-    efficientnet_lite0. Two keys are not transformers', `norm_eps` of convnext and `interpolate_offset` of dinov2:
-    nn/vision_encoders.py says what they are. path: a folder or hf:// address with its weights, for checkpoints that
-    hold none.
+    config: the keys of a configuration class of transformers: CLIPVisionConfig for clip, Dinov2Config for dinov2,
+    ConvNextConfig for convnext. For blip2: "vision" (keys of Blip2VisionConfig), "qformer" (keys of Blip2QFormerConfig)
+    and "num_query_tokens". For efficientnet_lite0: nothing. Two keys are not from transformers, `norm_eps` of convnext
+    and `interpolate_offset` of dinov2; nn/vision_encoders.py explains them. path: a folder or hf:// address with the
+    weights, used if the checkpoint holds none.
     """
 
     name: str
     kind: Kind
-    size: int  # pixels of a view, each way
+    size: int  # width and height of a view, in pixels
     config: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
 
@@ -68,7 +68,7 @@ class EncoderArgs:
         return None if self.kind == "blip2" else _PATCH
 
     def value(self, key: str, part: str | None = None) -> Any:
-        """What `config`, or a part of it, says; ConfigError where it says nothing."""
+        """The value of `key` in `config`, or in its section `part`; ConfigError if it is missing."""
         values: Any = self.config if part is None else self.config.get(part, {})
         if key not in values:
             name = key if part is None else f"{part}.{key}"
@@ -77,7 +77,7 @@ class EncoderArgs:
 
     @property
     def channels(self) -> int:
-        """Of each token that it gives."""
+        """The channels of each token that the encoder gives."""
         if self.kind == "blip2":
             return int(self.value("hidden_size", "qformer"))
         if self.kind == "convnext":
@@ -86,20 +86,24 @@ class EncoderArgs:
 
     @property
     def tokens(self) -> int:
-        """That it gives of a view: its queries, or a class token and one for each patch."""
+        """The tokens that the encoder gives per view: its queries, or a class token and one for each patch."""
         if self.kind == "blip2":
             return int(self.value("num_query_tokens"))
         return (self.size // (self._step or 1)) ** 2 + 1
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the colours, red, green and blue in 0 … 1, that it was trained with."""
+        """Mean and standard deviation of red, green and blue (0 … 1) with which the encoder was trained."""
         return {"dinov2": _IMAGENET, "efficientnet_lite0": _LITE}.get(self.kind, (CLIP_MEAN, CLIP_STD))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionArgs:
-    """`encoders` give as many tokens each, their channels side by side; `query` is a Q-Former beside them, or None."""
+    """All encoders of a model.
+
+    `encoders` give equally many tokens, and their channels are concatenated. `query` is another encoder, a Q-Former, or
+    None.
+    """
 
     encoders: tuple[EncoderArgs, ...]
     query: EncoderArgs | None = None
@@ -120,7 +124,7 @@ class VisionArgs:
 
     @classmethod
     def parse(cls, value: object) -> VisionArgs | None:
-        """From config.json: a preset's name, an object with `encoders` and `query`, or None."""
+        """Parse "vision" of config.json: a preset's name, an object with `encoders` and `query`, or None."""
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, str):
@@ -135,7 +139,7 @@ class VisionArgs:
         return asdict(self)
 
     def published(self) -> VisionArgs:
-        """With addresses for SPHINX's encoders where they have no path of their own."""
+        """A copy in which SPHINX's encoders have the address where they are published, unless they have a path."""
         found = {e.name: replace(e, path=PUBLISHED[e.name]) for e in self.all if not e.path and e in SPHINX.all}
         query = None if self.query is None else found.get(self.query.name, self.query)
         return VisionArgs(encoders=tuple(found.get(e.name, e) for e in self.encoders), query=query)
@@ -149,12 +153,12 @@ class VisionArgs:
         return sum(e.channels for e in self.encoders)
 
     def image_tokens(self, views: int) -> int:
-        """Positions that an image takes: of each view a start, the queries, the tokens, and an end."""
+        """The number of image tokens per image: for each view a start, the queries, the encoders' tokens and an end."""
         queries = 0 if self.query is None else self.query.tokens
         return views * (queries + self.encoders[0].tokens + 2)
 
     def projection_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
-        """Of what makes words of width `dim` of images: linears with LayerNorms, start and end."""
+        """The shapes of the projections to image tokens of width `dim`: linears with LayerNorms, and start and end."""
         shapes: dict[str, tuple[int, ...]] = {}
         channels = {"visual_proj": self.channels}
         if self.query is not None:
@@ -165,7 +169,7 @@ class VisionArgs:
         return shapes | {"start_img": (1, 1, dim), "end_img": (1, 1, dim)}
 
     def pixels(self, views: int) -> int:
-        """Of an image, each way, as the encoders want it: with five views, twice what the most exacting one sees."""
+        """Width and height of the prepared image: the size of the largest encoder, or twice that for five views."""
         return max(e.size for e in self.all) * (1 if views == 1 else 2)
 
 

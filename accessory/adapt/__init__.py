@@ -1,1 +1,1 @@
-"""What is changed in a network after it was trained: what finetuning puts beside its weights."""
+"""Changes to a trained network: adapters for finetuning, and quantised weights."""

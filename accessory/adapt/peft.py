@@ -1,8 +1,8 @@
 """Parameter-efficient finetuning: LoRA (arXiv 2106.09685), biases (BitFit, arXiv 2106.10199), norms.
 
-LoRA and biases stand beside a linear's weight and are added to its product, the same in both implementations; those of
-experts stand in stacks, as their weights do, and are grouped products too. What stands beside which linear is a mapping
-from its canonical name ("layers.0.attention.wq", "layers.0.feed_forward.experts.3.w1") to an `AdapterSpec`.
+LoRA and biases are added to the product of a linear, in the same way in both implementations. Those of experts are
+stacked like the experts' weights and run as grouped products too. A mapping from canonical names of linears
+("layers.0.attention.wq", "layers.0.feed_forward.experts.3.w1") to `AdapterSpec`s says which linear has which adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRAINED = {
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What stands beside one linear."""
+    """The adapter of one linear: LoRA, a bias, or both."""
 
     rank: int = 0  # of LoRA; 0: none
     bias: bool = False
@@ -45,7 +45,10 @@ class AdapterSpec:
 
 
 def adapter_specs_for(args: ModelArgs) -> dict[str, AdapterSpec]:
-    """What a configuration asks for: LoRA of `lora_rank` at `lora_targets`, biases at every linear of the layers."""
+    """The adapters that a configuration asks for, by the canonical name of their linear.
+
+    LoRA of `lora_rank` goes to `lora_targets`. With `bias_tuning`, biases go to all linears of attention and experts.
+    """
     wanted: dict[str, AdapterSpec] = {}
     for kind in (*LORA_TARGETS, "gate", "output"):
         rank = args.lora_rank if args.lora_rank > 0 and kind in args.lora_targets else 0
@@ -67,7 +70,7 @@ def _linears(kind: str, args: ModelArgs) -> list[str]:
 
 
 def adapter_specs_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, AdapterSpec]:
-    """What canonical tensors of these names and shapes call for."""
+    """The adapters that have canonical tensors of these names and shapes, by the name of their linear."""
     found: dict[str, AdapterSpec] = {}
     for name, shape in shapes.items():
         match = _BESIDE.fullmatch(name)
@@ -80,9 +83,10 @@ def adapter_specs_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Adapter
 
 
 def add_adapters(decoder: Decoder, specs: Mapping[str, AdapterSpec], scale: float = 1.0) -> None:
-    """Give a network's linears the (empty) parameters that `specs` names; LoRA's product is multiplied by `scale`.
+    """Add the adapters' (empty) parameters to a network's linears; LoRA's product is multiplied by `scale`.
 
-    The experts of a layer share stacks, so each gets what one of them has. ConfigError for a linear that is not there.
+    The experts of a layer share stacks, so if one expert has an adapter, all of them get it. ConfigError for a linear
+    that does not exist.
     """
     stacks: dict[tuple[str, str], AdapterSpec] = {}
     for name, spec in specs.items():
@@ -115,10 +119,11 @@ def _submodule(decoder: Decoder, name: str) -> object:
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """What canonical tensor `name` beside a linear starts as, fp32: LoRA's A uniform as peft draws it, the rest zero;
-    and of what images need: a linear as A, its norm one and zero, start and end normal.
+    """The initial value, in fp32, of a canonical tensor of an adapter or of the projections to image tokens.
 
-    Each tensor has numbers of its own, which depend on `seed` and its name alone and not on who draws them.
+    Adapters: LoRA's A is uniform, as in peft; B and biases are zero. Projections: the linear's weight is drawn like A,
+    its bias is zero; the LayerNorm has weight one and bias zero; start and end are normal. Each tensor has its own
+    random numbers. They depend only on `seed` and its name, so every rank draws the same ones.
     """
     if name.endswith("_proj.1.weight"):
         return torch.ones(shape)
@@ -128,16 +133,16 @@ def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if name.endswith("_img"):
-        return torch.empty(shape).normal_(generator=generator)  # of the size that the norm gives the words between
+        return torch.empty(shape).normal_(generator=generator)  # as large as image tokens after their LayerNorm
     bound = 1 / math.sqrt(shape[-1])  # Kaiming's uniform with a = √5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def trainable_rule(args: ModelArgs, peft: bool, train_router: bool = False) -> Callable[[str], bool]:
-    """Which of a network's parameters, by name, are trained: all of them, or with `peft` what `args` asks for.
+    """Return a test of parameter names: True for those to train, all of them or with `peft` what `args` asks for.
 
-    The router learns in full finetuning, and else only with `train_router` or LoRA of its own. What makes words of
-    images learns too, and in stage 1 (`trainable_mode` mm_stage1) it alone.
+    Full finetuning trains the router; with `peft`, it is trained only with `train_router` or a LoRA adapter of its own.
+    The projections to image tokens are trained too. In stage 1 (`trainable_mode` mm_stage1) only they are.
     """
     if args.trainable_mode == "mm_stage1":
         return lambda name: PROJECTION.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""Packed weights in place of a network's dense ones, where its `Quant` wants them."""
+"""Replace dense weights of a network by packed ones, as its `Quant` says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from accessory.nn.linear import Linear, PackedWeight
 
 
 def quantize_skeleton(decoder: Decoder, quant: Quant) -> None:
-    """Give an empty network (on the meta device, cut already) packed weights where `quant` wants them.
+    """Replace the weights that `quant` names by packed ones, in a network on the meta device that is already sharded.
 
-    ConfigError where a row, or what a rank holds of it, has no whole groups.
+    ConfigError if a row, or a rank's part of it, is not whole groups.
     """
     for name, module in decoder.named_modules():
         kinds = ("weight",) if isinstance(module, Linear) else ("w1", "w2", "w3")
