@@ -38,7 +38,6 @@ def finetune(config: FinetuneConfig) -> Path:
     state saved. SIGTERM and Ctrl-C save a state and end the run; it is resumed with `resume: auto`.
     """
     mesh, device = _join_ranks(config)
-
     mesh.from_first(lambda: require_loggers(config.loggers))
 
     # The folder says where the run begins: at step 0, or at a state.

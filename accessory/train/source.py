@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.sharding import check_ranks
 from accessory.train.config import FinetuneConfig
 from accessory.vision_config import VisionArgs
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
