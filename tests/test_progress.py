@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from accessory import bars
+from accessory import progress
 
 
 class Terminal(io.StringIO):
@@ -16,7 +16,7 @@ def run(monkeypatch, stream, shown=True, unit="B", seconds=100):
     now = iter(range(0, 10 * seconds, 5))  # five seconds pass whenever tqdm looks at its clock
     monkeypatch.setattr("tqdm.std.time", lambda: next(now))
     monkeypatch.setattr("sys.stderr", stream)
-    with bars.bar(4 * 10**9, "loading", shown, unit=unit) as bar:
+    with progress.progress_bar(4 * 10**9, "loading", shown, unit=unit) as bar:
         for _ in range(40):
             bar.update(10**8)
     return stream.getvalue()
@@ -39,7 +39,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch):
 
 def test_a_log_gets_nothing_of_what_is_soon_over(monkeypatch):
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    with bars.bar(10, "loading") as bar:
+    with progress.progress_bar(10, "loading") as bar:
         bar.update(10)
     assert bar.fp.getvalue() == ""
 

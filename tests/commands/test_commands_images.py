@@ -177,7 +177,7 @@ def chat(seeing, model, here, capsys, monkeypatch):
             asked.append((self.tokenizer.decode(prompt), None if image is None else image.size))
             yield {"text": " Yes", "end_of_content": True}
 
-        def loaded(path, **how):
+        def loaded(pretrained_path, **how):
             assert how.get("with_visual", False) is bool(options)
             return model
 

@@ -326,7 +326,9 @@ def test_which_file_of_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither a Hugging Face config\.json nor a \.gguf file"):
         open_dense(tmp_path)
     write_gguf(tmp_path / "a.gguf")
-    assert open_dense(tmp_path).path == tmp_path / "a.gguf"
+    found, named = open_dense(tmp_path), open_gguf(tmp_path / "a.gguf")
+    assert found.args == named.args
+    assert found.tensors.keys() == named.tensors.keys()
     write_gguf(tmp_path / "b.gguf")
     with pytest.raises(CheckpointError, match=r"several \.gguf files, name one of them: a\.gguf, b\.gguf"):
         open_dense(tmp_path)
