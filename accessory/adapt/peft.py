@@ -23,7 +23,7 @@ from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear
 from accessory.vision_config import PROJECTION
 
-_BESIDE = re.compile(r"(.+)\.(bias|lora_a\.weight|lora_b\.weight)")
+_ADAPTER = re.compile(r"(.+)\.(bias|lora_a\.weight|lora_b\.weight)")
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w[123])")
 _TRAINED = {
     "lora": re.compile(r".*[._]lora_[ab](\.weight)?"),
@@ -73,7 +73,7 @@ def adapter_specs_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Adapter
     """The adapters that have canonical tensors of these names and shapes, by the name of their linear."""
     found: dict[str, AdapterSpec] = {}
     for name, shape in shapes.items():
-        match = _BESIDE.fullmatch(name)
+        match = _ADAPTER.fullmatch(name)
         if match is None or PROJECTION.fullmatch(name):
             continue
         before = found.get(match[1], AdapterSpec())

@@ -31,8 +31,8 @@ def recognise(names: Sequence[str], sharded: bool) -> Layout | None:
         stacked = any(_SPARSE_EXPERTS.fullmatch(n.removeprefix("llma.")) for n in names)
         # A save of LoRA and biases alone has no stacks. In the sparse layout every shard has a part of each expert's
         # adapter, so that names repeat.
-        beside = [n for n in names if expert_of(n) is not None and companion_of(n.removeprefix("llma."))]
-        return "sparse" if stacked or len(beside) > len(set(beside)) else "base"
+        adapters = [n for n in names if expert_of(n) is not None and companion_of(n.removeprefix("llma."))]
+        return "sparse" if stacked or len(adapters) > len(set(adapters)) else "base"
     return next((layout for layout, reader in READERS.items() if any(map(reader.has, names))), None)
 
 
@@ -135,16 +135,16 @@ def read_shards(
     num_experts = max((t.shape[0] for _, raw in stripped for n, t in raw.items() if _is_gate(n)), default=0)
     out: dict[str, Lazy] = {}
     for name in names:
-        held = [(file, raw[name]) for file, raw in stripped if name in raw]
+        holders = [(file, raw[name]) for file, raw in stripped if name in raw]
         stacked = _SPARSE_EXPERTS.fullmatch(name) if implementation == "sparse" else None
         expert_alone = implementation == "base" and expert_of(name) is not None
-        if expert_alone and len(held) > 1:
-            problems.append(f"{held[1][0]}: tensor {name} is also in {held[0][0]}")
-        if not expert_alone and len(held) < len(stripped):
+        if expert_alone and len(holders) > 1:
+            problems.append(f"{holders[1][0]}: tensor {name} is also in {holders[0][0]}")
+        if not expert_alone and len(holders) < len(stripped):
             lacking = next(file for file, raw in stripped if name not in raw)
-            problems.append(f"{lacking}: tensor {name} is missing, though {held[0][0]} has it")
+            problems.append(f"{lacking}: tensor {name} is missing, though {holders[0][0]} has it")
             continue
-        parts = [tensor for _, tensor in held]
+        parts = [tensor for _, tensor in holders]
         if stacked:
             if whole:
                 _unstack(stacked[1], stacked[2], parts, num_experts, out, problems)

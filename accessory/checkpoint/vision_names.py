@@ -133,10 +133,10 @@ def destinations(tower: VisionTower) -> dict[str, Tensor]:
             if within == name:
                 continue
             parts = parts_of(encoder.kind, within)
-            for part, held in zip(
+            for part, tensor_part in zip(
                 parts, tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,) * len(parts), strict=True
             ):
-                out[f"{_OURS}{encoder.name}.{part}"] = held
+                out[f"{_OURS}{encoder.name}.{part}"] = tensor_part
     return out
 
 
@@ -170,7 +170,7 @@ def canonical_of(
 ) -> dict[str, Lazy]:
     """Do as `canonical` for one encoder, whose tensors are named as in weights that were published alone."""
     if encoder.kind == "blip2":
-        within = _joined_biases(within)
+        within = _fused_biases(within)
     prefix = f"{_OURS}{encoder.name}."
     out: dict[str, Lazy] = {}
     twice, uneven = [], []
@@ -217,7 +217,7 @@ def _within(encoder: EncoderArgs, raw: Mapping[str, Lazy], args: VisionArgs) -> 
                 yield name.removeprefix(prefix), tensor
 
 
-def _joined_biases(within: Mapping[str, Lazy]) -> dict[str, Lazy]:
+def _fused_biases(within: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Join the biases of queries, keys and values into one, as transformers has it.
 
     BLIP-2's image encoder was first published with biases for queries and values only; those of keys are zeros.

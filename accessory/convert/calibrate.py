@@ -94,9 +94,9 @@ class Calibration:
             raise ConfigError(
                 "calibrate: chooses the numbers of int4 and int8 weights, and quant has none; give --quant int4"
             )
-        beside = next((name for name in tensors if companion_of(name)), None)
-        if beside is not None:
-            raise ConfigError(f"calibrate: {beside} stands beside a weight; merge adapters into the weights first")
+        adapter = next((name for name in tensors if companion_of(name)), None)
+        if adapter is not None:
+            raise ConfigError(f"calibrate: {adapter} stands beside a weight; merge adapters into the weights first")
         self.tensors, self.args, self.quant = tensors, args, quant
         self.tokens_BT, self.device = tokens_BT, torch.device(device)
         self.allow_unreached = allow_unreached

@@ -103,9 +103,9 @@ def _count(number: int, unit: str = "") -> str:
 def _spell_images(args: ModelArgs, views: int, parameters: int) -> str:
     vision = args.sees_with
     names = ", ".join(f"{e.name} ({e.size} px)" for e in vision.all)
-    held = f"{_count(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
+    encoders = f"{_count(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
     seen = f"{views} view" + "s" * (views > 1)
-    return f"{vision.image_tokens(views)} positions each, {seen} of {vision.pixels(views)} px by {names}; {held}"
+    return f"{vision.image_tokens(views)} positions each, {seen} of {vision.pixels(views)} px by {names}; {encoders}"
 
 
 def _spell(args: ModelArgs) -> str:

@@ -60,12 +60,12 @@ def export_adapter(
             refuse_overlap(Path(path), Path(dst))
     whole, adapter = open_chain([base, src])
     args = chained_args([whole, adapter])
-    beside = {name: tensor for name, tensor in adapter.tensors.items() if companion_of(name)}
-    saved = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
+    adapters = {name: tensor for name, tensor in adapter.tensors.items() if companion_of(name)}
+    saved = {name: tensor for name, tensor in adapter.tensors.items() if name not in adapters}
     if not adapter.partial:
         saved = {name: t for name, t in saved.items() if not _equal(t, whole.tensors[name])}
-    pairs = pairs_of(beside, args)
-    _refuse(beside, saved, pairs, adapter.path)
+    pairs = pairs_of(adapters, args)
+    _refuse(adapters, saved, pairs, adapter.path)
     if not pairs:
         raise CheckpointError(f"{adapter.path}: no LoRA in it, and PEFT's folder is made of LoRA")
     rank = max(pair.rank for pair in pairs.values())
@@ -126,8 +126,8 @@ def import_adapter(
     return out + ([f"trained whole: {', '.join(kinds)}"] if kinds else [])
 
 
-def _refuse(beside: Iterable[str], saved: Iterable[str], pairs: Mapping[str, Pair], path: Path) -> None:
-    biases = [name for name in beside if name.endswith(".bias")]
+def _refuse(adapters: Iterable[str], saved: Iterable[str], pairs: Mapping[str, Pair], path: Path) -> None:
+    biases = [name for name in adapters if name.endswith(".bias")]
     if biases:
         raise CheckpointError(
             f"{path}: {biases[0]}: Hugging Face's Mixtral has no biases, so PEFT's folder has no place for these "

@@ -67,7 +67,7 @@ class Demo:
 
     chat: the page shows a dialogue, whose rounds can be undone; otherwise each question is independent.
     images: a question may be about an image; a dialogue has its image from the beginning.
-    beside, settings: take the tokenizer and make the fields below the question and among the settings.
+    below, settings: take the tokenizer and make the fields below the question and among the settings.
     ask: takes the tokenizer, the messages (the last one is the question) and the values of those fields, in that order.
     """
 
@@ -76,7 +76,7 @@ class Demo:
     chat: bool
     settings: Callable[[Any], list[Any]]
     ask: Callable[..., Ask]
-    beside: Callable[[Any], list[Any]] = lambda tokenizer: []
+    below: Callable[[Any], list[Any]] = lambda tokenizer: []
     images: bool = False
 
 
@@ -143,7 +143,7 @@ class Page:
                         label="Message" if demo.chat else "Question", elem_id="question", lines=1, max_lines=10,
                         placeholder="Enter sends, Shift+Enter begins a new line", autofocus=True,
                     )  # fmt: skip
-                    own = demo.beside(self.model.tokenizer)
+                    own = demo.below(self.model.tokenizer)
                     with gr.Row():
                         self.send = gr.Button("Send", variant="primary", elem_id="send", min_width=60)
                         self.stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=60)

@@ -19,7 +19,7 @@ from accessory.demos import serving
 from accessory.demos.page import Ask, Demo, Message, import_gradio
 
 
-def _beside(tokenizer: Any) -> list[Any]:
+def _below(tokenizer: Any) -> list[Any]:
     box = import_gradio().Textbox(
         label="Input", lines=1, max_lines=10, elem_id="input", placeholder="Optional; only alpaca has a place for it"
     )
@@ -43,7 +43,7 @@ DEMO = Demo(
     about="One question, one answer. For finetuned models keep the system prompt they know; for pretrained ones take "
     "None.",
     chat=False,
-    beside=_beside,
+    below=_below,
     settings=_settings,
     ask=_ask,
 )

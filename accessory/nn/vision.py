@@ -66,16 +66,16 @@ class VisionTower(nn.Module):
             self.encoders[encoder.name] = build_encoder(encoder)
         self.requires_grad_(False)
         self.train(False)
-        self.kept = FeatureCache(cache_bytes)
+        self.feature_cache = FeatureCache(cache_bytes)
         self.runs = 0
-        self.register_load_state_dict_post_hook(lambda tower, _: tower.kept.clear())
+        self.register_load_state_dict_post_hook(lambda tower, _: tower.feature_cache.clear())
 
     def train(self, mode: bool = True) -> VisionTower:
         """Ignores `mode` and stays in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
-        self.kept.clear()  # device, dtype or weights change
+        self.feature_cache.clear()  # device, dtype or weights change
         super()._apply(fn, recurse)
         return self
 
@@ -122,7 +122,7 @@ class VisionTower(nn.Module):
         run: Callable[[Tensor], Features],
     ) -> Features:
         keys = [content_of(pixels_3PP) for pixels_3PP in pixels_I3PP]
-        found = {key: features for key in keys if (features := self.kept.get(key)) is not None}
+        found = {key: features for key in keys if (features := self.feature_cache.get(key)) is not None}
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # the encoders run once for equal images
         different = sorted(first.values())
         missing = [keys[i] not in found for i in different]
@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
             new = run(pixels_I3PP if len(todo) == len(keys) else pixels_I3PP[todo])
             for n, i in enumerate(todo):
                 found[keys[i]] = new.narrow(n * self.views, self.views)
-                self.kept.put(keys[i], found[keys[i]])
+                self.feature_cache.put(keys[i], found[keys[i]])
             if len(todo) == len(keys):
                 return new
         return _joined([found[key] for key in keys])

@@ -63,13 +63,13 @@ def local_part(
     are the first dimension."""
     if sharding.expert_tensor(name, 0) is None:
         return _box(sharding.rank_part(name, whole, args, implementation, rank, world), whole)
-    held = {}
+    boxes = {}
     for e in range(whole[0]):
         part = sharding.rank_part(str(sharding.expert_tensor(name, e)), whole[1:], args, implementation, rank, world)
         if part is not None:
-            held[e] = _box(part, whole[1:])
-    offsets, sizes = next(iter(held.values()))
-    return (min(held), *offsets), (len(held), *sizes)
+            boxes[e] = _box(part, whole[1:])
+    offsets, sizes = next(iter(boxes.values()))
+    return (min(boxes), *offsets), (len(boxes), *sizes)
 
 
 def _box(part: sharding.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -87,22 +87,22 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     def reduced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return reduce_from_ranks(output, ranks)
 
-    def spread_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def copy_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
 
-    def spread_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def copy_to_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # The routing weights too: each rank computes only its experts' part of their gradient.
         x_TD, weight_TK, expert_TK = inputs
         return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), expert_TK
 
     decoder.tok_embeddings.register_forward_hook(gathered)
-    decoder.output.register_forward_pre_hook(spread_first)
+    decoder.output.register_forward_pre_hook(copy_first)
     decoder.output.register_forward_hook(gathered)
     for module in decoder.modules():
         if isinstance(module, StackedExperts):
-            module.register_forward_pre_hook(spread_experts)
+            module.register_forward_pre_hook(copy_to_experts)
             module.register_forward_hook(reduced)
     if attention_is_cut:
         for layer in decoder.layers:
-            layer.attention.register_forward_pre_hook(spread_first)  # type: ignore[union-attr]
+            layer.attention.register_forward_pre_hook(copy_first)  # type: ignore[union-attr]
             layer.attention.register_forward_hook(reduced)  # type: ignore[union-attr]

@@ -110,14 +110,14 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
     """
     device = next(decoder.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float32)
-    for held_name, p in decoder.named_parameters():
+    for parameter_name, p in decoder.named_parameters():
         if p.grad is None:
             continue
         copies = 1
         if mesh.data is not None and not isinstance(p, DTensor):
             copies *= mesh.data.size
         if mesh.model is not None:
-            copies *= model_copies(decoder, held_name, mesh)
+            copies *= model_copies(decoder, parameter_name, mesh)
         total += local(p.grad).float().square().sum() / copies
     return mesh.sum_over_all(total)
 

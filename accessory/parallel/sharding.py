@@ -118,8 +118,8 @@ def expert_tensor(parameter: str, expert: int) -> str | None:
     match = _STACKED.fullmatch(parameter)
     if match is None:
         return None
-    beside = {None: "weight", "bias": "bias"}.get(match[3], f"{match[3]}.weight")
-    return f"{match[1]}.{expert}.{match[2]}.{beside}"
+    kind = {None: "weight", "bias": "bias"}.get(match[3], f"{match[3]}.weight")
+    return f"{match[1]}.{expert}.{match[2]}.{kind}"
 
 
 AttentionMode = Literal["cut", "kv replicated", "whole"]
@@ -167,8 +167,8 @@ def gradient_sharers(name: str, args: ModelArgs, implementation: Implementation,
         return world // args.n_kv_heads
     if PROJECTION.fullmatch(name):
         return 1  # image tokens enter the residual stream, whose gradient is complete on every rank
-    beside = name.endswith((".bias", ".lora_a.weight", ".lora_b.weight")) and ".gate." not in name
-    return world if beside and is_replicated(name, implementation) else 1
+    is_adapter = name.endswith((".bias", ".lora_a.weight", ".lora_b.weight")) and ".gate." not in name
+    return world if is_adapter and is_replicated(name, implementation) else 1
 
 
 def check_ranks(args: ModelArgs, implementation: Implementation, world: int) -> None:

@@ -49,7 +49,7 @@ def test_a_tower_comes_back_from_its_tensors(tmp_path, views, dtype):
     tower = random_tower(views=views)
     save_file(tensors_of(tower) | {"layers.0.ffn_norm.weight": torch.ones(3)}, tmp_path / "some.safetensors")
     loaded = load_tower(tower.args, views, read_file(tmp_path / "some.safetensors"), dtype=dtype, cache_bytes=5)
-    assert loaded.kept.limit == 5
+    assert loaded.feature_cache.limit == 5
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training

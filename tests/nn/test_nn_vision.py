@@ -218,7 +218,7 @@ def test_an_image_is_run_once_whatever_tensor_it_comes_in():
     expected = never.encode(pixels)
     never.encode(pixels)
     assert never.runs == 6
-    assert len(never.kept) == 0
+    assert len(never.feature_cache) == 0
     for i, j in enumerate((1, 2, 1, 0)):
         torch.testing.assert_close(again.visual_VTC[5 * i : 5 * i + 5], expected.visual_VTC[5 * j : 5 * j + 5])
         torch.testing.assert_close(again.query_VQC[5 * i : 5 * i + 5], expected.query_VQC[5 * j : 5 * j + 5])
@@ -242,7 +242,7 @@ def test_what_is_kept_is_bounded_and_the_least_recently_used_goes_first():
     for image, runs in ((a, 1), (b, 2), (a, 2), (c, 3), (a, 3), (b, 4)):
         tower.encode(image)
         assert tower.runs == runs
-        assert tower.kept.nbytes <= 2 * size
+        assert tower.feature_cache.nbytes <= 2 * size
 
 
 @given(st.integers(0, 60), st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9), st.booleans())))

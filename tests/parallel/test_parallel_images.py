@@ -66,7 +66,7 @@ def shared(rank: int, world: int, views: int, dtype: torch.dtype) -> list[tuple[
         if rank == world - 1:  # ranks may know different images
             alone = random_pixels(args, 1, views, seed=9)
             tower.encode(alone)
-        out.append((encode_shared(tower, random_pixels(args, 1, views, seed=9), ranks), len(tower.kept)))
+        out.append((encode_shared(tower, random_pixels(args, 1, views, seed=9), ranks), len(tower.feature_cache)))
         return out
 
 
