@@ -1,1 +1,1 @@
-"""Programs to start from. They are no part of the package: each imports `accessory` as any user would."""
+"""Programs to start from. They are not part of the package: each imports `accessory` as any user would."""

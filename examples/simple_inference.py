@@ -1,4 +1,4 @@
-"""One model on 1, 2, 4 or 8 GPUs, or as many processes of a CPU: an answer at once, then token by token.
+"""Runs one model on 1, 2, 4 or 8 GPUs, or as many processes of a CPU: an answer at once, then token by token.
 
     python examples/simple_inference.py path/to/converted --ranks 2
 
@@ -17,7 +17,7 @@ from accessory.model.meta import MetaModel
 
 
 def main(rank: int, world_size: int, options: argparse.Namespace) -> None:
-    # Not needed for the ranks to agree, since one of them draws for all: it makes a second run draw the same.
+    # One rank draws for all, so the ranks agree without these seeds. The seeds make a second run draw the same.
     random.seed(0)
     torch.random.manual_seed(0)
     np.random.seed(0)
@@ -34,7 +34,7 @@ def main(rank: int, world_size: int, options: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
 
-    # mp_group: the ranks that hold the model together.
+    # mp_group: the ranks that share the model.
     model = MetaModel.from_pretrained(
         options.pretrained_path,
         max_seq_len=2048,
@@ -66,5 +66,5 @@ if __name__ == "__main__":
     if given.ranks == 1:
         main(0, 1, given)
     else:
-        # torchrun or Slurm would do as well, as long as torch.distributed is initialised before the model is made.
+        # torchrun or Slurm can start the ranks too. torch.distributed must be initialised before the model is made.
         mp.spawn(main, args=(given.ranks, given), nprocs=given.ranks)
