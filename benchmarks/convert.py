@@ -1,10 +1,11 @@
-"""Conversion against copying: the same bytes, the same disk, one run.
+"""Compares conversion with copying: the same bytes, the same disk, one run.
 
     python benchmarks/convert.py --dir /somewhere/roomy [--layers 3]
 
 Makes a synthetic checkpoint of real layer sizes (2.8 GB a layer) in the torrent layout, copies it with `cp`, converts
-and quantises it with and without checking what was written, verifies it, and prints a Markdown table. Needs three times
-the checkpoint's size on the disk; leaves nothing behind. The source is dropped from the page cache before each run.
+and quantises it with and without checking what was written, verifies it, and prints a Markdown table. It needs three
+times the checkpoint's size on the disk, and leaves nothing behind. The source is dropped from the page cache before
+each run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from accessory.formats import Quant
 
 
 def synthetic(args: ModelArgs) -> dict[str, Lazy]:
-    """bf16 noise for every tensor: one bank of random numbers, entered at a place that depends on the name."""
+    """bf16 noise for every tensor: all read one bank of random numbers, from a start that depends on the name."""
     bank = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def make(name: str, shape: tuple[int, ...]) -> Lazy:
@@ -50,6 +51,7 @@ def synthetic(args: ModelArgs) -> dict[str, Lazy]:
 
 
 def anonymous_mb() -> float:
+    """The anonymous memory of this process, in MB."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1000
 
@@ -73,6 +75,7 @@ class Peak:
 
 
 def drop_from_cache(folder: Path) -> None:
+    """Write the files of a folder to the disk, and drop them from the page cache."""
     for path in folder.iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -106,7 +109,7 @@ def main() -> None:
 
         def copy() -> None:
             subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-            drop_from_cache(target)  # cp returns before the disk has it; a conversion does not
+            drop_from_cache(target)  # cp returns before the data is on the disk; a conversion does not
 
         print(f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, torch {torch.__version__}\n")
         print("| what | s | GB/s | speed ÷ copy | peak anonymous MB |\n|---|---|---|---|---|")

@@ -1,9 +1,10 @@
-"""Decoding and start-up on a CPU: both implementations beside transformers, same weights, dtype and threads, one run.
+"""Times decoding and start-up on a CPU: both implementations and transformers.
 
     python benchmarks/cpu_decode.py demo-model
 
-`demo-model` is what `make demo` leaves (base and sparse); a Hugging Face copy for transformers is written beside them.
-Rounds of the three are interleaved, so that whatever else the machine does hits all of them. Prints Markdown.
+All three have the same weights, dtype and threads, in one run. `demo-model` is the folder that `make demo` leaves (base
+and sparse). A Hugging Face copy for transformers is written next to them. The rounds of the three are interleaved, so
+that other work on the machine slows all of them. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 PROMPT = "The capital of France is"
 
-# Process start to first token: each script loads the folder and generates one token from fixed ids.
+# For the time from process start to first token: each script loads the folder and generates one token from fixed ids.
 START_OURS = """
 import sys, torch
 from accessory.model.meta import MetaModel
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a token after the first, one figure a round."""
+    """Milliseconds a token, without the first token: one figure a round, for transformers, base and sparse."""
     import torch
     from transformers import MixtralForCausalLM
 
@@ -110,6 +111,7 @@ def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str,
 
 
 def start_times(folder: Path, dtype: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds from process start to first token: one figure a round, of at most 5 rounds after one that warms up."""
     scripts = {
         "transformers": (START_TRANSFORMERS, "hf"),
         "base": (START_OURS, "base"),

@@ -1,10 +1,11 @@
-"""Mixtral-8x7B at its real size with random weights on one card: prompts and decoding, beside the floor of the card.
+"""Times prompts and decoding of Mixtral-8x7B at its real size, with random weights, against the floor of one card.
 
     python benchmarks/gpu_generate.py [--layers 32] [--implementation sparse base] [--transformers]
 
-The floor of a decoded token is the bytes its products must read (attention, router, the chosen experts, output head)
-over the card's copy rate, measured in the same run; of a prompt, its operations over the measured bf16 matmul rate.
-`--transformers` also times its `generate` on the same sizes (after ours; it draws weights of its own). Prints Markdown.
+The floor of a decoded token is the number of bytes that its products must read (attention, router, the chosen experts,
+output head), divided by the card's copy rate, which is measured in the same run. The floor of a prompt is its
+operations, divided by the measured bf16 matmul rate. `--transformers` also times the `generate` of transformers on the
+same sizes, after ours and with its own random weights. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def decode_floor(args: ModelArgs, batch: int, copy: float) -> float:
-    """Seconds; at a batch of B the expected number of distinct experts is read, E · (1 - (1 - K/E)^B)."""
+    """Seconds of a step: a batch of B reads the expected number of distinct experts, E · (1 - (1 - K/E)^B)."""
     active = args.parameter_counts()[1]
     E, K = args.moe.num_experts, args.moe.num_experts_per_tok
     experts = args.n_layers * 3 * args.dim * args.hidden_dim
@@ -94,7 +95,7 @@ def ours(
         seconds = statistics.median(times)
         report(implementation, f"decode, batch {batch}, {kind}", seconds, batch, decode_floor(args, batch, copy))
         print(f"| {implementation} | second token of the first call after, s | {ready:.2f} | – | – |", flush=True)
-        del graphs, steps  # and with them the cache
+        del graphs, steps  # frees the cache too
     for length in options.prefill:
         tokens = torch.randint(0, args.vocab_size, (1, length), device="cuda")
         last_B = torch.zeros(1, dtype=torch.int64, device="cuda")

@@ -1,10 +1,10 @@
-"""SPHINX's ensemble at its real size before Mixtral-8x7B at its real size, on one 80 GB card, with random weights.
+"""Times SPHINX's ensemble and Mixtral-8x7B together, at their real sizes with random weights, on one 80 GB card.
 
     python benchmarks/gpu_images.py [--quant int8] [--images 1 4] [--views 1 5] [--layers 32]
 
-Encoders in bf16, the network quantised. The floor of encoding is its operations, counted by torch, over the measured
-bf16 matmul rate. Images are new in every run, so nothing is kept of them; "again" is the same image a second time.
-Prints Markdown.
+Encoders are in bf16, and the network is quantised. The floor of encoding is its operations, which torch counts, divided
+by the measured bf16 matmul rate. Images are new in every run, so no features are cached; "again" is the same image a
+second time. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def first(decoder: Decoder, ids: list[int], features: Features | None) -> None:
 
 
 def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
-    """Projections, start and end learn; network and encoders are frozen; images of one view, 128 tokens each."""
+    """Trains projections, start and end; network and encoders are frozen. Each image has one view and 128 tokens."""
     args = args.replace(trainable_mode="mm_stage1")
     tower = random_tower(1)
     torch.cuda.reset_peak_memory_stats()

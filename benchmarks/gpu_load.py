@@ -1,10 +1,11 @@
-"""A checkpoint of Mixtral-8x7B's layer sizes onto one card, timed beside reading the same files.
+"""Times loading a checkpoint of Mixtral-8x7B's layer sizes onto one card, against reading the same files.
 
     python benchmarks/gpu_load.py --dir DIR [--layers 8]
 
-Writes a Hugging Face folder of random bf16 weights into DIR (8 of 32 layers: 24 GB), then, with a page cache dropped
-(root) and with a warm one: reads the files with several threads into a buffer, and loads the folder onto the card in
-either implementation. Some tensors are compared with what was written. Prints Markdown; deletes the folder.
+Writes a Hugging Face folder of random bf16 weights into DIR (8 of 32 layers: 24 GB). Then it reads the files with
+several threads into a buffer, and loads the folder onto the card in both implementations: first with a dropped page
+cache (this needs root), then with a warm one. Some tensors are compared with what was written. Prints Markdown and
+deletes the folder.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def random_tensors(args: ModelArgs, device: str) -> dict[str, Lazy]:
-    """Canonical tensors drawn on the card when they are asked for, the same each time."""
+    """Canonical tensors that are drawn on the card when they are loaded, with the same numbers each time."""
     with torch.device("meta"):
         decoder = Decoder(args, "sparse")
     lock = threading.Lock()
@@ -70,7 +71,7 @@ def random_tensors(args: ModelArgs, device: str) -> dict[str, Lazy]:
 
 
 def places_of(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Canonical tensors and where they lie in the network."""
+    """The network's own tensors by their canonical names."""
     return {shard.name: shard.tensor for shard in local_tensors(decoder)}
 
 
@@ -99,13 +100,13 @@ def measure(folder: Path, files: list[Path], size: int, args: ModelArgs, device:
                 flush=True,
             )
             check(decoder, tensors)
-            del decoder, checkpoint  # with it the file mappings, whose pages could not be dropped
+            del decoder, checkpoint  # closes the file mappings too, whose pages could not be dropped
             if device == "cuda":
                 torch.cuda.empty_cache()
 
 
 def check(decoder: Decoder, tensors: dict[str, Lazy]) -> None:
-    """A few tensors of every kind against what was drawn."""
+    """Compare a few tensors of every kind with the numbers that were drawn."""
     places = places_of(decoder)
     last, most = decoder.args.n_layers - 1, decoder.args.moe.num_experts - 1
     for name in (
@@ -140,6 +141,7 @@ def read_files(files: list[Path]) -> float:
 
 
 def drop_caches() -> bool:
+    """Drop the page cache. False where that is not allowed, since it needs root."""
     try:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -149,7 +151,7 @@ def drop_caches() -> bool:
 
 
 class AnonymousPeak:
-    """The most anonymous memory above what was there at the beginning, sampled every 10 ms."""
+    """How far anonymous memory rises above its value at the beginning, sampled every 10 ms: `gigabytes`, at the end."""
 
     def __enter__(self) -> AnonymousPeak:
         self._begin = self._most = self._now()

@@ -1,13 +1,14 @@
-"""Quantised Mixtral-8x7B at its real size with random weights on one 80 GB card: loading, decoding, prompts, QLoRA.
+"""Times loading, decoding, prompts and QLoRA of quantised Mixtral-8x7B at its real size on one 80 GB card.
 
     python benchmarks/gpu_quant.py [--formats int8 int4 nf4 fp8] [--layers 32] [--qlora nf4 int4]
     python benchmarks/gpu_quant.py --products 32 128 512 1024 2048 4096 8192 [--formats int4 nf4 int8]
 
-The weights come as a stream of 16-bit tensors, one at a time, as from a checkpoint, and are quantised on arrival. The
-floor of a decoded token is the bytes it must read over the card's copy rate, measured in the same run; of a prompt or
-a QLoRA step, the products' operations (twice forward's for a frozen base) over the measured bf16 matmul rate.
-`--products` times one layer's three products for so many (token, expert) pairs: dequantised tile by tile inside the
-product, and as a whole before it. Prints Markdown.
+The weights are random. They come as a stream of 16-bit tensors, one at a time, as from a checkpoint, and are quantised
+on arrival. The floor of a decoded token is the number of bytes that it must read, divided by the card's copy rate,
+which is measured in the same run. The floor of a prompt or a QLoRA step is the products' operations (twice forward's
+for a frozen base), divided by the measured bf16 matmul rate. `--products` times one layer's three products for so many
+(token, expert) pairs in two ways: dequantised tile by tile inside the product, and as a whole before it. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from accessory.train.trainer import LossWeights, Trainer
 
 
 class Noise(Lazy):
-    """A bf16 tensor of normal numbers, drawn where it is copied to."""
+    """A bf16 tensor of normal numbers, drawn in the tensor that it is copied to. With `norm` it is all ones."""
 
     def __init__(self, shape: Sequence[int], norm: bool = False) -> None:
         self.shape, self.dtype, self.norm = tuple(shape), torch.bfloat16, norm
@@ -95,6 +96,7 @@ def main() -> None:
 
 
 def source(args: ModelArgs) -> Checkpoint:
+    """A checkpoint of noise, without files."""
     tensors: dict[str, Lazy] = {n: Noise(s, n.endswith("norm.weight")) for n, s in expected_shapes(args).items()}
     return Checkpoint(
         path=Path("noise"), layout="hf", args=args, llama_type=LlamaType("sparse"), tensors=tensors, files=[]
@@ -149,9 +151,9 @@ def decode(
 
 
 def bytes_read(args: ModelArgs, quant: Quant, experts: float) -> float:
-    """Of weights, when `experts` of each layer's are visited; the embedding is not read."""
+    """Bytes of weights that a step reads if it visits `experts` experts of each layer. The embedding is not read."""
     whole, one_less = quant.nbytes(args), quant.nbytes(args.replace(moe={"num_experts": args.moe.num_experts - 1}))
-    per_expert = whole - one_less  # of all layers
+    per_expert = whole - one_less  # in all layers together
     return whole - args.vocab_size * args.dim * 2 - (args.moe.num_experts - experts) * per_expert
 
 
@@ -182,7 +184,7 @@ def qlora(args: ModelArgs, format: str, options: argparse.Namespace, rate: float
 
 
 def products(args: ModelArgs, formats: Sequence[Format], pairs: Sequence[int]) -> None:
-    """A table of w1, w3 and w2's products, forward and backward, each with tiles dequantised inside and beforehand."""
+    """Print a table: products of w1, w3 and w2, forward and backward, dequantised inside the product and before it."""
     from triton.testing import do_bench
 
     from accessory.ops.triton import packed_grouped as tiles

@@ -1,12 +1,13 @@
-"""A training step of Mixtral-8x7B's real layers with random weights on one card, beside transformers and the floor.
+"""Times a training step of Mixtral-8x7B's real layers with random weights on one card: ours and transformers'.
 
     python benchmarks/gpu_train.py [--layers 2] [--batch 2] [--tokens 2048] [--parts passes full lora]
 
-`passes`: forward and backward on bf16 weights, without an optimiser. `full`: a whole step with weights, gradients and
-AdamW in fp32 and bf16 products, for transformers under autocast. `lora`: a step of LoRA (rank 16, attention and
-experts) on frozen bf16 weights; for transformers through peft where it is installed, and with all weights frozen and
-nothing added, which no LoRA can beat. Every figure with the balance loss. The floor is the operations of the products
-(three times forward's; twice for a frozen base) over the measured bf16 matmul rate. Prints Markdown.
+`passes` is forward and backward on bf16 weights, without an optimiser. `full` is a whole step with weights, gradients
+and AdamW in fp32 and bf16 products; transformers runs it under autocast. `lora` is a step of LoRA (rank 16, attention
+and experts) on frozen bf16 weights. transformers runs it through peft where that is installed, and once more with all
+weights frozen and nothing added, which no LoRA can beat. Every figure includes the balance loss. The floor is the
+operations of the products (three times forward's, twice for a frozen base), divided by the measured bf16 matmul rate.
+Prints Markdown.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def theirs(part: str, args: ModelArgs, options: argparse.Namespace) -> list[tupl
 
 
 def forward_flops(args: ModelArgs, batch: int, tokens: int) -> float:
-    """Two a multiplication: the products of every token (the embedding costs none), and causal attention."""
+    """Operations, two a multiplication: the products of every token (the embedding has none) and causal attention."""
     products = 2 * (args.parameter_counts()[1] - (2 * args.n_layers + 1) * args.dim) * batch * tokens
     return products + batch * args.n_layers * 2 * tokens**2 * args.n_heads * args.head_dim
 

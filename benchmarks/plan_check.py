@@ -1,11 +1,11 @@
-"""What `accessory plan` predicts beside what one card measures: networks of real layer sizes with random weights.
+"""Compares the memory that `accessory plan` predicts with measurements on one card, for layers of real size.
 
     python benchmarks/plan_check.py [--layers 2] [--seconds 115]
 
-Training in full, LoRA and QLoRA, with and without recomputing, in both implementations, at two numbers of tokens;
-prompts and decoding in bf16 and quantised, at two contexts; quantising while loading. Measured is torch's
-max_memory_allocated, which leaves out CUDA's context and holes in the allocator: those stand below the table. A case
-that fails is a line of the table; none is begun after `--seconds`. Prints Markdown.
+Weights are random. The cases are full training, LoRA and QLoRA, with and without recomputing, in both implementations,
+at two numbers of tokens; prompts and decoding, in bf16 and quantised, at two contexts; quantising while loading. The
+measurement is torch's max_memory_allocated. It leaves out CUDA's context and holes in the allocator, which are printed
+below the table. A case that fails is a line of the table. No case begins after `--seconds`. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ GENERATED = 48
 @dataclass(frozen=True)
 class Case:
     name: str
-    predict: Callable[[], tuple[int, str]]  # bytes, and of which moment
-    run: Callable[[], Any]  # what it returns is held until the peak has been read
+    predict: Callable[[], tuple[int, str]]  # bytes, and the name of the moment that takes them
+    run: Callable[[], Any]  # its result stays alive until the peak has been read
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def measure(case: Case, device: str) -> float | None:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    # What earlier cases have left, but for the libraries' workspaces, which are part of every prediction.
+    # Memory that earlier cases have left, without the libraries' workspaces: every prediction includes those.
     left = max(0, torch.cuda.memory_allocated() - WORKSPACE) if cuda else 0
     try:
         predicted, moment = case.predict()
@@ -113,7 +113,7 @@ def measure(case: Case, device: str) -> float | None:
 
 
 def cases(args: ModelArgs, options: argparse.Namespace) -> Iterator[Case]:
-    """The telling ones first: time may run out."""
+    """All cases. The most telling ones come first, because time may run out."""
     implementations: tuple[Implementation, ...] = ("sparse", "base")
     for implementation in implementations:
         for tokens in options.tokens:
@@ -257,7 +257,7 @@ def made(
 def fill(name: str, p: Tensor) -> None:
     if p.dtype in (torch.int8, torch.uint8):
         p.random_(0, 100)
-    elif p.dtype == torch.float8_e4m3fn:  # one row many times: torch draws no fp8 numbers, and fp32 takes memory
+    elif p.dtype == torch.float8_e4m3fn:  # the same row everywhere: torch draws no fp8, and fp32 takes memory
         p.copy_(torch.randn(p.shape[-1], device=p.device).to(p.dtype).expand(p.shape))
     elif name.endswith("norm.weight"):
         p.fill_(1.0)

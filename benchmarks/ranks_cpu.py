@@ -1,8 +1,8 @@
-"""One model over ranks of one CPU (gloo): time, processor time and communication per token.
+"""Measures one model on several ranks of one CPU (gloo): time, processor time and communication per token.
 
     python benchmarks/ranks_cpu.py demo-model
 
-`demo-model` is what `make demo` leaves. The cores are divided over the ranks. Prints Markdown.
+`demo-model` is the folder that `make demo` leaves. The ranks share the cores. Prints Markdown.
 """
 
 from __future__ import annotations
