@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
     weights: Collection[str] = ()  # "dense" or formats; empty means any quantised weight
     devices: Collection[str] = ("cpu", "cuda")
     capability: tuple[int, int] = (0, 0)  # the lowest compute capability
-    dtypes: Collection[str] = ("bfloat16", "float16", "float32")
+    dtypes: Collection[str] = ()  # none: any
     rows: tuple[int, int] | None = None  # the fewest and the most rows
     rows_an_expert: int | None = None  # the most rows an expert, on average
     multiple: int = 1  # in_features and out_features must be multiples of it
@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
             self.op == p.op
             and (p.weight in self.weights if self.weights else p.weight != DENSE)
             and p.device in self.devices
-            and p.dtype in self.dtypes
+            and (not self.dtypes or p.dtype in self.dtypes)
             and (p.device == "cpu" or p.capability >= self.capability)
             and (self.rows is None or self.rows[0] <= p.rows <= self.rows[1])
             and (self.rows_an_expert is None or p.rows <= self.rows_an_expert * p.experts)

@@ -29,7 +29,7 @@ MAX_SEQ_LEN = 256
 class Teller:
     """A model that answers with what it was asked about: the size of the image, or none."""
 
-    image_tokens = 7
+    image_words = 7
 
     def __init__(self) -> None:
         self.tokenizer = load_tokenizer(MIXTRAL_TOKENIZER)
