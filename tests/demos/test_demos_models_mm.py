@@ -63,6 +63,7 @@ def options(folder: Path) -> list[object]:
     return [*words, "--image_transform", "resized_center_crop"]
 
 
+@pytest.mark.slow
 def test_a_single_question_to_a_model(seeing, model, browser, files, tmp_path):
     command = web.demo_command("single_turn_mm.py", *options(seeing), "--port", 0)
     check_single(command, model, browser, files, tmp_path)

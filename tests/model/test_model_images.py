@@ -174,6 +174,7 @@ def test_ranks_see_alike(folder, model, path, world):
             equal(ours, theirs[:, ::97])
 
 
+@pytest.mark.slow
 def test_a_wrapper_of_ranks_takes_images(folder, model, path):
     images = [picture(), None, model.image_processor.open(path)]
     options = {"with_visual": True, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}

@@ -78,6 +78,7 @@ def test_any_layout_on_any_number_of_ranks_gives_the_same(folders, alone, world)
             assert parameters <= 1.1 * ARGS.parameter_counts()[0] / world + 2 * ARGS.dim * ARGS.head_dim * ARGS.n_layers
 
 
+@pytest.mark.slow
 def test_eight_ranks_from_two_layouts(folders, alone):
     """The quick part of 8 ranks: whole experts from 1 file, slices from 2, key/value heads shared by two ranks each."""
     for found in run_ranks(two_layouts, 8, folders):

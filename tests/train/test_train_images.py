@@ -157,7 +157,8 @@ def test_a_loop_over_transformers_learns_the_same(implementation):
     close(train(implementation), oracle())
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks_learn_the_same(world):
     """Also where a rank has no image in a step while another has one, so that none waits for the other's gradient."""
     tensors = oracle_tensors(ARGS) | projections()

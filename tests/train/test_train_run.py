@@ -27,6 +27,7 @@ def test_a_run_writes_all_that_it_promises(whole):
 # --------------------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_killed_while_saving_it_goes_on(inputs, whole, tmp_path):
     """One run, killed at each of the places where files are half made, until it ends."""
     fields = runs.options(inputs, tmp_path / "run", resume="auto", keep=1)
@@ -114,6 +115,7 @@ def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
 # --------------------------------------------------------------------------- resumed elsewhere
 
 
+@pytest.mark.slow
 def test_fewer_ranks_and_the_other_implementation_go_on(inputs, tmp_path):
     """Two data-parallel ranks, one of base, one of sparse: one curve, moments and schedule included."""
     stages = [(2, "mixtral", {}), (1, "mixtral", {}), (1, "mixtral_sparse", {})]
