@@ -221,6 +221,7 @@ def test_two_writers_of_one_folder(source, tmp_path, monkeypatch):
     assert verify(source, tmp_path / "out", progress=False).ok
 
 
+@pytest.mark.slow
 def test_anonymous_memory_stays_small(tmp_path):
     """184 MB, two tensors of 67 MB among them: what is held at once is blocks, in two to four threads."""
     args = ARGS.replace(dim=1024, hidden_dim=1024, vocab_size=32768, n_layers=1)

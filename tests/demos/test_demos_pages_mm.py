@@ -284,7 +284,7 @@ def test_an_image_alone_is_captioned(single, pages, files):
 # --------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("kind", ["multi", "single"])
+@pytest.mark.parametrize("kind", [pytest.param("multi", marks=pytest.mark.slow), "single"])
 def test_what_is_no_image_is_one_line_that_names_it(kind, visit, pages, files):
     visitor = visit(kind)
     for name, words in (

@@ -163,7 +163,8 @@ def on_ranks(rank, world, folder, path):
     return logits, model.generate(PROMPTS, images, **GENERATE), model.image_processor.tower.runs
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks_see_alike(folder, model, path, world):
     images = [picture(), None, path]
     logits, texts = model.compute_logits(PROMPTS, images), model.generate(PROMPTS, images, **GENERATE)

@@ -165,7 +165,7 @@ def test_calls_from_threads_wait_for_one_another(wrapper, expected):
     assert found == {n: expected.generate([PROMPT], max_gen_len=n) for n in (3, 5, 7)}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_is_one_error_and_the_next_call_works(wrapper, expected, victim):
     stream = wrapper.stream_generate(PROMPT, **LONG)
     next(stream)
@@ -193,6 +193,7 @@ def test_a_stuck_rank_is_one_error_and_the_next_call_works(wrapper, expected, mo
     assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_between_calls_is_noticed_by_the_next(wrapper, expected):
     os.kill(wrapper._ranks[1]._process.pid, signal.SIGKILL)
     time.sleep(0.5)

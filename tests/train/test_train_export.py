@@ -68,7 +68,7 @@ def test_a_full_finetune_is_a_checkpoint_like_any_other(inputs, trained, tmp_pat
         close(theirs(TOKENS_BT).logits, wanted)
 
 
-@pytest.mark.parametrize("kind", ["mixtral_peft", "mixtral_sparse_peft"])
+@pytest.mark.parametrize("kind", [pytest.param("mixtral_peft", marks=pytest.mark.slow), "mixtral_sparse_peft"])
 def test_adapters_alone_are_loaded_behind_the_base(inputs, trained, tmp_path, kind):
     final, wanted = trained(llama_type=kind, **LORA)
     only, again = trained("only", llama_type=kind, only_save_trainable=True, **LORA)

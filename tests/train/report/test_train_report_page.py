@@ -245,7 +245,15 @@ def test_odd_runs_have_a_report(tmp_path, opened):
             assert page.get_by_text("3 steps without a finite loss").is_visible()
 
 
-@pytest.mark.parametrize(("steps", "layers", "experts"), [(1, 1, 2), (2, 3, 8), (47, 12, 8), (1000, 32, 8)])
+@pytest.mark.parametrize(
+    ("steps", "layers", "experts"),
+    [
+        pytest.param(1, 1, 2, marks=pytest.mark.slow),
+        (2, 3, 8),
+        pytest.param(47, 12, 8, marks=pytest.mark.slow),
+        (1000, 32, 8),
+    ],
+)
 def test_nothing_lies_over_anything_else(tmp_path, opened, steps, layers, experts):
     path = write_report(written(tmp_path, records(steps, layers, experts, evals=min(steps, 5), first=1)))
     page = opened(path)
