@@ -1,4 +1,4 @@
-"""Adapters for tests: random LoRA, biases and norms beside the canonical tensors of `helpers.checkpoints`."""
+"""Adapters for tests: random LoRA, biases and norms for the canonical tensors of `helpers.checkpoints`."""
 
 from __future__ import annotations
 

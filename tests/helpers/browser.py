@@ -1,4 +1,4 @@
-"""A demo as a process of its own, and headless Chromium to use it with. Nothing here waits without an end."""
+"""Starts a demo as a separate process and uses it in headless Chromium. Every wait has a time limit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 WAIT = 20.0  # seconds that a page may take to show anything
-# Every status that the page has shown since the last question: a short one would be missed by looking now and then, and
-# the last answer's must not be taken for this one's.
+# Records every status that the page has shown since the last question: polling would miss a short one, and the last
+# answer's status must not be taken for this one's.
 RECORD = """
 window.said = [];
 let last = "";
@@ -38,7 +38,7 @@ new MutationObserver(() => {
 
 
 def missing() -> str | None:
-    """Why no page can be driven here, None if one can."""
+    """Says what is missing to use a page here; None if nothing is."""
     for name in ("gradio", "playwright"):
         if importlib.util.find_spec(name) is None:
             return f"needs {name}: pip install {name}"
@@ -58,7 +58,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Served:
-    """A demo started as `command` in `folder`, once it has printed where it is to be found."""
+    """A demo started as `command` in `folder`, once it has printed its address."""
 
     def __init__(self, command: Sequence[str], folder: Path, log: Path) -> None:
         self.log = log
@@ -86,7 +86,7 @@ class Served:
         return [parent, *parent.children(recursive=True)]
 
     def interrupt(self) -> float:
-        """What Ctrl-C in a terminal does (torchrun passes it on to its ranks); returns the seconds it took to end."""
+        """Sends SIGINT as Ctrl-C does (torchrun passes it on to its ranks); returns the seconds until it ended."""
         family, started = self.family(), time.monotonic()
         os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(WAIT)
@@ -124,8 +124,8 @@ class Visitor:
         self.page.fill(f"#{field} input, #{field} textarea", str(value))
 
     def choose(self, field: str, option: str) -> None:
-        # Enter, pressed before the page has filtered the list, chooses nothing and shows what was typed. Left alone,
-        # the field shows what is chosen.
+        # Enter chooses nothing if the page has not filtered the list yet; the field then shows what was typed. Once it
+        # loses the focus, the field shows what is chosen.
         chooser = self.page.locator(f"#{field} input")
         for _ in range(5):
             chooser.fill(option)
@@ -165,11 +165,11 @@ class Visitor:
         return self.page.input_value("#question textarea")
 
     def answer(self) -> str:
-        """A page of single turns."""
+        """The answer on a page of single turns."""
         return self.page.input_value("#output textarea")
 
     def rounds(self) -> list[tuple[str, str]]:
-        """(who, what) of a dialogue; Markdown has been made of what. Images are left out."""
+        """(who, text) of each message of a dialogue, the text as Markdown shows it. Images are left out."""
         shown = self.page.locator("#output [data-testid=user], #output [data-testid=bot]").all()
         said = [m for m in shown if not m.locator("img").count()]
         return [(m.get_attribute("data-testid"), (m.text_content() or "").strip()) for m in said]
@@ -190,18 +190,18 @@ class Visitor:
         self.expect(self.page.locator("#image img")).to_have_count(0)
 
     def says(self, text: str) -> None:
-        """Wait until this, and no more, is the status."""
+        """Wait until the status is exactly this text."""
         self.expect(self.page.locator("#status")).to_have_text(re.compile(rf"^\s*{re.escape(text)}\s*$"))
 
     def complaint(self) -> str:
-        """The text of the note that popped up; closes it."""
+        """Closes the note that popped up and returns its text."""
         note = self.page.locator(".toast-body").first
         text = note.inner_text()
         note.locator("button").last.click()
         return text
 
     def afresh(self) -> None:
-        """As it was when it was opened."""
+        """Puts the page back into the state in which it was opened."""
         self.press("clear")
         self.expect(self.page.locator("#question textarea")).to_have_value("")
         self.page.wait_for_function(
@@ -215,7 +215,7 @@ class Visitor:
 
 
 def demo_command(script: str, *options: object, ranks: int | None = None, port: int = 0) -> list[str]:
-    """Start `demos/<script>` as the tutorial does; `ranks`: with torchrun, which meets on `port`."""
+    """The command that starts `demos/<script>` as the tutorial does; with `ranks`, by torchrun on port `port`."""
     launcher = [sys.executable]
     if ranks is not None:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]

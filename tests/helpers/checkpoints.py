@@ -1,7 +1,7 @@
 """Checkpoints for tests: random canonical tensors, and writers of each layout that share no code with the package.
 
-The writers follow the published descriptions of the layouts in plain torch, so that readers have something to be held
-against that is not themselves.
+The writers follow the published descriptions of the layouts in plain torch, so that the package's readers are tested
+against independent code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accessory.config import ModelArgs, MoEArgs
 
 Tensors = dict[str, Tensor]
 
-# Divides by 8 everywhere; no two sizes are alike, and heads × head_dim is not dim.
+# 8 divides every size, no two sizes are alike, and heads × head_dim is not dim.
 ARGS = ModelArgs(
     dim=48,
     hidden_dim=40,
@@ -58,7 +58,7 @@ def random_tensors(args: ModelArgs = ARGS, *, dtype: torch.dtype = torch.bfloat1
 
 
 def companions(args: ModelArgs = ARGS, *, rank: int = 3, seed: int = 1) -> Tensors:
-    """Biases and LoRA of a column-parallel, a row-parallel and an expert's linears, in every layer."""
+    """Biases and LoRA of every layer: for a column-parallel linear, a row-parallel one, w1 and w2 of each expert."""
     generator = torch.Generator().manual_seed(seed)
     q, d, f = args.n_heads * args.head_dim, args.dim, args.hidden_dim
     linears = {"attention.wq": (q, d), "attention.wo": (d, q)}
@@ -110,7 +110,10 @@ def write_torrent(folder: Path, tensors: Tensors, args: ModelArgs = ARGS, *, par
 
 
 def split_into_pieces(file: Path, count: int) -> None:
-    """As the 87 GB file was published: -split0 … to be concatenated; odd sizes cut through tensors and elements."""
+    """Cuts `file` into -split0, -split1, …, to be concatenated, as the 87 GB file was published.
+
+    The pieces have odd sizes, so that cuts go through tensors and elements.
+    """
     data = file.read_bytes()
     size = -(-len(data) // count) | 1
     for i in range(count):
@@ -133,7 +136,7 @@ def write_official(folder: Path, tensors: Tensors, args: ModelArgs = ARGS, *, fo
 
 
 def half_split(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of interleaved rotary pairs to Hugging Face's order, as its conversion script does it."""
+    """Puts rows of interleaved rotary pairs into Hugging Face's order, as its conversion script does."""
     rows, columns = weight.shape
     return weight.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
 
@@ -215,7 +218,7 @@ def write_hf(
 
 
 def shard(tensors: Tensors, implementation: str, rank: int, world: int, args: ModelArgs = ARGS) -> Tensors:
-    """What shard `rank` of `world` holds, without prefix, after the original's table."""
+    """The tensors of shard `rank` of `world`, names without prefix, by the original's table."""
 
     def chunk(tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(world, dim)[rank].contiguous()

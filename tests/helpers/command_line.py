@@ -1,4 +1,4 @@
-"""The command `accessory` in tests: folders to give it, lines that are typed, and a process of its own."""
+"""The command `accessory` in tests: input folders, typed lines, and runs in a separate process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_hf(folder: Path) -> Path:
 
 
 def convert_to_base(folder: Path) -> Path:
-    """The same model beside it, in two shards."""
+    """Converts the model to folder `base` next to it, in two shards."""
     path = folder.with_name("base")
     assert main(["convert", str(folder), str(path), "--to", "base", "--shards", "2"]) == 0
     return path

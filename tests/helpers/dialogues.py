@@ -1,8 +1,8 @@
-"""Dialogues for tests, what a model learns of them, and the ids mistral-common gives them."""
+"""Dialogues for tests, the spans a model learns from them, and the ids mistral-common gives them."""
 
 import pytest
 
-# "hi" and "more" as Mixtral-Instruct asks them.
+# The ids of the user messages "hi" and "more" in Mixtral-Instruct's format.
 HI = [733, 16289, 28793, 12014, 733, 28748, 16289, 28793]
 MORE = [733, 16289, 28793, 680, 733, 28748, 16289, 28793]
 
@@ -11,7 +11,7 @@ _MISTRAL: dict = {}  # version -> tokenizer; loading takes a while
 
 
 def dialogue(*turns, system=None):
-    """User and assistant in turn."""
+    """Messages of user and assistant in turn."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 

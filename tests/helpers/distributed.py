@@ -1,4 +1,4 @@
-"""Real processes that form a gloo group, run one function, and are judged by what they returned."""
+"""Real processes that form a gloo group, run one function and return its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """`function(rank, world, *args)` on every rank of a gloo group; the results in order of rank.
+    """Runs `function(rank, world, *args)` on every rank of a gloo group; returns the results in order of rank.
 
-    Fails with the ranks' tracebacks. How a process ends after it has returned its result is not looked at: gloo now and
-    then aborts at interpreter exit.
+    Fails with the ranks' tracebacks. Ignores how a process ends after it has returned its result, because gloo
+    sometimes aborts at interpreter exit.
     """
-    # Forked from a server that has read torch once; each process would need seconds for that.
+    # Ranks are forked from a server that has imported torch once; in each process the import would take seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accessory.train.run", "torch.distributed.fsdp"])
     queue = context.Queue()
@@ -36,7 +36,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
                 results[rank] = None if failure else pickle.loads(result)
                 if failure:
                     failures.append(f"rank {rank}:\n{failure}")
-                    break  # the others may wait for this one for ever
+                    break  # the other ranks may wait for this one for ever
             assert not failures, "\n".join(failures)
             return [results[r] for r in range(world)]
         finally:
@@ -60,7 +60,7 @@ def _main(function: Callable[..., Any], rank: int, world: int, store: str, queue
         )
         result = function(rank, world, *args)
         dist.barrier()
-        # By value: a queue would hand tensors over through this process, which may be gone when they are fetched.
+        # Pickled here: a queue would share tensors through this process, which may end before they are read.
         queue.put((rank, pickle.dumps(result), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

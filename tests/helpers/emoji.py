@@ -1,4 +1,4 @@
-"""Emoji that tests make up, and packages of them."""
+"""Made-up emoji, and a stand-in for the package of their font."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def make(text: str, name: str, group: str) -> Emoji:
 
 
 def no_font(*_: object) -> Path:
-    """In the place of `packages.noto_font`."""
+    """Stands in for `packages.noto_font` where apt-get is missing."""
     raise InputError("apt-get: not found")

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback: the routes huggingface_hub uses, a request log, and faults."""
+"""A stand-in for the Hugging Face Hub on localhost: the routes huggingface_hub uses, a request log, and faults."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-LFS_BYTES = 1000  # as on the Hub, files above some size are served from another address
+LFS_BYTES = 1000  # larger files are served from another address, as on the Hub
 
 
 @dataclass
 class Repo:
-    """One repository: its files, the name of its branch, and what shall go wrong."""
+    """One repository: its files, the name of its branch, and the faults it has."""
 
     files: Mapping[str, bytes]
     revision: str = "main"
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(repo, path, headers)
         name = self.request_log.path.split("/resolve/")[0]
         headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
-        # Another host name, as the Hub's storage has: the client must not follow it before it has read these headers.
+        # Another host name, as the Hub's storage has: the client must read these headers before it follows.
         elsewhere = self.server.url.replace("127.0.0.1", "localhost")
         self._send(302, b"", headers | {"Location": f"{elsewhere}/lfs/{name}/{quote(path)}"})
 

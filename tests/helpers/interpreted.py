@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: what tests of kernels share."""
+"""Helpers for tests that run Triton kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def interpret(test_file: str, statement: str) -> None:
     """Run `statement`, in which `t` is the test's own module, in Triton's interpreter.
 
-    Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    Triton decides at import whether it interprets, so the statement runs in a separate process.
     """
     test = Path(test_file)
     code = (
@@ -28,6 +28,6 @@ def interpret(test_file: str, statement: str) -> None:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """The error's norm by what is wanted's, in fp64."""
+    """The norm of the error divided by the norm of `want`, in fp64."""
     got, want = got.double().cpu(), want.double().cpu()
     return float((got - want).norm() / want.norm().clamp_min(1e-9))

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes(module) as live:` counts the storages that operations make, and that are gone again; `peak` is
-    the most there were at once. What `module` holds is not counted."""
+    """`with LiveBytes(module) as live:` counts the bytes of storages that operations allocate, until they are freed.
+
+    `live.now` is the present number of bytes, `live.peak` the largest. The tensors of `module` are not counted.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bases and adapters to merge, the merge as tests call it, and what they hold its results against."""
+"""Bases and adapters to merge, the merge as tests call it, and the values its results are compared with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_base(parent: Path) -> Path:
 
 
 def write_exact_base(parent: Path) -> Path:
-    """Of the same weights before they were rounded."""
+    """Writes a base of the same weights in fp32, before they were rounded."""
     return make.write_accessory(parent / "exact", TENSORS, "sparse", world=2)
 
 

@@ -1,4 +1,4 @@
-"""Small image files, good ones and every kind of broken one; made with Pillow, or byte by byte where it refuses."""
+"""Small image files, good and broken in every way; made with Pillow, or byte by byte where Pillow refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def png_header(width: int, height: int, bits: int = 8, colour: int = 2) -> bytes:
-    """A PNG that promises a size and holds next to nothing of it."""
+    """A PNG whose header states a size and whose data has almost none of the pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -49,7 +49,7 @@ def palette_with_alpha() -> bytes:
     return encoded(image, "PNG", transparency=bytes(range(16)))
 
 
-# name -> (file's bytes, what is said of it)
+# name -> (file's bytes, pattern of the error message)
 BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", r"is empty \(0 bytes\); give an image's file"),
     "text": (b"not a picture at all", r"is not an image, or of a format that is not read; known are JPEG, PNG, WEBP"),
@@ -91,7 +91,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "cut in the header": (encoded(noise(8, 8), "JPEG")[:40], r"begins as JPEG does, but its header is broken or trunc"),
 }
-# Of these, only decoding shows it.
+# These files have good headers; only decoding shows that they are broken.
 BROKEN_INSIDE: dict[str, tuple[bytes, str]] = {
     "truncated JPEG": (encoded(noise(64, 64), "JPEG")[:2000], r"is truncated \(.+\); get it again, or leave it out"),
     "truncated PNG": (encoded(noise(64, 64), "PNG")[:2000], r"is truncated \(.+\); get it again, or leave it out"),

@@ -1,4 +1,4 @@
-"""A small checkpoint and its quantised folders, of every format."""
+"""A small checkpoint, and a quantised folder of it in every format."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from helpers.sizes import CUTTABLE
 from helpers.small_tokenizers import byte_level_folder
 
 ARGS = CUTTABLE.replace(n_layers=1, vocab_size=352)
-CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}  # format → of attention
+# format of the experts → format of attention
+CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}
 QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
 EXPERT = "layers.0.feed_forward.experts.3.w1.weight"
 
 
 def half_tensors() -> Tensors:
-    """bfloat16 but norms and routers, as such folders have them."""
+    """Weights in bfloat16, norms and routers in float32, as in quantised folders."""
     found = {n: t.bfloat16() for n, t in canonical_from_hf(hf_mixtral(ARGS)).items()}
     return found | {n: t.float() for n, t in found.items() if n.endswith(("norm.weight", "gate.weight"))}
 
@@ -31,7 +32,7 @@ def write_source(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_quantized(source: Path, root: Path, formats: Iterable[str] = CHOICES) -> Path:
-    """`root`/format of each."""
+    """Writes the quantised folder `root`/<format> for each format."""
     for format in formats:
         quantize_checkpoint(source, root / format, QUANTS[format], search=False, progress=False)
     return root

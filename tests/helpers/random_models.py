@@ -1,4 +1,4 @@
-"""Random networks in transformers' implementation, the oracle, and the same weights under our names."""
+"""Random networks in transformers' implementation (the oracle), and the same weights under our names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hf_mixtral(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float3
     )
     torch.manual_seed(seed)
     model = MixtralForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():  # norms away from one, so that forgetting one shows
+    with torch.no_grad():  # no norm weight is one, so that a forgotten norm shows
         for name, p in model.named_parameters():
             if name.endswith("norm.weight"):
                 p.add_(torch.randn_like(p) * 0.1)
@@ -48,20 +48,20 @@ def hf_mixtral(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def write_speaking(folder: Path, args: ModelArgs, std: float = 0.2) -> None:
-    """A folder as transformers saves it, of the network that `hf_mixtral` gives, with Mixtral's tokenizer."""
+    """Saves the network of `hf_mixtral` as transformers does, and adds Mixtral's tokenizer."""
     hf_mixtral(args, std=std).save_pretrained(folder)
     shutil.copy(MIXTRAL_TOKENIZER, folder / "tokenizer.model")
 
 
 def half_to_interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Hugging Face's half-split rotary rows, (heads · d, …), as interleaved pairs; written out row by row."""
+    """Reorders Hugging Face's half-split rotary rows, (heads · d, …), into interleaved pairs, row by row."""
     d = rows.shape[0] // heads
     order = [h * d + (j // 2) + (d // 2) * (j % 2) for h in range(heads) for j in range(d)]
     return rows[order]
 
 
 def canonical_from_hf(model) -> dict[str, Tensor]:
-    """The oracle's weights under canonical names (whole tensors, one an expert)."""
+    """The oracle's weights under canonical names (whole tensors, one for each expert)."""
     c, out = model.config, {}
     state = {k: v.detach() for k, v in model.state_dict().items()}
     out["tok_embeddings.weight"] = state["model.embed_tokens.weight"]
@@ -88,7 +88,7 @@ def canonical_from_hf(model) -> dict[str, Tensor]:
 def decoder_from_canonical(
     args: ModelArgs, implementation: Implementation, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Decoder:
-    """A decoder filled without the project's loader, so that tests of the network do not lean on it."""
+    """A decoder filled without the project's loader, so that tests of the network do not depend on the loader."""
     decoder = Decoder(args, implementation).cast(dtype).eval()
     with torch.no_grad():
         for name, p in decoder.named_parameters():

@@ -24,7 +24,7 @@ CONFIG = {
 
 
 def records(steps: int, layers: int, experts: int, evals: int = 0, first: int = 1) -> Iterator[dict[str, Any]]:
-    """The records of a run from step `first` on, with so many held-out evaluations."""
+    """The records of `steps` steps from step `first` on, with `evals` held-out evaluations among them."""
     random = np.random.default_rng(0)
     for step in range(first, first + steps):
         done = step / (first + steps)
@@ -64,12 +64,12 @@ def written(folder: Path, items: Iterable[dict[str, Any]], config: dict[str, Any
 
 
 def shown(page: Path) -> str:
-    """A report's HTML without its scripts, in which anything may stand."""
+    """A report's HTML without its scripts, whose text a test must not match."""
     return re.sub(r"<script.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def hide_bokeh(monkeypatch: Any) -> None:
-    """Let Bokeh seem not to be installed."""
+    """Makes Bokeh look as if it were not installed."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bokeh" else found(name, *rest)

@@ -35,7 +35,7 @@ def dialogues(count: int = ITEMS, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path, items: Sequence[Any], name: str = "data") -> Path:
-    """Items, or lines as they are, as a .jsonl and the YAML that names it."""
+    """Writes items to a .jsonl (strings as they are, others as JSON) and the YAML that names it; returns the YAML."""
     lines = [item if isinstance(item, str) else json.dumps(item) for item in items]
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     meta = folder / f"{name}.yaml"
@@ -52,7 +52,7 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def write_inputs(folder: Path) -> Path:
-    """`folder`/model, data.yaml and held.yaml."""
+    """Writes `folder`/model, `folder`/data.yaml and `folder`/held.yaml."""
     write_model(folder / "model")
     write_data(folder, dialogues())
     write_data(folder, dialogues(6, seed=1), "held")
@@ -60,7 +60,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def options(inputs: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Fields of a run of 2 × 6 steps in fp32, a state every 3 steps."""
+    """Fields of a run of 2 × 6 steps in fp32 that saves a state every 3 steps."""
     return {
         "pretrained_path": [str(inputs / "model")],
         "data_config": str(inputs / "data.yaml"),
@@ -96,7 +96,7 @@ def records(output: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 
 def curve(output: Path) -> list[tuple[int, float, float, float]]:
-    """(step, cross-entropy, balance, gradient norm) as they stand in the file."""
+    """(step, cross-entropy, balance, gradient norm) of each record in the file."""
     return [(r["step"], r["loss"], r["balance"], r["grad_norm"]) for r in records(output)]
 
 
@@ -108,7 +108,7 @@ def same_curve(got: list[tuple[int, ...]], wanted: list[tuple[int, ...]], tolera
 
 
 def steps_written(output: Path) -> int:
-    """The last step of which the file says something; 0 where there is none."""
+    """The last step that metrics.jsonl has a record of; 0 if there is none."""
     path = output / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
     found = [int(m[1]) for line in lines if (m := re.search(rb'"kind":"train","step":(\d+)', line))]
@@ -128,13 +128,13 @@ def newest_state(output: Path) -> dict[str, Any]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file's size and time of writing."""
+    """Size in bytes and modification time in ns of every file."""
     files = (p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else ()
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
 
 def refused(inputs: Path, output: Path, *words: str, **changes: Any) -> None:
-    """The run ends with one line that holds `words`, and its folder is as it was."""
+    """Checks that the run fails with a one-line message that contains `words`, and leaves its folder as it was."""
     import pytest
 
     from accessory.errors import AccessoryError
@@ -154,13 +154,13 @@ def refused(inputs: Path, output: Path, *words: str, **changes: Any) -> None:
 
 @dataclass
 class Started:
-    """Processes that carry out one run, one a rank, and what they say on stderr."""
+    """The processes of one run, one for each rank, and the files of their output."""
 
     processes: list[Any]
     logs: list[Path]
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit statuses (-9: killed); what has not ended by then hangs, and the test fails."""
+        """Returns the exit statuses (-9: killed). The test fails if a process has not ended after `timeout` seconds."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -184,7 +184,7 @@ class Started:
         return self.logs[rank].read_text(encoding="utf-8") if self.logs[rank].exists() else ""
 
     def errors(self) -> list[str]:
-        """The lines of all ranks that say what went wrong."""
+        """The lines with "error" in the output of all ranks."""
         return [line for rank in range(len(self.logs)) for line in self.said(rank).splitlines() if "error" in line]
 
 
@@ -198,12 +198,12 @@ def start(
 ) -> Started:
     """Carry a run out as the command does, on `ranks` gloo ranks with torchrun's variables.
 
-    prepare(rank, *arguments): called in each process first, to arrange for what is to go wrong there.
+    Each process first calls `prepare(rank, *arguments)`, which arranges the fault that the process shall have.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["accessory.train.run", "torch.distributed.fsdp", "bokeh.plotting", "bokeh.embed"]
-    )  # or each process reads them anew
+    )  # imported once here, not in each process
     logs = logs or Path(fields["output_dir"] + ".logs")
     logs.mkdir(parents=True, exist_ok=True)
     environment = {}
@@ -242,7 +242,7 @@ def _carry_out(
     status = outcome(lambda: carry_out(FinetuneConfig(**fields)))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # gloo now and then aborts while an interpreter ends
+    os._exit(status)  # gloo sometimes aborts at interpreter exit
 
 
 # --------------------------------------------------------------------------- kills
@@ -253,19 +253,19 @@ def die(*_: Any, **__: Any) -> None:
 
 
 SPOTS = (
-    "boxes",  # a state's tensors are written aside, its description is not
-    "description",  # half of it is
-    "unmarked",  # all of it is, and the folder is about to get its name
-    "named",  # it has, and older states are to be dropped
+    "boxes",  # a state's tensors are written under a temporary name, its description is not
+    "description",  # half of the description is written
+    "unmarked",  # the description is written; the folder is about to get its final name
+    "named",  # the folder has its final name; older states are about to be removed
     "dropping",  # a state is half removed
-    "final",  # the finished checkpoint is written aside
-    "final unmarked",  # and is about to get its name
-    "report",  # the finished checkpoint is there
+    "final",  # the finished checkpoint is written under a temporary name
+    "final unmarked",  # the finished checkpoint is about to get its final name
+    "report",  # the finished checkpoint has its final name
 )
 
 
 def die_at(rank: int, spot: str, time_of: int = 1) -> None:
-    """Arrange for this process to be killed when it comes to `spot` the `time_of`-th time."""
+    """Arrange for this process to be killed when it reaches `spot` for the `time_of`-th time."""
     from accessory.checkpoint import atomic, save
     from accessory.train import run_folder, state
 
@@ -330,7 +330,7 @@ def die_at(rank: int, spot: str, time_of: int = 1) -> None:
 
 
 def signal_after(rank: int, step: int, *numbers: int) -> None:
-    """Arrange for signals to reach this process within `step`."""
+    """Arrange for the signals `numbers` to reach this process during step `step`."""
     from accessory.train.trainer import Trainer
 
     original, made = Trainer.step, [0]
@@ -340,27 +340,27 @@ def signal_after(rank: int, step: int, *numbers: int) -> None:
         if made[0] == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
-                time.sleep(0.05)  # Python's handlers run between instructions
+                time.sleep(0.05)  # Python runs signal handlers between instructions
         return original(self, *args)
 
     Trainer.step = wrapped  # type: ignore[method-assign]
 
 
 def signal_rank(rank: int, wanted: int, step: int, *numbers: int) -> None:
-    """The same for one rank alone."""
+    """Arrange the same for rank `wanted` alone."""
     if rank == wanted:
         signal_after(rank, step, *numbers)
 
 
 def scale_fp16(rank: int, scale: float) -> None:
-    """Arrange for a loss scale that overflows at first."""
+    """Arrange for fp16 to begin with loss scale `scale`, which overflows at first."""
     from accessory.train.optim import LossScale
 
     LossScale.for_dtype = classmethod(lambda cls, dtype: cls(scale))  # type: ignore[method-assign,assignment]
 
 
 def check_folder(output: Path) -> None:
-    """Everything in a run's folder that has a finished thing's name is that thing, whole."""
+    """Checks that every state and checkpoint with a final name in a run's folder is whole."""
     from accessory.checkpoint.folder import open_checkpoint
     from accessory.train.state import complete_states, read_state_info, state_tensors
 
@@ -374,7 +374,7 @@ def check_folder(output: Path) -> None:
 
 
 def left_over(output: Path) -> list[str]:
-    """What a finished run has no use for."""
+    """The names in a run's folder that a finished run should not leave."""
     known = {"config.yaml", "metrics.jsonl", "report.html", "states", "final"}
     odd = [p.name for p in output.iterdir() if p.name not in known]
     return odd + [p.name for p in (output / "states").iterdir() if not (p / "state.json").is_file() or "." in p.name]

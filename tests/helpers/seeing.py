@@ -1,4 +1,4 @@
-"""Whole folders of small models that see: the weights of a text model, random projections, random encoders."""
+"""Whole folders of small models with images: weights of a text model, random projections and random encoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARGS = SPEAKING.replace(max_seq_len=256)
 
 
 def seeing_tensors(args: ModelArgs, views: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Everything of such a model, fp32, under canonical names; encoders under ours."""
+    """All tensors of such a model in fp32, under canonical names; image encoders under the names of our modules."""
     generator = torch.Generator().manual_seed(seed + 1)
     assert args.vision is not None
     tensors = make.random_tensors(args, dtype=torch.float32, seed=seed)
@@ -43,7 +43,7 @@ def write_seeing(
     shards: int = 1,
     tokenizer: Path | None = None,
 ) -> Path:
-    """A folder of the accessory layout, `…_ens` or `…_ens5`; without `tokenizer`, with Mixtral's."""
+    """Writes a folder of the accessory layout, `…_ens` or `…_ens5`; its tokenizer is Mixtral's by default."""
     from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 
     args = args.replace(vision=vision or args.vision or tiny_clip())

@@ -13,7 +13,7 @@ D, F, H, G, LAYERS, VOCAB = 32, 48, 8, 8, 2, 264
 
 
 def write_small_gguf(path: Path) -> None:
-    """A random Llama with a tokenizer of single bytes and ChatML's control tokens; sizes that 8 shards divide."""
+    """A random Llama whose sizes 8 divides; its tokenizer has single bytes and ChatML's control tokens."""
     from tokenizers import pre_tokenizers
 
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

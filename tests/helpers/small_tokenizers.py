@@ -50,8 +50,10 @@ def byte_level_folder(folder: Path, chat_template: str | None = CHATML, **config
 
 
 def mixtral_json_folder(folder: Path, metaspace: str | None = None, **config: Any) -> Path:
-    """Mixtral's SentencePiece model rewritten as a tokenizer.json, as the folders on the Hub hold it; with `metaspace`,
-    a prepend scheme ("first", "always"), as transformers 5 writes it anew."""
+    """Writes Mixtral's SentencePiece model as a tokenizer.json, in the form that the folders on the Hub have.
+
+    With `metaspace`, a prepend scheme ("first", "always"), in the form that transformers 5 writes.
+    """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 

@@ -1,4 +1,4 @@
-"""Small trainings, the same whoever runs them: transformers, one process, several ranks."""
+"""Small training runs that transformers, one process and several ranks all run alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LR, CLIP, DECAY = 3e-3, 1.0, 0.1
 
 
 def documents(step: int) -> list[tuple[list[int], list[bool]]]:
-    """The (ids, learnt) of a step: of different lengths, partly learnt; two of them fit into one row of LENGTH."""
+    """The (ids, learnt) of a step's documents. Lengths differ, some ids are learnt, two fit a row of LENGTH."""
     generator = torch.Generator().manual_seed(100 + step)
     out = []
     for _ in range(DOCUMENTS):
@@ -33,7 +33,7 @@ def documents(step: int) -> list[tuple[list[int], list[bool]]]:
 
 
 def batches(step: int, *, packed: bool = False, parts: int = 1) -> list[Any]:
-    """The step's documents in `parts` micro-batches (or ranks' batches), a document a row, or two where `packed`."""
+    """The step's documents in `parts` micro-batches (or batches of ranks): one document a row, two if `packed`."""
     from accessory.data.batches import collate
     from accessory.data.dataset import Example
 
@@ -74,7 +74,7 @@ def hf_losses(steps: int = STEPS) -> list[tuple[float, float, float]]:
 
 
 def balance_by_definition(gate_NE: torch.Tensor, counted_BT: torch.Tensor) -> torch.Tensor:
-    """E / (T·K) · Σ_e count_e · mean_t p_te over the tokens that count, spelled out token by token."""
+    """E / (T·K) · Σ_e count_e · mean_t p_te over the tokens that count, computed token by token."""
     K, E = ARGS.moe.num_experts_per_tok, gate_NE.shape[1]
     p_TE = gate_NE.float().softmax(-1)[counted_BT.flatten()]
     counts = [0] * E
@@ -86,7 +86,7 @@ def balance_by_definition(gate_NE: torch.Tensor, counted_BT: torch.Tensor) -> to
 
 
 def oracle_tensors(args: ModelArgs = ARGS) -> dict[str, torch.Tensor]:
-    """The weights of transformers' model of `hf_losses` under canonical names."""
+    """The weights of the transformers model of `hf_losses`, under canonical names."""
     return {n: t.clone() for n, t in canonical_from_hf(hf_mixtral(args)).items()}
 
 
@@ -103,7 +103,7 @@ def make_decoder(
     quant: str | None = None,
     sees: bool = False,
 ) -> Any:
-    """The oracle's network, cut as `grid` says, through the project's own loading."""
+    """The oracle's network, loaded by the project's own code and cut by `mesh`."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
     from accessory.build import NetworkSpec, TrainingSpec, build
     from accessory.checkpoint.folder import Checkpoint

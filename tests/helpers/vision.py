@@ -1,4 +1,4 @@
-"""Ensembles of a few dozen channels, with random weights, and the images they look at."""
+"""Image encoder ensembles of a few dozen channels with random weights, and images for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accessory.vision_config import SPHINX, EncoderArgs, VisionArgs
 
 
 def _small(encoder: EncoderArgs, size: int, **config: Any) -> EncoderArgs:
-    """One of the ensemble's encoders with other sizes; of a part, what is given of it."""
+    """One of the ensemble's encoders with other sizes; a dict changes only the given keys of its part of the config."""
     parts = {key: encoder.config[key] | value for key, value in config.items() if isinstance(value, dict)}
     return replace(encoder, size=size, config=encoder.config | config | parts)
 
@@ -48,12 +48,12 @@ QFORMER = _small(
 
 
 def tiny_sphinx() -> VisionArgs:
-    """SPHINX's four encoders, small: 5 tokens of 32 + 40 + 48 channels and 3 queries of 24 a view; 64 × 64 pixels."""
+    """SPHINX's four encoders, small: each 64 × 64 view gives 5 tokens of 32 + 40 + 48 channels and 3 queries of 24."""
     return VisionArgs(encoders=(CLIP, CONVNEXT, DINOV2), query=QFORMER)
 
 
 def tiny_clip() -> VisionArgs:
-    """One small encoder and no query: 5 tokens of 32 channels of 28 × 28 pixels."""
+    """One small encoder and no query: 28 × 28 pixels give 5 tokens of 32 channels."""
     return VisionArgs(encoders=(CLIP,))
 
 
@@ -64,14 +64,14 @@ def random_tower(
     dtype: torch.dtype = torch.float32,
     cache_bytes: int = 2**20,
 ) -> VisionTower:
-    """A tower whose weights all are random and matter: none is the zero or one that it is initialised with."""
+    """A tower with random weights that all matter: none keeps its initial zero or one."""
     tower = VisionTower(args or tiny_sphinx(), views, cache_bytes=cache_bytes)
     randomise(tower, seed)
     return tower.to(dtype)
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    """Weights around zero, those that multiply (norms, layer scales) around one; the same for the same seed."""
+    """Draws weights around zero, and norms and layer scales around one; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(module.state_dict(keep_vars=True).items()):
@@ -87,7 +87,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 
 
 def random_pixels(args: VisionArgs, images: int = 1, views: int = 1, seed: int = 0) -> Tensor:
-    """(images, 3, P, P) fp32, smooth enough that resizing keeps something of it, about as CLIP normalises."""
+    """Random pixels (images, 3, P, P), fp32, about as CLIP normalises; smooth, so that resizing does not erase them."""
     generator = torch.Generator().manual_seed(seed)
     size = args.pixels(views)
     coarse = torch.randn(images, 3, 9, 9, generator=generator)
@@ -96,13 +96,13 @@ def random_pixels(args: VisionArgs, images: int = 1, views: int = 1, seed: int =
 
 
 def import_foreign(name: str) -> ModuleType:
-    """A library that weights were published with, or a skip naming it.
+    """Imports a library that weights were published with, or skips the test and names the library.
 
-    `pip install --no-deps --target FOLDER timm open_clip_torch ftfy wcwidth`, and FOLDER in PYTHONPATH for the tests
-    that want them only: where torchvision is missing, transformers believes in a timm that it then cannot import.
+    Install them with `pip install --no-deps --target FOLDER timm open_clip_torch ftfy wcwidth`. Put FOLDER in
+    PYTHONPATH only for the tests that need them: without torchvision, transformers finds timm but cannot import it.
 
-    They import torchvision, of which nothing here is needed: where it is not there, or does not fit this torch, names
-    stand in for it while they are imported, and are gone afterwards.
+    The libraries import torchvision, but the tests use nothing of it. If it is missing or does not fit this torch,
+    stand-in modules replace it during the import and are removed afterwards.
     """
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
@@ -123,7 +123,7 @@ def import_foreign(name: str) -> ModuleType:
 
 
 class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every module of torchvision: an `_Anything`."""
+    """Finds every module of torchvision and makes it an `_Anything`."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if fullname.split(".")[0] != "torchvision":
@@ -138,7 +138,7 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Anything(ModuleType):
-    """A module that has every name: a class of its own each."""
+    """A module that has every name; each is a new class."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -147,7 +147,7 @@ class _Anything(ModuleType):
 
 
 class _Names(type):
-    """Of a class that may be an enumeration: its members are their names."""
+    """Metaclass of these classes: an attribute is its own name, as the class may stand in for an enumeration."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("_"):
