@@ -1,4 +1,4 @@
-"""LoRA and biases beside weights: against the definition, and the same in both implementations."""
+"""LoRA and biases: against the definition, and the same in both implementations."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def adapted(implementation, tensors, dtype=torch.float32, adapters=True):
 
 
 def by_hand(decoder, tensors):
-    """The canonical weights with LoRA multiplied in, one linear at a time."""
+    """The canonical weights with LoRA merged in, one linear at a time."""
     out = dict(tensors)
     state = dict(decoder.named_parameters())
     for name in tensors:
@@ -85,7 +85,7 @@ def test_both_implementations_agree_with_biases_and_their_gradients_too(tensors)
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("kind", ["wo", "w1", "w2"])
 def test_a_bias_is_added_to_its_product(tensors, implementation, kind):
-    """Zero weights leave the bias alone: the layer's output is then known by hand."""
+    """All weights are zero and only the bias remains, so the layer's output is known by hand."""
     decoder = decoder_from_canonical(ARGS, implementation, tensors)
     add_adapters(
         decoder, {n: b for n, b in adapter_specs_for(ARGS.replace(lora_rank=-1)).items() if n.startswith("layers.0.")}

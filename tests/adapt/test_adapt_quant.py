@@ -1,4 +1,4 @@
-"""Quantised networks: every expert, never the router; what is loaded is the quantised whole, on any number of ranks."""
+"""Quantised networks: every expert but never the router; any number of ranks loads the same quantised weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from accessory.nn.linear import PackedWeight
 from accessory.ops.quantized import dequantize, quantize
 from accessory.parallel.mesh import DeviceMesh
 
-# Sizes whose groups survive four cuts.
+# Four ranks can cut these sizes without cutting through a group.
 ARGS = CUTTABLE
 TOKENS_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -63,7 +63,7 @@ def test_every_expert_is_quantized_and_the_router_never(tensors, format, impleme
     wanted = {f"layers.{i}.feed_forward.experts.{w}" for i in range(2) for w in ("w1", "w2", "w3")}
     wanted |= {f"layers.{i}.attention.{w}.weight" for i in range(2) for w in ("wq", "wk", "wv", "wo")}
     assert packed.keys() == wanted | ({"output.weight"} if format == "int8" else set())
-    for i in range(2):  # the router's bytes are the checkpoint's
+    for i in range(2):  # the router has the checkpoint's bytes
         gate = decoder.get_parameter(f"layers.{i}.feed_forward.gate.weight")
         assert torch.equal(gate, tensors[f"layers.{i}.feed_forward.gate.weight"])
     experts = sum(m.packed().nbytes for name, m in packed.items() if ".experts." in name)
@@ -130,7 +130,7 @@ def test_what_quant_says():
 
 
 def test_the_real_sizes_come_to_the_arithmetic():
-    """8x7B in GB: a byte a number beside the embedding (int8), or 0.523 with groups of 128 and a 16-bit head (int4)."""
+    """8x7B in GB: int8 takes 1 byte a weight, except the embedding; int4 takes 0.523 (groups of 128, 16-bit head)."""
     assert Quant.parse("int8").nbytes(ModelArgs()) / 1e9 == pytest.approx(46.9, abs=0.1)
     assert Quant.parse("int4").nbytes(ModelArgs()) / 1e9 == pytest.approx(24.83, abs=0.03)
     assert Quant.parse("nf4").nbytes(ModelArgs()) / 1e9 == pytest.approx(26.65, abs=0.03)
@@ -140,7 +140,7 @@ def test_the_real_sizes_come_to_the_arithmetic():
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 def test_lora_learns_beside_quantized_experts(tensors, implementation):
-    """The gradients are those of LoRA beside the dequantised weights."""
+    """LoRA gets the same gradients with quantised experts as with their dequantised weights."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
 
     args = ARGS.replace(lora_rank=4)
