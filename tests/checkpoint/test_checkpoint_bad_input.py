@@ -20,7 +20,7 @@ TENSORS = random_tensors()
 
 
 def fails(folder, message: str) -> None:
-    """Opening says so in one line; verify reports it (and exits with 1: `ok` is false); info says it is incomplete."""
+    """Opening fails with `message` in one line; verify is not ok (the command exits with 1); info says incomplete."""
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Lazy tensors go to a GPU in blocks, whatever their strides and dtypes; quantised ones as they lie."""
+"""Lazy tensors go to a GPU in blocks, with any strides and dtype; quantised ones as they are stored."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_copies_to_a_gpu_equal_the_file(tmp_path, dtype, block_bytes, monkeypatc
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_quantized_folder_is_what_quantizing_on_the_gpu_gives(tmp_path, format, implementation):
-    """Written by the CPU, what the GPU makes of the same weights while loading."""
+    """A folder that the CPU wrote holds what the GPU computes when it quantises the same weights while loading."""
     args = ModelArgs(
         dim=512, hidden_dim=768, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=64, moe=MoEArgs(num_experts=2)
     )
@@ -66,17 +66,17 @@ def test_a_quantized_folder_is_what_quantizing_on_the_gpu_gives(tmp_path, format
     stored = loaded(opened, quant=opened.quant)
     arrived = loaded(dense, quant=quant)
     for (name, one), (_, other) in zip(stored.named_parameters(), arrived.named_parameters(), strict=True):
-        if name.endswith(("nested", "offset")):  # of nf4-dq: less a mean, which a GPU sums in another order
+        if name.endswith(("nested", "offset")):  # nf4-dq subtracts a mean, which a GPU sums in another order
             torch.testing.assert_close(one, other)
             continue
         alike = (one.view(torch.uint8) == other.view(torch.uint8)).float().mean()
-        # A GPU divides a group's span by 15 by multiplying; a CPU rounds nf4-dq's scales on bitsandbytes' grid.
+        # int4: a GPU multiplies a group's span by 1/15. nf4-dq: a CPU rounds the scales on bitsandbytes' grid.
         assert alike == 1 or (format in ("int4", "nf4-dq") and alike > 0.99), (name, float(alike))
     meant = loaded(opened)
     tokens_BT = torch.arange(40, device="cuda").view(2, 20)
     with torch.inference_mode():
         want, got = meant(tokens_BT).logits, stored(tokens_BT).logits
-    # Products in fp8 round their inputs too. And a token that rounding sends to another expert truly differs.
+    # Products in fp8 round their inputs too. If rounding sends a token to another expert, its logits truly differ.
     bound = 8e-2 if format == "fp8" else 2e-2
     error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
     assert error.median() <= bound, error

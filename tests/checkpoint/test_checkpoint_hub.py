@@ -1,4 +1,4 @@
-"""hf:// addresses against a stand-in for the Hub on the loopback, driven through the real huggingface_hub."""
+"""hf:// addresses against a stand-in for the Hub on localhost, driven through the real huggingface_hub."""
 
 from __future__ import annotations
 
@@ -258,6 +258,6 @@ def test_an_address_is_taken_apart_as_it_was_put_together(owner, name, folders, 
     url = "/".join([f"hf://{owner}/{name}", *folders]) + tail
     address = hub.parse(url)
     assert (address.repo, address.folder, address.revision) == (f"{owner}/{name}", "/".join(folders), revision)
-    # pathlib makes one slash of two; an address must survive it.
+    # pathlib turns two slashes into one; an address must survive that.
     assert hub.is_remote(Path(url))
     assert hub.parse(Path(url)).folder == address.folder

@@ -84,7 +84,7 @@ def test_pieces_read_like_the_whole_file(pieces, unaligned, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("dim", "hidden", "experts"), [(64, 16, 4), (16, 16, 4), (24, 16, 3)])
 def test_torrent_w2_is_transposed_block_by_block(dim, hidden, experts, tmp_path):
-    """(E·F, D) of (F, D) blocks has as many elements as (E·D, F); where D = E·F or D = F, shapes mislead."""
+    """(E·F, D) of (F, D) blocks has as many elements as (E·D, F); if D = E·F or D = F, shapes mislead."""
     args = ARGS.replace(dim=dim, hidden_dim=hidden, moe=MoEArgs(num_experts=experts))
     tensors = random_tensors(args)
     for folder in (
@@ -118,7 +118,7 @@ def test_a_head_that_lacks_without_being_tied_is_missing(tmp_path):
 
 
 def test_what_transformers_saves_is_read(tmp_path):
-    """save_pretrained's own folder: its state dict, with q and k rows in the interleaved order."""
+    """A folder of save_pretrained reads as the model's state dict with q and k rows in the interleaved order."""
     from helpers.random_models import canonical_from_hf, hf_mixtral
 
     model = hf_mixtral(ARGS)

@@ -1,4 +1,4 @@
-"""Which files are one model: the table, by hand; and that a folder and a listing of its names never differ."""
+"""Which files are one model: a hand-written table; and a folder and a listing of its names always agree."""
 
 import json
 import logging
@@ -39,13 +39,13 @@ def index_of(files):
 
 
 def listed(names, indexes=None, wanted=None):
-    """What a listing of these names gives, resources left out."""
+    """The files that a listing of these names selects, without resources."""
     found = files_to_load(names, lambda name: (indexes or {})[name], "here", wanted=wanted)
     return [name for name in found if name not in RESOURCES and not name.endswith(".index.json")]
 
 
 def in_folder(folder, names, indexes=None):
-    """The survey of a folder of empty files of these names."""
+    """The survey of a folder of empty files with these names."""
     for name in names:
         (folder / name).write_text(json.dumps(indexes[name]) if name in (indexes or {}) else "")
     return find_weights(folder)
@@ -111,7 +111,7 @@ def test_missing_shards_are_named(present):
         (PIECES, {}, PIECES),
         (["consolidated.00.pth-split00", "consolidated.00.pth-split01"], {}, None),
         (["consolidated.00.pth-split0", "consolidated.01.pth-split0", "consolidated.01.pth-split1"], {}, None),
-        # Between forms the order decides, each against the next one.
+        # If a folder has several forms, the first in order is read; each is tested against the next.
         ([*SAFE_SHARDS, *SHARDED_2], {}, SAFE_SHARDS),
         ([*SHARDED_1, HF], {}, SHARDED_1),
         ([*HF_2, MISTRAL], {}, HF_2),
@@ -121,23 +121,23 @@ def test_missing_shards_are_named(present):
         ([BIN, *PIECES], {}, [BIN]),
         ([*PIECES, "a.gguf"], {}, PIECES),
         ([HF, BIN], {}, [HF]),
-        # An index says what belongs together: shards were written beside an old single file.
+        # An index says which files belong together: shards were written next to an old single file.
         ([HF, *HF_2, HF_INDEX], {HF_INDEX: HF_2}, HF_2),
         ([*HF_2, *HF_3, HF_INDEX], {HF_INDEX: HF_3}, HF_3),
         ([MISTRAL, *MISTRAL_2, MISTRAL_INDEX], {MISTRAL_INDEX: MISTRAL_2}, MISTRAL_2),
-        # A set that is whole wins over one that is not: a single file was written beside an old index,
+        # A whole set wins over an incomplete one: a single file was written next to an old index,
         ([HF, HF_INDEX], {HF_INDEX: HF_2}, [HF]),
-        # an index came along where only other files were fetched,
+        # an index was fetched without its files,
         ([HF_INDEX, MISTRAL], {HF_INDEX: HF_2}, [MISTRAL]),
         ([HF_INDEX, *BINS, BIN_INDEX], {HF_INDEX: HF_2, BIN_INDEX: BINS}, BINS),
-        # or one copy was broken off.
+        # or one download stopped early.
         ([HF_2[0], HF], {}, [HF]),
         ([HF_2[1], *BINS], {}, BINS),
         ([SAFE_SHARDS[0], *SHARDED_2], {}, SHARDED_2),
         ([SHARDED_2[0], *SHARDED_1], {}, SHARDED_1),
         ([*SHARDED_2[1:], *PTH], {}, PTH),
         ([PTH[1], *PT], {}, PT),
-        # What only looks like weights of a model is left alone.
+        # Files that only look like weights of a model are ignored.
         ([*SHARDED_1, "consolidated.00-of-01.optimizer.pth", "notes.txt"], {}, SHARDED_1),
         ([HF, "model.fp32-00001-of-00001.safetensors", "adapter_model.safetensors"], {}, [HF]),
         ([*HF_2, "model-00003-of-00002.safetensors", "model-00001-of-00000.safetensors"], {}, HF_2),
@@ -171,12 +171,12 @@ def test_which_files_are_the_model(tmp_path, names, indexed, expected):
             rf"names files .* not in its folder: {HF_3[2]}",
         ),
         ([HF_INDEX], {HF_INDEX: ["../../a.safetensors"]}, ["../../a.safetensors"], r"not in its folder: \.\./\.\./a"),
-        # An index that says that a set is only a part of the model is believed, whatever the set's names say.
+        # If the index names more files than a set has, the set is incomplete, even if its names say it is whole.
         ([*HF_2, HF_INDEX], {HF_INDEX: [*HF_2, "head.safetensors"]}, ["head.safetensors"], "names files"),
-        # Of several forms or counts that are not whole, the first form and the largest count.
+        # If every set is incomplete, the first form and the largest count are reported.
         ([*HF_2[:1], *PTH[1:]], {}, HF_2[1:], r"numbers \[2\]"),
         ([HF_2[0], *HF_3[:2]], {}, HF_3[2:], r"numbers \[3\]"),
-        # A GGUF file is no copy of what is missing.
+        # A GGUF file does not replace the missing files.
         ([*HF_2[:1], "a.gguf"], {}, HF_2[1:], r"numbers \[2\]"),
     ],
 )
@@ -211,7 +211,7 @@ def test_two_whole_models_and_nothing_to_say_which_are_refused(tmp_path, names, 
 
 
 def test_a_stale_single_file_beside_shards_is_never_read_in_their_place(tmp_path):
-    """What Hugging Face's `save_pretrained` leaves: new shards and their index beside an old model.safetensors."""
+    """Hugging Face's `save_pretrained` may leave an old model.safetensors next to new shards and their index."""
     make.write_hf(tmp_path, random_tensors(seed=1), files=3)
     save_file({"stale": torch.zeros(1)}, tmp_path / HF)
     assert not any("stale" in (tensors or {}) for tensors in find_weights(tmp_path).read().values())
@@ -300,13 +300,13 @@ def test_names_that_hold_weights():
 
 
 def spelled(form, number, count):
-    """A file of a set, with as many digits as are usual and with one."""
+    """Two names of one file of a set: number and count with one digit and with two."""
     return {
         form.numbered.format(number=f"{number:0{width}d}", count=f"{count:0{width}d}", whole="00") for width in (1, 2)
     }
 
 
-# Every name of the table with small numbers, so that sets come out whole now and then; and others.
+# Every name of the table with small numbers, so that some sets are whole; and other names.
 INDEXES = (HF_INDEX, MISTRAL_INDEX, BIN_INDEX)
 NUMBERED = [form for form in FORMS if form.numbered]
 NAMES = sorted(
@@ -323,7 +323,7 @@ SETS = [
 
 @st.composite
 def folders(draw):
-    """Names, and the contents of those that are an index."""
+    """File names, and the contents of the index files among them."""
     names = set(draw(st.lists(st.sampled_from(NAMES), max_size=5)))
     names |= set(draw(st.just([]) | st.sampled_from(SETS))) | set(draw(st.just([]) | st.sampled_from(SETS)))
     names |= {draw(st.sampled_from(INDEXES))} if draw(st.booleans()) else set()
@@ -335,7 +335,7 @@ def folders(draw):
 
 
 def outcome_of_a_listing(names, indexes):
-    """Files, numbers or names that are missing, or another message, as a listing says it."""
+    """What a listing says: the files, the missing numbers or names, or another message."""
     try:
         return "files", set(listed(names, indexes))
     except CheckpointError as error:
@@ -348,7 +348,7 @@ def outcome_of_a_listing(names, indexes):
 
 
 def outcome_in_a_folder(names, indexes):
-    """The same as the survey of a folder says it."""
+    """What the survey of a folder says, in the same form."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights = in_folder(Path(folder), names, indexes)
@@ -369,7 +369,7 @@ def test_a_folder_and_a_listing_of_its_names_give_the_same_answer(folder):
     kind, found = outcome_of_a_listing(names, indexes)
     event(kind if kind != "refused" else found.split(":")[0][:30])
     there, surveyed = outcome_in_a_folder(names, indexes)
-    if kind == "files" and next(iter(found)).endswith(".gguf"):  # opened by its own name, never as a folder
+    if kind == "files" and next(iter(found)).endswith(".gguf"):  # opened by the name of the file, not of the folder
         assert (there, surveyed) == ("refused", "none")
     elif kind == "numbers":
         assert there == "missing"
@@ -387,6 +387,6 @@ def test_neither_order_nor_what_was_left_behind_changes_the_answer(folder, order
     order.shuffle(shuffled)
     assert outcome_of_a_listing(shuffled, indexes) == outcome
     if outcome[0] == "files":
-        # What the Hub's folder holds afterwards: what was chosen, and each index that was looked into.
+        # After a download, the folder has the chosen files and every index that was read.
         fetched = outcome[1] | set(indexes)
         assert outcome_of_a_listing(fetched, indexes) == outcome

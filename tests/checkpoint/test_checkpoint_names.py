@@ -1,4 +1,4 @@
-"""Where the configuration comes from, and what happens when its sources contradict each other or the tensors."""
+"""Where the configuration comes from, and what happens if its sources contradict each other or the tensors."""
 
 import pytest
 from helpers import checkpoints as make

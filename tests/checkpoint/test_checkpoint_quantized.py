@@ -1,4 +1,4 @@
-"""Quantised folders: what is in them, that they load as quantising while loading does, and what is made of them."""
+"""Quantised folders: their contents, their use, and that they load the same as quantising while loading."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def folders(source, tmp_path_factory):
 
 
 def rounded(tensors, quant):
-    """What each tensor means once it was quantised, in the embedding's dtype."""
+    """Each tensor after quantising and dequantising, in the embedding's dtype."""
     return {
         name: dequantize(quantize(t, quant.format_of(name)), torch.bfloat16) if quant.format_of(name) else t
         for name, t in tensors.items()
@@ -75,7 +75,7 @@ def same_bytes(a, b):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_a_folder_holds(folders, source, tensors, format):
-    """Read with the safetensors package: each weight's pieces under its name, everything else as it was."""
+    """The safetensors package finds each weight's pieces under its name, and every other tensor unchanged."""
     folder, quant = folders / format, QUANTS[format]
     stored = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -114,7 +114,7 @@ def test_every_layout_is_quantized_alike(folders, source, tmp_path, to):
 
 
 def written(source, folders, formats, group=None):
-    """What models of the stored and of the original folder write; they hold the same bytes."""
+    """The text that a model of the stored folder writes; its weights have the bytes of quantising the original."""
     out = {}
     for format, implementation in product(formats, IMPLEMENTATIONS):
         kind = "mixtral_sparse" if implementation == "sparse" else "mixtral"
@@ -134,7 +134,7 @@ def on_ranks(rank, world, *given):
 
 def test_ranks_hold_slices_and_write_the_same_text(folders, source):
     alone = written(source, folders, FORMATS)
-    assert len(set(map(tuple, alone.values()))) > 1  # the formats do not all round alike
+    assert len(set(map(tuple, alone.values()))) > 1  # the formats round differently
     for world, formats in ((2, FORMATS), (4, ("int4", "nf4"))):
         for texts in run_ranks(on_ranks, world, source, folders, formats):
             assert texts == {key: text for key, text in alone.items() if key[0] in formats}
@@ -193,7 +193,7 @@ def test_converting_writes_what_the_numbers_mean(folders, tensors, tmp_path, to,
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_cuts_are_cuts_of_what_it_means(data):
-    """Along both dimensions, one after the other, transposed, also through groups."""
+    """Any chain of cuts along both dimensions and transposes, also through groups."""
     format = data.draw(st.sampled_from(FORMATS))
     weight = torch.randn(6, 384, generator=torch.Generator().manual_seed(0))
     packed = quantize(weight, format)
@@ -235,7 +235,7 @@ def test_info_says_formats_and_bytes(folders):
     lines = info(folders / "int4").lines()
     assert "layout          quantized" in lines
     assert "quantised       experts int4, attention int8" in lines
-    # 12 weights of 512² in 0.523 bytes a number; 768 × 1024 of a byte, and 1536 scales.
+    # int4: 12 weights of 512², 0.523 bytes a number. int8: 768 × 1024 numbers of one byte, and 1536 scales.
     (files,) = (line for line in lines if line.startswith("files"))
     assert files == "files           1, 3.18 MB, int4 1.65 MB, int8 793 kB, bfloat16 721 kB, float32 14.3 kB"
     assert "complete        yes" in lines

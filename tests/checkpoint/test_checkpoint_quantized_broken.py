@@ -1,4 +1,4 @@
-"""Quantised folders that are broken, what cannot become one, and a disk that lies: all of it is found out and said."""
+"""Errors for broken quantised folders, for sources that cannot become one, and for a disk that reads wrongly."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def folders(source, tmp_path_factory):
 
 @pytest.fixture
 def copied(folders, tmp_path):
-    """int4 experts, int8 attention: to be broken."""
+    """A copy of the int4 folder (int8 attention) for a test to break."""
     return shutil.copytree(folders / "int4", tmp_path / "int4")
 
 
@@ -124,7 +124,7 @@ def test_verify_looks_at_every_number(copied, folders):
 
 
 def test_verify_sees_what_rounding_hides(folders, tmp_path):
-    """The last bit of an fp32 scale does not show in bfloat16, and is a difference all the same."""
+    """A changed last bit of an fp32 scale does not show in bfloat16; verify still reports it."""
     copied = shutil.copytree(folders / "nf4", tmp_path / "nf4")
     assert verify(folders / "nf4", copied, progress=False).lines()[-1].startswith("equal: ")
 

@@ -1,4 +1,4 @@
-"""The order of rotary pairs: which tensors have one, and what the other order is."""
+"""The order of rotary pairs: which tensors have one, and how to convert between the two orders."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is written, read by plain torch, safetensors and transformers, never by the package alone."""
+"""Written checkpoints, read by plain torch, safetensors and transformers, never by the package alone."""
 
 import json
 

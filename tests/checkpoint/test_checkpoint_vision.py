@@ -1,4 +1,4 @@
-"""Towers loaded from checkpoints' tensors and from weights that were published alone."""
+"""Vision towers loaded from a checkpoint's tensors and from separately published weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_each_encoder_comes_from_the_checkpoint_or_from_its_own_path(tmp_path):
     args = VisionArgs(
         encoders=(
             replace(CLIP, path=str(tmp_path / "clip")),
-            replace(CONVNEXT, path=str(tmp_path / "not there")),  # what the checkpoint holds goes first
+            replace(CONVNEXT, path=str(tmp_path / "not there")),  # the checkpoint's tensors come first
             replace(DINOV2, path=str(tmp_path / "dinov2" / "model.safetensors")),
         ),
         query=QFORMER,
@@ -85,7 +85,7 @@ def test_each_encoder_comes_from_the_checkpoint_or_from_its_own_path(tmp_path):
 
 
 def saved_by_transformers(encoder: EncoderArgs, folder: Path, whole: bool) -> VisionTower:
-    """A folder as save_pretrained writes it, of the encoder's class or of the larger model that it is a part of."""
+    """Calls save_pretrained on the encoder's class, or on the larger model it is part of; returns the same tower."""
     import transformers as tf
 
     args = VisionArgs(encoders=(encoder,)) if encoder.kind != "blip2" else VisionArgs(encoders=(CLIP,), query=encoder)
@@ -189,7 +189,7 @@ def test_weights_of_another_size_are_refused():
 
 
 def test_a_tower_is_filled_without_holding_anything_twice():
-    """A tensor at a time: each is asked for once, when the one before it is in its place."""
+    """Tensors are read one at a time: each once, after the one before it is in its place."""
     tower = random_tower(tiny_clip())
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Image encoders by hf:// addresses, from repositories that hold the files which those of SPHINX's four hold."""
+"""Image encoders by hf:// addresses, from repositories with the same files as those of SPHINX's four encoders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def timm_name(name: str) -> str:
 
 
 def published(tower) -> dict[str, Repo]:
-    """The four repositories: what is wanted, in the form that is wanted, among everything else that lies there."""
+    """The four repositories: each has the weights in the form we read, and other files that must not be fetched."""
     states = {name: dict(tower.encoders[name].state_dict()) for name in tower.encoders}
     text = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(())}
     clip = {f"vision_model.{name}": t for name, t in states["clip"].items()} | text
@@ -81,7 +81,7 @@ def published(tower) -> dict[str, Repo]:
                 "config.json": b"{}",
                 "model.safetensors.index.json": json.dumps(index).encode(),
                 **{name: save({t: blip2[t] for t in part}) for name, part in zip(names, parts, strict=False)},
-                names[2]: NOTHING,  # the language model alone
+                names[2]: NOTHING,  # has only the language model
                 **dict.fromkeys(["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"], NOTHING),
             }
         ),

@@ -1,4 +1,4 @@
-"""Names of image encoders: the libraries that published weights are in and ours compute the same from the same ones."""
+"""Tensor names of image encoders: the libraries that published weights and ours compute the same from them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def seen(encoder: EncoderArgs, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.std() > 0.1  # neither is all but constant
+    assert a.std() > 0.1  # nearly constant outputs would prove nothing
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_clip_computes_what_open_clip_does(quick):
     tower = tower_of(lazily(theirs.state_dict(), "clip."), args)
     pixels = random_pixels(args, 2)
     visual = theirs.visual
-    with torch.no_grad():  # as the original does: every token through the last norm, none through the projection
+    with torch.no_grad():  # as the original: the last norm for every token, and no projection
         x = visual.conv1(seen(encoder, pixels)).flatten(2).transpose(1, 2)
         x = torch.cat([visual.class_embedding.expand(2, 1, -1), x], dim=1) + visual.positional_embedding
         expected = visual.ln_post(visual.transformer(visual.ln_pre(x)))
@@ -101,7 +101,7 @@ def test_the_ensembles_convnext_has_timms_epsilon():
 
 
 def hub_dinov2(state: dict[str, torch.Tensor], pixels: torch.Tensor, heads: int, offset: float) -> torch.Tensor:
-    """DINOv2 from the names and tensors of its hub's models (swiglu), written out."""
+    """DINOv2 (SwiGLU) written out, with the tensor names of its hub's models."""
 
     def linear(x, name):
         return F.linear(x, state[name + ".weight"], state[name + ".bias"])
@@ -174,7 +174,7 @@ def test_dinov2_computes_what_timm_does():
         depth=2,
         num_heads=4,
         init_values=1.0,
-        mlp_ratio=2 * 128 / 48,  # of what timm's class calls hidden: gate and up together
+        mlp_ratio=2 * 128 / 48,  # timm counts gate and up together as hidden
         mlp_layer=timm.layers.SwiGLUPacked,
         act_layer=torch.nn.SiLU,
         num_classes=0,
@@ -236,7 +236,7 @@ def test_blip2s_separate_biases_are_joined():
     state = dict(theirs.state_dict())
     for name in [n for n in state if n.endswith("qkv.bias")]:
         q, k, v = state.pop(name).chunk(3)
-        k.zero_()  # in the model itself: a view
+        k.zero_()  # k is a view, so this zeroes the bias of `theirs` as well
         state |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
     args = alone(QFORMER)
     raw = lazily(state, "qformer.") | lazily(random_tower(tiny_clip()).encoders["clip"].state_dict(), "vision.clip.")
@@ -245,7 +245,7 @@ def test_blip2s_separate_biases_are_joined():
 
 
 def to_old_dinov2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers' names of before 5.2x, as the files on the Hub have them."""
+    """The tensor names that transformers used before 5.2x, as in the files on the Hub."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         old = name.replace("attention.o_proj", "attention.output.dense").replace("mlp.down_proj", "mlp.weights_out")

@@ -1,4 +1,4 @@
-"""Names and shapes of the real ensemble, without weights: all tensors of the original's checkpoints have a place."""
+"""Names and shapes of the real ensemble, without weights: every tensor of the original's checkpoints has a place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accessory.vision_config import SPHINX
 
 
 def real_names() -> dict[str, tuple[int, ...]]:
-    """Every encoder tensor of the original's checkpoints: names and shapes, written out from its libraries' sources."""
+    """Every encoder tensor of the original's checkpoints: names and shapes, taken from its libraries' sources."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def both(name: str, *shape: int) -> None:
