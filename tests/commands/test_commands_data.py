@@ -1,4 +1,4 @@
-"""`accessory data check`: what it prints, from where it takes its choices, and that it fails when data is wrong."""
+"""`accessory data check`: what it prints, where its settings come from, and that it fails when data is wrong."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SINGLE = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 
 @pytest.fixture
 def checked(tmp_path, capsys, monkeypatch):
-    """Check items given as lists, one a file, or as lines; returns exit status and what was printed."""
+    """Check files, each given as a list of items or of lines; returns the exit status and the output."""
     monkeypatch.setenv("COLUMNS", "300")
 
     def run(*files, options=(), types=None, model=MIXTRAL_TOKENIZER):
@@ -116,7 +116,7 @@ def test_one_bad_line_of_many(checked, tmp_path):
 
 
 def seeing(folder, llama_type="mixtral_ens", **more):
-    """A folder that tells what a model sees with: CLIP of 2 × 2 patches, 7 positions a view."""
+    """A folder without weights whose config has an image encoder: CLIP of 2 × 2 patches, 7 positions a view."""
     folder.mkdir(exist_ok=True)
     shutil.copy(MIXTRAL_TOKENIZER, folder / "tokenizer.model")
     config = {"hidden_size": 8, "patch_size": 7}
@@ -237,7 +237,7 @@ def test_a_finetunes_choices_count(checked, tmp_path, capsys):
     assert "(1.5 epochs)" in out
     assert "eval_data: " in out
     assert out.count("steps     ") == 1
-    # Flags win, and an earlier run tells how fast the machine is.
+    # Flags override the recipe, and the speed comes from an earlier run.
     records = [{"kind": "train", "step": n + 1, "tokens_per_s": 10.0 * n} for n in range(3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert main(["data", "check", path, "--batch-size", "1", "--epochs", "1", "--packing", "--max-words", "99"]) == 0
@@ -352,7 +352,7 @@ def test_an_action_is_needed(capsys):
 
 
 def test_the_lists_that_are_shipped(tmp_path, monkeypatch, capsys):
-    """The tutorial stands in the package folder, its data in a folder beside that."""
+    """The tutorial runs in the package folder; its data is in a folder next to that."""
     (tmp_path / "accessory").mkdir()
     monkeypatch.chdir(tmp_path / "accessory")
     lists = PACKAGE / "configs" / "data" / "finetune" / "sg"

@@ -42,7 +42,7 @@ def fields(made, tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The configurations that training is started with, in place of training."""
+    """Replaces training; collects the configurations that it is started with."""
     configs: list[FinetuneConfig] = []
     monkeypatch.setattr(accessory.train.run, "finetune", configs.append)
     return configs

@@ -1,4 +1,4 @@
-"""`accessory generate --image` and `/image` in a chat: what reaches the model, and mistakes that are one line."""
+"""`accessory generate --image` and `/image` in a chat: what reaches the model, and errors of one line."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_another_image_or_none_begins_another_dialogue(chat):
     assert [size for _, size in asked] == [None, DOG, DOG, None, None]
     assert ["One" in text for text, _ in asked] == [True, False, False, False, False]
     assert ["Two" in text for text, _ in asked] == [False, True, True, False, False]
-    assert out.count("(dog.png: the dialogue is about this image)") == 2  # also where it is asked which
+    assert out.count("(dog.png: the dialogue is about this image)") == 2  # also the answer to a bare /image
     assert out.count("(no image)") == 2
 
 

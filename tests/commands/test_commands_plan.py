@@ -252,7 +252,7 @@ def test_every_named_card_can_be_planned_for(as_json):
 
 
 def huge_folder(folder):
-    """Mixtral-8x7B in Hugging Face's layout: true headers, and 93 GB of which the disk holds nothing."""
+    """Mixtral-8x7B in Hugging Face's layout: real headers, and a sparse file of 93 GB that takes no disk space."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(HF_CONFIG))
     header, at = {}, 0

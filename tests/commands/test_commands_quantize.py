@@ -1,4 +1,4 @@
-"""`accessory quantize`, and what every other command makes of its folder, finetuning included."""
+"""`accessory quantize`, and every other command on its folder, finetuning included."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_a_text_to_calibrate_on(inputs, quantized, text, tmp_path, capsys):
     assert open_checkpoint(out).quant == Quant("int4", "int4")
     assert said(capsys, "verify", out).splitlines()[-1].startswith("whole: ")
     assert "quantised       experts int4, attention int4\n" in said(capsys, "info", out)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing left beside it
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary folder is left
 
 
 def test_what_calibrating_refuses(inputs, text, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`accessory generate` on two ranks, however they are started: the text of one process, printed once."""
+"""`accessory generate` on two ranks, started in any way: prints the text of one process once."""
 
 import os
 import socket
