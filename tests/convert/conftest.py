@@ -1,4 +1,4 @@
-"""What tests of merging and its certificate begin with; imported when asked for, since transformers makes it."""
+"""Fixtures for tests of merging and its certificate; they import late, because making a base imports transformers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Calibration: the inputs it collects, who it reaches, and that it pays on a text it has not seen."""
+"""Calibration: the inputs it collects, the experts it reaches, and that it lowers the error on unseen text."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tensors():
 
 
 def tokens(seed=0, rows=32, length=32):
-    """Some tokens far more often than others, as in texts."""
+    """Random tokens, some far more frequent than others, as in real text."""
     share = 1.0 / torch.arange(1, ARGS.vocab_size + 1)
     return torch.multinomial(share.repeat(rows, 1), length, True, generator=torch.Generator().manual_seed(seed))
 
@@ -43,7 +43,7 @@ def logits(tensors, tokens_BT):
 
 
 def outcome(tensors, packed):
-    """The tensors with the calibrated weights at what they mean."""
+    """The tensors, with dequantised values for the calibrated weights."""
     return tensors | {name: dequantize(p) for name, p in packed.items()}
 
 
@@ -83,7 +83,7 @@ def test_a_text_not_seen_fares_better_than_with_plain_or_searched_numbers(tensor
 
 
 def test_first_and_last_inputs_are_those_of_the_network(tensors, calibrated):
-    """wq, wk, wv see the normed embedding; the head sees what the quantised network gives its norm."""
+    """wq, wk, wv see the normed embedding; the head sees the quantised network's output after the last norm."""
     packed, reached = calibrated
     x = torch.nn.functional.rms_norm(
         tensors["tok_embeddings.weight"][tokens()].flatten(0, 1),
@@ -94,7 +94,7 @@ def test_first_and_last_inputs_are_those_of_the_network(tensors, calibrated):
     stacked = torch.cat([tensors[f"layers.0.attention.{w}.weight"] for w in ("wq", "wk", "wv")])
     want = gptq(stacked, "int4", x.T @ x, len(x)).narrow(0, 0, 128)
     got = packed["layers.0.attention.wq.weight"]
-    assert (dequantize(want) != dequantize(got)).float().mean() < 0.01  # sums in another order may turn a close call
+    assert (dequantize(want) != dequantize(got)).float().mean() < 0.01  # another order of sums may flip a rounding
 
     decoder, seen = decoder_from_canonical(ARGS, "base", outcome(tensors, packed)), []
     decoder.output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().flatten(0, 1)))
@@ -102,7 +102,7 @@ def test_first_and_last_inputs_are_those_of_the_network(tensors, calibrated):
         router = decoder(tokens(), statistics=True).router
     want = gptq(tensors["output.weight"], "int4", seen[0].T @ seen[0], len(seen[0]))
     assert (dequantize(want) != dequantize(packed["output.weight"])).float().mean() < 0.01
-    # … and the tokens are counted where the quantised network sends them.
+    # Tokens are counted for the experts that the quantised network's routers choose.
     assert reached.counts == [[int(n) for n in layer.count_E] for layer in router]
     assert reached.tokens == tokens().numel()
 
@@ -119,7 +119,7 @@ def test_an_expert_is_calibrated_on_its_tokens_and_their_weight(tensors):
         assert torch.equal(one[name].data, other[name].data) == same
     assert torch.equal(
         one["layers.0.feed_forward.experts.1.w1.weight"].data, other["layers.0.feed_forward.experts.1.w1.weight"].data
-    )  # twice the weight: the same numbers
+    )  # doubled weights give the same int4 numbers
 
 
 def test_parts_in_other_formats_are_run_as_those(tensors):
@@ -142,7 +142,7 @@ def test_int8_is_chosen_too_and_fares_better(tensors):
 
 
 def test_an_expert_without_tokens_is_refused_unless_allowed(tensors):
-    one_token = torch.full((1, 8), 7)  # eight times the same: two experts of four
+    one_token = torch.full((1, 8), 7)  # one token eight times reaches two experts of four
     with pytest.raises(ConfigError, match=r"no token of 8 reached layers\.0's expert \d, \d; give more of the text"):
         calibrate(tensors, tokens_BT=one_token)
     packed, reached = calibrate(tensors, tokens_BT=one_token, allow_unreached=True)

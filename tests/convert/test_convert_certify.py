@@ -70,7 +70,7 @@ def test_only_rounding_gone_wrong_is_caught_too(tmp_path, base, adapter, monkeyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("layers", "std"), [(2, 0.02), (2, 0.2), (24, 0.2)])
 def test_bounds_are_neither_tight_nor_idle(dtype, layers, std):
-    """Tame networks and ones that make a thousandfold of every error (24 layers of large weights) alike."""
+    """Holds for tame networks and for those that magnify every error a thousandfold (24 layers of large weights)."""
     args = ModelArgs(
         dim=64, hidden_dim=96, n_layers=layers, n_heads=4, n_kv_heads=2, vocab_size=256, moe=MoEArgs(num_experts=4)
     )
@@ -108,7 +108,7 @@ def test_both_implementations_certify_alike(exact_base, adapter):
 
 
 def test_the_certificates_network_is_the_decoder(exact_base, adapter):
-    """Its own walk through the layers, against the decoder as a whole."""
+    """The certificate's layer-by-layer run gives the same logits as the whole decoder."""
     checkpoints = open_chain([exact_base, adapter])
     args = chained_args(checkpoints)
     run = certify_module._Run({"adapters": merge_module._overlaid(checkpoints)}, args, "base", IDS, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Conversion as a whole: nothing half-written may look whole, nothing of the user's is lost, memory stays bounded."""
+"""Conversion as a whole: no half-written folder looks whole, no user's file is lost, memory stays bounded."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
 def test_a_destination_in_use_is_refused(source, tmp_path):
     dst = tmp_path / "out"
     dst.mkdir()
-    convert(source, dst, to="base", shards=2, progress=False)  # empty is fine
+    convert(source, dst, to="base", shards=2, progress=False)  # an empty folder is accepted
     before = names(dst)
     with pytest.raises(CheckpointError, match="out: is not empty; give --overwrite"):
         convert(source, dst, to="sparse", progress=False)
@@ -79,7 +79,7 @@ def test_source_and_destination_must_not_overlap(source, tmp_path):
     with pytest.raises(CheckpointError, match="holds the source"):
         convert(source, tmp_path, to="base", overwrite=True, progress=False)
     assert verify(source, progress=False).ok
-    convert(source, source / "converted", to="base", progress=False)  # beneath the source is fine
+    convert(source, source / "converted", to="base", progress=False)  # a folder inside the source is accepted
     assert verify(source, source / "converted", progress=False).ok
 
 
@@ -95,7 +95,7 @@ def test_what_reads_back_differently_is_noticed(source, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"reads back differently: .*tok_embeddings\.weight"):
         convert(source, tmp_path / "out", to="sparse", progress=False)
     assert names(tmp_path) == ["source"]
-    convert(source, tmp_path / "out", to="sparse", verify=False, progress=False)  # asked for, got it
+    convert(source, tmp_path / "out", to="sparse", verify=False, progress=False)  # unverified, the error stays
     assert not verify(source, tmp_path / "out", progress=False).ok
 
 
@@ -223,7 +223,7 @@ def test_two_writers_of_one_folder(source, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_anonymous_memory_stays_small(tmp_path):
-    """184 MB, two tensors of 67 MB among them: what is held at once is blocks, in two to four threads."""
+    """Of 184 MB (two tensors have 67 MB), only blocks are in memory at once, in two to four threads."""
     args = ARGS.replace(dim=1024, hidden_dim=1024, vocab_size=32768, n_layers=1)
     make.write_torrent(tmp_path / "source", random_tensors(args), args)
     code = """

@@ -55,7 +55,7 @@ def random_blocks(shape: tuple[int, ...], kind, rng: np.random.Generator) -> np.
 
 
 def write_gguf(path: Path, kind=None, metadata=None, drop=(), extra=None, shapes=SHAPES, arch="llama", seed=0):
-    """A tiny Llama; matrices quantised as `kind`. Returns what each tensor must come out as, in fp32."""
+    """Writes a tiny Llama, matrices quantised as `kind`. Returns the expected value of each tensor, in fp32."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), arch)
     values = {
@@ -163,7 +163,7 @@ def test_any_cut_of_a_quantized_matrix_equals_the_cut_of_the_whole(tmp_path_fact
     dense = open_gguf(folder / "m.gguf", dtype=torch.float32)
     lazy = dense.tensors["layers.0.feed_forward.w2.weight"]
     if data.draw(st.booleans()):
-        lazy.source.cache.limit = 0  # as for a tensor that is too large to be kept
+        lazy.source.cache.limit = 0  # as for a tensor that is too large for the cache
     whole = open_gguf(folder / "m.gguf", dtype=torch.float32).tensors["layers.0.feed_forward.w2.weight"].load()
     for _ in range(data.draw(st.integers(1, 3))):
         if data.draw(st.booleans()):
@@ -186,7 +186,7 @@ def test_without_an_output_matrix_the_embedding_serves(tmp_path):
 
 
 def llama3_factors(theta: float, factor: float, original: int) -> np.ndarray:
-    """As the published conversion writes them: what each frequency is divided by."""
+    """The divisor of each frequency, as the published conversion writes it."""
     out = []
     for i in range(HD // 2):
         wavelength = 2 * np.pi * theta ** (2 * i / HD)
@@ -311,7 +311,7 @@ def test_a_damaged_header_never_gives_anything_but_a_clear_error(tmp_path_factor
     (folder / "m.gguf").write_bytes(data)
     try:
         open_gguf(folder / "m.gguf")
-    except ValueError as error:  # CheckpointError and ConfigError both are
+    except ValueError as error:  # the base class of CheckpointError and ConfigError
         assert type(error).__name__ in ("CheckpointError", "ConfigError")  # noqa: PT017
 
 

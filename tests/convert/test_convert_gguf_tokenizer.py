@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF metadata: the ids their originals give."""
+"""Tokenizers from GGUF metadata give the ids of their originals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CORPUS = [*TEXTS, *(f"word{i} the of and is {i * 37} paris london Ünïcode" for
 
 
 def train_bpe():
-    """A byte-level BPE as the SmolLM family's: digits one by one, then GPT-2's rule."""
+    """A byte-level BPE like that of the SmolLM family: splits off single digits, then follows GPT-2's rule."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +119,7 @@ def test_any_text_comes_back(tmp_path_factory, text):
     ],
 )
 def test_how_each_pre_tokenizer_cuts(tmp_path, pre, text, pieces):
-    """Expectations by hand from the published rules; where digits stand alone, so does the space before them."""
+    """Expected cuts follow the published rules by hand; if digits are split off, the space before them is too."""
     from tokenizers import Tokenizer
 
     gguf_tokenizer.write(bpe_metadata(train_bpe(), pre=pre), tmp_path, tmp_path)

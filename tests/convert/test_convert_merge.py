@@ -1,4 +1,4 @@
-"""Merging: hand-made numbers, transformers' own result, and everything that must be refused."""
+"""Merging: hand-made numbers, the result of transformers, and all inputs that must be refused."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_numbers_made_by_hand():
     assert tensors[f"{weight}.weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]], "the source is left alone"
     effect = changes[0].effect()
     assert (effect.name, effect.state) == (f"{weight}.weight", "changed")
-    assert effect.size == pytest.approx((90 / 30) ** 0.5)  # 3·(2, -2, 1, -1) against (1, 2, 3, 4)
+    assert effect.size == pytest.approx((90 / 30) ** 0.5)  # the norm of 3·(2, -2, 1, -1) by that of (1, 2, 3, 4)
     plain, _ = merge_tensors(lazies, peft_args(rank=1, alpha=None))
     assert plain[f"{weight}.weight"].load().tolist() == [[3.0, 0.0], [4.0, 3.0]]
 
@@ -70,7 +70,7 @@ def test_whole_numbers_come_out_exactly(data):
 
 
 def test_the_sum_is_rounded_once():
-    """Against float64; rounding B·A before the sum as well would show."""
+    """Compares with float64; a second rounding, of B·A before the sum, would show."""
     weight, generator = "output.weight", torch.Generator().manual_seed(0)
     w = torch.randn(64, 32, generator=generator).bfloat16()
     a, b = torch.randn(4, 32, generator=generator) * 0.5, torch.randn(64, 4, generator=generator) * 0.5
@@ -174,7 +174,7 @@ def test_whole_tensors_replace_the_bases(tmp_path, base):
     trained = random_adapter(targets=("wq",)) | {norm: TENSORS[norm] + 0.001, head: TENSORS[head] * 1.5}
     report = quiet_merge(base, save_adapter(tmp_path / "a", trained, peft_args()), tmp_path / "out")
     out = values(tmp_path / "out")
-    assert torch.equal(out[norm], trained[norm])  # norms run in fp32, and rounding would take the training away
+    assert torch.equal(out[norm], trained[norm])  # fp32, because rounding would erase the training
     assert torch.equal(out[head], trained[head].bfloat16())
     assert report.replaced == [norm, head]
     assert any("trained whole" in line for line in report.lines())

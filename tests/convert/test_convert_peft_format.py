@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT's folder; peft and transformers are the oracle of logits and of both spellings."""
+"""Adapters to and from PEFT's folder; peft and transformers are the oracle for logits and tensor names."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def equal(a, b):
 
 
 def trained(kind="lora", seed=5, **changes):
-    """A PEFT model with random numbers in all that was trained."""
+    """A PEFT model with random values in all trained parameters."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **changes})
     model = peft.get_peft_model(copy.deepcopy(MODEL), config).eval()
@@ -121,7 +121,7 @@ def test_peft_gives_our_logits_and_everything_comes_back(tmp_path, base, targets
     back = open_checkpoint(tmp_path / "back", allow_partial=True)
     assert back.args == args
     assert str(back.llama_type) == "mixtral_sparse_peft"
-    # PEFT keeps experts fused, and saves them so.
+    # PEFT has fused experts, and saves them fused.
     peft.PeftModel.from_pretrained(copy.deepcopy(MODEL), str(tmp_path / "peft")).save_pretrained(tmp_path / "fused")
     import_adapter(tmp_path / "fused", tmp_path / "again", base=base, to="base")
     assert equal(read(tmp_path / "again"), tensors)
@@ -139,7 +139,7 @@ def test_any_scale(tmp_path, base, alpha):
 
 
 def test_the_folder_by_hand(tmp_path, base):
-    """Which of our rows stands where: pairs of rotary rows lie side by side here, half a head apart there."""
+    """The order of rows: the two rows of a rotary pair are adjacent in ours, half a head apart in PEFT's."""
     tensors = random_adapter(targets=("wq", "w2"), dtype=torch.bfloat16)
     adapter = save_adapter(tmp_path / "ours", tensors, peft_args())
     lines = export_adapter(adapter, tmp_path / "peft", base=base)
@@ -244,7 +244,7 @@ def test_what_peft_trained_is_what_we_compute(tmp_path, base, settings):
 
 
 def test_other_spellings_of_the_same(tmp_path, base):
-    """Without the prefix, with the adapter's name in the keys, and in a .bin."""
+    """Keys without the prefix and with the adapter's name; tensors in a .bin."""
     adapter = save_adapter(tmp_path / "ours", random_adapter(targets=EVERYWHERE), peft_args(lora_targets=EVERYWHERE))
     export_adapter(adapter, tmp_path / "peft", base=base)
 
@@ -272,7 +272,7 @@ def test_ranks_and_scales_become_one(tmp_path):
         "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
     ]
     ours_b = tensors["layers.0.attention.wv.lora_b.weight"].load()
-    assert torch.equal(ours_b[:, :2], theirs_b * 4)  # 12 / 2 against 6 / 4
+    assert torch.equal(ours_b[:, :2], theirs_b * 4)  # its scale is 12 / 2, written for 6 / 4
     assert not ours_b[:, 2:].any()
 
 

@@ -1,4 +1,4 @@
-"""A run of `accessory quantize` that is killed leaves something beside its folder, which the next one clears away."""
+"""A killed `accessory quantize` leaves a temporary folder next to its target; the next run removes it."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ ARGS = ModelArgs(
     moe=MoEArgs(num_experts=4),
 )  # fmt: skip
 CALIBRATE = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(0))
-# The last layer's weights never come: the process waits there to be killed.
+# The process stops before the last layer's weights and waits to be killed.
 RUN = """
 import sys, time, torch
 from accessory.formats import Quant
@@ -67,7 +67,7 @@ def test_the_next_run_clears_away_what_a_killed_one_left(source, tmp_path, again
     process.stdout.close()
     assert aside.is_dir()
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:  # the lock goes with the process, which may take a moment
+    while time.monotonic() < deadline:  # the lock ends with the process, which may take a moment
         try:
             quantize_checkpoint(source, out, Quant("int4"), progress=False, **again)
             break

@@ -44,7 +44,7 @@ def make_dense(folder: Path, kind: str = "llama", shard: str = "5GB", dtype=torc
     model = model_class(config_class(**(SIZES | changes))).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # all ones would hide a norm that got lost
+            if "norm" in name:  # norms of all ones would hide a lost norm
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
@@ -113,13 +113,13 @@ def test_sharded_files_give_the_same_as_one(tmp_path):
 
 
 def test_canonical_tensors_by_hand(tmp_path):
-    """Rows of q: transformers has the first members of all pairs, then the second ones; ours alternate."""
+    """Rows of q: transformers stores the first rows of all pairs, then the second rows; ours alternate."""
     state = make_dense(tmp_path / "d").state_dict()
     tensors = open_hf_dense(tmp_path / "d").tensors
     assert set(tensors) == set(dense_shapes(open_hf_dense(tmp_path / "d").args))
     hf = state["model.layers.1.self_attn.q_proj.weight"]
     ours = tensors["layers.1.attention.wq.weight"].load()
-    head, half = 3, 4  # heads of 8
+    head, half = 3, 4  # each head has 8 rows
     for pair in range(half):
         assert torch.equal(ours[head * 8 + 2 * pair], hf[head * 8 + pair])
         assert torch.equal(ours[head * 8 + 2 * pair + 1], hf[head * 8 + half + pair])

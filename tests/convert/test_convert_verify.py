@@ -1,4 +1,4 @@
-"""The hash says when two folders hold one model, and the report says how they differ when they do not."""
+"""Equal hashes mean that two folders hold the same model; otherwise the report says how they differ."""
 
 import hashlib
 
