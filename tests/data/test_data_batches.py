@@ -1,4 +1,4 @@
-"""Epochs cut into steps of rows, and the tensors made of rows."""
+"""Cutting epochs into steps of rows, and making tensors of rows."""
 
 import time
 from collections import Counter
@@ -98,7 +98,7 @@ def test_packing_fills_rows_and_is_fast(name, bound):
 
 
 def test_long_items_can_only_be_packed_so_well():
-    p = plan([20] * 10, rows=2)  # two do not fit into 32
+    p = plan([20] * 10, rows=2)  # two items do not fit into a row of 32
     assert p.steps == 5
     assert p.fill == pytest.approx(20 / 32)
 
@@ -113,7 +113,7 @@ def test_items_longer_than_a_row_are_refused():
 
 @st.composite
 def documents(draw):
-    """Rows of documents; each begins with BOS, which occurs nowhere else."""
+    """Rows of documents. Each document begins with BOS and has no other BOS."""
 
     def document():
         n = draw(st.integers(2, 9))
@@ -124,7 +124,7 @@ def documents(draw):
 
 
 def pairs(batch: Batch) -> Counter:
-    """(what a query may see, what it shall say), by the meaning of the tensors: own document, own positions."""
+    """Counts (ids a query may attend to, its label), read from the tensors of documents and positions."""
     found: Counter = Counter()
     for b in range(len(batch.tokens_BT)):
         for t in range(batch.tokens_BT.shape[1]):

@@ -48,7 +48,7 @@ def test_own_mixtral_template_equals_transformers_and_mistral_common(tmp_path, m
     assert template.prompt_ids(messages, ours) == wanted
     assert template.prompt_ids(messages, ours).count(1) == 1
     assert template.reply_space == " "
-    if metaspace:  # the older files put a space of their own before the template's
+    if metaspace:  # the older files add a space before the template's
         assert wanted == mistral_common_ids("v1", messages)
 
 
@@ -60,7 +60,7 @@ def test_own_mixtral_template_beside_a_sentencepiece_model(tmp_path, legacy):
     tokenizer = load_tokenizer(tmp_path)
     template = get_template("tokenizer", tokenizer)
     messages = dialogue("hi", "Hello", "more")
-    # What transformers 5 gives for this folder, whatever `legacy` says: the template writes its own spaces.
+    # transformers 5 gives these ids with any `legacy`, because the template writes its own spaces.
     first, answer = [1, *HI], [22557, 2]
     assert template.prompt_ids(messages, tokenizer) == [*first, *answer, *MORE]
     assert template.prompt_ids(messages[:1], tokenizer) == first

@@ -1,4 +1,4 @@
-"""Finetuning data as a whole: items of every kind, what is learnt of them, what is refused, shares, cuts, the cache."""
+"""Finetuning data as a whole: kinds of items, learnt spans, refused items, shares, truncation, and the cache."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def write(path, items):
 
 @pytest.fixture
 def opened(tmp_path, mixtral):
-    """Open items, or an entry for them, as data."""
+    """Open items as data; `entry` adds keys to their META entry."""
 
     def run(items, *, max_words=256, tokenizer=mixtral, entry=(), **options):
         path = write(tmp_path / "items.jsonl", items)
@@ -83,13 +83,13 @@ def test_single_turns_are_the_prompt_and_the_answer(opened, mixtral, prompt_type
 
 def test_single_turns_by_default(opened, mixtral):
     assert opened([SINGLE], dialog=False).example(0) == opened([SINGLE], entry={"prompt_type": "alpaca"}).example(0)
-    # Without an input, the prompt and the dialogue template of that name are the same.
+    # If an item has no input, prompt type and dialogue template alpaca give the same text.
     plain = {"instruction": "Add.", "output": "3"}
     as_dialogue = opened([plain], template="alpaca").example(0)
     assert opened([plain], dialog=False).example(0) == as_dialogue
     assert opened([SINGLE]).example(0) == opened([{"messages": dialogue("Add.\n1 and 2", "3")}]).example(0)
     assert opened([TALK], dialog=False).example(0) == opened([TALK]).example(0)
-    for dialog in (True, False):  # a prompt type for all, unless a file names its own
+    for dialog in (True, False):  # one prompt type for all files that name none
         as_named = opened([SINGLE], entry={"prompt_type": "qg"}).example(0)
         assert opened([SINGLE], prompt_type="qg", dialog=dialog).example(0) == as_named
         assert opened([SINGLE], prompt_type="shortqa", entry={"prompt_type": "qg"}).example(0) == as_named
@@ -166,7 +166,7 @@ def test_all_problems_are_told_in_order(tmp_path, mixtral):
     problems = []
     meta = {"META": [{"path": str(path)}, {"path": str(gone)}]}
     data = FinetuneData.open(meta, mixtral, max_words=64, problems=problems, image_tokens=4)
-    image = list(BROKEN).index("missing image") + 1  # images are looked at when the whole file is read
+    image = list(BROKEN).index("missing image") + 1  # images are opened after the whole file is read
     numbers = [n + 1 for n in range(len(bad)) if n + 1 != image]
     expected = [*numbers, *(n + 200 + len(bad) for n in numbers), image, image + 200 + len(bad)]
     assert [p.split(": ")[0] for p in problems] == [*(f"{path}:{n}" for n in expected), f"{gone}:1"]
@@ -174,7 +174,7 @@ def test_all_problems_are_told_in_order(tmp_path, mixtral):
 
 
 def test_the_first_of_many_broken_lines_is_told_before_the_rest_is_read(tmp_path, mixtral, monkeypatch):
-    """A line of a 100,000-item file that is not JSON."""
+    """Two of 100,000 lines are not JSON."""
     lines = [json.dumps({"messages": dialogue("q", "a")})] * 100_000
     lines[1233] = lines[77_777] = "{'single': 'quotes'}"
     path = tmp_path / "items.jsonl"
@@ -274,7 +274,7 @@ def test_what_was_encoded_is_kept(tmp_path, opened, mixtral, mixtral_json, monke
     assert isinstance(data.files[0].encoded.ids, np.memmap)
     kept = tmp_path / token_cache.FOLDER
     assert sorted(p.suffix for folder in kept.iterdir() for p in folder.iterdir()) == [".json"] + [".npy"] * 5
-    # Whatever it follows from makes another one; what it does not follow from does not.
+    # A change that affects the encoded ids makes a new cache; any other change uses the old one.
     assert count(max_words=45)[0] == 0
     assert count(seed=3)[0] == 0
     assert count(image_tokens=7)[0] == 0, "places are not kept"
@@ -331,7 +331,7 @@ def test_a_cache_appears_whole_or_not_at_all(tmp_path, opened, monkeypatch):
     monkeypatch.undo()
     (old := tmp_path / "kept" / "a-1.7.partial").mkdir()
     (new := tmp_path / "kept" / "a-2.8.partial").mkdir()
-    os.utime(old, (0, 0))  # its writer was killed long ago
+    os.utime(old, (0, 0))  # the process that wrote it was killed long ago
     opened([TALK], **options)
     assert (old.exists(), new.exists()) == (False, True)
     assert len(opened([TALK], **options)) == 1

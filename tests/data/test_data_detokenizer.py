@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.errors import InputError
 
-# Emoji with modifiers and joiners, CJK, combining marks, right-to-left, rare planes, white space, then anything.
+# Emoji with modifiers and joiners, CJK, combining marks, right-to-left, rare planes, white space, then any text.
 TRICKY = st.sampled_from(
     [
         "🙂",
@@ -39,7 +39,7 @@ def test_streamed_text_is_the_text(any_tokenizer, text):
     pieces = stream(any_tokenizer, ids)
     assert "".join(pieces) == any_tokenizer.decode(ids) == text
     assert pieces[-1] == ""
-    for piece in pieces:  # a half character would show as a replacement the text does not hold
+    for piece in pieces:  # half a character would add a replacement character
         assert piece.count("\ufffd") <= text.count("\ufffd")
 
 
@@ -55,7 +55,7 @@ def test_any_ids_stream_as_they_decode(any_tokenizer, data):
 @PROPERTY
 @given(raw=st.binary(max_size=24))
 def test_random_bytes_read_as_utf8_reads_them(any_tokenizer, raw):
-    if any_tokenizer.vocab_size < 1000:  # byte-level: one token a byte
+    if any_tokenizer.vocab_size < 1000:  # byte-level: each byte has a token
         byte_of = {any_tokenizer.token_bytes(i): i for i in range(any_tokenizer.vocab_size)}
     else:
         byte_of = {bytes([b]): 3 + b for b in range(256)}
@@ -81,11 +81,11 @@ def test_first_generated_word_keeps_its_space(mixtral):
     paris = mixtral.encode("Paris", bos=False)
     assert "".join(stream(mixtral, paris, prompt)) == " Paris"
     assert "".join(stream(mixtral, paris)) == "Paris"
-    assert "".join(stream(mixtral, paris, [mixtral.bos_id])) == "Paris"  # nothing but BOS before it: a first word
+    assert "".join(stream(mixtral, paris, [mixtral.bos_id])) == "Paris"  # after BOS alone it is a first word
 
 
 def test_an_emoji_in_bytes_appears_whole(mixtral):
-    ids = [3 + b for b in "🫠".encode()]  # no piece of its own: four byte tokens
+    ids = [3 + b for b in "🫠".encode()]  # has no piece, so four byte tokens
     assert stream(mixtral, ids, mixtral.encode("a", bos=True)) == ["", "", "", "🫠", ""]
     assert stream(mixtral, ids[:3], [1]) == ["", "", "", "\ufffd"]
 
@@ -114,7 +114,7 @@ STOPS = st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=3)
 
 
 def first_stop(text, stops):
-    """What somebody sees who looks after every character."""
+    """(text before the stop string, stop string) as a search after every single character finds them."""
     for end in range(1, len(text) + 1):
         hits = [stop for stop in stops if text[:end].endswith(stop)]
         if hits:

@@ -1,4 +1,4 @@
-"""Items with an image among items of text: places, lengths, cuts, tags, the cache, batches; broken images up front."""
+"""Items with images among text items: positions, lengths, truncation, tags, cache, batches; broken images first."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def seen(item=TALK, image="a.png"):
 
 @pytest.fixture
 def opened(tmp_path, mixtral):
-    """Open items as data, with a.png and b.png beside them; several lists are several files."""
+    """Open items as data, with a.png and b.png in the same folder; each list becomes a file."""
     for seed, name in enumerate(("a.png", "b.png")):
         write_picture(tmp_path / name, seed=seed)
 
@@ -215,7 +215,7 @@ def test_a_batch_with_images(rows):
     assert batch.pixels_I3PP[:, 0, 0, 0].tolist() == order
     assert len(begins) == len(order)
     assert batch.counted_BT[batch.tokens_BT == IMAGE_ID].all()
-    # What is said just behind an image is learnt from its last place.
+    # The token right after an image is the label of its last position.
     for at, n in zip(begins, order, strict=True):
         example = everything[n]
         wanted = example.ids[4] if example.learn[4] else IGNORED
@@ -286,7 +286,7 @@ def test_the_limit_of_pixels_is_handed_on(opened):
 
 
 def test_all_processes_agree(opened, tmp_path):
-    """One looks, the others are told; an image that has come back meanwhile stays left out."""
+    """One process opens the images and tells the others; an image that appears in between stays left out."""
     calls = []
 
     def first(look):

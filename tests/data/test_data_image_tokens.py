@@ -1,4 +1,4 @@
-"""Where an image's positions stand among token ids."""
+"""The positions of image tokens among token ids."""
 
 from accessory.data.image_tokens import image_start, insert_image_tokens
 from accessory.vision_config import IMAGE_ID

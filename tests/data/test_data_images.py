@@ -1,4 +1,4 @@
-"""Opening images: every kind that is read, every kind that is refused, and how little refusing costs."""
+"""Opening images: every accepted kind, every refused kind, and that refusing is cheap."""
 
 import contextlib
 import io
@@ -194,14 +194,14 @@ def test_the_limit_is_the_callers(monkeypatch):
         read_header(content, max_pixels=4999)
     assert read_header(content, max_pixels=5000) == (100, 50)
     assert read_header(png_header(8000, 8000)) == (8000, 8000), MAX_PIXELS
-    # Pillow's own limit belongs to the process, and decides nothing here.
+    # Pillow's own limit is global to the process; our limit does not depend on it.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert np.array_equal(pixels(open_image(encoded(noise(16, 9)))), pixels(noise(16, 9)))
     assert read_header(png_header(30_000, 30_000), max_pixels=10**9) == (30_000, 30_000)
 
 
 def test_only_pictures_are_opened(monkeypatch, tmp_path):
-    """Pillow would hand PostScript to an interpreter."""
+    """Pillow would run an interpreter for PostScript; we refuse it first."""
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path, "EPS")
     monkeypatch.setattr("subprocess.Popen", None)

@@ -1,4 +1,4 @@
-"""META lists and the files they name: every item with its line, every mistake with its place."""
+"""META lists and the files they name: every item with its line number, every error with its place."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def test_json_lists_are_cut_where_json_does(folder, items, indent, ascii_):
     path.write_text(text, encoding="utf-8")
     records = open_records(path)
     assert [records.read(i) for i in range(len(records))] == items
-    if indent is not None:  # then an item stands on a line of its own, and an empty one on one line
+    if indent is not None:  # then each item begins on a new line
         begins = [n for n, line in enumerate(text.split("\n"), start=1) if line[indent : indent + 1] == "{"]
         begins = [n for n in begins if text.split("\n")[n - 1][:indent].strip() == ""]
         assert set(records.lines.tolist()) <= set(begins)

@@ -1,4 +1,4 @@
-"""The built-in templates: their text, their ids, and what a model learns of them."""
+"""The built-in templates: their text, their ids, and the spans a model learns."""
 
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def test_default_text_to_the_letter(mixtral):
         template.text(dialogue("Hi?", system="Be kind."), prompt=True) == "Be kind.\n\n### Human: Hi?\n### Assistant:"
     )
     assert template.stop_strings == ("\n###",)
-    # One text, encoded as one: the pieces meet where the tokenizer never joins anything.
+    # The ids equal those of the whole text: no token crosses the borders between the pieces.
     assert template.prompt_ids(messages, mixtral) == mixtral.encode(prompt, bos=True)
     assert template.encode(whole, mixtral)[0] == mixtral.encode(template.text(whole), bos=True)
 
@@ -184,7 +184,7 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(any_tokenizer, name, turns
     assert ids[: len(prompt)] == prompt
     assert not mask[len(prompt) - 1] if prompt else True
     tail = mask[len(prompt) :]
-    assert all(tail) or (name == "chatml" and not any(mask[-1:]))  # chatml writes a newline behind its end marker
+    assert all(tail) or (name == "chatml" and not any(mask[-1:]))  # chatml writes a newline after its end marker
     if any_tokenizer.bos_id == 1 and any_tokenizer.bos_token == "<s>":
         assert ids[0] == 1
         assert ids.count(1) == 1

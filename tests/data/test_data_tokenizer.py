@@ -106,7 +106,7 @@ def test_never_two_bos(mixtral, mixtral_json, text, special):
     assert mixtral_json.encode(text, bos=True, special=special) == [1, 22557, 1526]
     if not (special and text.startswith("<s>")):
         assert mixtral.encode(text, bos=True, special=special) == [1, 22557, 1526]
-    else:  # read as transformers 5 does: what follows a control token continues
+    else:  # as in transformers 5, text after a control token continues a word
         assert mixtral.encode(text, bos=True, special=special) == [1, 16230, 1526]
 
 

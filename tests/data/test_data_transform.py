@@ -1,4 +1,4 @@
-"""The ways from an image to numbers: exact against Pillow's operations; crops by their rule and its properties."""
+"""Image transforms: exact against Pillow's operations; random crops against the properties of their rule."""
 
 import math
 import random
@@ -20,13 +20,13 @@ sides = st.one_of(st.integers(1, 5), st.integers(1, 300))
 
 
 def numbers(image):
-    """What encoders take of an RGB image, a number at a time."""
+    """The normalised values (3, height, width), fp32, of an RGB image, computed in float64."""
     values = np.asarray(image).astype(np.float64) / 255
     return torch.tensor((values - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1)
 
 
 def same(ours, image):
-    """Of numbers that single precision rounds; a step of a colour is more than 0.014."""
+    """Equal but for fp32 rounding: the tolerance is 2e-6, and one colour step is more than 0.014."""
     return ours.dtype == torch.float32 and torch.allclose(ours, numbers(image), atol=2e-6, rtol=0)
 
 
@@ -83,7 +83,7 @@ def test_the_middle_and_the_whole():
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("size", [(60_000, 1), (3, 30_000)])
 def test_strips_do_not_grow_by_squares(name, size):
-    """A pixel by 60,000, padded to a square, would be 11 GB; scaled to a height of 224, 2.4 million pixels long."""
+    """1 × 60,000 pixels would take 11 GB as a padded square, or be 2.4 million pixels long at a height of 224."""
     image = Image.new("RGB", size, (200, 10, 10))
     image.paste((10, 200, 10), (0, 0, (size[0] + 1) // 2, size[1] if size[0] > 1 else size[1] // 2))
     out = get_transform(name, 32)(image, 1)
@@ -101,7 +101,7 @@ def test_large_pictures_are_padded_smaller(monkeypatch):
     square = Image.new("RGB", (900, 900), (122, 116, 104))
     square.paste(image, (0, 300))
     wanted = numbers(square.resize((64, 64), BICUBIC))
-    assert (ours - wanted).abs().max() < 0.15  # at the edges; a step of a colour is 0.014
+    assert (ours - wanted).abs().max() < 0.15  # at the edges; one colour step is 0.014
     monkeypatch.setattr("accessory.data.transform._LONGEST", 900)
     assert torch.allclose(get_transform("padded_resize", 64)(image), wanted, atol=2e-6)
 
@@ -116,16 +116,16 @@ def test_crops_keep_their_bounds(width, height, seed):
     w, h = right - left, bottom - top
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
-    if 3 / 4 <= width / height <= 4 / 3:  # either found, or the whole
+    if 3 / 4 <= width / height <= 4 / 3:  # the crop was found, or is the whole image
         # A side is rounded by half a pixel.
         assert (w + 0.5) * (h + 0.5) >= 0.9 * width * height
-    # Whether tried or the middle: no narrower and no wider than the bounds, but for rounding.
+    # A random crop and the middle both keep the bounds of the ratio, but for rounding.
     assert (w + 0.5) / max(h - 0.5, 0.5) >= 3 / 4
     assert max(w - 0.5, 0.5) / (h + 0.5) <= 4 / 3 or w == 1
 
 
 def test_the_middle_where_nothing_fits():
-    """90% of the area with sides of 3 : 4 at most: impossible beyond 40 : 27 (0.9 · w · h = 4/3 · h²)."""
+    """An image longer than 40 : 27 has no 4 : 3 crop of 90% of its area (0.9 · w · h = 4/3 · h²)."""
     for seed in range(50):
         assert random_crop(1000, 100, random.Random(seed)) == (433, 0, 566, 100)
         assert random_crop(100, 1000, random.Random(seed)) == (0, 433, 100, 566)
@@ -135,9 +135,9 @@ def test_the_middle_where_nothing_fits():
 
 
 def test_crops_are_spread_as_the_rule_says():
-    """Area uniform in 0.9 … 1, the logarithm of the ratio uniform: of a square image, where few are rejected, by hand.
+    """Area is uniform in 0.9 … 1 and the logarithm of the ratio is uniform; worked out by hand for a square image.
 
-    At ratio r and area a a crop fits a square when a · max(r, 1/r) <= 1: |log r| <= -log a.
+    A crop of ratio r and area a fits into a square if a · max(r, 1/r) <= 1, so |log r| <= -log a.
     """
     chance = random.Random(0)
     found = []
@@ -149,7 +149,7 @@ def test_crops_are_spread_as_the_rule_says():
     area, log_ratio = w * h / 1e8, np.log(w / h)
     assert area.min() > 0.8999
     grid = np.linspace(0.9, 1, 10_001)
-    density = -np.log(grid)  # of accepted areas: the width of what fits
+    density = -np.log(grid)  # of accepted areas: the range of log r that fits
     mean = float((grid * density).sum() / density.sum())
     assert area.mean() == pytest.approx(mean, abs=0.002)
     assert abs(log_ratio.mean()) < 0.004
@@ -183,8 +183,8 @@ def test_a_seed_decides_the_crop(seed, text):
 
 
 def test_without_a_seed_crops_differ():
-    # After ten tries, one crop in eight is the whole of a square (one in three of 4 : 3); the others are chance's, so
-    # that 32 of 40 being the whole does not happen.
+    # Ten tries all fail for one crop in eight of a square (one in three of 4 : 3), which then is the whole image. The
+    # other crops are random, so 32 whole images of 40 do not happen.
     image, transform = gradient(300, 300), get_transform("random_resized_crop", 16)
     assert len({transform(image).numpy().tobytes() for _ in range(40)}) > 8
     assert torch.equal(transform(image, 7), transform(image, 7))
