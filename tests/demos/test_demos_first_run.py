@@ -1,4 +1,4 @@
-"""`accessory demo`: its logic on a tiny network in a GGUF file, and (slow) the real thing."""
+"""`accessory demo`: its logic on a tiny network in a GGUF file, and (slow) the real demo."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_makes_both_folders_and_their_tokens_agree(small, capsys):
     report = verify(small / "base", small / "sparse", progress=False)
     assert report.ok
     assert report.hash in out
-    # What it proposes to try next stands on one line each, however long the paths are.
+    # Each command that it proposes is on one line, even if paths are long.
     assert re.search(rf"accessory verify {small}/base {small}/hf\n", out)
 
 
@@ -78,7 +78,7 @@ def test_a_sparse_folder_of_another_model_fails(small, capsys):
 
 
 def test_the_answer_is_the_models_own(small, capsys):
-    """What is shown is what `MetaModel.generate` gives for the tokenizer's own chat template."""
+    """The demo shows the text that `MetaModel.generate` gives with the tokenizer's chat template."""
     assert demo.first_run(small, "Why?", 5) == 0
     out = capsys.readouterr().out
     model = MetaModel.from_pretrained(small / "base", max_seq_len=128, device="cpu")

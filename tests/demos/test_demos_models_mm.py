@@ -1,4 +1,4 @@
-"""The demos with images over small models that see, on one rank and two: what is shown is what `MetaModel` writes."""
+"""The image demos with small models, on one rank and two: the page shows the text of `MetaModel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both demo pages, started as processes and used in headless Chromium; what is shown is what `MetaModel` writes."""
+"""Both demo pages, started as processes and used in headless Chromium: they show the text of `MetaModel`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(folders):
 
 @pytest.fixture(scope="module")
 def served(folders):
-    """All demos at once, since most of their start is waiting for a core."""
+    """Starts all demos at once, because most of their start is waiting for a core."""
     common = ["--max_seq_len", MAX_SEQ_LEN, "--dtype", "fp32"]
     commands = {
         "multi": web.demo_command("multi_turn.py", "--pretrained_path", folders / "base", *common, "--port", 0),
@@ -92,7 +92,7 @@ def come(served, browser):
 
 @pytest.fixture(scope="module")
 def visit(come):
-    """The window that is open on a demo, cleared; opening one takes long."""
+    """The open window on a demo, cleared. Tests share it, because opening one takes long."""
     windows: dict[str, web.Visitor] = {}
 
     def window(name: str) -> web.Visitor:
@@ -122,7 +122,7 @@ def said(model, messages, template="default", system=None, n=12):
 
 
 def letters(text):
-    """What is left of it whatever Markdown makes of the rest, which a random model writes a lot of."""
+    """Only the letters and digits: a random model writes much that Markdown would change."""
     return re.sub(r"[\W_]+", "", text)
 
 
@@ -203,7 +203,7 @@ def test_text_grows_until_stop_and_the_round_stays(dialogue, model):
     assert whole.startswith(last)
     assert last != whole
     dialogue.set("max_gen_len", 12)
-    dialogue.ask("Go on")  # the next round is open
+    dialogue.ask("Go on")  # the next round can begin
     messages = [("user", "Tell me all"), ("assistant", last), ("user", "Go on")]
     assert rounds(dialogue)[:3] == shown(*messages)
 
@@ -309,7 +309,7 @@ def test_a_second_visitor_waits_for_the_first(visit, come):
     first.ask("Tell me all", wait="Writing")
     second.set("max_gen_len", 4)
     second.ask("And me?", wait="Waiting for the model")
-    second.press("stop")  # works while one waits as well
+    second.press("stop")  # also works while the request waits
     first.press("stop")
     first.status("Stopped after")
     second.status("Stopped after")

@@ -1,4 +1,4 @@
-"""The pages that take images, in headless Chromium: with a model that says what reaches it."""
+"""The pages with images, in headless Chromium, with a model that answers what reached it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAX_SEQ_LEN = 256
 
 
 class Teller:
-    """A model that answers with what it was asked about: the size of the image, or none."""
+    """A stand-in model that answers with the size of the image it got, or that it got none."""
 
     image_words = 7
 
     def __init__(self) -> None:
         self.tokenizer = load_tokenizer(MIXTRAL_TOKENIZER)
         self.prompts: list[str] = []
-        self.held = threading.Event()  # cleared: the answer waits at its second word until it is cancelled
+        self.held = threading.Event()  # while cleared, an answer stops after one word until it is cancelled
         self.held.set()
 
     def stream_generate(self, prompt, image=None, max_gen_len=512, cancelled=None, **how):
@@ -64,8 +64,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages():
-    """Each kind of page over a model of its own: started before the browser, whose loop Gradio's must not meet."""
-    # How often Gradio looks whether a visitor is still there, seconds; by default 15.
+    """Each kind of page with its own model. Starts before the browser: the event loops of both must not meet."""
+    # Seconds between checks of Gradio that a visitor is still there; its default is 15.
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "1")
     started = {}
@@ -100,7 +100,7 @@ def come(pages, browser, monkeypatch):
 
     def open_window(kind: str) -> web.Visitor:
         page, url = pages[kind]
-        monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder_of(page)))  # in life, a process has one page
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder_of(page)))  # in use, a process has one page
         visitors.append(web.Visitor(browser, url))
         return visitors[-1]
 
@@ -111,7 +111,7 @@ def come(pages, browser, monkeypatch):
 
 @pytest.fixture(scope="module")
 def windows(pages, browser):
-    """One on each kind of page; opening one takes long."""
+    """One window on each kind of page. Tests share them, because opening one takes long."""
     opened = {kind: web.Visitor(browser, url) for kind, (_, url) in pages.items()}
     yield opened
     for visitor in opened.values():
@@ -120,10 +120,10 @@ def windows(pages, browser):
 
 @pytest.fixture
 def visit(windows, pages, monkeypatch):
-    """The window on a kind of page, as it was when it was opened."""
+    """The window on a kind of page, reset to the state in which it was opened."""
 
     def window(kind: str) -> web.Visitor:
-        monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder_of(pages[kind][0])))  # in life, a process has one page
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder_of(pages[kind][0])))  # in use, a process has one page
         windows[kind].afresh()
         windows[kind].set("max_gen_len", 128)
         return windows[kind]
@@ -175,7 +175,7 @@ def test_another_image_or_none_begins_another_dialogue_and_the_page_says_so(mult
     assert (multi.rounds()[-1], multi.pictures()) == (("bot", NONE), [])
     multi.upload(files / "a cat.png")
     multi.says("The next message begins a new dialogue, about this image")
-    assert multi.rounds()[-1] == ("bot", NONE)  # until then it stays
+    assert multi.rounds()[-1] == ("bot", NONE)  # the old dialogue stays until then
     multi.ask("What is it?")
     assert multi.rounds() == [("user", "What is it?"), ("bot", CAT)]
     multi.drop_image()
@@ -235,10 +235,10 @@ def test_a_failed_answer_keeps_the_image(multi, files):
 
 
 def test_the_places_of_an_image_count_where_a_prompt_is_cut(multi, files):
-    """Of 256 positions, 60 stay beside the answer, enough for the 54 tokens of the prompt, but not with 7 more."""
+    """The answer leaves 60 of 256 positions: enough for the 54 tokens of the prompt, but not with 7 image tokens."""
     multi.choose("template", "none")
     multi.set("max_gen_len", MAX_SEQ_LEN - 60)
-    question = " ".join(["word"] * 53)  # and BOS
+    question = " ".join(["word"] * 53)  # with BOS, 54 tokens
     multi.ask(question)
     assert multi.page.locator(".toast-body").count() == 0
     multi.upload(files / "dog.jpg")
@@ -315,7 +315,7 @@ def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, 
     other.upload(files / "a cat.png")
     other.drop_image()
     other.upload(files / "dog.jpg")
-    assert kept(page) == ["a cat.png", "dog.jpg"]  # of one content, one file, which the first visitor needs
+    assert kept(page) == ["a cat.png", "dog.jpg"]  # both visitors share one file of the cat
     other.leave()
     wait_for(lambda: kept(page) == ["a cat.png"])
     multi.ask("Still there?")
@@ -332,7 +332,7 @@ def wait_for(condition) -> None:
 
 
 def test_only_what_was_uploaded_can_be_asked_about(single, pages, files):
-    """A browser sends a path of ours back; one of another file is refused before anything opens it."""
+    """A browser sends back the path of its upload. The path of another file is refused before anything opens it."""
     page, url = pages["single"]
     number = next(n for n, function in page.blocks.fns.items() if function.name == "_begin")
     wanted = {"path": str(files / "dog.jpg"), "meta": {"_type": "gradio.FileData"}}

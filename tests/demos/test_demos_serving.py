@@ -1,4 +1,4 @@
-"""What both demos share besides their page: options, and mistakes in them. test_demos_pages.py starts them for good."""
+"""The options that both demos share, and errors in them. test_demos_pages.py really starts the demos."""
 
 from __future__ import annotations
 

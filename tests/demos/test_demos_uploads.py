@@ -1,4 +1,4 @@
-"""Uploaded images: who needs them, and when they go."""
+"""Uploaded images: who needs them, and when they are removed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def kept(clock, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # given back afterwards
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # monkeypatch restores it, since Uploads sets it
     made = uploads.Uploads()
     yield made
     made.close()
 
 
 def upload(kept: uploads.Uploads, name: str) -> str:
-    """As Gradio lays it down: in a folder called by its content."""
+    """Stores an upload as Gradio does, in a folder that is named after the content."""
     path = Path(kept._folder.name) / name.replace(".", "") / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("x")
