@@ -13,20 +13,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-# How long an example takes says something of the machine and its other work, and nothing of what is tested.
+# No deadline: how long an example takes depends on the machine's load, not on the tested code.
 settings.register_profile("shared machine", deadline=None)
-# `make test` tries the same examples every time, so that a change fails for what it changed; `make test-all` explores.
+# `make test` tries the same examples every time, so a failure comes from the change. `make test-all` tries new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("shared machine")
 
-# A shell ignores Ctrl-C for what it starts in the background, and so would every process that a test starts.
+# A shell makes its background processes ignore Ctrl-C. Every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def same_chance():
-    """A test that draws numbers without a seed of its own draws the same ones alone and among others."""
+    """Seed torch before each test, so that a test draws the same numbers alone and in a run of all tests."""
     import torch
 
     torch.manual_seed(0)

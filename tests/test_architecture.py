@@ -17,7 +17,7 @@ PACKAGE = ROOT / "accessory"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
-# Imports point down only, and folders on one floor never meet. docs/architecture.md shows the same table.
+# Imports point down only, and folders on one floor never import each other. docs/architecture.md shows the same table.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "config", "errors", "formats", "limits", "progress", "vision_config"),
     ("ops",),
@@ -51,7 +51,7 @@ EXCUSE = "longer than 400 lines because"
 @dataclass(frozen=True)
 class Import:
     module: str
-    name: str  # with what is taken out of the module, which may be a module itself
+    name: str  # `module` plus the imported name, which may be a module itself
     line: int
     at_module_level: bool  # run when the module is imported
     for_types: bool  # under `if TYPE_CHECKING:`
@@ -62,7 +62,7 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
-    """Every import in the text of a module that lies in `package`."""
+    """Yield every import in `source`, the text of a module that lies in `package`."""
 
     def visit(node: ast.AST, at_module_level: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -117,14 +117,14 @@ def test_imports_point_down(path):
         if found.module.split(".")[0] != "accessory":
             continue
         there = part_of(found.module)
-        # The modules of floor 0 know each other; anywhere else a neighbour is out of bounds.
+        # Modules of floor 0 may import each other. On all other floors they may not.
         if there in DOORS or FLOOR[there] > FLOOR[here] or (there != here and FLOOR[there] == FLOOR[here] > 0):
             wrong.append(f"{name_of(path)}:{found.line} imports {found.module}")
     assert not wrong, f"floor {FLOOR[here]} may import lower floors and its own folder only: {wrong}"
 
 
 def graph_of_files() -> dict[str, set[str]]:
-    """Which modules of the package each one imports, at its top, inside functions, or for types."""
+    """Map each module of the package to those it imports: at its top, inside functions, or for types."""
     known = {module_of(path): path for path in MODULES}
     graph = {}
     for module, path in known.items():

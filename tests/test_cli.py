@@ -105,7 +105,7 @@ def test_upcycle(capsys, tmp_path):
 
 
 def mistakes(folder: Path, base: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
-    """What a user may get wrong, and a word that the answer must hold."""
+    """Mistakes of a user: the arguments of the command, and a text that the error message must contain."""
     hf = str(folder)
     ask = ["generate", hf, "--max-seq-len", "64", "--max-gen-len", "4"]
     (tmp / "broken.json").write_text("{")
@@ -219,7 +219,7 @@ def test_a_reader_that_goes_away_is_no_traceback(folder):
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_comes_within_half_a_second(command):
-    """The median of three. On a machine that is busy with other things the processor's time has to stand for it."""
+    """Takes the median of three runs. On a busy machine, processor time counts instead of elapsed time."""
     elapsed, computed = [], []
     for _ in range(3):
         started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""The table "Where is …" of CONTRIBUTING.md: every file is there, and holds the name that the row gives."""
+"""The table "Where is …" of CONTRIBUTING.md: every file exists and defines the name that the row gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/extending.md promises: a tiny thing of each kind, added from outside the package, works."""
+"""What docs/extending.md promises: a tiny extension of each kind works when it is added from outside the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_every_file_that_the_page_names_is_there():
 
 
 def test_a_layout(tmp_path, monkeypatch):
-    """Every name under a prefix of its own, in a file of its own name."""
+    """The layout puts a prefix before every tensor name, and uses a file name of its own."""
     from helpers.checkpoints import ARGS, params_json, random_tensors, write_json
     from safetensors.torch import save_file
 
@@ -43,7 +43,7 @@ def test_a_layout(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 def test_a_quantized_format(implementation, monkeypatch):
-    """Signs times the mean magnitude of a row: it is loaded, computes, and lets gradients through."""
+    """The format keeps signs and each row's mean magnitude. It can be loaded, computes, and passes gradients on."""
     from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
     from helpers.sizes import CUTTABLE
     from helpers.training import make_decoder
@@ -79,7 +79,7 @@ def test_a_quantized_format(implementation, monkeypatch):
 
 
 def test_a_kernel(monkeypatch):
-    """A row above all others takes over the products that it names."""
+    """A row at the top of the kernel table takes over the products that it names."""
     from accessory.ops import dispatch, experts
     from accessory.ops.linear import grouped_linear
 
@@ -147,7 +147,7 @@ def test_a_field_of_a_recipe():
 
 
 def test_a_loss_term():
-    """A pull of all trained numbers towards zero, whose gradient is known: 2 · weight · p."""
+    """The term pulls all trained parameters towards zero. Its gradient is known: 2 · weight · p."""
     from helpers.training import batches, make_decoder
 
     from accessory.parallel.mesh import DeviceMesh

@@ -1,4 +1,4 @@
-"""The journeys of docs/architecture.md, walked: each is a list of calls, and what runs must pass them in that order."""
+"""Runs the journeys of docs/architecture.md. Each is a list of calls, which must happen in that order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 
 def journeys() -> dict[str, list[str]]:
-    """Of each journey, the calls that it lists, by their names within `accessory`."""
+    """Map each journey's title to the calls that it lists, by their names within `accessory`."""
     section = PAGE.read_text(encoding="utf-8").split("\n## Journeys\n")[1].split("\n## ")[0]
     found = {}
     for part in section.split("\n### ")[1:]:
@@ -23,7 +23,7 @@ def journeys() -> dict[str, list[str]]:
 
 
 class Calls:
-    """While it is open, the names of the package's functions in the order in which they were first called."""
+    """Records the names of the package's functions in the order of their first calls, while the context is open."""
 
     def __init__(self) -> None:
         self.first: dict[str, int] = {}

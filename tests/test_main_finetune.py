@@ -1,4 +1,4 @@
-"""The flags of `main_finetune.py`: the original's, spelled and meant as there, and ours."""
+"""The flags of `main_finetune.py`: the original's, with the same names and meanings, and ours."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ class LongerConfig(FinetuneConfig):
 
 
 def test_a_new_field_is_one_line(tmp_path):
-    """Its flag, its help, its key in YAML, its check and its place in what a run writes down follow."""
+    """One line gives the field its flag, help text, YAML key and check, and its place in the saved configuration."""
     flags = parser(LongerConfig)
     assert "--sharpness X         how sharp it gets (default: 0.5)" in flags.format_help()
     given = flags.parse_args([*NEEDED, "--sharpness", "2"])
@@ -97,7 +97,7 @@ def test_dashes_are_underscores_and_switches_turn_off_again():
     ("words", "message"),
     [
         (["--batchsize", "3"], "--batchsize: unknown; did you mean --batch_size?"),
-        (["--batch", "3"], "--batch: unknown; "),  # no abbreviations: what they mean changes when a flag is added
+        (["--batch", "3"], "--batch: unknown; "),  # no abbreviations: a new flag could change their meaning
         (["--data_parallel", "ddp"], "data_parallel: got 'ddp', but it must be one of sdp, fsdp"),
         (["--lr", "fast"], "lr: got 'fast'"),
         (["--lr", "1", "y"], "y: unknown; --help lists all flags"),
@@ -137,7 +137,7 @@ def test_the_run_gets_what_the_flags_say(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [["main_finetune.py"], ["-m", "accessory.main_finetune"]])
 def test_it_starts_as_on_the_page_and_as_a_module(command):
-    """From inside accessory/, where modules named like its folders must not be found in place of the package."""
+    """Runs inside accessory/. Python must not take the folders there for top-level modules of the same name."""
     cwd = PACKAGE if command[0] == "main_finetune.py" else PACKAGE.parent
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(

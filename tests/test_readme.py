@@ -19,7 +19,7 @@ PAGES = sorted(page for where in ("*.md", "docs/*.md", "examples/*.md", "benchma
 SHELL = ("bash", "sh", "shell", "console")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# What ends one command on a line, and where another begins.
+# Shell words that end one command on a line. Another command may follow.
 BETWEEN = ("|", "||", "&&", ";", ">", ">>", "<", "2>")
 
 
@@ -32,7 +32,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every `accessory …` in the text of a shell block or of a transcript."""
+    """Yield the words of every `accessory …` command in the text of a shell block or of a transcript."""
     for line in text.replace("\\\n", " ").splitlines():
         line = line.strip().removeprefix("$ ")
         if "accessory" not in line:
@@ -40,7 +40,7 @@ def commands(text: str) -> Iterator[list[str]]:
         line = re.sub(r'"\$\([^"]*(?:"[^"]*"[^"]*)*\)"', "SUBSTITUTED", line)
         try:
             words = shlex.split(line, comments=True)
-        except ValueError:  # prose in a transcript, with an apostrophe
+        except ValueError:  # the transcript has prose with an apostrophe here
             continue
         command: list[str] | None = None
         for word in [*words, ";"]:
@@ -59,7 +59,7 @@ def all_commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         for text in blocks(page, *SHELL):
             found += [(name_of(page), words) for words in commands(text)]
-        for text in blocks(page, "text"):  # what the program proposes in a transcript
+        for text in blocks(page, "text"):  # commands that the program proposes in a transcript
             proposed = "\n".join(line for line in text.splitlines() if line.strip().startswith(".venv/bin/accessory"))
             found += [(name_of(page), words) for words in commands(proposed)]
     return found
@@ -130,7 +130,7 @@ def test_python_that_is_shown_compiles_and_its_imports_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_names_in_the_package_that_are_shown_exist(page):
-    """`accessory.module.name` in running text and tables."""
+    """Every `accessory.module.name` in running text and tables exists."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for dotted in re.findall(r"`(accessory(?:\.\w+)+)", text):
         parts = dotted.split(".")

@@ -1,4 +1,4 @@
-"""What a model sees with, as configurations say it."""
+"""How configurations describe a model's image encoders."""
 
 import json
 
@@ -10,7 +10,7 @@ from accessory.vision_config import SPHINX, VISION_PRESETS, VisionArgs
 
 
 def test_sphinx_by_hand():
-    """257 tokens of three encoders whose channels add up to 5632, 32 queries, a start and an end."""
+    """Three encoders give 257 tokens, and their channels add up to 5632. Then 32 queries, a start and an end token."""
     assert [e.channels for e in SPHINX.all] == [1024, 3072, 1536, 768]
     assert [e.tokens for e in SPHINX.all] == [257, 257, 257, 32]
     assert SPHINX.channels == 5632
@@ -44,7 +44,7 @@ def test_published_encoders_have_addresses():
     paths = [e.path for e in args.replace(vision=own).sees_with.all]
     assert paths[0] == "my/clip"
     assert paths[1].startswith("hf://laion/")
-    small = args.replace(vision="small")  # whose encoder is published nowhere that is known here
+    small = args.replace(vision="small")  # no published weights are known for its encoder
     assert small.sees_with.encoders[0].path is None
 
 
