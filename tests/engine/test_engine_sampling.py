@@ -31,7 +31,7 @@ def test_greedy_takes_the_largest_and_never_an_id_without_a_spelling():
 
 
 def test_frequencies_are_the_nucleus_renormalised():
-    # 0.5, 0.3, 0.15, 0.05 at top_p 0.75: the first two, as 5/8 and 3/8
+    # Of 0.5, 0.3, 0.15 and 0.05, top_p 0.75 keeps the first two, as 5/8 and 3/8.
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20000, 4)
     drawn = sample(logits, Sampling(temperature=1.0, top_p=0.75, seed=1), torch.Generator().manual_seed(1))
     share = torch.bincount(drawn, minlength=4) / 20000
@@ -51,8 +51,8 @@ def test_a_draw_lies_in_the_nucleus(logits, top_p, temperature, seed):
     row = torch.tensor([logits])
     token = sample(row, Sampling(temperature, top_p), torch.Generator().manual_seed(seed)).item()
     p = (row[0].double() / temperature).softmax(0)
-    likelier = p > p[token] * (1 + 1e-5)  # beyond what fp32 can tell apart
-    assert p[likelier].sum() < top_p + 1e-5  # their mass fell short
+    likelier = p > p[token] * (1 + 1e-5)  # by more than fp32's rounding
+    assert p[likelier].sum() < top_p + 1e-5  # the more likely tokens did not reach top_p
 
 
 def test_the_global_seed_and_an_own_seed_both_repeat():
