@@ -12,7 +12,7 @@ from examples.emoji.corpus import GROUPS
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """Packages as npm unpacks them: four drawings a group, and one with a skin tone, which Unicode's list lacks."""
+    """Packages as npm unpacks them: four drawings a group, and one with a skin tone, which is not in Unicode's list."""
     Image = pytest.importorskip("PIL.Image", reason="pip install pillow")
     home = tmp_path / "packages"
     assets = home / "fluent-emoji-3d" / "assets"

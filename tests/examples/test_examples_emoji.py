@@ -1,4 +1,4 @@
-"""The emoji example: the whole of it on a tiny network, its recipes and its errors."""
+"""The emoji example: the whole demo on a tiny network, its recipes and its errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_scale() -> Scale:
 def test_from_packages_to_the_table_on_a_tiny_network(
     packages: Path, small_scale: Scale, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both stages, the questions, the files; a second run repeats nothing that is there."""
+    """Runs both stages, asks the questions and checks the files. A second run repeats no finished step."""
     from helpers.runs import write_model
 
     folder = packages.parent

@@ -1,4 +1,4 @@
-"""The emoji example: names, families, what is held out; questions, and how answers count."""
+"""The emoji example: names, families, held-out emoji, questions, and how answers are counted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_others_have_stems_of_their_own() -> None:
 def test_drawings_that_hardly_differ_are_a_family() -> None:
     some = [make("x", name, "Objects") for name in ("saw", "axe", "bow", "key")]
     thumbnails = np.zeros((4, 100))
-    thumbnails[1] += 0.04  # near the first, and the third near to it
+    thumbnails[1] += 0.04  # near to the first, and the third is near to it
     thumbnails[2] += 0.08
     thumbnails[3] += 0.5
     found = corpus.families(some, thumbnails)
@@ -69,7 +69,7 @@ def test_drawings_that_hardly_differ_are_a_family() -> None:
 
 
 def test_distances_are_of_all_pixels() -> None:
-    """Of any two thumbnails: in one family exactly where a chain of near ones joins them (by Floyd and Warshall)."""
+    """Two thumbnails are in one family exactly if a chain of near ones joins them (checked with Floyd-Warshall)."""
     generator = np.random.default_rng(0)
     thumbnails = generator.random((25, 6)) * 0.25
     some = [make("x", f"thing {n}", "Objects") for n in range(25)]

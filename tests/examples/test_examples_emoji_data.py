@@ -122,7 +122,7 @@ def test_another_picture_shows_the_same_thing_on_another_ground() -> None:
         red = np.asarray(out, np.int32)
         ground = np.array(out.getpixel((0, 0)))
         share = (np.abs(red - ground).sum(-1) > 60).mean()
-        assert 0.04 < share < 0.3  # a quarter of a square that fills 0.65² … 1 of the picture, less what turning takes
+        assert 0.04 < share < 0.3  # 1/4 of a square that fills 0.65² … 1 of the picture, less what rotation costs
     assert len(grounds) > 3
     again = [data.vary(picture, True, random.Random(1)).tobytes() for _ in range(2)]
     assert again[0] == again[1]

@@ -18,7 +18,7 @@ from PIL import Image
 
 
 class Parrot:
-    """Stands for a model: an image that is a string is its own answer, and no image is always "Flags"."""
+    """A stand-in for a model. It repeats an image that is a string, and answers "Flags" where there is no image."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
