@@ -24,7 +24,7 @@ PATHS = ["/path/to/converted", "/path/to/converted/config.json", "/path/to/conve
 PEFT_JSON = "configs/model/finetune/sg/llamaPeft_normBiasLora.json"
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
-# The table of the seed's recipes: full base, full sparse, PEFT base, and PEFT sparse, which follows from them.
+# The table of the original recipes: full base, full sparse and PEFT base. PEFT sparse follows from them.
 COMMON = {
     "epochs": 1.0, "warmup_epochs": 0.1, "max_words": 4096, "min_lr": 0.0, "clip_grad": 2.0, "weight_decay": 0.0,
     "precision": "bf16", "checkpointing": True, "data_parallel": "sdp", "accum_iter": 8, "dialog": True,
@@ -110,13 +110,14 @@ def test_a_recipe_is_the_tables_column(place, script):
     else:
         assert config.llama_config[1:] == []
 
-    # The YAML of the same recipe is the same run, but that it has LoRA's two keys where the script has a JSON file.
+    # The YAML of a recipe describes the same run. It has keys for LoRA and for tuning biases and norms where the script
+    # names a JSON file.
     yaml = FinetuneConfig.from_yaml(
         PACKAGE / "configs" / "finetune" / f"{recipe}.yaml", [f"pretrained_path={PATHS[0]}"]
     )
     differ = {k for k, v in yaml.to_dict().items() if v != getattr(config, k)}
     peft = {"lora_rank", "bias_tuning", "norm_tuning"} if "Peft" in script else set()
-    assert config.no_visual  # as the original's scripts say it of models that take no images anyway
+    assert config.no_visual  # the original's scripts set it even for models that take no images
     assert differ == {"llama_config", "tokenizer_path", "no_visual"} | peft
     assert not peft or (yaml.lora_rank, yaml.bias_tuning, yaml.norm_tuning) == (16, True, True)
 
