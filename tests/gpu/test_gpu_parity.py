@@ -45,8 +45,8 @@ def test_logits_are_those_of_transformers(shape, implementation, dtype, bound, t
     decoder = decoder_from_canonical(args, implementation, canonical_from_hf(oracle), dtype).cuda()
     chosen = record_experts(decoder)
     ours = decoder(ids).logits
-    # The oracle: the same rounded weights in exact arithmetic. Where two experts nearly tie, rounding may send a token
-    # to the other one; what follows in that sequence then truly differs, so it is compared up to there.
+    # The oracle computes with the same rounded weights in fp32. Where two experts nearly tie, rounding may send a token
+    # to the other one. The rest of that sequence then differs rightly, so each sequence is compared up to there.
     exact = oracle.float()(ids, output_router_logits=True)
     same_BT = torch.ones_like(ids, dtype=torch.bool)
     for expert_TK, logits_TE in zip(chosen, exact.router_logits, strict=True):
@@ -59,7 +59,7 @@ def test_logits_are_those_of_transformers(shape, implementation, dtype, bound, t
 
 
 def decisive(oracle):
-    """Routers with wide gaps between experts, so that few tokens are at a near tie."""
+    """Give the routers wide gaps between experts, so that few tokens are at a near tie."""
     with torch.no_grad():
         for layer in oracle.model.layers:
             layer.mlp.gate.weight.mul_(8)
@@ -99,7 +99,7 @@ def test_fp32_greedy_text_is_that_of_transformers(implementation):
 @pytest.mark.parametrize("batch", [1, 2, 4, 6])
 @torch.inference_mode()
 def test_graphs_give_what_the_plain_path_gives(implementation, batch):
-    """The same tokens through both, from several lengths and over the border between two graphs."""
+    """Sends the same tokens through both, from several lengths and across the border between two graphs."""
     tensors = canonical_from_hf(decisive(hf_mixtral(sizes())))
     decoder = decoder_from_canonical(sizes(), implementation, tensors, torch.bfloat16).requires_grad_(False).cuda()
     graphs = DecodeGraphs(decoder)
@@ -111,7 +111,7 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
     for lengths in (
         [250, 3, 90, 240, 1, 2],
         [7, 8, 9, 10, 11, 12],
-    ):  # the second time, cache and graphs of the first are used again
+    ):  # the second round uses the cache and graphs of the first again
         length_B = torch.tensor(lengths[:batch], device="cuda")
         cache = graphs.cache(batch, 400)
         longest = max(lengths[:batch])
@@ -125,7 +125,7 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
                 whole = decoder(tokens[row : row + 1, : length_B[row] + 1]).logits[0, -1]
                 errors.append(relative_error(graphed[row], whole))
             length_B = length_B + 1
-    # Kernels for many tokens and for few round differently, and now and then that tips a router.
+    # Kernels for many tokens and for few round differently. Sometimes that changes a router's choice.
     assert torch.tensor(errors).quantile(0.9) <= 2e-2
 
 
@@ -142,7 +142,7 @@ def test_generation_with_graphs_repeats_and_ends_like_without():
 
 
 def test_a_step_on_few_pairs_is_the_grouped_product(monkeypatch):
-    """The kernels that read weights in place against grouped_mm on the same network."""
+    """Compares the kernels that read weights in place with grouped_mm, on the same network."""
     from accessory.nn import experts
 
     args = sizes()

@@ -1,4 +1,4 @@
-"""On a GPU: quantised networks beside the same network of dequantised weights, decoded, prompted and trained."""
+"""On a GPU: decode, prefill and training of quantised networks, against the network of dequantised weights."""
 
 import itertools
 
@@ -44,7 +44,10 @@ def pair(tensors, implementation, format):
 
 
 def median_error(got, want):
-    """Of the tokens' logits: one that rounding sends to another expert truly differs, half of them do not."""
+    """The median over tokens of the logits' relative error.
+
+    The median ignores the few tokens that rounding sends to another expert: their logits differ rightly.
+    """
     return ((got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)).median().item()
 
 
@@ -81,7 +84,7 @@ def test_a_prompt_in_fp8_is_one_whose_inputs_were_rounded(tensors, implementatio
 
     plain, load = {"fp8:fp8_linear": linear, "fp8:fp8_grouped_linear": grouped}, dispatch._load
     monkeypatch.setattr(dispatch, "_load", lambda function: plain.get(function) or load(function))
-    # An input that lies between two of fp8's numbers, 6% apart, falls to either by how a product before it was rounded.
+    # Neighbouring fp8 numbers are 6% apart. How an earlier product was rounded decides to which of two an input goes.
     assert median_error(got, packed(ids).logits) <= 8e-2
 
 

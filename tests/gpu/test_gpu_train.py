@@ -1,4 +1,4 @@
-"""On a GPU: training in bf16 beside fp32 on the CPU, packed rows in torch's kernel, and a run with its state."""
+"""On a GPU: training in bf16 against fp32 on the CPU, packed rows in torch's kernel, and resuming a run."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_packed_rows_are_attention_within_documents(heads, groups):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("peft", [None, {"lora_rank": 8, "bias_tuning": True}])
 def test_bf16_steps_follow_fp32(implementation, packed, peft):
-    """The loss of ten steps within 2%: rounding may send a token elsewhere, mistakes would send the curve elsewhere."""
+    """The losses of ten steps agree to 2%. Rounding may change a token's expert, but only a mistake moves the curve."""
     curves = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         decoder = make_decoder(implementation, peft=peft, device=device, dtype=dtype)
