@@ -1,4 +1,4 @@
-"""How ranks end: with whoever started them, in time, and with what they had to say said."""
+"""How ranks end: together with the process that started them, in time, and after their output is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_only_torchrun_is_watched(monkeypatch):
 
 
 def ends(program):
-    """What is said, the status and the seconds of a process whose standard input stays open."""
+    """Run a program whose standard input stays open. Returns its output, its exit status and the seconds it took."""
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", f"from accessory.launch.ending import *\nimport sys, time\n{program}"],

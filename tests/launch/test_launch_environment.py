@@ -1,4 +1,4 @@
-"""What torchrun's and Slurm's variables say, and what they must not say."""
+"""How the variables of torchrun and Slurm are read, and which values are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_first_host_of_a_node_list(nodes, host):
         ({"WORLD_SIZE": "8", "RANK": "5"}, 5),
         ({"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, 3),
         ({"WORLD_SIZE": "1", "RANK": "0"}, 0),
-        # Somebody has to say what is wrong with the variables, and only a first rank speaks.
+        # These count as rank 0, because only rank 0 prints and some process must report the wrong variables.
         ({"WORLD_SIZE": "2", "RANK": "2"}, 0),
         ({"WORLD_SIZE": "2", "RANK": "x"}, 0),
     ],
@@ -87,7 +87,7 @@ def test_the_environment_of_this_process_is_read_when_it_is_asked_for(monkeypatc
 
 def test_a_meeting_point_is_said_unless_the_launcher_said_it(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "there")
-    monkeypatch.setenv("MASTER_PORT", "1")  # so that it is taken back after the test
+    monkeypatch.setenv("MASTER_PORT", "1")  # so that monkeypatch restores it after the test
     monkeypatch.delenv("MASTER_PORT")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

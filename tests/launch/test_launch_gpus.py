@@ -1,4 +1,4 @@
-"""How many ranks on which GPUs: what may be asked for, and what is said where it may not."""
+"""How many ranks on which GPUs: accepted requests, and the errors for the others."""
 
 from __future__ import annotations
 

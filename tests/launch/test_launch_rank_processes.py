@@ -1,4 +1,4 @@
-"""A driver and its ranks, which here are small programs that load nothing."""
+"""A driver and its ranks. Here the ranks are small programs that load no model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SILENT = "import time; time.sleep(60)"
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts two ranks of a program; ends whatever it has started."""
+    """Starts two ranks of a program, and ends them after the test."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     ranks = []
 

@@ -1,11 +1,11 @@
-"""Ranks that torchrun starts: who they are, what they are told, and what their failure looks like."""
+"""Ranks that torchrun starts: their environment, their arguments, and how a failure is reported."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-# One write a rank, so that lines are not torn.
+# Each rank writes once, so that the lines of two ranks do not mix.
 RANK = """
 import os, sys
 os.write(1, f"{{os.environ['RANK']}} {{os.environ['WORLD_SIZE']}} {{' '.join(sys.argv[1:])}}\\n".encode())
@@ -14,7 +14,7 @@ sys.exit({})
 
 
 def ranks(n, code, *words):
-    """`run_under_torchrun` in a process of its own, since it changes the environment."""
+    """Call `run_under_torchrun` in a new process, because it changes the environment."""
     program = "import sys; from accessory.launch.torchrun import run_under_torchrun as r; sys.exit(r({}, {!r}))"
     return subprocess.run(
         [sys.executable, "-c", program.format(n, ["-c", code, *words])],
