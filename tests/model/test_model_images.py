@@ -43,7 +43,7 @@ def path(folder):
 
 
 def equal(ours, theirs):
-    """To 1e-5 of the logits' size: encoders' convolutions round otherwise for another number of images."""
+    """Check equality to 1e-5 of the norm: convolutions round differently for another number of images."""
     assert ours.shape == theirs.shape
     assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
 
@@ -74,14 +74,14 @@ def test_an_image_changes_what_is_said_and_no_neighbour(model, path):
     blind = model.compute_logits(PROMPTS)
     assert not torch.allclose(seen[0], blind[0], atol=1e-2)
     equal(seen[1], blind[1])
-    assert [len(s) for s in seen] == [len(b) for b in blind]  # an image's own places are left out
+    assert [len(s) for s in seen] == [len(b) for b in blind]  # logits of image tokens are left out
     for n, image in enumerate([picture(), None, path]):
         alone = model.compute_logits([PROMPTS[n]], [image])[0]
         equal(seen[n], alone)
 
 
 def test_the_last_logits_say_what_is_generated(model, path):
-    """Greedy decoding with a cache against whole passes without one; prompt, stream and batch agree."""
+    """Greedy decoding with a cache equals whole passes without one. Single, streamed and batched calls agree."""
     images = [picture(), None, path]
     texts = model.generate(PROMPTS, images, **GENERATE)
     for prompt, image, text in zip(PROMPTS, images, texts, strict=True):
@@ -198,7 +198,7 @@ def test_quantized_and_in_16_bits(folder, path):
 
 
 def test_the_originals_spelling_of_encoders_loads(tmp_path, folder, model, path):
-    """Encoders as the original's checkpoints name them: here by the mapping's inverse on one tensor, transformers'."""
+    """Encoders load under the names of the original's checkpoints. Here BLIP-2's vision model is renamed."""
     tensors = seeing_tensors(ARGS.replace(vision=tiny_sphinx()))
     opened = open_checkpoint(folder)
     assert set(opened.vision) == {name for name in tensors if name.startswith("vision.")}
@@ -240,7 +240,10 @@ def test_images_that_do_not_fit(model, images, said):
 
 
 def test_a_prompt_that_speaks_of_its_image(model, path):
-    """As data of other projects writes it; where the image stands is settled, and one that is not there is missed."""
+    """A prompt may contain <image>, as in other projects' data.
+
+    The marker does not move the image. If there is no image, it is an error.
+    """
     plain = model.compute_logits(["What is it?"], [path])[0]
     assert torch.equal(model.compute_logits(["<image>\nWhat is it?"], [path])[0], plain)
     with pytest.raises(InputError, match=r"prompts\[1\]: speaks of an <image>, but images has none for it"):

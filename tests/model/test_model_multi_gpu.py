@@ -27,7 +27,7 @@ ARGS = SPEAKING.replace(dim=64, hidden_dim=96, head_dim=8, max_seq_len=8192)
 PROMPT = "The best programming language in the world is"
 HOW = {"max_seq_len": 8192, "dtype": torch.float32, "device": "cpu"}
 LONG = {"max_gen_len": 8000, "temperature": 1.0, "seed": 1}
-SOON = 10.0  # seconds in which every failure has to be told and cleaned up
+SOON = 10.0  # seconds within which every failure must be reported and cleaned up
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def expected(folder):
 
 @pytest.fixture(scope="module")
 def wrapper(folder):
-    """On a port of its own, which every new set of ranks has to get again."""
+    """A wrapper on a port of its own. Each new set of ranks must be able to open the same port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -214,7 +214,7 @@ def test_ranks_that_cannot_load_say_why(folder, tmp_path):
 
 
 def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
-    """One rank finds no file where the others do: the others would wait for it."""
+    """One rank does not find the file. The others find it and would wait for that rank."""
     real = RankProcess.__init__
 
     def in_another_folder(self, module, place, gpu):
@@ -231,7 +231,7 @@ def test_a_rank_that_fails_alone_ends_all(folder, monkeypatch):
     started = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1, while loading: base: no such"):
         MultiGpuWrapper("base", gpus=2, **HOW)
-    assert time.monotonic() - started < 2 * SOON  # processes start and import first
+    assert time.monotonic() - started < 2 * SOON  # starting and importing take time first
     assert {p.pid for p in rank_processes()} == before
 
 

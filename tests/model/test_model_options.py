@@ -1,4 +1,4 @@
-"""The options of a model: what the command line and the demos both make of them."""
+"""The options of a model, as the command line and the demos both read them."""
 
 from __future__ import annotations
 
