@@ -1,4 +1,4 @@
-"""The network against transformers' MixtralForCausalLM, and against itself where a cache, padding or packing enters."""
+"""The network against transformers' MixtralForCausalLM, and against itself with a cache, padding or packing."""
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_both_implementations_have_one_state_dict():
 
 
 def test_experts_split_over_ranks_add_up():
-    """Half of the experts each (base) and half of each expert (sparse) sum to the whole layer."""
+    """Two ranks sum to the whole layer. Each holds half of the experts (base) or half of each expert (sparse)."""
     from accessory.nn.experts_base import BaseExperts
     from accessory.nn.experts_sparse import SparseExperts
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 against the package that its pretrained weights were published with, and its own promises."""
+"""EfficientNet-Lite0 against the package that published its pretrained weights, and what its docstrings promise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNUSED = {"_fc.weight", "_fc.bias"}
 
 
 def _randomised(network: nn.Module) -> None:
-    """Weights and statistics at which no layer is nearly the identity."""
+    """Fill in weights and statistics such that no layer is nearly the identity."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in network.state_dict().items():
         if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):

@@ -1,4 +1,4 @@
-"""Images in the network, against transformers' embeddings-in interface and a plain computation."""
+"""Images in the network, against transformers (which takes embeddings as inputs) and a plain computation."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ ARGS = TINY
 
 
 def seeing(implementation="sparse", vision=None, seed=3):
-    """The oracle's weights with random projections, and the oracle."""
+    """A decoder that takes images: the oracle's weights with random projections."""
     args = ARGS.replace(vision=vision or tiny_sphinx())
     decoder = Decoder(args, implementation, sees=True)
     init_weights(decoder, seed, std=0.5)
@@ -28,13 +28,13 @@ def seeing(implementation="sparse", vision=None, seed=3):
     for held in local_tensors(decoder):
         if held.name in tensors:
             held.tensor.copy_(tensors[held.name])
-    with torch.no_grad():  # a norm of ones and zeros would hide one that is left out
+    with torch.no_grad():  # with weight 1 and bias 0, a missing norm weight would not show
         decoder.visual_proj[1].weight += 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(5))
     return decoder.eval()
 
 
 def plain_words(decoder, features):
-    """[start, queries, tokens, end] of each view, spelled out."""
+    """The image embeddings, computed step by step: [start, queries, tokens, end] of each view."""
     rows = []
     for v in range(len(features.visual_VTC)):
         rows.append(decoder.start_img[0])
@@ -52,13 +52,13 @@ def plain_words(decoder, features):
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize(("vision", "views"), [(tiny_sphinx(), 1), (tiny_sphinx(), 5), (tiny_clip(), 1)])
 def test_logits_are_those_of_transformers_given_the_embeddings(implementation, vision, views):
-    """transformers' Mixtral with token embeddings and the words of two images laid out by hand."""
+    """transformers' Mixtral gets embeddings that are laid out by hand: those of tokens and of two images."""
     decoder = seeing(implementation, vision)
     features = random_tower(vision, views).encode(random_pixels(vision, 2, views))
     words = vision.image_tokens(views)
     rows = [insert_image_tokens([1, 7, 9, 12], words, 1), insert_image_tokens([5, 8, 3, 2], words, 1)]
-    assert rows[0][0] == 1  # behind BOS
-    assert rows[1][0] == IMAGE_ID  # in front of everything without one
+    assert rows[0][0] == 1  # image tokens follow BOS
+    assert rows[1][0] == IMAGE_ID  # without BOS, image tokens come first
     with torch.no_grad():
         ours = decoder(torch.tensor(rows), images=features).logits
         model = hf_mixtral(ARGS)
@@ -141,12 +141,12 @@ def test_gradients_by_finite_differences():
             parameter -= 2 * step * direction
             below = loss()
             parameter += step * direction
-        # The residual stream is fp32, so differences are only so fine.
+        # The residual stream is fp32, which limits how exact the differences are.
         assert float(above - below) / (2 * step) == pytest.approx(slope, rel=3e-2, abs=1e-4), name
 
 
 def test_the_originals_numbers():
-    """291 positions an image, 1455 in high resolution; 5632 channels of three encoders, 768 of the Q-Former."""
+    """An image takes 291 positions, 1455 in high resolution. Channels: 5632 of three encoders, 768 of the Q-Former."""
     assert (SPHINX.image_tokens(1), SPHINX.image_tokens(5)) == (291, 1455)
     assert (SPHINX.pixels(1), SPHINX.pixels(5)) == (512, 1024)
     shapes = image_shapes(ModelArgs())

@@ -26,7 +26,7 @@ IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.22
 
 
 def plainly(tower: VisionTower, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Each encoder's tokens of the whole images: transformers' classes, called as their documentation does."""
+    """Each encoder's tokens of whole images, by transformers' classes, called as in their documentation."""
     import transformers as tf
 
     def same(model, name):
@@ -76,7 +76,7 @@ def test_what_the_published_weights_want_differs_from_transformers_own_way(encod
     pixels = random_pixels(ours)
     towers = [random_tower(args) for args in (ours, theirs)]
     if encoder is CONVNEXT:
-        for tower in towers:  # next to nothing to divide by, so that an epsilon shows
+        for tower in towers:  # a tiny variance, so that the epsilon shows
             tower.encoders["convnext"].embeddings.patch_embeddings.weight.mul_(1e-3)
             tower.encoders["convnext"].embeddings.patch_embeddings.bias.zero_()
     a, b = (tower.encode(pixels).visual_VTC for tower in towers)
@@ -145,7 +145,7 @@ def test_five_views_are_the_whole_and_its_quarters():
     for sign, group in ((1, views[:5]), (-1, views[5:])):
         whole, *quarters = group
         for quarter, colour in zip(quarters, colours.flatten(), strict=True):
-            # Away from the edge that bicubic resampling blurs and rings at.
+            # Compare away from the edge, where bicubic resampling blurs and rings.
             torch.testing.assert_close(quarter[:, 4:-4, 4:-4], (sign * colour).expand(3, 8, 8))
         corners = whole[0, [2, 2, -3, -3], [2, -3, 2, -3]]
         torch.testing.assert_close(corners, sign * colours.flatten())
@@ -223,7 +223,7 @@ def test_an_image_is_run_once_whatever_tensor_it_comes_in():
         torch.testing.assert_close(again.visual_VTC[5 * i : 5 * i + 5], expected.visual_VTC[5 * j : 5 * j + 5])
         torch.testing.assert_close(again.query_VQC[5 * i : 5 * i + 5], expected.query_VQC[5 * j : 5 * j + 5])
     assert torch.equal(again.visual_VTC[15:], first.visual_VTC[:5])
-    first.visual_VTC.zero_()  # what a caller does to its features does not reach those kept
+    first.visual_VTC.zero_()  # changes by the caller must not reach the cached features
     tower.encode(pixels[:1]).visual_VTC.zero_()
     assert torch.equal(tower.encode(pixels[:1]).visual_VTC, again.visual_VTC[15:])
     assert tower.runs == 3
@@ -329,7 +329,7 @@ def test_built_on_meta_and_filled_it_is_as_built_at_once(args):
     tower.load_state_dict(direct.state_dict())
     ours, theirs = dict(tower.named_buffers()), dict(direct.named_buffers())
     assert ours.keys() == theirs.keys()
-    for name, buffer in theirs.items():  # those that no state dict holds too
+    for name, buffer in theirs.items():  # also those that are in no state dict
         assert torch.equal(ours[name], buffer), name
     pixels = random_pixels(args)
     assert torch.equal(tower.encode(pixels).visual_VTC, direct.encode(pixels).visual_VTC)
