@@ -1,4 +1,4 @@
-"""The summed cross-entropy beside torch's own, in values and gradients."""
+"""The summed cross-entropy against torch's own, in values and gradients."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_a_hand_made_row():
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 8])
 def test_pieces_of_rows_add_up(monkeypatch, rows):
-    """Rows are widened a piece at a time; the last piece may be short."""
+    """Rows are converted to fp32 a piece at a time; the last piece may be short."""
     monkeypatch.setattr(cross_entropy, "ROWS", rows)
     test_it_is_torchs.hypothesis.inner_test(7, 11, 5, 0.5)
 
@@ -67,7 +67,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_no_rows_give_zero_and_an_empty_gradient():
-    """A rank without anything to learn still takes part in the step."""
+    """A rank whose rows have no tokens to learn still takes part in the step."""
     weight = torch.randn(5, 4, requires_grad=True)
     loss = cross_entropy_sum(torch.zeros(0, 4) @ weight.T, torch.zeros(0, dtype=torch.int64))
     loss.backward()
@@ -81,7 +81,10 @@ def test_without_gradients_none_are_kept():
 
 
 def test_gradients_are_finite_differences():
-    """Computed in fp32, so the steps are long. (torch's gradcheck goes backward twice; here gradients flow once.)"""
+    """The loss is computed in fp32, so the steps are long.
+
+    torch's gradcheck does not fit: it runs backward twice, and here backward can run only once.
+    """
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 6, generator=generator)
     label = torch.randint(0, 6, (4,), generator=generator)

@@ -41,8 +41,8 @@ def test_every_row_names_a_function_that_is_there(kernel):
 def test_every_product_has_a_kernel_that_fits_it(p):
     kernel = find(p)
     if kernel is None:
-        # A dense weight alone is torch's affair, needs no dequantising, and its gradients are torch's; of decoding None
-        # says that experts are computed grouped.
+        # None for a single dense weight: torch computes the product and its gradients. None for decode: experts are
+        # computed with grouped products.
         assert p.op == "decode" or (p.weight == dispatch.DENSE and p.op != "grouped")
         return
     assert kernel.op == p.op
@@ -53,7 +53,7 @@ def test_every_product_has_a_kernel_that_fits_it(p):
 
 
 def test_every_row_is_reached_by_some_product():
-    """A row behind one that fits all its products would be dead."""
+    """A row is dead if an earlier row fits all its products."""
     found = set()
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
@@ -99,7 +99,7 @@ def test_graphs_hold_what_no_host_has_to_know():
     assert host_free(decode, [])  # base, few pairs
     assert not host_free(decode._replace(rows=14), [])  # base, more: a loop over experts
     assert host_free(decode._replace(rows=14), [grouped])  # sparse
-    # A LoRA of rank 4 has no grouped product on the card, so the host has to loop over its experts.
+    # A LoRA adapter of rank 4 has no grouped product on the GPU, so the host must loop over the experts.
     assert not host_free(None, [grouped, grouped._replace(out_features=4)])
 
 
@@ -114,7 +114,7 @@ def test_a_product_is_read_off_its_tensors():
 
 
 def test_a_kernel_is_a_row(monkeypatch):
-    """How a kernel is added: a function in accessory.ops, and a row above those that are slower."""
+    """A new kernel needs a function in accessory.ops, and a row above the slower kernels."""
     row = Kernel("grouped", "norm:rms_norm", ("dense",), ("cpu",), rows=(0, 2))
     monkeypatch.setattr(dispatch, "TABLE", (row, *TABLE))
     find.cache_clear()

@@ -1,4 +1,4 @@
-"""nf4 with its scales in 8 bits, beside bitsandbytes' own double quantisation."""
+"""nf4 with its scales in 8 bits, against bitsandbytes' own double quantisation."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_values_are_bitsandbytes(functional):
     assert torch.equal(double_quantization.values(CPU), functional.create_dynamic_map())
 
 
-# Rows of 9 scales, of 64 and of 224, which blocks of 256 begin and end in; one block that is not full.
+# Rows of 9, 64 and 224 scales: blocks of 256 end inside a row or at its end. The last two: one block that is not full.
 SHAPES = [(100, 576), (512, 4096), (64, 14336), (3, 64), (1, 128)]
 
 
@@ -63,7 +63,7 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), groups=st.integers(1, 24), rows=st.integers(1, 40))
 def test_a_cut_keeps_what_it_needs_of_the_whole(data, groups, rows):
-    """Whatever the row's length is to a block's 256 scales, and wherever it is cut."""
+    """Rows may have any number of scales, also more or fewer than fit blocks of 256, and may be cut anywhere."""
     packed = quantize(weight(rows, 64 * groups, seed=groups), "nf4-dq")
     want = dequantize(packed)
     for dim in data.draw(st.permutations([0, 1])):
@@ -89,7 +89,10 @@ def test_equal_cuts_have_the_shapes_of_a_matrix_of_their_size(ranks, each):
 
 
 def test_codes_beside_a_search_of_all_values(functional):
-    """As bitsandbytes' CUDA kernels choose them (here by its plain way, in float64), and its grid is close to it."""
+    """`nearest` chooses the codes of bitsandbytes' CUDA kernels (here: its CPU code in float64).
+
+    With on_grid=True, few codes differ, and by at most one.
+    """
     x = torch.rand(64 * 256, generator=torch.Generator().manual_seed(0)) ** 3 * 2 - 1
     x[::256] = 1.0
     theirs, _ = torch.ops.bitsandbytes.quantize_blockwise(x.double(), functional.create_dynamic_map(), 256)

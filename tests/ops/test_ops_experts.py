@@ -8,7 +8,7 @@ from accessory.ops.experts import decode_experts_fused, grouped_experts, sort_by
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
-    """Token by token, expert by expert, in fp64."""
+    """The definition: token by token, expert by expert, in fp64."""
     x, w1, w2, w3 = (t.double() for t in (x_TD, w1, w2, w3))
     rows = []
     for t in range(len(x)):

@@ -7,7 +7,8 @@ from helpers.interpreted import interpret, relative
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
 FORMATS = ["int8", "fp8", "int4", "nf4", "nf4-dq"]
-# (out, in, rows of each expert): ragged, idle, one expert, sizes that are no whole tiles, groups fewer than a tile's.
+# (out, in, rows of each expert): unequal and idle experts, one expert, sizes that are no multiple of a tile, and fewer
+# groups than a tile has.
 CASES = [(40, 384, (5, 0, 20)), (130, 256, (33,)), (96, 128, (0, 0, 1, 0)), (72, 640, (70, 3, 0, 0, 18))]
 LARGE = [(384, 512, (300, 0, 41, 7, 1, 0, 128, 200)), (320, 1024, (1500, 900))]
 
@@ -38,7 +39,7 @@ def check(format, case, device, dtype, bound):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_grouped_on_the_gpu(format, case, dtype):
-    # Sums round to 16 bits; nf4's table is within 3.3e-4 beforehand.
+    # Sums round to 16 bits. Before that, nf4's table is exact to 3.3e-4.
     check(format, case, device="cuda", dtype=dtype, bound=3e-3 if dtype == torch.bfloat16 else 6e-4)
 
 
@@ -46,7 +47,7 @@ def test_grouped_on_the_gpu(format, case, dtype):
 @pytest.mark.parametrize("rows", [2, 20, 100, 3000])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gradients_on_the_gpu(format, rows):
-    """Whatever way a product takes at this size, its gradient is the dense product's."""
+    """At every size, whichever kernel runs, the gradient equals the dense product's."""
     from accessory.ops.experts import sort_by_expert
     from accessory.ops.linear import grouped_linear
     from accessory.ops.quantized import dequantize, quantize
@@ -76,7 +77,7 @@ def test_grouped_in_the_interpreter(format):
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
 
 
-# What the instructions of `nibbles` do, so that a machine without a GPU can follow them.
+# The PTX instructions of `nibbles` in Python, so that a machine without a GPU can run them.
 
 
 def _permute(a, b, selector):
@@ -100,7 +101,7 @@ STEPS = {
 
 
 def follow(asm, outputs, word):
-    """The output registers of inline PTX whose input register holds `word`."""
+    """Run inline PTX with `word` in its input register, and return the output registers."""
     registers = {f"${outputs}": word}
     for line in asm.splitlines():
         if line[0] not in "{}.":

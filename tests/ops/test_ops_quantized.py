@@ -1,4 +1,4 @@
-"""The formats beside bitsandbytes and by their own definition."""
+"""The quantised formats against bitsandbytes and against their own definition."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from accessory.ops.quantized import Packed, dequantize, packed_shapes, quantize,
 
 def weight(rows=96, columns=256, dtype=torch.float32, seed=0):
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(dtype)
-    w[3] = 0  # a row, and a block of another, that hold nothing
+    w[3] = 0  # one row is all zeros, and so is a block of another
     w[5, 64:128] = 0
     return w
 
@@ -39,7 +39,7 @@ def test_int8_is_bitsandbytes():
     torch.testing.assert_close(ours.scale, largest.float() / 127, rtol=1e-6, atol=0)
 
 
-# Half the distance between neighbours, relative to the largest magnitude of the row or group.
+# The bounds are half the distance between neighbouring values, relative to the row's or group's largest magnitude.
 @pytest.mark.parametrize(("format", "bound"), [("int8", 0.5 / 127), ("fp8", 1 / 16), ("int4", 1 / 14), ("nf4", 0.152)])
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.floats(1e-4, 1e3), shift=st.floats(-2, 2))
@@ -48,13 +48,13 @@ def test_no_number_is_further_off_than_half_a_step(format, bound, seed, scale, s
     error = (dequantize(quantize(w, format)) - w).abs().unflatten(-1, (-1, GROUP.get(format, 256)))
     grouped = w.unflatten(-1, (-1, GROUP.get(format, 256)))
     span = grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0) if format == "int4" else grouped.abs().amax(-1)
-    # int4's stored scale and zero are rounded too: 0.4% of the scale over 15 steps, and 1/32 of a step.
+    # int4's stored scale and zero are rounded too: by 0.4% of the scale over 15 steps, and by 1/32 of a step.
     assert (error <= span[..., None] * bound * 1.001 + 1e-12).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_has_a_value_of_the_format_is_kept(format):
-    """Quantising what came out of it gives the same numbers."""
+    """Quantising dequantised numbers again gives the same numbers."""
     w = dequantize(quantize(weight(), format))
     rtol = 5e-3 if format in ("int4", "nf4-dq") else 1e-6
     torch.testing.assert_close(dequantize(quantize(w, format)), w, rtol=rtol, atol=1e-9)
@@ -77,7 +77,7 @@ def test_a_cut_of_the_quantized_is_the_quantized_cut(format):
     packed = quantize(w, format)
     assert torch.equal(dequantize(packed.narrow(0, 10, 20)), dequantize(packed)[10:30])
     assert torch.equal(dequantize(packed.narrow(1, 128, 256)), dequantize(packed)[:, 128:384])
-    if format != "nf4-dq":  # which centres the scales of the whole
+    if format != "nf4-dq":  # nf4-dq subtracts the mean of all scales, so a part quantises differently
         assert torch.equal(dequantize(packed.narrow(0, 10, 20)), dequantize(quantize(w[10:30], format)))
     if format in ("int4", "nf4"):
         assert torch.equal(dequantize(packed.narrow(1, 128, 256)), dequantize(quantize(w[:, 128:384], format)))
@@ -116,7 +116,7 @@ def test_grouped_products_too(format):
     g = torch.Generator().manual_seed(0)
     stacks = [torch.randn(4, *s, generator=g) * 0.1 for s in ((128, 256), (256, 128), (128, 256))]
     packed = [quantize(s, format) for s in stacks]
-    expert_TK = torch.tensor([[0, 2], [2, 3], [0, 3]])  # nobody asks for expert 1
+    expert_TK = torch.tensor([[0, 2], [2, 3], [0, 3]])  # no token visits expert 1
     weight_TK = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1]])
     results = []
     for w in (packed, [dequantize(p) for p in packed]):
@@ -135,7 +135,7 @@ def test_a_stack_gives_its_weights():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_no_rows_have_a_product_too(grad):
-    """A rank of base whose experts got no token."""
+    """This happens on a rank of base whose experts get no token."""
     weight = quantize(torch.randn(6, 128), "int8")
     x = torch.empty(0, 128, requires_grad=grad)
     with torch.set_grad_enabled(grad):
@@ -145,7 +145,7 @@ def test_no_rows_have_a_product_too(grad):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_rows_have_a_product_and_a_gradient(format):
-    """As an expert has that no token visits, while base trains."""
+    """This happens while base trains, for an expert that no token visits."""
     x = torch.zeros(0, 256, requires_grad=True)
     y = linear(x, quantize(weight(), format))
     assert y.shape == (0, 96)

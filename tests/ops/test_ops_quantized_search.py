@@ -1,4 +1,4 @@
-"""int4's scale search beside plain rounding and an exhaustive search; GPTQ beside rounding to the nearest."""
+"""int4's scale search against plain rounding and an exhaustive search; GPTQ against rounding to the nearest."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_no_group_is_worse_than_plainly_rounded(seed, scale, shift, power, weigh
 
 
 def test_normal_groups_come_near_the_best_there_is():
-    """An exhaustive search over fine steps of range and zero point, for a few groups."""
+    """Compares a few groups with an exhaustive search over fine steps of range and zero point."""
     w = normal(24, 128, seed=1)
     best = torch.full((24, 1), float("inf"), dtype=torch.float64)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
@@ -56,7 +56,7 @@ def test_normal_groups_come_near_the_best_there_is():
 
 
 def test_an_outlier_is_cut_off_by_hand():
-    """127 numbers in steps of 1 from -7 to 7, and one at 7.5: steps of 1 keep the others as they are."""
+    """127 numbers are integers from -7 to 7, and one is 7.5. A scale of 1 keeps the integers exact."""
     w = torch.arange(-7, 8).repeat(9)[:128].float()
     w[127] = 7.5
     found = search_int4(w[None], starts=MANY_STARTS, rounds=MANY_ROUNDS)
@@ -87,7 +87,7 @@ def test_stacks_cuts_and_dtypes():
 
 
 def inputs(n, seed, features=256):
-    """Features of different size, a few strong common directions, and a mean: as networks have them."""
+    """Inputs as networks have them: features of different size, a few strong common directions, and a mean."""
     g = torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(99)
     sizes = (0.5 * torch.randn(features, generator=fixed)).exp()
@@ -108,7 +108,7 @@ def test_gptq_beats_rounding_on_inputs_it_has_not_seen(n, share):
     found = gptq(w, "int4", hessian, n)
     assert output_error(found, w, unseen) < share * output_error(nearest, w, unseen)
     assert output_error(found, w, unseen) < share * output_error(search_int4(w), w, unseen)
-    # The scale of the inputs says nothing.
+    # The scale of the inputs makes no difference.
     assert torch.equal(gptq(w, "int4", hessian * 4, n).data, found.data)
 
 
@@ -120,7 +120,7 @@ def test_gptq_without_correlation_is_rounding_with_searched_scales():
 
 
 def test_gptq_spreads_an_error_by_hand():
-    """Two features that are always equal: what one loses the other makes up for."""
+    """Two features are always equal, so the second weight can make up for the rounding error of the first."""
     w = torch.zeros(1, 128)
     w[0, 2:18] = torch.arange(-7, 9)  # the scale is 1, the zero point whole
     w[0, 0], w[0, 1] = 0.4, 0.3
@@ -129,11 +129,11 @@ def test_gptq_spreads_an_error_by_hand():
     hessian = x.T @ x
     found = dequantize(gptq(w, "int4", hessian, 10**6))
     assert torch.equal(found[0, 2:18], w[0, 2:18])
-    assert found[0, :2].sum() == 1.0  # 0.7 in all, where rounding each gives 0
+    assert found[0, :2].sum() == 1.0  # close to 0.7 in all; rounding each alone gives 0
 
 
 def test_int8_keeps_its_scales_and_gains_most_where_an_input_is_huge():
-    """As a network's massive activations are: one feature, far from the others and correlated with them."""
+    """One feature is far larger than the others and correlated with them, like a network's massive activations."""
     w, seen, unseen = normal(64, 256), inputs(4096, 1), inputs(2048, 2)
     for x in (seen, unseen):
         x[:, 17] = 300 + 30 * x[:, :8].sum(1)
@@ -142,7 +142,7 @@ def test_int8_keeps_its_scales_and_gains_most_where_an_input_is_huge():
     assert found.data.min() >= -127
     assert output_error(found, w, unseen) < 0.5 * output_error(plain, w, unseen)
     steps = (dequantize(found) - w) / found.scale[:, None]
-    assert steps[:, 17].abs().max() <= 0.5 + 1e-3  # the first to be rounded: nothing is laid on it
+    assert steps[:, 17].abs().max() <= 0.5 + 1e-3  # it is rounded first, so it takes no errors of others
     assert torch.equal(dequantize(gptq(w, "int8", torch.eye(256), 10**6)), dequantize(plain))
     assert torch.equal(gptq(w, "int8", torch.zeros(256, 256), 0).data, plain.data)
 

@@ -26,7 +26,7 @@ def test_routing_is_that_of_transformers(k):
 
 
 def test_weights_of_a_hand_made_row():
-    # softmax of (ln 1, ln 2, ln 4, ln 3) is (1, 2, 4, 3)/10; of the two largest, 4/7 and 3/7 remain
+    # The softmax of (ln 1, ln 2, ln 4, ln 3) is (1, 2, 4, 3)/10. The two largest are rescaled to 4/7 and 3/7.
     logits = torch.tensor([[1.0, 2.0, 4.0, 3.0]]).log()
     weight_TK, expert_TK, probability_TE = route(logits, 2)
     torch.testing.assert_close(probability_TE, torch.tensor([[0.1, 0.2, 0.4, 0.3]]))
@@ -91,7 +91,7 @@ def test_gradient_is_the_finite_difference():
     _, expert_TK, _ = route(logits, 2)
 
     def loss(x):
-        # fp64 through the same definition, the choice of experts held fixed
+        # The same definition in fp64, with a fixed choice of experts.
         p = x.softmax(-1)
         counts = torch.zeros(5, dtype=torch.float64).index_add_(0, expert_TK.flatten(), torch.ones(14).double())
         return 5 / 14 * (counts * p.mean(0)).sum()

@@ -14,7 +14,7 @@ def check(format, case, device, dtype):
     from accessory.ops.quantized import dequantize, quantize
     from accessory.ops.triton import packed as kernels
 
-    if device == "cpu":  # the interpreter takes its time by programs, not by their size
+    if device == "cpu":  # the interpreter's time grows with the number of programs, not with their size
         for tiles in kernels.TILES.values():
             tiles.update({kernel: (64, cols, warps) for kernel, (_, cols, warps) in tiles.items()})
     T, E, K, D, F, first, held = case
