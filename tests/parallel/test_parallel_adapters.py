@@ -1,4 +1,4 @@
-"""LoRA and biases on several ranks: logits and gradients of the whole network, after the sums `plan` asks for."""
+"""LoRA and biases on several ranks give the whole network's logits and, after `plan`'s sums, its gradients."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TOKENS_BT = torch.arange(18).view(2, 9) * 3 % 64
 
 
 def whole(implementation):
-    """A network with random values beside its weights, and them under canonical names."""
+    """A network with random weights and adapters, and its tensors by canonical name."""
     from accessory.adapt.peft import adapter_specs_for, add_adapters
     from accessory.nn.decoder import Decoder, init_weights
     from accessory.parallel.local_shard import local_tensors

@@ -1,4 +1,4 @@
-"""Images encoded by several ranks: the same features as alone, on every rank, each view run once."""
+"""Images encoded by several ranks: every rank gets the features of one process, and each view runs once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from accessory.vision_config import EncoderArgs, VisionArgs
 
 
 class Patches(torch.nn.Module):
-    """Stands in for an encoder, so that ranks need not import transformers: a convolution, then queries or patches."""
+    """A stand-in for an encoder, so that ranks need not import transformers: a convolution, then queries or patches."""
 
     def __init__(self, encoder: EncoderArgs) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def stand_in_tower(args: VisionArgs, views: int, dtype: torch.dtype) -> VisionTo
 
 
 def calls(args: VisionArgs, views: int) -> list[torch.Tensor]:
-    """One image, three, then one that is known and one that is not."""
+    """Pixels of four calls: one image; three images; a known and a new image; no image."""
     pixels = random_pixels(args, 5, views)
     return [pixels[:1], pixels[1:4], pixels[[1, 4]], pixels[:0]]
 
@@ -63,7 +63,7 @@ def shared(rank: int, world: int, views: int, dtype: torch.dtype) -> list[tuple[
         out = []
         for pixels in calls(args, views):
             out.append((encode_shared(tower, pixels, ranks), tower.runs))
-        if rank == world - 1:  # ranks may know different images
+        if rank == world - 1:  # ranks may have cached different images
             alone = random_pixels(args, 1, views, seed=9)
             tower.encode(alone)
         out.append((encode_shared(tower, random_pixels(args, 1, views, seed=9), ranks), len(tower.feature_cache)))
@@ -80,15 +80,15 @@ def test_shared_among_ranks_features_are_those_of_one_alone(world, views):
         for (features, _), alone in zip(results, expected, strict=True):
             torch.testing.assert_close(features.visual_VTC, alone.visual_VTC, rtol=0, atol=1e-6)
             torch.testing.assert_close(features.query_VQC, alone.query_VQC, rtol=0, atol=1e-6)
-        assert results[-1][1] == 6  # every rank has kept all six images, whoever ran them
+        assert results[-1][1] == 6  # every rank has cached all six images, also those that another rank ran
 
 
 def test_the_views_of_one_image_are_shared_among_ranks():
-    # Four ranks, five views: two, two, one and none. Then three images: 15 views, four ranks, four at most each.
+    # Five views on four ranks: two, two, one and none. Then three images: 15 views, at most four on a rank.
     runs = [[ran for _, ran in results[:4]] for results in run_ranks(shared, 4, 5, torch.bfloat16)]
     assert [r[0] for r in runs] == [1, 1, 1, 0]
     assert [r[1] - r[0] for r in runs] == [1, 2, 2, 1]
-    assert [r[2] - r[1] for r in runs] == [1, 1, 1, 0]  # the image that was known is not run again
+    assert [r[2] - r[1] for r in runs] == [1, 1, 1, 0]  # the cached image is not run again
     assert all(r[3] == r[2] for r in runs)
 
 

@@ -1,4 +1,4 @@
-"""What ranks hold of a network: boxes that cover every tensor once for each copy, whatever has cut it."""
+"""The local shards of ranks are boxes. They cover every tensor once per copy, however the mesh cuts it."""
 
 import math
 from collections import Counter
@@ -14,10 +14,10 @@ from accessory.parallel.mesh import DeviceMesh
 
 LORA = {"lora_rank": 4, "lora_targets": ("wq", "wo", "w1", "w2", "gate", "output"), "bias_tuning": True}
 
-# (data-parallel size follows) model-parallel size, implementation, mode, adapters
+# (model-parallel size, implementation, mode, adapters). The data-parallel size follows from the number of ranks.
 CASES = {
     2: [(2, "base", "sdp", None), (1, "sparse", "fsdp", LORA)],
-    3: [(1, "base", "fsdp", None), (1, "sparse", "sdp", LORA)],  # nothing here divides by three but hidden_dim
+    3: [(1, "base", "fsdp", None), (1, "sparse", "sdp", LORA)],  # only hidden_dim is divisible by three
     4: [(2, "base", "fsdp", LORA), (4, "base", "sdp", None), (4, "sparse", "sdp", LORA), (2, "sparse", "fsdp", None)],
 }
 
@@ -53,12 +53,12 @@ def test_boxes_of_all_ranks_make_the_whole_tensors(world):
                 for name, shape, offsets, tensor in result[number][kind]:
                     assert shape == tuple(whole[name].shape), (told, name)
                     place = tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))
-                    assert filled[name][place].shape == tensor.shape, (told, name)  # it ends within the tensor
+                    assert filled[name][place].shape == tensor.shape, (told, name)  # the box ends within the tensor
                     filled[name][place] = tensor
                     times[name][place] += 1
             for name, tensor in whole.items():
                 assert torch.equal(filled[name], tensor), (told, name)
-                # An even number of copies of everything: each number lies on as many ranks as any other.
+                # Each element of a tensor lies on the same number of ranks.
                 assert times[name].min() == times[name].max() > 0, (told, name)
 
 
@@ -79,7 +79,7 @@ def test_writing_into_what_is_held_writes_the_parameter():
 
 
 def test_experts_of_a_part_keep_their_numbers():
-    """A stack that begins at a later expert, made without cutting anything."""
+    """A stack that begins at expert 2 names its tensors from 2 on. It was made so, not cut out of a whole one."""
 
     class Layers(torch.nn.Module):
         def __init__(self):

@@ -22,7 +22,7 @@ LAYOUTS = {
     "sparse of 2": {"to": "sparse", "shards": 2},
     "sparse of 4": {"to": "sparse", "shards": 4, "safetensors": True},
 }
-# Few words, so that with 8 experts over 8 ranks some ranks have nothing to do in a decoding step, ever so often.
+# Few prompts, so that with 8 experts on 8 ranks some ranks often have no token in a decoding step.
 PROMPTS = ["The best programming language in the world is", "A"]
 GENERATE = {"max_gen_len": 12}
 SAMPLE = {"max_gen_len": 12, "temperature": 1.0, "top_p": 0.9, "seed": 4}
@@ -80,7 +80,7 @@ def test_any_layout_on_any_number_of_ranks_gives_the_same(folders, alone, world)
 
 @pytest.mark.slow
 def test_eight_ranks_from_two_layouts(folders, alone):
-    """The quick part of 8 ranks: whole experts from 1 file, slices from 2, key/value heads shared by two ranks each."""
+    """The quick part of 8 ranks: whole experts from 1 file, slices from 2, two ranks for each key/value head."""
     for found in run_ranks(two_layouts, 8, folders):
         for got in found:
             assert got["greedy"] == alone["greedy"]
@@ -98,7 +98,7 @@ def counted(rank, world, root, layouts):
 
 
 def count(path, llama_type):
-    """Bytes of file that the copies of this rank touch, and what ranks say in a decoding step."""
+    """Bytes that this rank reads from files, bytes of its parameters, and the collectives of one decoding step."""
     from accessory.checkpoint import lazy
 
     touched = 0
@@ -127,15 +127,15 @@ def count(path, llama_type):
 def test_a_rank_reads_its_share_and_sums_twice_a_layer(folders):
     found = run_ranks(counted, 4, folders, ["hf", "torrent", "base of 8", "sparse of 2"])
     for touched, held, calls in (one for rank in found for one in rank):
-        # Opening compares small norms and gates between shards; everything else is read once.
+        # Opening reads small norms and gates of all shards to compare them. All other tensors are read once.
         small = 10 * 4 * ARGS.dim * (ARGS.moe.num_experts + 3)
         assert touched <= 1.1 * held + small
-        # Two sums a layer (of few numbers, so gathered), embedding and head; nothing else is said.
+        # The only collectives: two sums a layer (gathered, because they are small), the embedding and the head.
         assert calls == ["all_gather"] * (2 * ARGS.n_layers + 2)
 
 
 def idle(rank, world, implementation):
-    """Tokens that all go to one expert: the other ranks have nothing to compute, and nobody waits."""
+    """All tokens go to one expert. The other ranks have nothing to compute, and no rank hangs."""
     from accessory.parallel.apply import parallelize
     from accessory.parallel.mesh import Ranks
 

@@ -1,4 +1,4 @@
-"""The table of cuts, held against the published description of the shards (written by hand in the helpers)."""
+"""The table of cuts against the published description of the shards (written by hand in the helpers)."""
 
 import pytest
 import torch
