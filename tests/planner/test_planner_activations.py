@@ -1,4 +1,4 @@
-"""What the planner says that a layer's passes hold, against autograd and numbers worked out by hand."""
+"""The planner's memory for a layer's passes, against autograd and numbers worked out by hand."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from accessory.planner.activations import LayerSizes, LayerTraining, experts_kep
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", [SparseExperts, BaseExperts])
 def test_what_autograd_keeps_of_experts(kind, lora):
-    """Counted are the float tensors that backward waits for, except weights, routing, and LoRA's narrow tensors."""
+    """Counts the float tensors saved for backward, except weights, routing, and LoRA's narrow tensors."""
     D, F, E, K, T, rank = 64, 96, 4, 2, 128, 5
     experts = kind(D, F, E)
     for name in ("w1", "w2", "w3") if lora else ():
@@ -47,14 +47,14 @@ def test_a_layer_of_mixtral_by_hand():
     D, F = 4096, 14336
     layer = LayerSizes(1, 2, D, F, D, 1024, 8, expert_by_expert=False)
     training = LayerTraining(weights=True, gate=True, packing=False)
-    stream = 2 * 4 * D + 2 * D  # the input and the sum behind attention; attention's input
-    attention = 2 * (D + 1024) + 2 * 1024 + 2 * D  # queries and keys, values, the outcome
-    experts = 4 * D + 2 * 2 * D + 4 * 2 * 2 * F + 2 * 4 * D  # the router's input, sorted rows, SwiGLU, fp32 outcomes
+    stream = 2 * 4 * D + 2 * D  # the input and the sum after attention; attention's input
+    attention = 2 * (D + 1024) + 2 * 1024 + 2 * D  # queries and keys, values, the output
+    experts = 4 * D + 2 * 2 * D + 4 * 2 * 2 * F + 2 * 4 * D  # the router's input, sorted rows, SwiGLU, fp32 outputs
     assert layer_kept(layer, training) == stream + attention + experts == 356352
 
 
 def test_backward_of_trained_experts_ends_with_all_gradients_and_one_being_made():
-    """Three fp32 gradients, of which w1's is there in 16 bits too, and w1's 16-bit copy."""
+    """Backward ends with three fp32 gradients, w1's gradient in 16 bits as well, and w1's 16-bit copy."""
     layer = LayerSizes(1, 2, 4096, 14336, 4096, 1024, 8, expert_by_expert=False)
     back = layer_backward(layer, LayerTraining(weights=True))
     assert back.gradients == (4 + 4 + 4 + 2) * layer.stack

@@ -84,6 +84,6 @@ def test_slots_are_those_that_the_engine_takes(adapters, implementation, quant, 
 
 @pytest.mark.parametrize(("quant", "most"), [(None, 4), *((format, 6) for format in FORMATS)])
 def test_base_has_graphs_up_to_so_many_sequences(quant, most):
-    """It reads the weights of 8 pairs in place, quantised ones of 12; the way for more pairs is a loop."""
+    """base reads weights in place for up to 8 pairs of token and expert, 12 if quantised. For more it loops."""
     slots = [cache_slots(running(quant=quant, implementation="base", batch=batch), 2100) for batch in (most, most + 1)]
     assert slots == [4096, 2100]

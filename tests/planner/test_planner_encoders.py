@@ -1,4 +1,4 @@
-"""What the planner says of image encoders, against the encoders themselves and what a GPU showed."""
+"""The planner's figures for image encoders, against the encoders themselves and measurements on a GPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from accessory.planner.weights import tensor_groups, trained_parameters
 from accessory.vision_config import SPHINX, VISION_PRESETS, EncoderArgs, VisionArgs
 
 SMALL = VISION_PRESETS["small"]
-# The fewest keys that each kind may give; the others have transformers' defaults.
+# The fewest configuration keys of each kind. The other keys have transformers' defaults.
 SHORT = [
     EncoderArgs(name="clip", kind="clip", size=224, config={"hidden_size": 768, "patch_size": 32}),
     EncoderArgs(name="dinov2", kind="dinov2", size=224, config={"hidden_size": 768, "patch_size": 14}),

@@ -1,4 +1,4 @@
-"""What a plan asks of the machines beside their GPUs."""
+"""What a plan needs of a machine besides its GPUs."""
 
 from helpers.plans import TINY, finetuning, running
 

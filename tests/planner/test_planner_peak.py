@@ -1,4 +1,4 @@
-"""The planner's largest moments, against peaks that GPUs showed and numbers worked out by hand."""
+"""The planner's peak memory, against peaks measured on GPUs and numbers worked out by hand."""
 
 import pytest
 from helpers.plans import BIG, BOTH, CUTTABLE, TINY, finetuning, running
@@ -120,7 +120,7 @@ def test_sharding_divides_what_it_shards():
     total = CUTTABLE.parameter_counts()[0]
     assert estimate(shared).terms["optimiser"] == pytest.approx(8 * ((total - fp32) / 4 + fp32), rel=1e-3)
     frozen = finetuning(CUTTABLE.replace(lora_rank=4), kind="lora", dp=4)
-    assert estimate(frozen).terms["weights"] > 2 * (total - fp32)  # sdp leaves a frozen base whole
+    assert estimate(frozen).terms["weights"] > 2 * (total - fp32)  # sdp does not shard frozen weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,7 +139,8 @@ def test_more_to_run_never_takes_less(batch, context, more, quant, implementatio
 
     assert total(context=context + more) >= total()
     assert total(args=CUTTABLE.replace(n_layers=4)) > total()
-    # CUDA graphs round the cache up, up to so many sequences: base decodes 8 pairs in place, of quantised weights 12.
+    # CUDA graphs round the cache up, but only for a limited number of sequences: base decodes at most 8 pairs in place,
+    # 12 with quantised weights.
     largest = 64 if implementation == "sparse" else 4 if quant is None else 6
     if tp > 1 or batch + more > largest >= batch:
         return
@@ -173,7 +174,7 @@ def test_more_to_train_never_takes_less(kind, rows, tokens, more, implementation
 
 
 def test_short_prompts_unpack_no_stacks():
-    """Up to so many rows an expert a product dequantises tile by tile; with one row more it needs a 16-bit stack."""
+    """A product dequantises tile by tile up to a number of rows per expert. One row more needs a 16-bit stack."""
 
     def activations(prompt, implementation="sparse"):
         setup = running(quant="int4", context=4096, prompt=prompt, implementation=implementation)

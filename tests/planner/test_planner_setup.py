@@ -1,4 +1,4 @@
-"""What a setup says of itself, and that a plan is made without torch."""
+"""How a setup describes itself, and that planning does not import torch."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def run(code):
 
 
 def test_no_module_imports_torch():
-    """Nor does anything that they import."""
+    """Neither the planner's modules nor those that they import import torch."""
     for name in MODULES:
         done = run(f"import sys, accessory.planner.{name}; assert 'torch' not in sys.modules")
         assert done.returncode == 0, f"{name}: {done.stderr}"

@@ -1,4 +1,4 @@
-"""The planner's weights and what is trained of them, against the network itself."""
+"""The planner's counts of weights and of trained weights, against the network itself."""
 
 from collections import Counter
 
