@@ -1,4 +1,4 @@
-"""What tests of whole runs share: the files of a run, and two runs that nothing interrupts."""
+"""Fixtures for tests of whole runs: the files of a run, and two runs without interruption."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(inputs, tmp_path_factory) -> Path:
-    """A run that nothing interrupts."""
+    """The output folder of a run without interruption."""
     output = tmp_path_factory.mktemp("whole") / "run"
     runs.finetune(inputs, output, eval_data=str(inputs / "held.yaml"), eval_interval=5)
     return output
@@ -21,7 +21,7 @@ def whole(inputs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def part(inputs, tmp_path_factory) -> Path:
-    """A run that ended after 4 of its 12 steps; to be copied, not gone on with."""
+    """The output folder of a run that ended after 4 of its 12 steps. Tests copy it; they do not resume in it."""
     output = tmp_path_factory.mktemp("part") / "run"
     runs.finetune(inputs, output, max_steps=4)
     return output

@@ -1,7 +1,8 @@
-"""The balance loss and the z-loss of a step, beside values worked out by hand, and gradients of the whole loss.
+"""The balance loss and the z-loss of a step, against values worked out by hand, and gradients of the whole loss.
 
-Most tests use a network whose router is known: attention and experts add nothing, each token's embedding has a root
-mean square of one and the gate is the identity, so that a token's router logits are its embedding, in both layers.
+Most tests use a network whose router logits are known: in both layers, a token's router logits are its embedding.
+This is so because attention and experts add nothing, each embedding has a root mean square of one, and the gate is the
+identity.
 """
 
 import math
@@ -33,8 +34,8 @@ KNOWN = ModelArgs(
     moe=MoEArgs(num_experts=E, num_experts_per_tok=K),
     norm_eps=1e-12,
 )
-# Router logits of each token: their squares sum to 4. Tokens 1 … 4 go to experts (0, 1), (1, 2), (2, 0), (2, 3);
-# the last is the only one that expert 3 ever sees. Token 0 pads.
+# Router logits of each token; their squares sum to 4. Tokens 1 … 4 go to experts (0, 1), (1, 2), (2, 0), (2, 3).
+# Token 4 is the only one that goes to expert 3. Token 0 is padding.
 LOGITS = {
     0: (0.0, 0.0, 0.0, 2.0),
     1: (1.6, 1.2, 0.0, 0.0),
@@ -70,7 +71,7 @@ def weighted(value, parts):
 
 
 def known(implementation, *, recompute=False, experts=False) -> Decoder:
-    """The network described above; with `experts`, these do add something, but not to what the first router sees."""
+    """The network described above. With `experts`, experts do add something, but the first router sees none of it."""
     decoder = Decoder(KNOWN, implementation)
     init_weights(decoder, seed=1, std=0.5)
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_accumulation_takes_the_token_weighted_mean_of_the_parts():
     trainer = Trainer(known("sparse"), DeviceMesh(), LossWeights(BALANCE, Z))
     record = trainer.forward_backward([batch([document(*part)]) for part in parts])
     assert record["balance"] == pytest.approx(weighted(balance_of, parts), rel=1e-6)
-    assert record["balance"] != pytest.approx(balance_of(A + B + C), rel=1e-3)  # which is what it would be in one
+    assert record["balance"] != pytest.approx(balance_of(A + B + C), rel=1e-3)  # the value without accumulation
     assert record["z"] == pytest.approx(z_of(A + B + C), rel=1e-6)  # z is linear in the tokens
 
 
@@ -142,7 +143,7 @@ def test_a_micro_step_of_empty_rows_changes_nothing():
 def test_an_idle_expert_has_a_zero_gradient(implementation):
     decoder = known(implementation, experts=True)
     with torch.no_grad():
-        for layer in decoder.layers:  # what experts add must not send a token to the last one
+        for layer in decoder.layers:  # the experts' outputs must not send a token to the last expert
             layer.feed_forward.experts.w2.mul_(0.01)
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(BALANCE, Z))
     trainer.forward_backward([batch([document(*A)], [document(*C)])])
@@ -199,7 +200,10 @@ def fill(decoder, values):
 
 
 def test_data_parallel_ranks():
-    """With global statistics, what one process makes of all rows; without, of each rank's rows as a micro-step."""
+    """With global statistics, ranks equal one process with all rows in one micro-step.
+
+    Without them, they equal one process that takes each rank's rows as a micro-step.
+    """
     for results in run_ranks(on_two_ranks, 2):
         for (name, implementation, everywhere), (record, gradients) in results.items():
             parts = ON_RANKS[name]
@@ -222,9 +226,9 @@ def test_data_parallel_ranks():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("peft", [None, {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}])
 def test_gradients_of_the_whole_loss_are_finite_differences(implementation, peft):
-    """Each parameter is moved along its own gradient: the loss has to change by the gradient's length.
+    """Moves each parameter along its own gradient: the slope of the loss must be the gradient's norm.
 
-    Where a token changes its experts, the loss jumps: then the move was too long, and a shorter one is tried.
+    If a token changes its experts, the loss jumps. Then the move was too long, and a shorter one is tried.
     """
     from helpers.training import batches
 
@@ -273,7 +277,7 @@ def loss_of(trainer, micro):
 
 
 def test_held_gradients_cover_the_network():
-    """Every canonical tensor of the network gets a gradient in a step, experts that idle included."""
+    """Every canonical tensor of the network gets a gradient in a step, including those of idle experts."""
     decoder = known("base", experts=True)
     Trainer(decoder, DeviceMesh(), LossWeights(BALANCE)).forward_backward([batch([document(*A)])])
     assert all(p.grad is not None and local(p.grad).shape == local(p).shape for p in decoder.parameters())

@@ -1,4 +1,4 @@
-"""`FinetuneConfig`: what it takes, and that a refusal is one line that names the field, what was given and wanted."""
+"""`FinetuneConfig`: accepted values, and that an error is one line with the field, what was given and what fits."""
 
 import dataclasses
 import re
@@ -175,7 +175,7 @@ def test_what_is_written_down_is_read_again(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(written.as_yaml(), encoding="utf-8")
     assert FinetuneConfig.from_yaml(path) == written
-    assert yaml.safe_load(written.as_yaml()) == written.to_dict()  # other programs read it as it is meant
+    assert yaml.safe_load(written.as_yaml()) == written.to_dict()  # other YAML readers get the same values
 
 
 # --------------------------------------------------------------------------- ranks and files

@@ -1,4 +1,4 @@
-"""Which rows a run learns from: the same whoever shares them, over whole epochs and parts of one; and which pixels."""
+"""Which rows and pixels a run learns from: the same on any number of ranks, for whole epochs and parts of one."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from accessory.vision_config import IMAGE_ID
 
 
 class Items:
-    """Data as the loader sees it: item i is i + 2 tokens of the number i."""
+    """Data as the loader sees it: item i has i + 2 tokens, all of which are the number i."""
 
     def __init__(self, count: int, groups: int = 1) -> None:
         self.lengths = np.arange(count, dtype=np.int32) % 9 + 2
@@ -55,7 +55,7 @@ def schedule(data, rows=8, *, packing=False, epochs=1.0, max_steps=None, seed=0)
 
 
 def rows_of(batch):
-    """What each row of a batch holds, as (item, tokens) of its documents; padding left out."""
+    """The documents of each row of a batch as (item, tokens), without padding."""
     out = []
     for tokens, documents, counted in zip(batch.tokens_BT, batch.documents_BT, batch.counted_BT, strict=True):
         numbers = documents[counted].unique().tolist()
@@ -91,7 +91,7 @@ def test_a_step_holds_the_same_rows_however_it_is_shared(count, groups, packing,
 
 
 def test_micro_batches_are_consecutive_over_the_ranks():
-    """Micro-step m of rank r begins at row (m · ranks + r) · batch_size: a micro-step is one piece of the step."""
+    """Micro-step m of rank r begins at row (m · ranks + r) · batch_size, so a micro-step's rows are consecutive."""
     data, split = Items(8), Split(1, 4, 2)
     plan = schedule(data)
     order = [row[0] for row in plan.rows(0)]
@@ -123,7 +123,7 @@ def test_evaluation_sees_everything_once():
     for size in (1, 2):
         plan = schedule(data, rows=4 * size)
         parts = [DataLoader(data, plan, Split(4, 1, size), Place(rank, size)).all_batches() for rank in range(size)]
-        assert len({len(part) for part in parts}) == 1  # or a rank would wait for another in the last collective
+        assert len({len(part) for part in parts}) == 1  # otherwise a rank would wait forever in the last collective
         assert sorted(i for part in parts for batch in part for i in batch.items) == list(range(21))
 
 
@@ -133,7 +133,7 @@ PLACES = 3
 
 
 class Seen(Items):
-    """The same items; every `every`-th one has an image, whose path is its number."""
+    """The same items. Every `every`-th one has an image; the image's path is the item's number."""
 
     def __init__(self, count: int, every: int = 2, groups: int = 1) -> None:
         super().__init__(count, groups)
@@ -152,7 +152,7 @@ class Seen(Items):
 
 
 class Numbers(ImageLoader):
-    """Instead of pixels: the path's number, and what chance would do with it."""
+    """Gives, instead of pixels, the number in the path and a random number for the random crop."""
 
     size = 2
     broken: frozenset[int] = frozenset()
@@ -175,7 +175,7 @@ def breaking(*items):
 
 
 def images_of(batch):
-    """(item, what chance gave) of each image."""
+    """(item, random number) of each image."""
     pixels = batch.pixels_I3PP
     return [] if pixels is None else [(int(p[0, 0, 0]), float(p[1, 0, 0])) for p in pixels]
 
@@ -281,7 +281,7 @@ def test_an_item_alone():
 
 
 class Counted(Numbers):
-    """Knows how many were made."""
+    """Counts the images that were loaded."""
 
     made = 0
 

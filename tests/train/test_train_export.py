@@ -1,4 +1,4 @@
-"""The finished folder: what the trainer computed, loaded like any checkpoint, alone or behind its base."""
+"""The finished folder gives the trainer's logits. It loads like any checkpoint, alone or after its base."""
 
 import shutil
 
@@ -20,7 +20,7 @@ TOKENS_BT = torch.arange(3, 43).view(2, 20)
 
 @pytest.fixture
 def trained(inputs, tmp_path, monkeypatch):
-    """Run with these changes; (the finished folder, the trainer's own logits at the end)."""
+    """A function that runs with these changes and returns (the finished folder, the trainer's last logits)."""
 
     def run(name="run", **changes):
         from accessory.train import run as module
@@ -91,7 +91,7 @@ def test_adapters_alone_are_loaded_behind_the_base(inputs, trained, tmp_path, ki
 
 
 def test_biases_cannot_become_hugging_faces(inputs, trained, tmp_path, caplog):
-    """Said before the first step, and again by the conversion; it serves and merges all the same."""
+    """A warning says so before the first step, and conversion fails. Inference and merging still work."""
     final, wanted = trained(bias_tuning=True, **LORA)
     (warning,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("bias_tuning"))
     assert "Hugging Face" in warning
@@ -105,7 +105,7 @@ def test_biases_cannot_become_hugging_faces(inputs, trained, tmp_path, caplog):
 
 
 def test_a_chain_is_gone_on_with(inputs, trained, tmp_path):
-    """Adapters trained on, from a base and the trained tensors alone."""
+    """Training goes on with adapters, from a base and a folder with only the trained tensors."""
     base = str(inputs / "model")
     first, wanted = trained("first", llama_type="mixtral_sparse_peft", only_save_trainable=True, **LORA)
     chain = [base, str(first)]

@@ -1,5 +1,7 @@
-"""Training with images: the same as a plain loop over transformers' model given the embeddings, on any ranks; stages,
-adapters and resuming through whole runs."""
+"""Training with images on any ranks equals a plain loop over transformers' model, which gets the embeddings.
+
+Whole runs test the stages, adapters and resuming.
+"""
 
 import functools
 import json
@@ -34,14 +36,14 @@ def pixels(number):
 
 
 def documents(step):
-    """Four (ids, learnt, image): the first and third have one, but in every third step, when only the third has."""
+    """Four (ids, learnt, image). The first and third have an image; in every third step only the third has one."""
     generator = torch.Generator().manual_seed(50 + step)
     out = []
     for n in range(4):
         ids = torch.randint(3, 64, (int(torch.randint(4, 9, (1,), generator=generator)),), generator=generator)
         ids[0] = 1
         learn = torch.rand(len(ids), generator=generator) < 0.7
-        learn[0], learn[1] = False, True  # what follows the image is learnt
+        learn[0], learn[1] = False, True  # the token after the image is learnt
         image = pixels(10 * step + n) if n == 2 or (n == 0 and step % 3) else None
         out.append((ids.tolist(), learn.tolist(), image))
     return out
@@ -72,7 +74,7 @@ def projections():
 
 
 def by_transformers():
-    """(cross-entropy, balance, gradient norm) of a plain loop: embeddings and words laid out by hand."""
+    """(cross-entropy, balance, gradient norm) of a plain loop that lays out token and image embeddings by hand."""
     model, tower = hf_mixtral(ARGS), random_tower(tiny_clip())
     own = {name: torch.nn.Parameter(t) for name, t in projections().items()}
     named = [*model.named_parameters(), *own.items()]
@@ -160,7 +162,7 @@ def test_a_loop_over_transformers_learns_the_same(implementation):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_learn_the_same(world):
-    """Also where a rank has no image in a step while another has one, so that none waits for the other's gradient."""
+    """In some steps one rank has an image and another has none. Neither may wait for the other's gradient."""
     tensors = oracle_tensors(ARGS) | projections()
     wanted = {False: oracle(), True: train("sparse", peft=LORA)}
     for results in run_ranks(on_grids, world, CASES[world], tensors, timeout=300):
@@ -174,7 +176,7 @@ def test_ranks_learn_the_same(world):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A text model, images, dialogues of which two thirds have one, and the encoder's weights beside."""
+    """A folder with a text model, images, dialogues (two thirds have an image), and the encoder's weights."""
     from PIL import Image
     from safetensors.torch import save_file
 
@@ -215,7 +217,7 @@ def changed(before, after):
 
 
 def test_stage_1_then_stage_2(inputs, tmp_path):
-    """Stage 1 moves projections, start and end alone; stage 2 all but the encoders. Each folder stands for itself."""
+    """Stage 1 trains only projections, start and end. Stage 2 trains all but the encoders. Each folder is complete."""
     base = {n: t.float() for n, t in _tensors(inputs / "model").items()}
     first = run(inputs, tmp_path / "one", trainable_mode="mm_stage1", lr=1e-2)
     one = final_tensors(first)
@@ -223,7 +225,7 @@ def test_stage_1_then_stage_2(inputs, tmp_path):
     assert encoders
     assert changed(base, one) == IMAGE_NAMES | encoders
     config = json.loads((first / "final" / "config.json").read_text())
-    assert "trainable_mode" not in config  # else stage 2 would be another stage 1
+    assert "trainable_mode" not in config  # otherwise stage 2 would train like stage 1
     assert json.loads((first / "final" / "meta.json").read_text()) == {"llama_type": "mixtral_sparse_ens"}
     second = run(
         inputs,
@@ -243,7 +245,7 @@ def test_stage_1_then_stage_2(inputs, tmp_path):
 
 
 def test_adapters_beside_a_quantized_network(inputs, tmp_path):
-    """LoRA, projections, start and end over an int8 base; what was trained is saved alone and loaded behind it."""
+    """Trains LoRA, projections, start and end over an int8 base. Only these are saved, and loaded after the base."""
     output = run(inputs, tmp_path / "run", quant="int8", lora_rank=2, only_save_trainable=True)
     trained = final_tensors(output)
     assert set(trained) >= IMAGE_NAMES
@@ -257,7 +259,7 @@ def test_adapters_beside_a_quantized_network(inputs, tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(inputs, tmp_path):
-    """With random crops: the same images are cut the same way again."""
+    """A resumed run makes the same random crops of the same images."""
     crops = {"image_transform": "random_resized_crop", "epochs": 2.0, "lora_rank": 2, "save_iteration_interval": 5}
     whole = run(inputs, tmp_path / "whole", **crops)
     run(inputs, tmp_path / "parts", **crops, max_steps=5)
@@ -279,7 +281,7 @@ def _tensors(folder):
 
 
 def test_held_out_images_are_seen_whole(inputs, tmp_path, monkeypatch):
-    """Crops are for learning: what is held out is seen as answering sees it."""
+    """Only training crops images. Held-out images are transformed as for inference."""
     from accessory.data.transform import ImageLoader
 
     asked = []

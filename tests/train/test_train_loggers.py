@@ -1,4 +1,4 @@
-"""The plug-ins, each with its real package where that is installed: what they keep is what was written."""
+"""The logger plug-ins store what was written. Each is tested with its real package, if that is installed."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def train(step: int, loss: float) -> dict[str, object]:
 
 
 def interrupted_run(folder: Path, name: str) -> None:
-    """Steps 1 to 5, then from step 3 on once more with other losses."""
+    """Write steps 1 to 5, then resume after step 3 and write steps 4 to 7 with other losses."""
     with MetricsLog(folder, [name], config=CONFIG) as log:
         log.write({"kind": "eval", "step": 0, "loss": 8.5, "tokens": 30})
         for step in range(1, 6):
             log.write(train(step, 10.0 + step))
         log.write({"kind": "eval", "step": 5, "loss": 7.5, "tokens": 30})
-    time.sleep(1.1 if name == "wandb" else 0)  # its folders are told apart by the second
+    time.sleep(1.1 if name == "wandb" else 0)  # its folders are named by the second
     with MetricsLog(folder, [name, name], resumed_at=3, config=CONFIG) as log:
         for step in range(4, 8):
             log.write(train(step, 20.0 + step))
@@ -77,7 +77,7 @@ def test_names_are_grouped():
 
 @pytest.mark.parametrize("name", list(loggers.LOGGERS))
 def test_a_missing_package_is_named_before_anything_is_touched(tmp_path, name):
-    """In a process that has none of them, though a folder of that name lies in the current one."""
+    """Runs in a process without the packages. A folder with the package's name in the current folder does not count."""
     (tmp_path / name).mkdir()
     code = (
         "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
@@ -113,7 +113,7 @@ def test_tensorboard_shows_one_curve(tmp_path):
     assert value == pytest.approx(0.4)
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "llama_config: ['a.json', 'b.json']" in text
-    # A new run in the same folder purges all of the old one.
+    # A new run in the same folder removes all records of the old one.
     with MetricsLog(tmp_path, ["tensorboard"]) as log:
         log.write(train(1, 1.5))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -171,7 +171,7 @@ def test_wandb_keeps_both_parts_under_one_id(tmp_path, monkeypatch):
 
 
 def apart(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: these packages read the environment once, when they are first used."""
+    """Run in a new process, because these packages read the environment only once, at first use."""
     begin = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(loggers.__file__).parents[2])!r}]\n"
     imports = "from pathlib import Path\nfrom test_train_loggers import *\n"
     command = [sys.executable, "-c", begin + imports + code]

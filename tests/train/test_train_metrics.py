@@ -1,4 +1,4 @@
-"""`metrics.jsonl` survives kills and resumes as one curve; what a run shows; when the router is warned about."""
+"""`metrics.jsonl` stays one curve after kills and resumes; what a run prints; when it warns about the router."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_file_cut_anywhere_is_read_and_resumed(tmp_path_factory, data):
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
-    # A line is whole without its newline, too: its closing brace shows it.
+    # A line is also complete without its newline, because its closing brace is there.
     kept = [
         r
         for r, end in zip(records, np.cumsum([len(x) + 1 for x in whole.split(b"\n")]), strict=False)

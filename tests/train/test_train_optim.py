@@ -1,4 +1,4 @@
-"""The learning rate at points worked out by hand, what decays, moments, clipping and fp16's loss scale."""
+"""The learning rate at points worked out by hand, weight decay, moments, clipping and fp16's loss scale."""
 
 import math
 
@@ -172,7 +172,7 @@ def test_loss_scale_halves_on_overflow_and_grows_again():
     assert scale.value == 2.0**16
     scale.update(True)
     scale.update(True)
-    scale.update(False)  # the count begins anew
+    scale.update(False)  # this resets the count
     scale.update(True)
     scale.update(True)
     assert scale.value == 2.0**15
@@ -192,7 +192,7 @@ def test_wider_dtypes_are_not_scaled():
 
 
 def test_scaled_losses_give_the_same_steps():
-    """A loss scale that is a power of two changes no bit of the parameters' way."""
+    """A loss scale that is a power of two changes no bit of the parameters in any step."""
     curves = []
     for value in (1.0, 2.0**10):
         trainer = Trainer(make_decoder("sparse"), DeviceMesh(), LossWeights(0.1), clip=CLIP)

@@ -1,4 +1,4 @@
-"""LoRA over a quantised base: what it learns beside the dequantised weights, however the ranks share it."""
+"""LoRA over a quantised base learns the same as over the dequantised weights, however the ranks share it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The recorder: one writer of what a run says, and silence on all ranks but the first."""
+"""The recorder: the only writer of a run's output. Only the first rank writes."""
 
 import pytest
 from helpers.runs import records

@@ -1,4 +1,4 @@
-"""Runs that are started wrongly: one line each, before the first step, and nothing lost or written."""
+"""Runs that are started wrongly: a one-line error before the first step, and no file is lost or written."""
 
 import importlib.util
 import json

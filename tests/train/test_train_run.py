@@ -1,4 +1,4 @@
-"""Whole runs: killed, resumed elsewhere, stopped, poisoned, and started wrongly."""
+"""Whole runs: killed, stopped, resumed on other ranks, and with losses that are not finite."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def test_a_run_writes_all_that_it_promises(whole):
 
 @pytest.mark.slow
 def test_killed_while_saving_it_goes_on(inputs, whole, tmp_path):
-    """One run, killed at each of the places where files are half made, until it ends."""
+    """Kills one run at each point where a file is half written, and starts it again until it ends."""
     fields = runs.options(inputs, tmp_path / "run", resume="auto", keep=1)
     for spot in runs.SPOTS:
         started = runs.start(fields, prepare=runs.die_at, arguments=(spot,))
@@ -43,14 +43,14 @@ def test_killed_while_saving_it_goes_on(inputs, whole, tmp_path):
 
 
 def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
-    """Start, kill and start again until the run ends; how many steps the file held at each kill."""
+    """Start and kill the run several times, then let it end. Returns the steps in the metrics file at each kill."""
     output, pick = Path(fields["output_dir"]), random.Random(seed)
     seen = []
     for _ in range(kills):
         started = runs.start(fields, ranks=ranks)
         before = runs.steps_written(output)
         end, until = time.monotonic() + 60, before + pick.randint(1, 8)
-        # Loading is no news: the moment is a random one of those that change something.
+        # A kill while the model loads tests little, so wait until a random number of steps are written.
         while runs.steps_written(output) < until and started.running() and time.monotonic() < end:
             time.sleep(0.005)
         time.sleep(pick.random() * 0.1)
@@ -117,7 +117,7 @@ def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_fewer_ranks_and_the_other_implementation_go_on(inputs, tmp_path):
-    """Two data-parallel ranks, one of base, one of sparse: one curve, moments and schedule included."""
+    """Two data-parallel ranks of base, then one of base, then one of sparse: same curve, moments and schedule."""
     stages = [(2, "mixtral", {}), (1, "mixtral", {}), (1, "mixtral_sparse", {})]
     goes_on(inputs, tmp_path, stages, {})
 
@@ -137,7 +137,7 @@ def test_four_ranks_two_ranks_one_rank(inputs, tmp_path, peft):
 
 def goes_on(inputs, tmp_path, stages, peft):
     common = {"global_batch_statistics": True, "batch_size": 1, "accum_iter": 1, "packing": True, "epochs": 3.0, **peft}
-    # What one rank sees in a micro-step depends on the ranks, and so does the balance loss of it; without accumulation
+    # A rank's rows in a micro-step depend on the number of ranks, and so does their balance loss. Without accumulation
     # and with global statistics it does not.
     common |= {"max_words": 96, "load_balancing_weight": 0.1}
     rows = 4
@@ -166,8 +166,8 @@ def goes_on(inputs, tmp_path, stages, peft):
     assert one.keys() == other.keys()
     assert {name.split(".")[0] for name in one} == {"model", "exp_avg", "exp_avg_sq"}
     for name, tensor in one.items():
-        # Adam divides a gradient by its own size, so one of almost nothing (a key's bias) moves as far as a large one,
-        # and rounding shows: a hundredth of one update (lr = 3e-3) is forgiven there.
+        # Adam divides a gradient by its own size. So a tiny gradient (a key's bias) moves a parameter as far as a large
+        # one, and its rounding errors show. A hundredth of one update (lr = 3e-3) is tolerated there.
         allowed = 3e-5 if name.startswith("model.") else 2e-4 * float(tensor.abs().max())
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=allowed, msg=name)
 
@@ -184,7 +184,7 @@ def test_rows_that_new_ranks_cannot_share(inputs, part, tmp_path):
 
 
 def test_other_micro_batches_are_the_same_steps(inputs, part, tmp_path):
-    """A run resumed with room for more rows a micro-step divides the same rows otherwise; balance is off."""
+    """A resumed run with more rows a micro-step divides the same rows differently. The balance loss is off."""
     whole = runs.options(inputs, tmp_path / "whole", load_balancing_weight=0.0)
     runs.finetune(inputs, tmp_path / "whole", load_balancing_weight=0.0)
     runs.finetune(inputs, tmp_path / "run", load_balancing_weight=0.0, max_steps=4)
@@ -195,7 +195,7 @@ def test_other_micro_batches_are_the_same_steps(inputs, part, tmp_path):
 
 
 def test_an_earlier_state_is_gone_on_from_on_request(inputs, whole, tmp_path):
-    """States and records of the steps that are made anew go, so that a kill leaves no gap."""
+    """States and records of the steps that will be repeated are deleted, so that a kill leaves no gap."""
     shutil.copytree(whole, tmp_path / "run")
     runs.finetune(inputs, tmp_path / "run", resume=str(tmp_path / "run" / "states" / "step-00000009"), max_steps=10)
     assert [p.name[-2:] for p in sorted((tmp_path / "run" / "states").iterdir())] == ["09", "10"]
@@ -213,7 +213,7 @@ def test_another_runs_state_begins_a_new_folder(inputs, part, whole, tmp_path):
 
 
 def poisoned(inputs, folder, times=1) -> tuple[Path, Path]:
-    """The model with an embedding row of infinities, and data of which one item, or three, use it: (model, data)."""
+    """(model, data): the model has an embedding row of infinities, and one or three items of the data use it."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_onc
     output = tmp_path / "run"
     fields = {"pretrained_path": [str(model)], "data_config": str(data), "save_iteration_interval": None}
     fields |= {"save_interval": 0}
-    if at_once:  # in the very first step: all items are in it
+    if at_once:  # fails in the very first step, which has all items
         fields |= {"batch_size": 24, "accum_iter": 1}
     with pytest.raises(AccessoryError) as caught:
         runs.finetune(inputs, output, **fields)
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_onc
     assert [row[0] for row in runs.curve(output)] == list(range(1, step))
     (state,) = (output / "states").iterdir()
     assert state.name == f"step-{step - 1:08d}"
-    # The state is that of the steps before: another run that ends there has the same.
+    # The state is that after the last good step: another run that ends there has the same.
     if not at_once:
         runs.finetune(inputs, tmp_path / "until", **fields, max_steps=step - 1)
         for name, tensor in runs.newest_state(tmp_path / "until").items():
@@ -286,7 +286,7 @@ def test_ranks_stop_together_where_one_of_them_has_the_bad_item(inputs, tmp_path
 
 
 def test_fp16_skips_what_overflows(inputs, tmp_path):
-    """Halved scales are no updates: the optimiser's count stays behind the steps, and survives a resume."""
+    """Halving the scale is no update. So the optimiser counts fewer updates than steps, also after a resume."""
     fields = {"precision": "fp16", "max_steps": 6, "save_iteration_interval": 2}
     started = runs.start(
         runs.options(inputs, tmp_path / "run", **fields), prepare=runs.scale_fp16, arguments=(2.0**40,)

@@ -1,4 +1,4 @@
-"""A run's state on disk: written whole or not at all, by any ranks, and read by any others in either implementation."""
+"""A run's state on disk is written whole or not at all. Any number of ranks of either implementation can read it."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ LORA = {"lora_rank": 4, "bias_tuning": True}
 
 
 def trainer_of(implementation="sparse", mesh=None, steps=2, tensors=None, mode="sdp", micro=1, **peft):
-    """A trainer after some steps; the balance loss is left out, so that micro-batches do as ranks do."""
+    """A trainer after some steps. There is no balance loss, so micro-batches and ranks give the same result."""
     mesh = mesh or DeviceMesh()
     decoder = make_decoder(implementation, mesh, mode, peft=peft or None, tensors=tensors)
     trainer = Trainer(decoder, mesh, LossWeights(0.0), weight_decay=0.1, clip=1.0)
@@ -80,7 +80,7 @@ def test_what_was_saved_is_what_is_loaded_bit_for_bit(tmp_path, peft):
         load_state(other, folder)
         same(numbers(other), numbers(trainer))
         assert updates_made(other.optimizer) == 2
-    # and the next step is the next step
+    # The next step is the same too.
     again = trainer_of("base", steps=0, **peft)
     load_state(again, folder)
     one, two = (t.step(batches(2), 3e-3) for t in (trainer, again))
@@ -99,7 +99,7 @@ def test_files_are_plain_safetensors_and_described(tmp_path):
 
 
 def test_a_state_before_the_first_step_can_be_loaded(tmp_path):
-    """What a run leaves whose very first loss is not finite."""
+    """A run whose very first loss is not finite leaves such a state."""
     folder = save(trainer_of(steps=0), tmp_path, step=0)
     other = trainer_of(steps=0)
     load_state(other, folder)
@@ -133,9 +133,9 @@ def test_unfinished_states_do_not_count_and_are_cleared(tmp_path):
     for step in (1, 2, 3):
         save(trainer, tmp_path, step, keep=9)
     (tmp_path / "step-00000002" / "state.json").unlink()  # half removed
-    shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000004.partial")  # about to get its name
+    shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000004.partial")  # not yet renamed
     (tmp_path / "step-00000005.partial").mkdir()
-    (tmp_path / "notes").mkdir()  # somebody else's
+    (tmp_path / "notes").mkdir()  # not a state
     assert [p.name for p in complete_states(tmp_path)] == ["step-00000001", "step-00000003"]
     clean_states(tmp_path, later_than=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000001", "step-00000003"]
@@ -208,7 +208,7 @@ def mesh_of(model):
 
 
 def save_on_ranks(rank, world, folder, cases, tensors):
-    """Save each case's state; returns its whole numbers as one process would hold them, for the trainer to compare."""
+    """Save each case's state after two steps."""
     for number, (model, implementation, mode, peft) in enumerate(cases):
         trainer = trainer_of(implementation, mesh_of(model), tensors=tensors, mode=mode, **peft)
         save(trainer, Path(folder) / str(number))
@@ -222,7 +222,7 @@ def load_on_ranks(rank, world, folder, cases, tensors):
         save(trainer, Path(folder) / f"{number} again")
 
 
-THREE, TWO = [(1, "sparse", "fsdp", {})], [(2, "sparse", "sdp", {})]  # hardly anything here divides by three
+THREE, TWO = [(1, "sparse", "fsdp", {})], [(2, "sparse", "sdp", {})]  # few sizes here are divisible by three
 MORE_OF_THREE, MORE_OF_TWO = [(1, "base", "sdp", LORA)], [(1, "sparse", "sdp", LORA)]
 FOUR = [(2, "base", "fsdp", {}), (4, "base", "sdp", LORA), (2, "base", "fsdp", LORA)]
 OTHERS = [(2, "sparse", "sdp", {}), (1, "sparse", "fsdp", LORA), (2, "sparse", "sdp", LORA)]
@@ -247,8 +247,8 @@ def test_any_ranks_read_what_any_ranks_wrote(tmp_path, writers, cases, readers, 
         same(other, one)
         alone = trainer_of("sparse", micro=writers // model, **peft)
         for name, tensor in numbers(alone).items():
-            # Adam takes little more than the sign of a gradient at first, and that of next to nothing (a key's bias, a
-            # few entries of LoRA beside zeros) is rounding's: so tensors are compared as wholes.
+            # In the first steps Adam uses little more than a gradient's sign. The sign of a tiny one (a key's bias,
+            # a few entries of LoRA next to zeros) depends on rounding, so whole tensors are compared by their norm.
             if not name.endswith("wk.bias"):
                 assert float((one[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), name
         reader = trainer_of("base", steps=0, **peft)

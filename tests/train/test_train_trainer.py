@@ -1,4 +1,4 @@
-"""Twenty steps, the same however they are run, and the same as a plain loop over transformers' model."""
+"""Twenty steps give the same result in every setup, and the same as a plain loop over transformers' model."""
 
 import functools
 
@@ -9,7 +9,7 @@ from helpers.training import close, hf_losses, oracle_tensors, train
 IMPLEMENTATIONS = ["base", "sparse"]
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 
-# What ranks run: (data-parallel, model-parallel) ranks and how. One start of the processes serves a whole list.
+# Cases for ranks: (data-parallel, model-parallel) sizes and options. The processes start once for a whole list.
 TWO = [((2, 1), {}), ((1, 2), {}), ((2, 1), {"mode": "fsdp", "peft": LORA})]
 FOUR = [((2, 2), {"mode": "fsdp", "checkpointing": True}), ((2, 2), {"peft": LORA})]
 MORE_OF_TWO = [
@@ -63,12 +63,12 @@ def test_recomputing_changes_nothing(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packing_changes_nothing(implementation):
-    """The same documents in a step, two to a row instead of one."""
+    """A step has the same documents, but two in a row instead of one."""
     close(train(implementation, packed=True), alone(implementation))
 
 
 def test_accumulation_keeps_cross_entropy():
-    """The balance loss is taken of each part, so it is left out of what is learnt here."""
+    """The balance loss is computed for each part, so it is not part of the loss here."""
     whole = train("sparse", balance=0.0)
     parts = train("sparse", balance=0.0, accum=4)
     close([(ce,) for ce, _, _ in parts], [(ce,) for ce, _, _ in whole])

@@ -15,10 +15,10 @@ def rgba(text: str) -> tuple[int, ...]:
 def test_a_share_has_the_right_colour():
     share = np.array([[1 / 4, 1 / 2, 1 / 8], [1.0, 1 / 16, np.nan]])
     seen = [[rgba(colour(value)) for value in row] for row in shade(share, 4)]
-    assert seen[0][0][3] == 0  # fair: nothing
+    assert seen[0][0][3] == 0  # fair share: transparent
     (r, _, b, alpha) = seen[0][1]
-    assert r > b  # more: orange
-    assert 100 < alpha < seen[1][0][3]  # and the more, the stronger
+    assert r > b  # more than fair: orange
+    assert 100 < alpha < seen[1][0][3]  # larger shares are more opaque
     (r, _, b, alpha) = seen[0][2]
     assert b > r
     assert 100 < alpha < seen[1][1][3]

@@ -1,4 +1,4 @@
-"""Means of layers over time are few, and forget nothing."""
+"""Bins of layers' values over time: there are few, and their means include every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_bins_are_few_and_forget_nothing(steps, half, seed):
     bins = LayerBins(2 * half)
     for step, value in enumerate(values, start=1):
         bins.add(step, value)
-    bins.add(steps + 1, np.zeros((5, 5)))  # of another network
+    bins.add(steps + 1, np.zeros((5, 5)))  # a shape of another network
     width = bins.width
     assert len(bins) <= 2 * half
     assert len(bins) == math.ceil(steps / width)

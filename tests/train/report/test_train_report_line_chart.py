@@ -1,4 +1,4 @@
-"""Axes hold what is drawn, have room where they need it, and say their unit."""
+"""Axes contain all drawn values, leave room where it is needed, and show their unit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_everything_finite_is_on_the_axis(values, reference, from_zero):
 
 def test_an_axis_fits_what_it_shows():
     flat = ValueAxis.of(np.full(9, 5.0))
-    assert flat.high - flat.low > 0.09  # a flat line is not blown up to its last digit
+    assert flat.high - flat.low > 0.09  # the axis of a flat line is not stretched to rounding errors
     assert ValueAxis.of(np.array([1.05, 1.1]), 1.0).shows(1.0)  # near
     assert not ValueAxis.of(np.array([1.05, 1.06]), 8.0).shows(8.0)  # far: the curve would be flat
     spread = ValueAxis.of(np.array([1.0] * 9 + [500.0]))
@@ -73,6 +73,6 @@ def test_a_chart_says_what_is_in_it():
         "Loss: smoothed from 3 to 1, lowest 1, highest 3; held out from 4 to 1.5, lowest 1.5, highest 4"
     )
     far = line_chart("Loss", step_range(1, 20), steps, [Line("", values)], reference=(90.0, "fair"))
-    assert far.legend == ()  # what is not in the picture has no key
+    assert far.legend == ()  # a line outside the picture has no legend entry
     nothing = line_chart("Loss", step_range(1, 20), steps, [Line("", np.full(20, np.nan))])
     assert nothing.description == "Loss: has no finite value"

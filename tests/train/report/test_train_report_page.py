@@ -1,4 +1,4 @@
-"""`report.html` in a browser: it needs no network, draws what was measured, and nothing lies over anything else."""
+"""`report.html` in a browser: it needs no network, draws what was measured, and no texts overlap."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(web.missing() is not None, reason=str(web.missin
 
 DRAWN = "window.Bokeh?.documents[0]?.is_idle"
 
-# Bokeh draws in shadow roots, and every text a second time as an outline that is not seen. `pictures` are the charts:
-# `parts` are the elements of each, and `texts` those that are read.
+# Bokeh draws in shadow roots. It also draws every text a second time, as an invisible outline. `pictures` are the
+# charts: `parts` are all elements of a chart, and `texts` are its visible texts.
 PICTURES = """
     const inside = node =>
         [...node.querySelectorAll("*")].flatMap(e => e.shadowRoot ? [e, ...inside(e.shadowRoot)] : [e]);
@@ -32,7 +32,7 @@ PICTURES = """
     }));
 """
 
-# Pairs of visible texts of one chart that lie over each other, and texts that leave their card.
+# Pairs of visible texts of one chart that overlap, and texts that reach outside their chart.
 OVERLAPS = f"""() => {{ {PICTURES}
     return pictures.flatMap(({{name, box, texts}}) => {{
         const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]), found = [];
@@ -47,7 +47,7 @@ OVERLAPS = f"""() => {{ {PICTURES}
     }});
 }}"""
 
-# Of the chart of this name: the texts beside and below it with the middles of their boxes; the points of its lines.
+# Reads the chart of this name: its texts with the centres of their boxes, and the points of its lines.
 READ = f"""wanted => {{ {PICTURES}
     const {{box, parts, texts}} = pictures.find(({{name}}) => name === wanted);
     const labels = texts.map(t => {{
@@ -74,13 +74,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The report of a usual run."""
+    """The report of an ordinary run."""
     return write_report(written(tmp_path_factory.mktemp("reports") / "run", records(300, 32, 8, evals=10)))
 
 
 @pytest.fixture
 def opened(browser):
-    """Opens a report; at the end, nothing was asked of a network and nothing complained."""
+    """Opens a report. Afterwards it checks that no page used the network or logged an error."""
     contexts, complaints, fetched = [], [], []
 
     def complain(message):
@@ -107,7 +107,7 @@ def opened(browser):
 
 
 def read(page, chart: str) -> dict:
-    """The chart's labels as numbers with their places, (number, place) along and up, and its lines' points."""
+    """The points of the chart's lines, and its numeric labels as (number, position): `along` x, `up` y."""
     seen = page.evaluate(READ, chart)
     numbers = [(float(t), x, y) for t, x, y in seen["labels"] if re.fullmatch(r"-?[\d.]+", t)]
     below = max(y for _, _, y in numbers)
@@ -117,11 +117,11 @@ def read(page, chart: str) -> dict:
 
 
 def hover(page, chart: str, across: float) -> dict[str, str]:
-    """What the pointer says over this chart, at this part of its width."""
+    """The tooltip's labels and values when the pointer is over this chart, at this fraction of its width."""
     picture = page.locator(f"figure:has(h3:text-is('{chart}')) .picture, figure:has(h3:has-text('{chart} ')) .picture")
     picture.scroll_into_view_if_needed()
     box = picture.bounding_box()
-    for extra in (0, 1):  # it speaks when it moves
+    for extra in (0, 1):  # the tooltip appears when the pointer moves
         page.mouse.move(box["x"] + across * box["width"] + extra, box["y"] + box["height"] / 2)
     tip = page.locator(".bk-Tooltip:visible")
     tip.wait_for()
@@ -152,13 +152,13 @@ def test_it_is_read_without_a_network(report, opened):
     assert page.locator("script[src], link, iframe").count() == 0
     assert page.evaluate("document.querySelectorAll('.picture:not([role=img][aria-label])').length") == 0
     policy = page.locator("meta[http-equiv=Content-Security-Policy]").get_attribute("content")
-    assert policy.startswith("default-src 'none';")  # were there an address in it, the browser would not ask for it
+    assert policy.startswith("default-src 'none';")  # the browser would refuse to fetch any address
     assert "http" not in policy
 
 
 @pytest.mark.parametrize("log", [False, True])
 def test_what_is_drawn_is_what_was_measured(tmp_path, opened, log):
-    """Read back off the picture, by its own tick labels."""
+    """Reads the values from the drawn lines, by means of the tick labels."""
     items = list(records(40, 2, 4))
     values = 0.5 + np.random.default_rng(1).uniform(size=40)
     values[7] = np.nan
@@ -216,12 +216,12 @@ def test_the_heat_map_has_the_right_colours(tmp_path, opened):
         return row.getpixel((int((step - 0.5) / 3 * row.width), row.height // 2))
 
     fair, full, missing = (cell(0, step) for step in (1, 2, 3))
-    assert fair[3] < 10  # next to nothing
-    assert full[0] > full[2]  # more: orange
+    assert fair[3] < 10  # almost transparent
+    assert full[0] > full[2]  # more than fair: orange
     assert missing == (128, 128, 128, 110)
     more, less = cell(1, 1), cell(2, 1)
     assert more[0] > more[2]
-    assert 100 < more[3] < full[3]  # and the more, the stronger
+    assert 100 < more[3] < full[3]  # larger shares are more opaque
     assert less[2] > less[0]
     assert 100 < less[3] < cell(2, 2)[3]
 
@@ -334,7 +334,7 @@ def test_light_and_dark_have_contrast(report, opened):
     for scheme in ("light", "dark"):  # the page follows when the scheme changes
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        # relative luminance of WCAG 2.2 of texts and of what they stand on
+        # WCAG 2.2's relative luminance of texts and of their backgrounds
         colours = page.evaluate(
             f"""() => {{ {PICTURES}
                 const ground = getComputedStyle(document.querySelector('.chart')).backgroundColor;

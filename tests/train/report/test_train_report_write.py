@@ -1,4 +1,4 @@
-"""`write_report`: its numbers are the run's, whatever the run was, and its texts are texts."""
+"""`write_report`: it shows the numbers of any run, and escapes texts."""
 
 from __future__ import annotations
 
