@@ -60,7 +60,7 @@ class Emoji:
 
     @property
     def turns(self) -> bool:
-        """Whether its mirror image shows the same emoji. Signs, flags, clocks, moons and what has a side do not."""
+        """Whether its mirror image shows the same emoji. Not so for signs, flags, clocks, moons and what has a side."""
         sided = re.search(r"\b(left|right|east|west|clock|clockwise|o’clock|thirty|quarter|crescent)", self.name)
         return self.group not in ("Symbols", "Flags") and sided is None
 

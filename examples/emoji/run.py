@@ -40,7 +40,7 @@ class Scale:
     asked: str  # the kind of question that evaluation asks
     names: bool  # whether names are learnt; evaluation then asks for them too
     recipe: dict[str, Any]  # what the recipes of all stages say
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each stage's recipe says beside that
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each stage's recipe adds
 
 
 _COMMON: dict[str, Any] = {
