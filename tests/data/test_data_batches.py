@@ -90,9 +90,9 @@ def test_packing_fills_rows_and_is_fast(name, bound):
         "exponential": random.exponential(700, n),
     }[name]
     lengths = np.clip(lengths, 2, most).astype(int)
-    begin = time.process_time()
+    begin = time.perf_counter()
     p = plan(lengths, rows=32, max_words=most)
-    assert time.process_time() - begin < 2
+    assert time.perf_counter() - begin < 2
     assert p.fill > bound - 1 / p.steps  # one step may be nearly empty
     assert p.fill > 0.95
 
