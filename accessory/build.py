@@ -84,7 +84,7 @@ def build(
     _choose_trained(decoder, training)
     tensors |= _new_tensors(decoder, spec, training, tensors)
     check_tensors(decoder, tensors, where=", ".join(str(c.path) for c in spec.checkpoints))
-    if mesh.model is not None:
+    if mesh.model is not None and mesh.model.size > 1:
         parallelize(decoder, mesh.model)
     if spec.quant is not None:
         quantize_skeleton(decoder, spec.quant)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.commands.plan_result import Model, Plan
+from accessory.commands.plan_view import formats_of, show
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
@@ -27,8 +28,6 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(made), indent=1))
     else:
-        from accessory.commands.plan_view import show
-
         show(made)
     return 1 if made.fits is False else 0
 
@@ -111,8 +110,6 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--image-views: got 0, but mm_stage1 trains what makes words of images; give 1 or 5")
     quant = _quant(options)
     if options.finetune in ("full", "lora") and quant != Quant():
-        from accessory.commands.plan_view import formats_of
-
         kept = f"--finetune {options.finetune} keeps weights in 16 bits or more"
         raise InputError(f"--quant: {kept}; use qlora for {formats_of(quant)}")
     if options.finetune == "qlora" and options.quant == "none" and quant == Quant():
@@ -174,8 +171,6 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
     else:
         if options.finetune == "full":
             if quant != Quant():
-                from accessory.commands.plan_view import formats_of
-
                 raise ConfigError(
                     f"quant: {model.name} is quantised ({formats_of(quant)}), and quantised weights cannot be trained"
                 )
