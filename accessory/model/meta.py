@@ -178,8 +178,9 @@ class MetaModel(nn.Module):
         `image_words` positions.
 
         A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
-        tokens. A prompt gets the same answer in a batch as alone. If a prompt leaves no room for `max_gen_len` in
-        `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once a step (on the
+        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two tokens
+        are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
+        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once a step (on the
         first of several ranks); when it returns true, the texts end there.
         """
         texts = [""] * count_prompts(prompts)
