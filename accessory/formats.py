@@ -39,6 +39,16 @@ STORAGE: dict[Format, Storage] = {
 GROUP: dict[str, int] = {name: s.group for name, s in STORAGE.items() if s.group is not None}
 
 
+def check_rows(name: str, format: str, columns: int) -> None:
+    """Raise ConfigError if whole rows of `columns` numbers of the weight `name` cannot be quantised so."""
+    group = GROUP.get(format, 1)
+    if columns % group:
+        raise ConfigError(
+            f"{name}: its rows of {columns} numbers are no whole groups of {group}, which {format} scales together; "
+            "int8 and fp8 scale rows"
+        )
+
+
 def check_cut(format: str, start: int, length: int) -> None:
     """Raise ConfigError if a cut of `length` numbers of a row, from `start` on, begins or ends inside a group."""
     group = GROUP.get(format)
@@ -125,7 +135,10 @@ class Quant:
         """Bytes of a network's weights: norms and routers in fp32, other dense numbers of `bytes_16` bytes each."""
 
         def size(format: Format | None, rows: int, columns: int) -> int:
-            return rows * columns * bytes_16 if format is None else packed_bytes(format, rows, columns)
+            if format is None:
+                return rows * columns * bytes_16
+            check_rows("quant", format, columns)
+            return packed_bytes(format, rows, columns)
 
         q, kv, D = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.dim
         attention = size(self.attention, q + 2 * kv, D) + size(self.attention, D, q)
@@ -138,6 +151,6 @@ class Quant:
 def _format(field: str, value: object) -> Format | None:
     if value is None or value is False or value == "none":
         return None
-    if value not in STORAGE:
+    if not isinstance(value, str) or value not in STORAGE:
         raise ConfigError(f"{field}: got {value!r}, but it must be one of {', '.join(STORAGE)}, or none")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from accessory.errors import ConfigError
-from accessory.formats import Format, Quant
+from accessory.formats import Format, Quant, check_rows
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, PackedWeight
@@ -23,6 +23,8 @@ def quantize_skeleton(decoder: Decoder, quant: Quant) -> None:
         for kind in kinds:
             format = quant.format_of(f"{name}.{kind}")
             if format is not None:
+                whole, _ = decoder.local_shards.get(f"{name}.{kind}", (getattr(module, kind).shape, ()))
+                check_rows(f"{name}.{kind}", format, whole[-1])
                 _replace(module, kind, format, f"{name}.{kind}")
 
 

@@ -25,7 +25,7 @@ from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs
 from accessory.convert.calibrate import CALIBRATED, Calibration, Reached
 from accessory.errors import ConfigError
-from accessory.formats import FORMATS, GROUP, Quant
+from accessory.formats import FORMATS, Quant, check_rows
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,7 @@ def quantized_tensors(
         if format is None:
             out[name] = tensor
             continue
-        group = GROUP.get(format, 1)
-        if tensor.shape[1] % group:
-            raise ConfigError(
-                f"{name}: its rows of {tensor.shape[1]} numbers are no whole groups of {group}, which {format} scales "
-                "together; int8 and fp8 scale rows"
-            )
+        check_rows(name, format, tensor.shape[1])
         out[name] = Quantizing(tensor, format, dtype, search, device)
     return out
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from accessory.config import LORA_TARGETS
-from accessory.formats import Format, Quant, packed_bytes
+from accessory.formats import Format, Quant, check_rows, packed_bytes
 from accessory.parallel.sharding import rank_part
 from accessory.planner.setup import Setup, Training
 from accessory.vision_config import PROJECTION
@@ -94,6 +94,8 @@ def _group(
     format: Format | None = None,
     in_layer: bool = True,
 ) -> TensorGroup:
+    if format is not None:
+        check_rows(name, format, shape[-1])
     part = rank_part(name, shape, setup.args, setup.implementation, 0, setup.tp)
     held = [part.length if part and part.dim == d else n for d, n in enumerate(shape)]
     rows, columns = held if len(held) == 2 else (1, held[0])

@@ -115,6 +115,20 @@ def test_a_size_that_ranks_would_cut_through_a_group_is_an_error(tensors):
         quantize_skeleton(decoder, Quant.parse("int4"))
 
 
+def test_rows_that_one_rank_cannot_quantize_are_no_matter_of_ranks():
+    from accessory.adapt.quant import quantize_skeleton
+    from accessory.nn.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(ARGS.replace(dim=192), "base")
+    with pytest.raises(ConfigError) as error:
+        quantize_skeleton(decoder, Quant.parse("int4"))
+    assert str(error.value) == (
+        "layers.0.attention.wq.weight: its rows of 192 numbers are no whole groups of 128, which int4 scales together; "
+        "int8 and fp8 scale rows"
+    )
+
+
 def test_what_quant_says():
     assert Quant.parse(False) is None
     assert Quant.parse("none") is None
