@@ -1,4 +1,5 @@
-"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100.
+"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100. Then limits
+of arguments.
 
 `benchmarks/README.md` has the measurements. `ops.dispatch` and the engine decide by these numbers, and the planner
 counts with them. This file imports only the standard library.
@@ -29,3 +30,9 @@ GRAPH_LARGEST_BATCH = 64
 CROSS_ENTROPY_ROWS = 1024
 # Numbers that a GPU quantises at a time while a weight is loaded.
 QUANTIZED_AT_ONCE_GPU = 2**24
+
+# The largest seed: torch's and numpy's generators both take what fits 64 bits with a sign.
+LARGEST_SEED = 2**63 - 1
+# How many times as many positions as a network was made for may be asked for. Rotary embedding has been extrapolated so
+# far (YaRN, arXiv 2309.00071), and no further.
+EXTRAPOLATION = 32

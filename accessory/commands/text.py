@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from accessory.data.conversation import Conversation
@@ -99,6 +100,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         prompts += [line for line in text.splitlines() if line] if options.lines else [text.removesuffix("\n")]
     if not prompts:
         raise InputError("--lines: the input has no line with text")
+    if "" in prompts and options.template is None:
+        raise InputError(f"prompts[{prompts.index('')}]: is empty; give at least one character")
     return prompts
 
 
@@ -236,11 +239,17 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
             yield MetaModel.from_pretrained(**loading, mp_group=group), Ranks.of(group)
         finally:
             dist.destroy_process_group()
-    elif asked and count_ranks(options.n_gpus, options.gpu_ids, n_field="--n-gpus", ids_field="--gpu-ids") > 1:
+    elif asked and _count_ranks(options) > 1:
         where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
         with MultiGpuWrapper(**loading, gpus=options.n_gpus, **where) as wrapper:
             yield wrapper, None
     else:
         if options.gpu_ids:
-            loading["device"] = check_device(f"cuda:{options.gpu_ids[0]}")
+            loading["device"] = check_device(options.gpu_ids[0], "--gpu-ids")
         yield MetaModel.from_pretrained(**loading), None
+
+
+def _count_ranks(options: argparse.Namespace) -> int:
+    cuda = torch.cuda.is_available() and options.device != "cpu"
+    shown = torch.cuda.device_count() if cuda else None
+    return count_ranks(options.n_gpus, options.gpu_ids, shown=shown, n_field="--n-gpus", ids_field="--gpu-ids")

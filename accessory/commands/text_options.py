@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from accessory.arguments import check_max_gen_len, check_max_seq_len, check_sampling, check_stops, option_of
 from accessory.model.options import add_image_transform, add_option
 
 
@@ -28,3 +29,11 @@ def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
     add_option(command, "top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)")
     command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+
+
+def check_text_options(options: argparse.Namespace) -> None:
+    """Raise InputError for a value that the model would refuse, before anything is loaded."""
+    check_max_seq_len(options.max_seq_len, option_of)
+    check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
+    check_sampling(options.temperature, options.top_p, options.seed, option_of)
+    check_stops(options.stop, option_of)

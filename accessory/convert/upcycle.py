@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from accessory.arguments import check_seed
 from accessory.checkpoint import hub
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
@@ -133,7 +134,8 @@ def mixture_of(
 
 
 def _check_arguments(experts: int, top_k: int, noise: float, seed: int) -> None:
-    whole = {"experts": experts, "top_k": top_k, "seed": seed}
+    check_seed(seed)
+    whole = {"experts": experts, "top_k": top_k}
     for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise ConfigError(f"{name}: got {value!r}, but it must be a whole number")

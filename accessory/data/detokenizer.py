@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from accessory.arguments import check_stops
 from accessory.data.tokenizer import Tokenizer
-from accessory.errors import InputError
 
 
 class StreamDecoder:
@@ -42,9 +42,7 @@ class StopScanner:
         if isinstance(stops, str):
             stops = (stops,)
         self._stops = tuple(dict.fromkeys(stops))
-        for stop in self._stops:
-            if not isinstance(stop, str) or not stop:
-                raise InputError(f"stop: got {stop!r}, but a stop string must be text of at least one character")
+        check_stops(self._stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.found: str | None = None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from accessory.command_line import Parser
 from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import AccessoryError, InputError
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
@@ -47,10 +48,10 @@ Start = Callable[[argparse.Namespace, Serve], int]
 # --------------------------------------------------------------------------- arguments
 
 
-def parser(program: str, about: str, images: bool = False) -> argparse.ArgumentParser:
+def parser(program: str, about: str, images: bool = False) -> Parser:
     """A parser with the options of all demos; with `images`, also those for images. Names may have dashes or
     underscores."""
-    p = argparse.ArgumentParser(prog=program, description=about)
+    p = Parser(prog=program, description=about)
     add_model_options(p, demo=True)
     if images:
         add_image_transform(p)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from accessory.arguments import check_max_gen_len
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling, sample
 from accessory.errors import InputError
@@ -138,8 +139,7 @@ def check_lengths(
     prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, vocab_size: int, images: bool = False
 ) -> None:
     """Raise InputError for what no cache and no network could take."""
-    if not isinstance(max_gen_len, int) or max_gen_len < 1:
-        raise InputError(f"max_gen_len: got {max_gen_len!r}, but it must be a whole number of at least 1")
+    check_max_gen_len(max_gen_len, max_seq_len)
     if not prompts:
         raise InputError("prompts: got an empty list, but at least one prompt is needed")
     for row, prompt in enumerate(prompts):

@@ -5,13 +5,12 @@ Legend: B sequences, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from accessory.errors import InputError
+from accessory.arguments import check_sampling
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"{name}: got {value!r}, but it must be a finite number")
-        if self.temperature < 0:
-            raise InputError(f"temperature: got {self.temperature}, but it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: got {self.top_p}, but it must be greater than 0 and at most 1")
+        check_sampling(self.temperature, self.top_p, self.seed)
 
     def generator(self) -> torch.Generator | None:
         """A CPU generator with the seed, or None. Draws are always on the CPU, so a seed works alike on all devices."""
-        return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
+        return None if self.seed is None else torch.Generator("cpu").manual_seed(int(self.seed))
 
 
 def sample(

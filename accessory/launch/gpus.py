@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from accessory.errors import InputError
 
@@ -61,18 +62,24 @@ def use_gpus(ids: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(ids)
 
 
-def check_device(name: str | None) -> str | None:
-    """Return `name` unchanged. InputError where torch has no such device; torch itself would print a traceback."""
-    if name is None:
+def check_device(given: Any, field: str = "--device") -> str | None:
+    """The name of a device: of a name, a torch.device, or the number of a GPU; None for None.
+
+    InputError, which begins with `field`, where torch has no such device. torch itself would print a traceback.
+    """
+    if given is None:
         return None
     import torch
 
+    wrong = f"{field}: got {given!r:.60}, but "
     try:
-        device = torch.device(name)
+        if isinstance(given, bool) or not isinstance(given, str | int | torch.device):
+            raise RuntimeError
+        device = torch.device(f"cuda:{given}" if isinstance(given, int) else given)
     except RuntimeError as error:
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N") from error
+        raise InputError(wrong + "it must be cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: got {name!r}, but it must be cpu, cuda or cuda:N")
+        raise InputError(wrong + "it must be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device: got {name!r}, but torch {torch.__version__} sees {count} CUDA devices here")
-    return name
+        raise InputError(wrong + f"torch {torch.__version__} sees {count} CUDA devices here")
+    return str(device)

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from accessory.build import NetworkSpec, build, build_tower
-from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
-from accessory.config import LlamaType, ModelArgs
+from accessory.arguments import check_max_gen_len
+from accessory.build import build, build_tower
+from accessory.config import ModelArgs
 from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.data.image_tokens import insert_image_tokens
-from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
-from accessory.errors import ConfigError, InputError
-from accessory.formats import Quant
+from accessory.errors import InputError
+from accessory.model.loading import Loading, PathLike
 from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
 from accessory.model.scoring import Scorer
 from accessory.nn.decoder import Decoder
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images
 
 log = logging.getLogger(__name__)
-
-PathLike = str | Path
 
 
 class StreamItem(TypedDict):
@@ -93,8 +90,8 @@ class MetaModel(nn.Module):
         with_visual: bool = False,
         max_seq_len: int = 4096,
         mp_group: Any = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.bfloat16,
+        device: torch.device | str | int | None = None,
         quant: bool | str = False,
         *,
         quant_attention: str | None = None,
@@ -108,7 +105,8 @@ class MetaModel(nn.Module):
         llama_type: "mixtral" or "mixtral_sparse"; a folder of any layout loads as either. The default is the type in
         meta.json. LoRA adapters and biases in the folders are loaded too, whether or not the type ends in "_peft".
         llama_config: JSON files whose keys win over the folder's own. tokenizer_path: by default found in the folders.
-        max_seq_len: tokens of prompt and answer together. device: by default "cuda" if there is one, else "cpu".
+        max_seq_len: tokens of prompt and answer together. dtype: torch's, or its name ("bf16", "bfloat16", …).
+        device: by default "cuda" if there is one, else "cpu".
         quant: "int8", "fp8", "int4" or "nf4" (also True): experts and attention are quantised while they are loaded,
         and with int8 the output head too. `quant_attention` and `quant_output` set the format of those parts, or
         "none". For a folder made by `accessory quantize`, leave all three out: it is loaded as it is.
@@ -119,44 +117,32 @@ class MetaModel(nn.Module):
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
-        Raises CheckpointError and ConfigError, which name the file, tensor or field.
+        Raises CheckpointError, ConfigError and InputError, which name the file, tensor or argument.
         """
-        chosen = Quant.parse(quant, quant_attention, quant_output)
-        if not isinstance(max_seq_len, int) or max_seq_len < 2:
-            raise InputError(f"max_seq_len: got {max_seq_len!r}, but it must be a whole number of at least 2")
-        given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
-        if not given:
-            raise InputError("pretrained_path: got an empty list, but at least one folder is needed")
-        configs = (
-            [] if llama_config is None else [llama_config] if isinstance(llama_config, str | Path) else llama_config
+        asked = Loading(
+            pretrained_path=pretrained_path,
+            llama_type=llama_type,
+            llama_config=llama_config,
+            tokenizer_path=tokenizer_path,
+            with_visual=with_visual,
+            max_seq_len=max_seq_len,
+            dtype=dtype,
+            device=device,
+            quant=quant,
+            quant_attention=quant_attention,
+            quant_output=quant_output,
+            image_transform=image_transform,
         )
-        checkpoints = open_chain(given, configs)
-        kind = LlamaType.parse(llama_type) if llama_type else checkpoints[-1].llama_type
-        views = max(kind.image_views, 0 if llama_type else max(c.llama_type.image_views for c in checkpoints))
-        if with_visual and not views:
-            raise ConfigError(
-                f"with_visual: got True, but {kind} takes no images; give llama_type {kind}_ens or {kind}_ens5, or "
-                "leave it out"
-            )
-        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else tokenizer_of([c.path for c in checkpoints])
-        args = chained_args(checkpoints)
-        spec = NetworkSpec(
-            checkpoints=checkpoints,
-            args=args,
-            implementation=kind.implementation,
-            quant=chained_quant(checkpoints, chosen),
-            image_views=views if with_visual else 0,
-        )
-        check_vocabulary(tokenizer, args.vocab_size)  # before minutes of loading
         ranks = None if mp_group is None else Ranks.of(mp_group)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
+        where = {"device": asked.device or ("cuda" if torch.cuda.is_available() else "cpu"), "dtype": asked.dtype}
         progress = progress and (ranks is None or ranks.rank == 0)
-        llma = build(spec, DeviceMesh(model=ranks), device=device, dtype=dtype, progress=progress)
+        llma = build(spec, DeviceMesh(model=ranks), **where, progress=progress)
         processor = None
         if with_visual:
             from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
 
-            tower = build_tower(spec, device=device, dtype=dtype, progress=progress)
+            tower = build_tower(spec, **where, progress=progress)
             processor = ImageProcessor(tower, image_transform, ranks)
         return cls(llma, tokenizer, max_seq_len, ranks, processor)
 
@@ -270,11 +256,7 @@ class MetaModel(nn.Module):
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
             ids = list(prompt)
-        if not isinstance(max_gen_len, int) or not 1 <= max_gen_len < self.max_seq_len:
-            raise InputError(
-                f"max_gen_len: got {max_gen_len!r}, but it must be a whole number from 1 to "
-                f"max_seq_len - 1 = {self.max_seq_len - 1}"
-            )
+        check_max_gen_len(max_gen_len, self.max_seq_len)
         room = self.max_seq_len - max_gen_len - image_tokens
         if image_tokens and room < 2:
             raise InputError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
+import os
 import threading
 import time
 import weakref
@@ -16,14 +18,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.hub import resolve
-from accessory.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
+from accessory.arguments import check_max_gen_len, check_port
+from accessory.data.tokenizer import Tokenizer
+from accessory.engine.sampling import Sampling
 from accessory.errors import AccessoryError, InputError, RankError
 from accessory.launch.gpus import count_ranks
 from accessory.launch.process_group import host_store
@@ -36,9 +38,12 @@ from accessory.launch.rank_processes import (
     start_processes,
     who_ended,
 )
+from accessory.model.loading import Loading, PathLike
 from accessory.model.messages import arguments_to_send, from_plain
-from accessory.model.meta import PathLike, StreamItem
+from accessory.model.meta import StreamItem
 from accessory.model.prompts import Prompt
+
+log = logging.getLogger(__name__)
 
 Replies = Generator[Any, None, Any]
 Cancelled = Callable[[], bool] | None
@@ -127,20 +132,22 @@ class MultiGpuWrapper:
         step_timeout: float = 600,
         **from_pretrained: Any,
     ) -> None:
-        device = str(from_pretrained.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._asked = Loading(pretrained_path=pretrained_path, **from_pretrained)
+        device = self._asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device not in ("cpu", "cuda"):
             raise InputError(f"device: got {device!r}, but each rank has one of its own; give cpu, or cuda and gpu_ids")
         self.size = count_ranks(gpus, gpu_ids, shown=torch.cuda.device_count() if device == "cuda" else None)
+        if master_port is not None:
+            check_port(master_port, "master_port")
         ids = gpu_ids if gpu_ids is not None else range(self.size)
         self._gpu_ids: list[int | None] = [None] * self.size if device == "cpu" else list(ids)
         self._meeting = (master_addr or LOOPBACK, master_port or 0)
         self._load_timeout, self._step_timeout = load_timeout, step_timeout
-        given = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
-        # Resolved here, once: several ranks must not download the same model into the same place.
-        folders = [Path(resolve(path)) for path in given]
-        self._options = {"pretrained_path": folders, **from_pretrained}
-        own = from_pretrained.get("tokenizer_path")
-        self.tokenizer: Tokenizer = load_tokenizer(own) if own else tokenizer_of(folders)
+        self._asked.fetch()
+        self.tokenizer: Tokenizer
+        _, self.tokenizer = self._asked.open(self.size)  # what is wrong shows here, before any rank starts
+        if device == "cpu" and self.size > (cores := os.cpu_count() or 1):
+            log.warning("%d ranks share %d cores; as many ranks as cores are quicker", self.size, cores)
         # A thread has this lock while it listens to the ranks, but not while the reader of a stream handles an item.
         self._turn = threading.Lock()
         self._ranks: list[RankProcess] = []
@@ -168,7 +175,7 @@ class MultiGpuWrapper:
         seed: int | None = None,
         cancelled: Cancelled = None,
     ) -> list[str]:
-        how = _sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
+        how = _sampling(max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed)
         return self._answer("generate", {"prompts": prompts, "images": images, **how}, cancelled)
 
     def stream_generate(
@@ -183,7 +190,7 @@ class MultiGpuWrapper:
         cancelled: Cancelled = None,
     ) -> Iterator[StreamItem]:
         """As `MetaModel.stream_generate`. Closing or dropping the iterator ends the generation on the ranks."""
-        how = _sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
+        how = _sampling(max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed)
         yield from self._replies("stream_generate", {"prompt": prompt, "image": image, **how}, cancelled)
 
     def compute_logits(
@@ -344,8 +351,8 @@ class MultiGpuWrapper:
             start_processes(RANK_MODULE, self._gpu_ids, host, self._store.port, self._load_timeout, self._ranks)
             loading = _Call("loading", self._ranks, self._load_timeout)
             for rank in self._ranks:
-                progress = bool(self._options.get("progress")) and rank.number == 0
-                rank.connection.send({**self._options, "progress": progress})
+                progress = self._asked.progress and rank.number == 0
+                rank.connection.send({**self._asked.to_dict(), "progress": progress})
             while not loading.over:
                 self._listen(loading)
             self.image_words: int = loading.outcome()
@@ -373,7 +380,11 @@ def _close_all() -> None:
         wrapper.close()
 
 
-def _sampling(max_gen_len: int, temperature: float, top_p: float, stops: Iterable[str], seed: Any) -> dict[str, Any]:
+def _sampling(
+    max_gen_len: int, max_seq_len: int, temperature: float, top_p: float, stops: Iterable[str], seed: Any
+) -> dict[str, Any]:
+    check_max_gen_len(max_gen_len, max_seq_len)
+    Sampling(temperature, top_p, seed)
     return {
         "max_gen_len": max_gen_len,
         "temperature": temperature,

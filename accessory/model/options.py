@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from accessory.arguments import LARGEST_PORT
 from accessory.config import SHORT_DTYPES
+from accessory.errors import InputError
 from accessory.formats import FORMATS
 from accessory.launch.gpus import check_device
 
@@ -85,8 +87,8 @@ def add_image_transform(parser: argparse.ArgumentParser) -> None:
 
 def port_number(text: str) -> int:
     """Parse the value of an option for a port."""
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … 65535")
+    if not text.isdigit() or int(text) > LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"got {text!r}, but a port lies in 0 … {LARGEST_PORT}")
     return int(text)
 
 
@@ -109,8 +111,13 @@ def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict
     return arguments
 
 
-def torch_dtype(name: str | None) -> Any:
-    """The torch.dtype of a name from `DTYPES`, short or long; None for None."""
+def torch_dtype(given: Any) -> Any:
+    """The torch.dtype of a name from `DTYPES`, short or long, or of a torch.dtype among them; None for None."""
     import torch
 
-    return None if name is None else getattr(torch, SHORT_DTYPES.get(name, name))
+    if given is None:
+        return None
+    name = str(given).removeprefix("torch.") if isinstance(given, torch.dtype) else given
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InputError(f"dtype: got {given!r:.60}, but it must be one of {', '.join(DTYPES)}")
+    return getattr(torch, SHORT_DTYPES.get(name, name))
