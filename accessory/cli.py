@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from accessory import __version__
+from accessory.command_line import Parser
 from accessory.commands.plan_options import add_plan_arguments
-from accessory.commands.text_options import add_image_arguments, add_sampling_arguments
+from accessory.commands.text_options import add_image_arguments, add_sampling_arguments, check_text_options
 from accessory.data.template_names import TEMPLATES
 from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
 
@@ -25,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    elif rest:  # key=value after an option: a positional argument that argparse does not recognise there
+    if rest:  # key=value after an option: a positional argument that argparse does not recognise there
         options.overrides += rest
     return outcome(lambda: options.run(options), debug=options.debug)
 
@@ -36,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    check_text_options(options)
     from accessory.commands.text import generate
 
     return generate(options)
 
 
 def _chat(options: argparse.Namespace) -> int:
+    check_text_options(options)
     from accessory.commands.text import chat
 
     return chat(options)
@@ -169,8 +170,8 @@ def _resolved(path: str) -> Path:
 # --------------------------------------------------------------------------- arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="accessory", description="Run, finetune and convert Mixtral-8x7B and its relatives.", epilog=EPILOG
     )
     parser.add_argument("--version", action="version", version=f"accessory {__version__}")
@@ -273,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune = _command(commands, "finetune", _finetune, "train a model, or adapters for one, as a recipe says")
     finetune.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe: lora_one_gpu, …")
     finetune.add_argument("overrides", metavar="key=value", nargs="*", help="wins over what the file says")
+    finetune.takes_more = True
     add_option(finetune, "n_gpus", type=int, metavar="N", help="ranks to start here; on a CPU, processes")
     add_option(finetune, "dry_run", action="store_true", help="check and show the recipe, train nothing")
 
@@ -297,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_: str) -> Parser:
     command = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", epilog=EPILOG)
     command.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
     command.set_defaults(run=run)

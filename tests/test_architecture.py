@@ -19,7 +19,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # Imports point down only, and folders on one floor never import each other. docs/architecture.md shows the same table.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "config", "errors", "formats", "limits", "progress", "vision_config"),
+    ("__init__", "arguments", "command_line", "config", "errors", "formats", "limits", "progress", "vision_config"),
     ("ops",),
     ("nn",),
     ("parallel", "adapt", "launch"),
@@ -37,7 +37,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 KERNELS = "ops/triton/"
 # Modules that `accessory --help` reads: no third-party package, so that it answers at once.
 LIGHT = (
-    "__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "formats.py", "vision_config.py",
+    "__init__.py", "__main__.py", "arguments.py", "cli.py", "command_line.py", "config.py", "errors.py", "formats.py",
+    "limits.py", "vision_config.py",
     "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py",
     "model/__init__.py", "model/options.py",
     "commands/__init__.py", "commands/outcome.py", "commands/plan_options.py", "commands/text_options.py",

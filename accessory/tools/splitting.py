@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 from typing import Literal
 
+from accessory.command_line import Parser
 from accessory.config import ModelArgs
 from accessory.convert.convert import convert
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
@@ -21,7 +21,7 @@ def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
 
     Returns the exit status: 0, or 1 after one line with the error.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=Path(script).name, description=f"Convert consolidated.00.pth beside this script into {folder_name}/."
     )
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {folder_name}/")
