@@ -21,6 +21,10 @@ class InputError(AccessoryError, ValueError):
     """A prompt, a sampling parameter or another run-time argument cannot be used."""
 
 
+class NonFiniteError(AccessoryError, ArithmeticError):
+    """What a network computed is not a number, or infinite; the message names the likely cause."""
+
+
 class RankError(AccessoryError, RuntimeError):
     """A process that holds a part of the model died, hangs or failed; the message names the rank and how."""
 

@@ -173,6 +173,10 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
             print("\n(stopped; the round is forgotten)")
             conversation.messages.pop()
             continue
+        except AccessoryError as error:
+            print(f"\n({error}; the round is forgotten)")
+            conversation.messages.pop()
+            continue
         conversation.add("assistant", answer)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from accessory.arguments import check_max_gen_len
 from accessory.engine.graphs import DecodeGraphs
-from accessory.engine.sampling import Sampling, sample
-from accessory.errors import InputError
+from accessory.engine.sampling import NO_TOKEN, Sampling, sample
+from accessory.errors import InputError, NonFiniteError
 from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder
 from accessory.parallel.collectives import broadcast
@@ -39,6 +39,8 @@ class Generation:
 
     With `ranks`, all of them run the same generation; the first one samples and asks `cancelled` once a step, the
     others do as it says. When it is true, all rows end.
+
+    Iterating raises NonFiniteError where the logits of a row that has not ended are not finite.
     """
 
     def __init__(
@@ -128,11 +130,24 @@ class Generation:
 
     def _take(self, tokens_B: Tensor) -> list[int | None]:
         step: list[int | None] = []
-        for row, token in enumerate(tokens_B.tolist()):
+        tokens = tokens_B.tolist()
+        for row, token in enumerate(tokens):
+            if token == NO_TOKEN and self.running[row]:
+                raise NonFiniteError(f"prompts[{row}]: {describe_nonfinite(self.decoder)}")
             step.append(token if self.running[row] else None)
             if token in self.stop_ids:
                 self.running[row] = False
+        if NO_TOKEN in tokens:  # of a row that has ended; the embedding takes no such id
+            with torch.inference_mode():
+                tokens_B.clamp_(min=0)
         return step
+
+
+def describe_nonfinite(decoder: Decoder) -> str:
+    """Why the logits of a network may not be finite, for a message."""
+    if decoder.products_in == torch.float16:
+        return "the logits are not finite; fp16 overflows where bf16 does not, so load the model with dtype bf16"
+    return "the logits are not finite, so its weights are broken; `accessory verify` may say which"
 
 
 def check_lengths(

@@ -5,6 +5,7 @@ Legend: B examples of a batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from accessory.data.image_tokens import insert_image_tokens, remove_tags
 from accessory.data.tokenizer import Tokenizer
-from accessory.errors import InputError
+from accessory.engine.generate import describe_nonfinite
+from accessory.errors import InputError, NonFiniteError
 from accessory.model.prompts import Pixels, Prompt, count_prompts, image_token_counts, open_images
 from accessory.nn.decoder import Decoder
 
@@ -59,10 +61,13 @@ class Scorer:
             if start >= len(ids):
                 raise InputError(f"examples[{n}]: nothing follows its context, so there is nothing to judge")
         result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        for ids, start, logits_TV in zip(rows, starts, self._logits(rows, pixels), strict=True):
+        for n, (ids, start, logits_TV) in enumerate(zip(rows, starts, self._logits(rows, pixels), strict=True)):
             judged_TV, label_T = logits_TV[start - 1 : -1], torch.tensor(ids[start:], device=logits_TV.device)
             log_p_T = judged_TV.log_softmax(-1).gather(1, label_T[:, None]).squeeze(1)
-            result["log_likelihood"].append(log_p_T.sum().item())
+            likelihood = log_p_T.sum().item()
+            if not math.isfinite(likelihood):
+                raise NonFiniteError(f"examples[{n}]: {describe_nonfinite(self.llma)}")
+            result["log_likelihood"].append(likelihood)
             result["ppl"].append(log_p_T.mean().neg().exp().item())
             result["max_equal"].append(bool((judged_TV.argmax(-1) == label_T).all()))
             result["non_context_logits"].append(judged_TV)

@@ -13,6 +13,7 @@ from accessory.cli import main
 from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
+from accessory.errors import NonFiniteError
 from accessory.model.meta import MetaModel
 
 PROMPT = "The best programming language in the world is"
@@ -202,6 +203,23 @@ def test_ctrl_c_stops_an_answer_and_forgets_its_round(chat, monkeypatch):
     status, out, prompts = chat("One", "Two")
     assert status == 0
     assert "(stopped; the round is forgotten)" in out
+    assert len(prompts) == 2
+    assert "One" not in prompts[1]
+
+
+def test_an_error_in_an_answer_forgets_its_round_and_the_chat_goes_on(chat, monkeypatch):
+    original = MetaModel._stream
+    calls = iter(range(10))
+
+    def broken(self, *args):
+        yield from original(self, *args)
+        if next(calls) == 0:
+            raise NonFiniteError("prompts[0]: the logits are not finite")
+
+    monkeypatch.setattr(MetaModel, "_stream", broken)
+    status, out, prompts = chat("One", "Two")
+    assert status == 0
+    assert "(prompts[0]: the logits are not finite; the round is forgotten)" in out
     assert len(prompts) == 2
     assert "One" not in prompts[1]
 

@@ -5,7 +5,7 @@ from helpers.sizes import TINY
 
 from accessory.engine.generate import Generation
 from accessory.engine.sampling import Sampling
-from accessory.errors import InputError
+from accessory.errors import InputError, NonFiniteError
 
 ARGS = TINY.replace(vocab_size=97, max_seq_len=256)
 
@@ -119,3 +119,32 @@ def test_the_callers_grad_mode_is_left_alone(decoder):
 def test_what_cannot_be_generated_is_one_error(decoder, prompts, options, names):
     with pytest.raises(InputError, match=names):
         Generation(decoder, prompts, **{"max_gen_len": 4, "max_seq_len": 256, **options})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("dtype", "likely"), [(torch.float32, "verify"), (torch.float16, "bf16")])
+def test_logits_that_are_not_finite_are_an_error_with_the_likely_cause(decoder, temperature, dtype, likely):
+    decoder.compute_in(dtype).cast(dtype)
+    decoder.output.weight[5] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"^prompts\[0\]: the logits are not finite[^\n]*{likely}"):
+        run(decoder, [[1, 5]], sampling=Sampling(temperature))
+
+
+def test_a_row_that_has_ended_may_hold_what_it_likes(decoder):
+    """Prompt 0 ends with its first token. Then its logits are NaN, and prompt 1 goes on as if it were alone."""
+    expected = run(decoder, [[1, 5]], n=6)[0]
+    generation = Generation(decoder, [[3], [1, 5]], max_gen_len=6, max_seq_len=256)
+
+    def spoil(_, inputs, output):
+        if not generation.running[0]:
+            output[0] = float("nan")
+        return output
+
+    decoder.output.register_forward_hook(spoil)
+    rows = [[], []]
+    for step in generation:
+        for row, token in zip(rows, step, strict=True):
+            row.append(token)
+        generation.finish(0)
+    assert rows[0][1:] == [None] * 5
+    assert rows[1] == expected

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accessory.engine.sampling import Sampling, sample
+from accessory.engine.sampling import NO_TOKEN, Sampling, sample
 from accessory.errors import InputError
 
 
@@ -63,3 +63,14 @@ def test_the_global_seed_and_an_own_seed_both_repeat():
     assert torch.equal(a, sample(logits, Sampling(temperature=1.0)))
     own = Sampling(temperature=1.0, seed=3)
     assert torch.equal(sample(logits, own, own.generator()), sample(logits, own, own.generator()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_gets_no_token_and_its_neighbours_get_theirs(temperature):
+    rows = torch.tensor([[0.0, 30.0], [0.0, float("nan")], [float("inf"), 0.0], [float("-inf"), 30.0]])
+    assert sample(rows, Sampling(temperature), torch.Generator().manual_seed(0)).tolist() == [1, NO_TOKEN, NO_TOKEN, 1]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature):
+    assert sample(torch.tensor([[-700.0, 700.0, 699.0]]), Sampling(temperature)).tolist() == [1]

@@ -7,7 +7,7 @@ import torch
 from helpers.random_models import hf_mixtral, write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.errors import InputError
+from accessory.errors import InputError, NonFiniteError
 from accessory.model.meta import MetaModel
 
 PROMPT = "The best programming language in the world is"
@@ -60,3 +60,10 @@ def test_bad_input_is_one_error_naming_it(model, call, names):
     with pytest.raises(InputError, match=names) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_a_likelihood_that_is_no_number_is_an_error_and_logits_are_data(model, monkeypatch):
+    monkeypatch.setattr(model.llma.output, "weight", torch.nn.Parameter(torch.full((32000, 32), float("nan"))))
+    with pytest.raises(NonFiniteError, match=r"^examples\[0\]: the logits are not finite"):
+        model.evaluate_examples([PROMPT])
+    assert model.compute_logits([PROMPT])[0].isnan().all()
