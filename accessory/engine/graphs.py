@@ -65,14 +65,18 @@ class DecodeGraphs:
     def _capture(self, extent: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running the step twice
         # is harmless: it writes the same keys to the same slots.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run(extent)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_BV = self._run(extent)
+        device = self._token_B1.device
+        # A capture records the current device of this thread, which need not be the decoder's.
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._run(extent)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # With a stream of our own: torch captures on one stream, on the card of the process's first capture.
+            with torch.cuda.graph(graph, stream=side):
+                logits_BV = self._run(extent)
         return graph, logits_BV
 
     def _run(self, extent: int) -> Tensor:

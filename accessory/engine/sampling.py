@@ -43,9 +43,9 @@ def sample(
 ) -> Tensor:
     """The next token of each row, int64 (B,), on the logits' device.
 
-    A row whose logits are not finite gets `NO_TOKEN`. Ids of `vocab_size` or more are never drawn: the embedding is padded
-    with ids that the tokenizer does not have. Each row always takes one uniform number, so one row does not change
-    another row's randomness.
+    A row whose logits are not finite gets `NO_TOKEN`. Ids of `vocab_size` or more are never drawn: the embedding is
+    padded with ids that the tokenizer does not have. Each row always takes one uniform number, so one row does not
+    change another row's randomness.
     """
     logits_BV = logits_BV[:, :vocab_size]
     largest_B, likeliest_B = logits_BV.max(-1)

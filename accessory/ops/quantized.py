@@ -60,6 +60,10 @@ class Packed:
         return torch.Size((*rest, I * 2 if self.format in GROUP else I))
 
     @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.ops.triton.card import on_its_card
+
 
 @triton.jit
 def _up_kernel(
@@ -64,6 +66,7 @@ def _down_kernel(
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
 
 
+@on_its_card
 def decode_experts(
     x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
 ) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from accessory.formats import GROUP
 from accessory.ops import double_quantization
 from accessory.ops.quantized import ZERO_STEPS, Packed, nf4_table
+from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
 
 CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}
@@ -219,6 +220,7 @@ def constants(p: Packed) -> dict[str, Any]:
     return {**fixed, "NESTED": 1 if p.nested is None else p.scale.shape[-1] // p.nested.shape[-1]}
 
 
+@on_its_card
 def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
     """`ops.quantized.dequantize` in one pass over memory: (…, O, I) in `dtype`."""
     out = torch.empty(p.shape, dtype=dtype, device=p.data.device)
@@ -244,6 +246,7 @@ def _tile(p: Packed, kernel: str, columns: int) -> dict[str, int]:
     return {"ROWS": rows, "COLS": max(least, min(cols, triton.next_power_of_2(columns))), "num_warps": warps}
 
 
+@on_its_card
 def linear(x_TI: Tensor, p: Packed) -> Tensor:
     """x (T, IN) times a quantised weight: (T, OUT) in x's dtype. For few tokens: each token reads the weight again."""
     (T, IN), OUT = x_TI.shape, p.shape[0]
@@ -256,6 +259,7 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     return y_TO
 
 
+@on_its_card
 def decode_experts(
     x_TD: Tensor, w1: Packed, w2: Packed, w3: Packed, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
 ) -> Tensor:

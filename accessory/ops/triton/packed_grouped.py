@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.quantized import Packed
+from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.nibbles import finished, int4_bias, int4_values, nested_scale, nf4_values
 from accessory.ops.triton.packed import constants, pointers
 
@@ -249,6 +250,7 @@ def _tile(table: dict[int, tuple[Any, ...]], rows: float) -> dict[str, Any]:
     return {**dict(zip(("M", "P", "R", "SIDE", "SWAP"), sizes, strict=False)), "num_warps": warps, "num_stages": stages}
 
 
+@on_its_card
 def product(x_NI: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
     """x (N, I) times a quantised stack (E, O, I), with rows sorted by expert, or times one weight (O, I).
 
@@ -258,6 +260,7 @@ def product(x_NI: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
     return _launch(_forward_kernel, x_NI, p, count_E, p.shape[-2], tile)
 
 
+@on_its_card
 def gradient(dy_NO: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
     """The gradient of `product`'s input: dy (N, O) times the stack (E, O, I), or the weight (O, I), not transposed.
 

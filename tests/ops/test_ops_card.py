@@ -1,0 +1,69 @@
+"""Kernels run on the card of their tensors: without a GPU, what the launchers ask of torch."""
+
+from __future__ import annotations
+
+import ast
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import accessory.ops
+from accessory.ops.triton.card import on_its_card
+
+KERNELS = sorted((Path(accessory.ops.__file__).parent / "triton").glob("*.py"))
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """torch with a current device 0, which `torch.cuda.device` changes."""
+    state = SimpleNamespace(index=0, entered=0)
+
+    @contextmanager
+    def device(wanted):
+        before, state.index = state.index, wanted.index
+        state.entered += 1
+        yield
+        state.index = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return state
+
+
+@pytest.mark.parametrize(("name", "card", "entered"), [("cuda:1", 1, 1), ("cuda:0", 0, 0), ("cpu", 0, 0)])
+def test_a_launcher_runs_on_the_card_of_its_first_argument(current, name, card, entered):
+    launch = on_its_card(lambda first, other, *, named: (current.index, other, named))
+    assert launch(SimpleNamespace(device=torch.device(name)), 2, named=3) == (card, 2, 3)
+    assert (current.index, current.entered) == (0, entered)
+
+
+def functions_that_launch(tree: ast.Module) -> dict[str, bool]:
+    """Every function that launches a kernel, itself or through a function beside it; whether it runs on its card."""
+    functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+    kernels = {n for n, f in functions.items() if any("jit" in ast.unparse(d) for d in f.decorator_list)}
+    launching = {
+        n
+        for n, f in functions.items()
+        if n not in kernels
+        and any(isinstance(c, ast.Call) and isinstance(c.func, ast.Subscript) and "kernel" in ast.unparse(c.func)
+                for c in ast.walk(f))
+    }  # fmt: skip
+    called = {n: {ast.unparse(c.func) for c in ast.walk(f) if isinstance(c, ast.Call)} for n, f in functions.items()}
+    through = {n for n in functions if n not in kernels and called[n] & launching}
+    return {
+        n: any(ast.unparse(d) == "on_its_card" for d in functions[n].decorator_list)
+        for n in launching | through
+        if not n.startswith("_")
+    }
+
+
+def test_every_launcher_of_the_package_does():
+    found = {f"{p.stem}.{n}": on for p in KERNELS for n, on in functions_that_launch(ast.parse(p.read_text())).items()}
+    assert set(found) == {
+        "decode_experts.decode_experts", "packed.dequantize", "packed.linear", "packed.decode_experts",
+        "packed_grouped.product", "packed_grouped.gradient",
+    }  # fmt: skip
+    assert all(found.values()), found
