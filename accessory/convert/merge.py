@@ -22,8 +22,9 @@ from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.names import companion_of, is_of_images
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target
-from accessory.config import LORA_TARGETS, ModelArgs
+from accessory.config import LORA_TARGETS, Implementation, ModelArgs
 from accessory.convert.certify import Certificate, certify
+from accessory.convert.sums import check_sums
 from accessory.errors import CheckpointError, listed
 from accessory.parallel.sharding import expert_of
 
@@ -134,7 +135,9 @@ class Report:
                 f"{self.biases} biases have no place in a plain weight and stay beside it: the result has bias_tuning "
                 "and is of llama_type mixtral_peft or mixtral_sparse_peft"
             )
-        return out + ([] if self.certificate is None else self.certificate.lines())
+        if self.certificate is not None:
+            out += [*self.certificate.lines(), "  every number that is written is W + scale·B·A, rounded once"]
+        return out
 
 
 def _layer_of(name: str) -> str:
@@ -238,17 +241,10 @@ def merge(
     report.effects = _effects(changes, progress)
     _check_effects(report, where, allow_unchanged)
     if certificate:
-        networks = {
-            "adapters": tensors,
-            "exact": merge_tensors(tensors, args, torch.float32)[0],
-            "stored": merged,
-            "base": {name: tensor for name, tensor in base.tensors.items() if companion_of(name) is None},
-        }
-        networks = {kind: {n: t for n, t in own.items() if not is_of_images(n)} for kind, own in networks.items()}
-        implementation = checkpoints[-1].llama_type.implementation
-        stored = target or base.dtype
-        report.certificate = certify(networks, args, implementation, dtype=stored, device=device, progress=progress)
-        report.certificate.check()
+        implementation, stored = checkpoints[-1].llama_type.implementation, target or base.dtype
+        report.certificate = prove(
+            base.tensors, tensors, merged, args, implementation, dtype=stored, device=device, progress=progress
+        )
     if "start_img" in merged:
         from accessory.checkpoint.vision import with_encoders
 
@@ -267,6 +263,34 @@ def merge(
         image_views=max(c.llama_type.image_views for c in checkpoints),
     )
     return report
+
+
+def prove(
+    base: Mapping[str, Lazy],
+    tensors: Mapping[str, Lazy],
+    merged: Mapping[str, Lazy],
+    args: ModelArgs,
+    implementation: Implementation,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Certificate:
+    """Prove that `merged`, in `dtype`, is what `tensors` become; `base` has the tensors before any adapter.
+
+    CheckpointError unless the logits are the same in fp32, and every number to be written is the right sum, rounded.
+    """
+    networks = {
+        "adapters": tensors,
+        "exact": merge_tensors(tensors, args, torch.float32)[0],
+        "stored": merged,
+        "base": {name: tensor for name, tensor in base.items() if companion_of(name) is None},
+    }
+    networks = {kind: {n: t for n, t in own.items() if not is_of_images(n)} for kind, own in networks.items()}
+    certificate = certify(networks, args, implementation, dtype=dtype, device=device, progress=progress)
+    certificate.check()
+    check_sums(merged, tensors, args.lora_scale, progress=progress)
+    return certificate
 
 
 def _written_as(base: Checkpoint) -> Target:
