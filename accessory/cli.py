@@ -257,6 +257,9 @@ def _parser() -> Parser:
     merge.add_argument(
         "--allow-unchanged", action="store_true", help="accept adapters, or updates, that change nothing"
     )
+    merge.add_argument(
+        "--allow-other-base", action="store_true", help="accept adapters that say they were trained on another model"
+    )
     merge.add_argument("--no-certificate", dest="certificate", action="store_false", help="do not compare the logits")
     merge.add_argument("--device", default="cpu", help="where the logits are computed (default: cpu)")
     _writing_arguments(merge)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+import torch.distributed as dist
 
 from accessory.checkpoint.folder import Checkpoint, open_checkpoint
 from accessory.checkpoint.hub import resolve
+from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
+from accessory.checkpoint.trained_on import TrainedOn, base_hash
 from accessory.config import PEFT_FIELDS, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.formats import Quant
 
+log = logging.getLogger(__name__)
+
 _SIZES = "dim hidden_dim head_dim n_layers n_heads n_kv_heads vocab_size moe".split()
 
 
-def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] = ()) -> list[Checkpoint]:
+def open_chain(
+    paths: Sequence[str | Path], config_files: Sequence[str | Path] = (), *, refuse_other_base: bool = False
+) -> list[Checkpoint]:
     """Open folders (or hf:// addresses) to load one over the other; the first one is a whole model.
+
+    An adapter may say which model it was trained on. If that is another one than lies below it, the first rank logs a
+    warning; with `refuse_other_base` it is a CheckpointError.
 
     Raises as `open_checkpoint` does, and CheckpointError for folders that do not belong together or a PEFT adapter.
     """
@@ -34,7 +46,38 @@ def open_chain(paths: Sequence[str | Path], config_files: Sequence[str | Path] =
             if given != wanted:
                 raise CheckpointError(f"{folder}: {name}: got {given}, but {folders[0]} has {wanted}: another model's")
         checkpoints.append(checkpoint)
+    for number, checkpoint in enumerate(checkpoints[1:], start=1):
+        problem = _other_base(checkpoint, checkpoints[:number])
+        if problem and refuse_other_base:
+            raise CheckpointError(f"{problem}; give the model that it was trained on, or --allow-other-base")
+        if problem and not (dist.is_initialized() and dist.get_rank() > 0):
+            log.warning("%s", problem)
     return checkpoints
+
+
+def trained_on(below: Sequence[Checkpoint], own: Collection[str]) -> TrainedOn:
+    """What an adapter with the tensors `own`, trained over these checkpoints, says of them.
+
+    Adapters below it that it replaces wholly do not count: the network is the same without them.
+    """
+    kept = [c for n, c in enumerate(below) if n == 0 or not c.tensors.keys() <= set(own)]
+    tensors: dict[str, Lazy] = {}
+    for checkpoint in kept:
+        tensors |= checkpoint.tensors
+    return TrainedOn(" + ".join(c.name for c in kept), base_hash(tensors))
+
+
+def _other_base(adapter: Checkpoint, below: Sequence[Checkpoint]) -> str | None:
+    """A sentence if `adapter` says that it was trained on another model than `below`."""
+    if adapter.trained_on is None:
+        return None
+    own, here = adapter.trained_on, trained_on(below, adapter.tensors)
+    if own.hash == here.hash:
+        return None
+    return (
+        f"{adapter.path}: was trained on {own.name} (norms and routers of hash {own.hash[:12]}…), but {here.name} is "
+        f"another model ({here.hash[:12]}…), to which its numbers may mean nothing"
+    )
 
 
 def _configs_in(folder: Path) -> list[Path]:

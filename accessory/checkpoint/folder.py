@@ -25,6 +25,7 @@ from accessory.checkpoint.names import (
 )
 from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.rotary import rotary_from_hf
+from accessory.checkpoint.trained_on import TrainedOn, read_trained_on
 from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
@@ -54,6 +55,8 @@ class Checkpoint:
     shards: int = 1  # model-parallel shards; 1 for layouts that have none
     partial: bool = False  # tensors are missing, as in a save of the trained tensors only
     quant: Quant | None = None  # the formats of a quantised folder
+    name: str = ""  # the path or hf:// address as it was given
+    trained_on: TrainedOn | None = None  # of an adapter that says so
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +88,12 @@ class Survey:
 
     path: Path
     weights: WeightFiles
+    name: str = ""
     layout: Layout | None = None
     llama_type: LlamaType | None = None
     args: ModelArgs | None = None
     quant: Quant | None = None
+    trained_on: TrainedOn | None = None
     checkpoint: Checkpoint | None = None
     missing: list[str] = field(default_factory=list)
     problems: list[AccessoryError] = field(default_factory=list)
@@ -135,7 +140,7 @@ def survey_folder(
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "no such folder"
         raise CheckpointError(f"{folder}: {what}")
-    survey = Survey(folder, find_weights(folder))
+    survey = Survey(folder, find_weights(folder), str(path))
     raw = survey.weights.read()
     survey.problems += map(CheckpointError, survey.weights.problems)
     readable = {file: tensors for file, tensors in raw.items() if tensors is not None}
@@ -190,6 +195,7 @@ def _configure(
     assert layout is not None
     try:
         survey.llama_type = _llama_type(folder, layout)
+        survey.trained_on = read_trained_on(folder)
         sources = _config_sources(folder, config_files)
         origin = ", ".join(name for name, _ in reversed(sources)) or "the tensors' shapes"
         contents = [content for _, content in sources]
@@ -241,6 +247,8 @@ def _configure(
         shards=len(survey.weights.paths) if survey.weights.sharded else 1,
         partial=bool(survey.missing),
         quant=survey.quant,
+        name=survey.name,
+        trained_on=survey.trained_on,
     )
 
 

@@ -32,6 +32,7 @@ from accessory.checkpoint.hashing import as_bytes, each_tensor
 from accessory.checkpoint.lazy import Constant, Lazy, Stored
 from accessory.checkpoint.names import expected_shapes, image_shapes, shape_problem
 from accessory.checkpoint.packed import Quantizing
+from accessory.checkpoint.trained_on import TrainedOn
 from accessory.checkpoint.writers import Cut, FilePlan, FolderPlan, Target, plan_folder
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, ConfigError, listed
@@ -79,6 +80,7 @@ def write_checkpoint(
     progress: bool = True,
     allow_partial: bool = False,
     image_views: int = 0,
+    trained_on: TrainedOn | None = None,
 ) -> None:
     """Write canonical `tensors` as a folder of layout `to`.
 
@@ -86,6 +88,7 @@ def write_checkpoint(
     divides the sizes; for hf the number of files, by default one per 5 GB. `dtype` converts every tensor. `resources`
     are copied into the folder. With `verify`, the folder is opened again before it gets its name, and every tensor is
     read back and compared. `image_views`: the views of an image that a model with images takes, for its meta.json.
+    `trained_on`: the model that an adapter was trained on, for the meta.json of base and sparse.
 
     Raises ConfigError for sizes that do not divide. Raises CheckpointError for tensors that are missing (unless
     `allow_partial`), extra or misshapen, a destination that may not be replaced, and a disk that is full or fails.
@@ -97,6 +100,8 @@ def write_checkpoint(
     plan = plan_folder(to, tensors, args, shards=shards, safetensors=safetensors, image_views=image_views)
     if to == "hf":
         plan.documents["config.json"] |= _special_ids(resources)
+    if trained_on is not None and "meta.json" in plan.documents:
+        plan.documents["meta.json"] |= trained_on.to_dict()
     write_folder(dst, tensors, plan, resources=resources, overwrite=overwrite, verify=verify, progress=progress)
 
 

@@ -20,6 +20,7 @@ def merge(options: argparse.Namespace) -> int:
         safetensors=options.safetensors,
         overwrite=options.overwrite,
         allow_unchanged=options.allow_unchanged,
+        allow_other_base=options.allow_other_base,
         certificate=options.certificate,
         device=options.device,
         verify=options.verify,

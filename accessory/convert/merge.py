@@ -203,6 +203,7 @@ def merge(
     safetensors: bool = False,
     overwrite: bool = False,
     allow_unchanged: bool = False,
+    allow_other_base: bool = False,
     certificate: bool = True,
     device: str | torch.device = "cpu",
     verify: bool = True,
@@ -217,14 +218,15 @@ def merge(
 
     Raises CheckpointError, with nothing written, if there is no adapter or an incomplete one, if merged and unmerged
     logits differ, or if there are biases and the layout has none. Unless `allow_unchanged`, it also raises if the
-    adapter changes nothing, or if rounding removes the whole update of a weight.
+    adapter changes nothing, or if rounding removes the whole update of a weight. Unless `allow_other_base`, it raises
+    if an adapter says that it was trained on another model.
     """
     target = parse_dtype(dtype)
     for path in paths:
         if "://" not in str(path):
             refuse_overlap(Path(path), Path(dst))
     check_destination(Path(dst), overwrite)
-    checkpoints = open_chain(paths, config_files)
+    checkpoints = open_chain(paths, config_files, refuse_other_base=not allow_other_base)
     args = chained_args(checkpoints)
     for checkpoint in checkpoints:
         refuse_overlap(checkpoint.path, Path(dst))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.atomic import new_folder, refuse_overlap
-from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.chain import chained_args, open_chain, trained_on
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
@@ -117,6 +117,7 @@ def import_adapter(
         overwrite=overwrite,
         allow_partial=True,
         progress=False,
+        trained_on=trained_on([model], tensors),
     )
     out = []
     if args.lora_rank > 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from accessory.checkpoint.chain import trained_on
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.save import write_checkpoint
@@ -44,9 +45,9 @@ def export(
     """Write a state's parameters to `dst` in the accessory layout, together with those of `checkpoints`.
 
     checkpoints: what the run started from; a trained tensor replaces theirs. only_trained: leave out all others; the
-    folder is then loaded behind the one that it was trained on. dtype: of the tensors; None: trained ones stay in fp32.
-    shards: at most so many files, fewer where the sizes do not divide. tokenizer: the folder or file of the run's own
-    tokenizer; None: that of the checkpoints.
+    folder is then loaded behind the one that it was trained on, whose hash it keeps. dtype: of the tensors; None:
+    trained ones stay in fp32. shards: at most so many files, fewer where the sizes do not divide. tokenizer: the folder
+    or file of the run's own tokenizer; None: that of the checkpoints.
     """
     trained = canonical_tensors(state)
     tensors: dict[str, Lazy] = {}
@@ -74,6 +75,7 @@ def export(
         resources=list(resources.values()),
         overwrite=True,
         allow_partial=only_trained,
+        trained_on=trained_on(checkpoints, tensors) if only_trained else None,
         image_views=max(image_views, *(c.llama_type.image_views for c in checkpoints)),
     )
     return dst

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant
+from accessory.checkpoint.save import write_checkpoint
+from accessory.checkpoint.trained_on import TrainedOn
 from accessory.convert.merge import merge_tensors
 from accessory.errors import CheckpointError
 
@@ -267,6 +269,18 @@ def test_incomplete_and_foreign_adapters(tmp_path, base):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     refused(tmp_path, "is a PEFT adapter; bring it in with `accessory adapter import`", base, tmp_path / "peft")
+
+
+def test_an_adapter_is_not_merged_into_another_model(tmp_path, base, caplog):
+    lazies = {name: Constant(tensor) for name, tensor in random_adapter().items()}
+    said = TrainedOn("some/model", "0" * 64)
+    adapter = tmp_path / "adapter"
+    write_checkpoint(
+        adapter, lazies, peft_args(), to="base", shards=1, allow_partial=True, progress=False, trained_on=said
+    )
+    refused(tmp_path, r"was trained on some/model .*/base is another model.* or --allow-other-base", base, adapter)
+    quiet_merge(base, adapter, tmp_path / "all the same", allow_other_base=True)
+    assert "trained on some/model" in caplog.text
 
 
 def test_sources_are_never_written_over(tmp_path, base, adapter):

@@ -12,7 +12,7 @@ from helpers.random_models import canonical_from_hf, hf_mixtral
 from safetensors.torch import load_file, save_file
 
 from accessory.build import NetworkSpec, build
-from accessory.checkpoint.chain import chained_args, open_chain
+from accessory.checkpoint.chain import chained_args, open_chain, trained_on
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.merge import merge
 from accessory.convert.peft_format import export_adapter, import_adapter
@@ -121,6 +121,7 @@ def test_peft_gives_our_logits_and_everything_comes_back(tmp_path, base, targets
     back = open_checkpoint(tmp_path / "back", allow_partial=True)
     assert back.args == args
     assert str(back.llama_type) == "mixtral_sparse_peft"
+    assert back.trained_on == trained_on([open_checkpoint(base)], ())
     # PEFT has fused experts, and saves them fused.
     peft.PeftModel.from_pretrained(copy.deepcopy(MODEL), str(tmp_path / "peft")).save_pretrained(tmp_path / "fused")
     import_adapter(tmp_path / "fused", tmp_path / "again", base=base, to="base")

@@ -1,6 +1,8 @@
 """The finished folder gives the trainer's logits. It loads like any checkpoint, alone or after its base."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_biases_cannot_become_hugging_faces(inputs, trained, tmp_path, caplog):
     close(logits(str(tmp_path / "merged")), wanted)
 
 
-def test_a_chain_is_gone_on_with(inputs, trained, tmp_path):
+def test_a_chain_is_gone_on_with(inputs, trained, tmp_path, caplog):
     """Training goes on with adapters, from a base and a folder with only the trained tensors."""
     base = str(inputs / "model")
     first, wanted = trained("first", llama_type="mixtral_sparse_peft", only_save_trainable=True, **LORA)
@@ -113,6 +115,9 @@ def test_a_chain_is_gone_on_with(inputs, trained, tmp_path):
     assert not torch.allclose(further, wanted, atol=1e-3)
     close(logits([base, str(second)]), further)
     close(logits([*chain, str(second)]), further)
+    said = [json.loads((Path(folder) / "meta.json").read_text())["trained_on"] for folder in (first, second)]
+    assert said[0] == said[1] == {"name": base, "hash": said[0]["hash"]}
+    assert "was trained on" not in caplog.text, "all these chains are right"
 
 
 def test_the_dtype_is_that_of_the_network(trained):
