@@ -19,7 +19,18 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # Imports point down only, and folders on one floor never import each other. docs/architecture.md shows the same table.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "arguments", "command_line", "config", "errors", "formats", "limits", "progress", "vision_config"),
+    (
+        "__init__",
+        "arguments",
+        "command_line",
+        "config",
+        "counts",
+        "errors",
+        "formats",
+        "limits",
+        "progress",
+        "vision_config",
+    ),
     ("ops",),
     ("nn",),
     ("parallel", "adapt", "launch"),

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accessory.commands.plan_result import Plan
+from accessory.counts import spell_parameters
 from accessory.formats import PARTS, Format, Quant
 from accessory.planner.search import RESERVE, Fitting
 from accessory.planner.setup import Inference, Setup, Training
@@ -16,10 +17,10 @@ A_MACHINE = 8  # the most GPUs for which `--n-gpus` is suggested; more need torc
 
 def show(made: Plan) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    total, active = made.model.args.parameter_counts()
-    line = f"[bold]{made.model.name}[/]: {total / 1e9:.4g} B parameters, of which a token uses {active / 1e9:.4g} B"
+    total, active = map(spell_parameters, made.model.args.parameter_counts())
+    line = f"[bold]{made.model.name}[/]: {total} parameters, of which a token uses {active}"
     if made.setup.views:
-        line += f"; image encoders of {made.encoder_parameters / 1e9:.3g} B"
+        line += f"; image encoders of {spell_parameters(made.encoder_parameters)}"
     console.print(line)
     console.print(f"task      {task_line(made.setup)}")
     console.print(f"set-up    {setup_line(made.setup)}")

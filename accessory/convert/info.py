@@ -10,6 +10,7 @@ from pathlib import Path
 from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
 from accessory.checkpoint.packed import Quantized
 from accessory.config import LlamaType, ModelArgs
+from accessory.counts import spell_parameters
 from accessory.formats import Quant
 
 
@@ -43,12 +44,12 @@ class Info:
             out.append(f"shards          {self.shards}")
         if self.parameters is not None:
             total, active = self.parameters
-            out.append(f"parameters      {_count(total)}, of which a token uses {_count(active)}")
+            out.append(f"parameters      {spell_parameters(total)}, of which a token uses {spell_parameters(active)}")
         if self.quant is not None:
             out.append(f"quantised       {self.quant}")
         if self.args is not None and self.llama_type is not None and self.llama_type.image_views:
             out.append(f"images          {_spell_images(self.args, self.llama_type.image_views, self.encoders)}")
-        out.append(f"files           {len(self.files)}, {_count(self.nbytes, 'B')}, {self.dtype}")
+        out.append(f"files           {len(self.files)}, {_spell_bytes(self.nbytes)}, {self.dtype}")
         out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
         if self.args is not None:
             out.append(f"config          {_spell(self.args)}")
@@ -89,21 +90,23 @@ def _dtype(checkpoint: Checkpoint) -> str:
             nbytes[tensor.format] += tensor.stored_bytes
         else:
             nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return ", ".join(f"{kind} {_count(size, 'B')}" for kind, size in nbytes.most_common())
+    return ", ".join(f"{kind} {_spell_bytes(size)}" for kind, size in nbytes.most_common())
 
 
-def _count(number: int, unit: str = "") -> str:
-    """Format `number` with three digits and a prefix: 46.7 G, 93.4 GB."""
+def _spell_bytes(number: int) -> str:
+    """Three digits and a prefix: 93.4 GB."""
     for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
-            return f"{number / size:.3g} {prefix}{unit}"
-    return f"{number} {unit}".strip()
+            return f"{number / size:.3g} {prefix}B"
+    return f"{number} B"
 
 
 def _spell_images(args: ModelArgs, views: int, parameters: int) -> str:
     vision = args.sees_with
     names = ", ".join(f"{e.name} ({e.size} px)" for e in vision.all)
-    encoders = f"{_count(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
+    encoders = (
+        f"{spell_parameters(parameters)} parameters of encoders here" if parameters else "weights of encoders elsewhere"
+    )
     seen = f"{views} view" + "s" * (views > 1)
     return f"{vision.image_tokens(views)} positions each, {seen} of {vision.pixels(views)} px by {names}; {encoders}"
 

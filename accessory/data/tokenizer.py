@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.data.backends import Backend, HuggingFaceBackend, SentencePieceBackend
-from accessory.data.tokenizer_files import find_tokenizer, read_settings
+from accessory.data.tokenizer_files import find_tokenizer, has_tokenizer, read_settings
 from accessory.errors import ConfigError, InputError
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def tokenizer_of(folders: Sequence[Path]) -> Tokenizer:
     """The tokenizer of the last folder that has one. A save of trained tensors alone comes without."""
     for folder in reversed(folders[1:]):
-        if any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists():
+        if has_tokenizer(folder):
             return load_tokenizer(folder)
     return load_tokenizer(folders[0])
 

@@ -16,6 +16,11 @@ Kind = Literal["sentencepiece", "huggingface"]
 WANTED = "tokenizer.model, tokenizer.model.v1 (v2, v3, …) or tokenizer.json"
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any form."""
+    return any(folder.glob("tokenizer.model*")) or (folder / "tokenizer.json").exists()
+
+
 def find_tokenizer(path: str | Path) -> tuple[Path, Kind]:
     """The tokenizer's file and its kind, for a folder or a file.
 

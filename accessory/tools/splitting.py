@@ -11,6 +11,7 @@ from accessory.command_line import Parser
 from accessory.config import ModelArgs
 from accessory.convert.convert import convert
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
+from accessory.data.tokenizer_files import has_tokenizer
 from accessory.errors import AccessoryError
 
 SHARDS = 8
@@ -35,7 +36,7 @@ def split(script: str, to: Literal["base", "sparse"], folder_name: str) -> int:
     except AccessoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not (target / "tokenizer.model").exists():
+    if not has_tokenizer(target):
         _add_tokenizer(source, target)
     print(f"{target}: {SHARDS} shards, {', '.join(sorted(p.name for p in target.iterdir() if p.suffix != '.pth'))}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from accessory.build import build, build_tower
+from accessory.counts import spell_parameters
 from accessory.errors import MissingExtraError
 from accessory.launch.process_group import join_launched
 from accessory.parallel.mesh import DeviceMesh, Ranks
@@ -101,7 +102,7 @@ def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:
     trained, total = counts(trainer.decoder)
     split, mesh = data.split, trainer.mesh
     return (
-        f"{source.kind}: {trained / 1e6:,.1f} of {total / 1e6:,.1f} million parameters are trained\n"
+        f"{source.kind}: {spell_parameters(trained)} of {spell_parameters(total)} parameters are trained\n"
         f"{len(data.dataset):,} items, {int(data.dataset.lengths.sum()):,} tokens; {data.schedule.steps:,} steps "
         f"of {split.rows} rows = {split.batch_size} a micro-step × {split.accum_iter} × {mesh.data_size} data-parallel"
         f" ({mesh.model_size} model-parallel)"

@@ -154,7 +154,7 @@ def test_formats_are_shown_as_options_say_them(quant, shown):
 def test_images(planned, as_json, tmp_path):
     status, printed = planned("8x7b", "--image-views", 5, "--quant", "int8", "--card", "H100")
     assert status == 0
-    assert "image encoders of 3.37 B" in printed.out
+    assert "image encoders of 3.374 B" in printed.out
     assert "in each an image of 5 views, 1,455 positions" in printed.out
     assert re.search(r"image encoders\s*│\s*6\.75", printed.out)
     found = as_json("8x7b", "--finetune", "mm_stage1", "--quant", "nf4")

@@ -287,7 +287,7 @@ def test_info_verify_and_quantize_know_what_a_model_sees_with(folder, path, mode
     tensors = seeing_tensors(ARGS.replace(vision=tiny_sphinx()))
     held = sum(t.numel() for name, t in tensors.items() if name.startswith("vision."))
     told = "10 positions each, 1 view of 64 px by clip (28 px), convnext (64 px), dinov2 (28 px), qformer (28 px); "
-    assert line == f"images          {told}{held / 1e3:.3g} k parameters of encoders here"
+    assert line == f"images          {told}{held / 1e3:.4g} k parameters of encoders here"
     assert "llama_type mixtral_sparse_ens" in "\n".join(lines)
     quantize_checkpoint(folder, tmp_path / "int8", Quant.parse("int8"), progress=False)
     assert str(info(tmp_path / "int8").llama_type) == "mixtral_sparse_ens"
