@@ -26,7 +26,8 @@ from accessory.checkpoint.save import write_checkpoint
 from accessory.checkpoint.writers import Target
 from accessory.config import ModelArgs
 from accessory.convert.merge import Pair, pairs_of
-from accessory.convert.peft_reader import CONFIG, PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, target_of
+from accessory.convert.peft_reader import PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, target_of
+from accessory.convert.peft_settings import CONFIG
 from accessory.errors import CheckpointError
 
 _MODULES = {

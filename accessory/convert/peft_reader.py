@@ -8,13 +8,11 @@ Legend: D dim, F hidden dim, E experts, R rank of a fused pair.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +21,11 @@ from accessory.checkpoint.files import read_file
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.names import expected_shapes, from_hf, shape_problem
 from accessory.checkpoint.rotary import rotary_from_hf
-from accessory.config import LORA_TARGETS, LORA_TARGETS_ON_REQUEST, ModelArgs, read_json
+from accessory.config import LORA_TARGETS, LORA_TARGETS_ON_REQUEST, ModelArgs
+from accessory.convert.peft_settings import CONFIG, PeftSettings, read_settings
 from accessory.errors import CheckpointError
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 # Weights that PEFT may save whole (modules_to_save), and PEFT's names for their modules.
 WHOLE = {
@@ -37,12 +36,6 @@ WHOLE = {
     "output.weight": "lm_head",
     "tok_embeddings.weight": "embed_tokens",
 }
-# Settings that make an adapter more than two matrices per weight.
-_UNSUPPORTED = (
-    "use_dora use_qalora use_bdlora lora_bias layer_replication trainable_token_indices alora_invocation_tokens "
-    "arrow_config kasa_config monteclora_config"
-).split()
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _LORA = re.compile(r"(.+?)\.lora_([AB])(?:\.[^.]+)?\.weight")
 _FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.experts((?:\.base_layer)*)")
 _SAVED = re.compile(r"(.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.weight")
@@ -66,8 +59,7 @@ def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelA
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: no adapter of PEFT: {CONFIG} is not in it")
-    config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
+    config = read_settings(folder / CONFIG)
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"{folder}: {' or '.join(WEIGHTS)} is missing")
@@ -80,15 +72,17 @@ def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelA
         else:
             saved[_saved_name(key, files[0])] = tensor
     pairs: dict[str, LoraPair] = {}
+    expected = expected_shapes(args)
     for module, half in halves.items():
         if half.keys() != {"A", "B"}:
             lacking = "lora_A" if "B" in half else "lora_B"
             raise CheckpointError(f"{files[0]}: {PREFIX}{module}.{lacking}.weight: missing; the adapter is incomplete")
-        pairs |= _read_pair(module, half["A"], half["B"], config, args, files[0])
-    expected = expected_shapes(args)
-    foreign = [weight for weight in pairs if weight not in expected]
-    if foreign:
-        raise CheckpointError(f"{files[0]}: LoRA beside {foreign[0]}, which the base model does not have")
+        fused = _FUSED.fullmatch(module)
+        if fused:
+            pairs |= _read_stack(fused[1], module, half["A"], half["B"], config, args, files[0])
+        else:
+            weight, pair = _read_pair(module, half["A"], half["B"], config, expected, files[0])
+            pairs[weight] = pair
     tensors, args = _uniform(pairs, args)
     tensors |= saved
     problems = [p for p in (shape_problem(name, tensor, expected) for name, tensor in tensors.items()) if p]
@@ -109,23 +103,6 @@ def kind_of(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{path}: peft_type: got {kind!r}, but only LORA can be read")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise CheckpointError(f"{path}: {key}: got {config[key]!r}, but only plain LoRA can be read")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias: got {config['bias']!r}, but only 'none' can be read")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
-        raise CheckpointError(
-            f"{path}: init_lora_weights: got {start!r}, which changes the base model too; let PEFT save it with "
-            "path_initial_model_for_weight_conversion first"
-        )
-
-
 def _saved_name(key: str, path: Path) -> str:
     """The canonical name of a weight that PEFT saved whole; CheckpointError if our network has no place for it."""
     match = _SAVED.fullmatch(key)
@@ -141,35 +118,44 @@ def _saved_name(key: str, path: Path) -> str:
 
 
 def _read_pair(
-    module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
-) -> dict[str, LoraPair]:
-    """Canonical weight → pair, from one of PEFT's pairs: that of a linear, or of a whole stack of experts."""
-    fused = _FUSED.fullmatch(module)
-    if fused:
-        return _read_stack(fused[1], module, a, b, config, args, path)
+    module: str, a: Tensor, b: Tensor, config: PeftSettings, expected: Collection[str], path: Path
+) -> tuple[str, LoraPair]:
+    """One of PEFT's pairs beside a linear, and the canonical name of the linear's weight, which must be `expected`."""
     weight = from_hf(module + ".weight") or from_hf(module.replace(".mlp.", ".block_sparse_moe.") + ".weight")
     if weight is None or target_of(weight) is None or a.dim() != 2 or b.dim() != 2:
         raise CheckpointError(
             f"{path}: {PREFIX}{module}.lora_A.weight {tuple(a.shape)}: stands beside no linear of ours"
         )
-    return {weight: LoraPair(a, b, _scale(module, a.shape[0], config))}
+    if a.shape[0] != b.shape[1]:
+        shapes = f"lora_A.weight {tuple(a.shape)}, lora_B.weight {tuple(b.shape)}"
+        raise CheckpointError(f"{path}: {PREFIX}{module}.{shapes}: are of different rank")
+    if weight not in expected:
+        raise CheckpointError(f"{path}: LoRA beside {weight}, which the base model does not have")
+    config.check_target(module)
+    config.check_rank(module, a.shape[0])
+    return weight, LoraPair(a, b, config.scale(module, a.shape[0]))
 
 
 def _read_stack(
-    layer: str, module: str, a: Tensor, b: Tensor, config: Mapping[str, Any], args: ModelArgs, path: Path
+    layer: str, module: str, a: Tensor, b: Tensor, config: PeftSettings, args: ModelArgs, path: Path
 ) -> dict[str, LoraPair]:
-    """Split a fused pair: a (E·R, in) is expert-major, b (out, R·E) expert-minor. Shapes tell which stack it adapts."""
+    """Canonical weight → pair, from a fused pair: a (E·R, in) is expert-major, b (out, R·E) expert-minor.
+
+    Shapes tell which stack it adapts.
+    """
     D, F, E = args.dim, args.hidden_dim, args.moe.num_experts
     sides = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}
-    which = sides.get((a.shape[-1], b.shape[0]))
-    if which is None or a.shape[0] != b.shape[1] or a.shape[0] % E:
+    which = sides.get((a.shape[1], b.shape[0])) if a.dim() == b.dim() == 2 else None
+    if which is None or a.shape[0] != b.shape[1] or a.shape[0] % E or not a.numel():
         raise CheckpointError(
             f"{path}: {PREFIX}{module}.lora_A.weight {tuple(a.shape)}, lora_B.weight {tuple(b.shape)}: beside neither "
             f"gate_up_proj nor down_proj of {E} experts"
         )
     a_ERI, b_EOR = a.view(E, -1, a.shape[1]), b.view(b.shape[0], -1, E).permute(2, 0, 1)
     R = a_ERI.shape[1]
-    scale = _scale(f"{layer}mlp.experts.{which}", R, config)
+    stack = f"{layer}mlp.experts.{which}"
+    config.check_rank(stack, R)
+    scale = config.scale(stack, R)
     cut = {"w2": (slice(None), slice(None))}
     if which == "gate_up_proj":
         # If two pairs were fused, b is block-diagonal, and w1 and w3 each get a half of a. Otherwise both get all of a.
@@ -184,15 +170,6 @@ def _read_stack(
         for kind, (rows, ranks) in cut.items()
         for e in range(E)
     }
-
-
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _uniform(pairs: Mapping[str, LoraPair], args: ModelArgs) -> tuple[dict[str, Lazy], ModelArgs]:

@@ -17,7 +17,7 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.merge import merge
 from accessory.convert.peft_format import export_adapter, import_adapter
 from accessory.convert.peft_reader import read_adapter
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, ConfigError
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
@@ -286,6 +286,26 @@ def test_ranks_and_scales_become_one(tmp_path):
         ({"peft_type": "LOHA"}, "peft_type: got 'LOHA', but only LORA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: got 'pissa_niter_4', which changes the base"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: got"),
+        ({"r": -1}, r"adapter_config\.json: r: got -1, but it must be a whole number of at least 1"),
+        ({"r": 0}, "r: got 0, but it must be"),
+        ({"r": "4"}, "r: got '4', but it must be"),
+        ({"r": True}, "r: got True, but it must be"),
+        ({"r": None}, "r: got None, but it must be"),
+        ({"r": 8}, r"r: got 8, but LoRA beside model\.layers\.0\.self_attn\.q_proj is of rank 4"),
+        ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern: q_proj: got 2, but LoRA beside .*q_proj is of rank 4"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern: got .*, but it must be an object with whole numbers"),
+        ({"rank_pattern": [4]}, r"rank_pattern: got \[4\], but it must be an object"),
+        ({"rank_pattern": {"q_(": 4}}, r"rank_pattern: 'q_\(' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern: got .*, but it must be an object with numbers above 0"),
+        ({"lora_alpha": "16"}, "lora_alpha: got '16', but it must be a number above 0"),
+        ({"lora_alpha": 0}, "lora_alpha: got 0, but"),
+        ({"lora_alpha": None}, "lora_alpha: got None, but"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan, but"),
+        ({"use_rslora": "false"}, "use_rslora: got 'false', but it must be true or false"),
+        ({"use_rslora": 1}, "use_rslora: got 1, but it must be true or false"),
+        ({"bias": None}, "bias: got None, but only 'none'"),
+        ({"target_modules": 3}, "target_modules: got 3, but it must be a text or a list of texts"),
+        ({"target_modules": ["v_proj"]}, r"target_modules: got \['v_proj'\], but there is LoRA beside .*q_proj, which"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -293,8 +313,9 @@ def test_settings_that_we_do_not_have(tmp_path, base, settings, message):
     adapter = save_adapter(tmp_path / "ours", random_adapter(targets=("wq",)), peft_args())
     export_adapter(adapter, tmp_path / "peft", base=base)
     rewritten(tmp_path / "peft", lambda tensors: tensors, **settings)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as raised:
         import_adapter(tmp_path / "peft", tmp_path / "back", base=base)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "back").exists()
 
 
@@ -312,6 +333,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda t: {n: v for n, v in t.items() if n != Q0 + "lora_A.weight"},
             r"q_proj\.lora_A\.weight: missing; the adapter is incomplete",
         ),
+        (lambda t: t | {Q0 + "lora_B.weight": torch.ones(32, 3)}, r"\(4, 48\), .* \(32, 3\): are of different rank"),
         (lambda t: t | {Q0 + "lora_B.weight": torch.ones(64, 4)}, r"shape \(64, 4\).*another model"),
         (
             lambda t: t | {Q0.replace("layers.0", "layers.9") + f"lora_{x}.weight": torch.ones(32, 32) for x in "AB"},
@@ -327,9 +349,15 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
             ),
             "beside neither gate_up_proj nor down_proj of 8 experts",
         ),
+        (
+            lambda t: (
+                t | {f"base_model.model.model.layers.0.mlp.experts.lora_{x}.weight": torch.ones(80) for x in "AB"}
+            ),
+            "beside neither gate_up_proj nor down_proj of 8 experts",
+        ),
         (lambda t: {n: torch.zeros_like(v) for n, v in t.items()}, "there is nothing to import"),
     ],
-    ids=["dora", "whole", "score", "bias", "half", "shape", "layer", "linear", "stack", "zeros"],
+    ids=["dora", "whole", "score", "bias", "half", "ranks", "shape", "layer", "linear", "stack", "vector", "zeros"],
 )
 def test_tensors_that_we_do_not_have(tmp_path, base, change, message):
     adapter = save_adapter(tmp_path / "ours", random_adapter(targets=("wq",)), peft_args())
@@ -348,3 +376,7 @@ def test_folders_that_are_none(tmp_path, base):
     (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors or adapter_model\.bin is missing"):
         import_adapter(tmp_path / "peft", tmp_path / "back", base=base)
+    for text, message in (("[1]", "expected a JSON object, found list"), ("{", "not valid JSON")):
+        (tmp_path / "peft" / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=rf"adapter_config\.json: {message}"):
+            import_adapter(tmp_path / "peft", tmp_path / "back", base=base)
