@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accessory.checkpoint.weight_files import find_weights
+from accessory.checkpoint.weight_files import PEFT_CONFIG, find_weights
 from accessory.errors import CheckpointError
 
 MARKER = ".writing"  # a file in every folder that is being written; it stays if the writer is killed
@@ -37,7 +37,7 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{dst}: is not empty; give --overwrite to replace it, or another folder")
-    if (dst / "adapter_config.json").is_file():
+    if (dst / PEFT_CONFIG).is_file():
         return
     try:
         find_weights(dst)

@@ -12,7 +12,8 @@ from accessory.checkpoint.folder import Checkpoint, open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
-from accessory.checkpoint.trained_on import TrainedOn, base_hash
+from accessory.checkpoint.trained_on import BETWEEN, TrainedOn, base_hash
+from accessory.checkpoint.weight_files import IS_PEFT, PEFT_CONFIG
 from accessory.config import PEFT_FIELDS, ModelArgs
 from accessory.errors import CheckpointError, ConfigError
 from accessory.formats import Quant
@@ -34,8 +35,8 @@ def open_chain(
     """
     folders = [Path(resolve(path)) for path in paths]
     for folder in folders:
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder}: is a PEFT adapter; bring it in with `accessory adapter import` first")
+        if (folder / PEFT_CONFIG).is_file():
+            raise CheckpointError(f"{folder}: {IS_PEFT}")
     checkpoints = [open_checkpoint(folders[0], config_files)]
     for folder in folders[1:]:
         # A save of trained tensors may have no configuration; then that of the first folder applies.
@@ -64,7 +65,7 @@ def trained_on(below: Sequence[Checkpoint], own: Collection[str]) -> TrainedOn:
     tensors: dict[str, Lazy] = {}
     for checkpoint in kept:
         tensors |= checkpoint.tensors
-    return TrainedOn(" + ".join(c.name for c in kept), base_hash(tensors))
+    return TrainedOn(BETWEEN.join(c.name for c in kept), base_hash(tensors))
 
 
 def _other_base(adapter: Checkpoint, below: Sequence[Checkpoint]) -> str | None:

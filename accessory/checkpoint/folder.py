@@ -25,7 +25,7 @@ from accessory.checkpoint.names import (
 )
 from accessory.checkpoint.packed import declared_quant, read_quantized
 from accessory.checkpoint.rotary import rotary_from_hf
-from accessory.checkpoint.trained_on import TrainedOn, read_trained_on
+from accessory.checkpoint.trained_on import Adapter, TrainedOn, adapter_of, read_trained_on
 from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
@@ -94,6 +94,7 @@ class Survey:
     args: ModelArgs | None = None
     quant: Quant | None = None
     trained_on: TrainedOn | None = None
+    adapter: Adapter | None = None  # if the folder is one, and no whole model
     checkpoint: Checkpoint | None = None
     missing: list[str] = field(default_factory=list)
     problems: list[AccessoryError] = field(default_factory=list)
@@ -228,7 +229,11 @@ def _configure(
     if odd:
         survey.problems.append(CheckpointError(f"quantised tensors cannot be read here: {listed(odd, _LISTED)}"))
     survey.missing = [name for name in expected if name not in tensors]
-    if survey.missing and not allow_partial and not survey.problems:
+    if survey.missing:
+        survey.adapter = adapter_of(folder, tensors, survey.trained_on)
+    if survey.adapter is not None and not allow_partial and not survey.problems:
+        survey.problems.append(CheckpointError(survey.adapter.alone()))
+    elif survey.missing and not allow_partial and not survey.problems:
         survey.problems.append(
             CheckpointError(
                 f"missing tensors: {listed(survey.missing, _LISTED)} ({len(survey.missing)} of {len(expected)})"

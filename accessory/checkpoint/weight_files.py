@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from accessory.errors import AccessoryError, CheckpointError, listed
 
 log = logging.getLogger(__name__)
 
+PEFT_CONFIG = "adapter_config.json"  # in every adapter folder of PEFT
+IS_PEFT = "is a PEFT adapter; bring it in with `accessory adapter import` first"
 _CONFIGS = ("config.json", "params.json", "meta.json")
 
 
@@ -67,7 +70,7 @@ def find_weights(folder: Path) -> WeightFiles:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
     found = model_files(names, lambda index: read_json(folder / index), str(folder))
     if found is None or found.form.ends:
-        raise CheckpointError(f"{folder}: no checkpoint in this folder; it holds {listed(names) or 'no files'}")
+        raise CheckpointError(f"{folder}: {_instead(folder, names)}")
     weights = WeightFiles(sharded=found.form.sharded, instead=f"{folder}: {found.instead}" if found.instead else "")
     if found.doubt:
         weights.problems.append(found.doubt)
@@ -79,6 +82,25 @@ def find_weights(folder: Path) -> WeightFiles:
         there = len(found.files) - len(found.missing)
         weights.problems.append(f"missing file {listed(found.missing)} ({there} of {len(found.files)} present)")
     return weights
+
+
+def _instead(folder: Path, names: Sequence[str]) -> str:
+    """What a folder without a model is or holds."""
+    if PEFT_CONFIG in names:
+        return IS_PEFT
+    below = [str(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and _holds_model(sub)]
+    if below:
+        return f"no checkpoint in this folder, but below it; give {'one of ' * (len(below) > 1)}{listed(below)}"
+    return f"no checkpoint in this folder; it holds {listed(names) or 'no files'}"
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
+        found = model_files(names, lambda index: read_json(folder / index), str(folder))
+    except (OSError, AccessoryError):
+        return False
+    return found is not None and not found.form.ends
 
 
 def find_resources(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
 from accessory.checkpoint.packed import Quantized
+from accessory.checkpoint.trained_on import Adapter
 from accessory.config import LlamaType, ModelArgs
 from accessory.counts import spell_parameters
 from accessory.formats import Quant
@@ -31,6 +32,7 @@ class Info:
     problems: list[str] = field(default_factory=list)  # why it is not `complete`
     quant: Quant | None = None
     encoders: int = 0  # parameters of the image encoders in the folder
+    adapter: Adapter | None = None  # if the folder is one, and no whole model
 
     @property
     def complete(self) -> bool:
@@ -42,7 +44,11 @@ class Info:
             out.append(f"implementation  {self.llama_type.implementation} (llama_type {self.llama_type})")
         if self.shards > 1:
             out.append(f"shards          {self.shards}")
-        if self.parameters is not None:
+        if self.adapter is not None:
+            out.append(f"adapter         {self.adapter}")
+            if self.adapter.trained_on is not None:
+                out.append(f"hash            {self.adapter.trained_on.hash} (of its model's norms and routers)")
+        elif self.parameters is not None:
             total, active = self.parameters
             out.append(f"parameters      {spell_parameters(total)}, of which a token uses {spell_parameters(active)}")
         if self.quant is not None:
@@ -53,7 +59,11 @@ class Info:
         out.append(f"resources       {', '.join(p.name for p in self.resources) or 'none'}")
         if self.args is not None:
             out.append(f"config          {_spell(self.args)}")
-        out.append(f"complete        {'yes' if self.complete else 'no'}")
+        if self.adapter is None:
+            out.append(f"complete        {'yes' if self.complete else 'no'}")
+        else:
+            out.append(f"use it          {self.adapter.command('generate')}")
+            out.append(f"merge it        {self.adapter.command('merge')} DST")
         return out + [f"  problem: {problem}" for problem in self.problems]
 
 
@@ -63,6 +73,8 @@ def info(path: str | Path) -> Info:
     Raises CheckpointError only if there is no checkpoint at all; `Info.problems` lists what is missing or wrong.
     """
     survey = survey_folder(path)
+    if survey.adapter is not None:  # which lacks most of a model's tensors, and is whole for all that
+        survey = survey_folder(path, allow_partial=True)
     checkpoint = survey.checkpoint
     return Info(
         path=survey.path,
@@ -78,6 +90,7 @@ def info(path: str | Path) -> Info:
         problems=[UNFINISHED] * survey.unfinished + [str(p) for p in survey.problems],
         quant=survey.quant,
         encoders=sum(math.prod(t.shape) for t in checkpoint.vision.values()) if checkpoint else 0,
+        adapter=survey.adapter,
     )
 
 

@@ -23,11 +23,11 @@ from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of, expected_shapes, to_hf
 from accessory.checkpoint.rotary import rotary_to_hf
 from accessory.checkpoint.save import write_checkpoint
+from accessory.checkpoint.weight_files import PEFT_CONFIG
 from accessory.checkpoint.writers import Target
 from accessory.config import ModelArgs
 from accessory.convert.merge import Pair, pairs_of
 from accessory.convert.peft_reader import PREFIX, WEIGHTS, WHOLE, kind_of, read_adapter, target_of
-from accessory.convert.peft_settings import CONFIG
 from accessory.errors import CheckpointError
 
 _MODULES = {
@@ -202,8 +202,8 @@ def _write_folder(dst: Path, tensors: dict[str, Tensor], config: Mapping[str, An
     with new_folder(dst, overwrite=overwrite) as folder:
         try:
             save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for path in (folder / WEIGHTS[0], folder / CONFIG):
+            (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in (folder / WEIGHTS[0], folder / PEFT_CONFIG):
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
         except OSError as error:

@@ -21,8 +21,9 @@ from accessory.checkpoint.files import read_file
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.names import expected_shapes, from_hf, shape_problem
 from accessory.checkpoint.rotary import rotary_from_hf
+from accessory.checkpoint.weight_files import PEFT_CONFIG
 from accessory.config import LORA_TARGETS, LORA_TARGETS_ON_REQUEST, ModelArgs
-from accessory.convert.peft_settings import CONFIG, PeftSettings, read_settings
+from accessory.convert.peft_settings import PeftSettings, read_settings
 from accessory.errors import CheckpointError
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,9 +58,9 @@ def read_adapter(folder: Path, args: ModelArgs) -> tuple[dict[str, Lazy], ModelA
     or rank-stabilised LoRA of several ranks), the ratio of a pair's scale to the common one is multiplied into its b.
     Raises CheckpointError for anything but plain LoRA, and for tensors that the network cannot have.
     """
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: no adapter of PEFT: {CONFIG} is not in it")
-    config = read_settings(folder / CONFIG)
+    if not (folder / PEFT_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: no adapter of PEFT: {PEFT_CONFIG} is not in it")
+    config = read_settings(folder / PEFT_CONFIG)
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"{folder}: {' or '.join(WEIGHTS)} is missing")

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 from accessory.config import read_json
 from accessory.errors import CheckpointError
 
-CONFIG = "adapter_config.json"
 # Settings that make an adapter more than two matrices per weight.
 _UNSUPPORTED = (
     "use_dora use_qalora use_bdlora lora_bias layer_replication trainable_token_indices alora_invocation_tokens "

@@ -10,7 +10,7 @@ from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized
-from accessory.errors import listed
+from accessory.errors import CheckpointError, listed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True)
     """Read and hash every tensor of `a` (and `b`), and compare the two.
 
     The report lists tensors that are missing, extra, misshapen or not finite, and shards of different checkpoints.
-    Raises CheckpointError only if there is no checkpoint to look at.
+    Raises CheckpointError only if there is no checkpoint to look at, or an adapter alone.
     """
     first = _look_at(a, progress)
     if b is None:
@@ -84,6 +84,8 @@ def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True)
 
 def _look_at(path: str | Path, progress: bool) -> Side:
     survey = survey_folder(path, thorough=True)
+    if survey.adapter is not None:
+        raise CheckpointError(f"{survey.path}: {survey.adapter.alone()}")
     checkpoint = survey.checkpoint
     tensors = checkpoint.tensors if checkpoint else {}
     problems = [str(p) for p in survey.problems]

@@ -1,5 +1,7 @@
 """`accessory merge` and `accessory adapter` from the command line."""
 
+import json
+
 import pytest
 import torch
 from helpers import checkpoints as make
@@ -78,3 +80,69 @@ def test_to_peft_and_back(tmp_path, base, adapter, capsys):
     assert "--to: is for import" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["adapter", "export", str(adapter), str(tmp_path / "no")])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "A", "--prompt", "x"],
+        ["chat", "A"],
+        ["verify", "A"],
+        ["verify", "M", "A"],
+        ["convert", "A", "OUT", "--to", "hf"],
+        ["quantize", "A", "OUT", "--quant", "int8"],
+        ["merge", "A", "OUT"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "old"])
+def test_an_adapter_alone_is_called_one(tmp_path, base, adapter, capsys, command, known):
+    model = "MODEL"
+    if known:
+        model, meta = str(base), json.loads((adapter / "meta.json").read_text())
+        (adapter / "meta.json").write_text(json.dumps(meta | {"trained_on": {"name": model, "hash": "0" * 64}}))
+    places = {"A": str(adapter), "M": str(base), "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in command]) == 1
+    said = capsys.readouterr().err
+    assert f"{adapter}: is an adapter (LoRA of rank 4, " in said
+    assert (f"trained on {base})" in said) == known
+    assert f"`accessory generate {model} {adapter}`" in said
+    assert f"`accessory merge {model} {adapter} DST`" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_of_an_adapter(base, adapter, capsys):
+    tensors = open_checkpoint(adapter, allow_partial=True).tensors.values()
+    count = sum(torch.Size(t.shape).numel() for t in tensors)
+    assert main(["info", str(adapter)]) == 0
+    said = capsys.readouterr().out
+    assert f"adapter         LoRA of rank 4, {count / 1e3:.4g} k parameters\n" in said
+    assert "missing" not in said
+    assert "complete" not in said
+    assert f"use it          accessory generate MODEL {adapter}\n" in said
+    meta = json.loads((adapter / "meta.json").read_text())
+    (adapter / "meta.json").write_text(json.dumps(meta | {"trained_on": {"name": "a b + c", "hash": "0" * 64}}))
+    assert main(["info", str(adapter)]) == 0
+    said = capsys.readouterr().out
+    assert f"k parameters, trained on a b + c\nhash            {'0' * 64} (" in said
+    assert f"merge it        accessory merge 'a b' c {adapter} DST\n" in said
+
+
+@pytest.mark.parametrize(
+    "command", [["info"], ["generate", "--prompt", "x"], ["verify"], ["convert", "--to", "hf", "OUT"]]
+)
+def test_a_folder_of_models_names_them(tmp_path, base, adapter, capsys, command):
+    (tmp_path / "other").mkdir()
+    rest = [str(tmp_path / "out") if word == "OUT" else word for word in command[1:]]
+    assert main([command[0], str(tmp_path), *rest]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: no checkpoint in this folder, but below it; give one of {adapter}, {base}\n" in said
+
+
+def test_a_pefts_folder_is_called_one(tmp_path, base, adapter, capsys):
+    assert main(["adapter", "export", str(adapter), str(tmp_path / "peft"), "--base", str(base)]) == 0
+    for command in (["info"], ["convert", str(tmp_path / "out"), "--to", "hf"], ["generate", "--prompt", "x"]):
+        capsys.readouterr()
+        assert main([command[0], str(tmp_path / "peft"), *command[1:]]) == 1
+        assert "peft: is a PEFT adapter; bring it in with `accessory adapter import` first\n" in capsys.readouterr().err

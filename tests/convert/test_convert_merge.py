@@ -263,7 +263,12 @@ def test_incomplete_and_foreign_adapters(tmp_path, base):
     wide = ARGS.replace(vocab_size=160)
     other = save_adapter(tmp_path / "other", random_adapter(wide), peft_args(wide))
     refused(tmp_path, "vocab_size: got 160, but .*base has 80: another model's", base, other)
-    refused(tmp_path, "adapter: missing tensors", save_adapter(tmp_path / "adapter", tensors, peft_args()), base)
+    refused(
+        tmp_path,
+        r"adapter: is an adapter \(LoRA of rank 4",
+        save_adapter(tmp_path / "adapter", tensors, peft_args()),
+        base,
+    )
     broken = tensors | {f"{name}.lora_a.weight": tensors[f"{name}.lora_a.weight"] * float("nan")}
     refused(tmp_path, "infinite numbers or NaN", base, save_adapter(tmp_path / "nan", broken, peft_args()))
     (tmp_path / "peft").mkdir()
