@@ -52,7 +52,7 @@ def _convert(options: argparse.Namespace) -> int:
     from accessory.convert.convert import convert
 
     convert(
-        _resolved(options.src),
+        options.src,
         options.dst,
         to=options.to,
         shards=options.shards,

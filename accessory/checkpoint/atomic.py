@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accessory.checkpoint.hub import is_remote
 from accessory.checkpoint.weight_files import PEFT_CONFIG, find_weights
 from accessory.errors import CheckpointError
 
 MARKER = ".writing"  # a file in every folder that is being written; it stays if the writer is killed
+
+_BESIDE = len(".calibrating")  # the longest ending of a name that we make beside a destination
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:
@@ -24,11 +27,35 @@ def refuse_overlap(src: Path, dst: Path) -> None:
         raise CheckpointError(f"{dst}: holds the source {src}; give another folder to write to")
 
 
-def check_destination(dst: Path, overwrite: bool) -> None:
-    """Raise CheckpointError unless `dst` may be written.
+def check_place(dst: Path) -> None:
+    """Raise CheckpointError where no folder `dst` can be made: below a file, in a folder that is not ours, too long."""
+    whole = Path(os.path.abspath(dst))
+    above = next((folder for folder in whole.parents if os.path.lexists(folder)), whole)
+    shown = above if dst.is_absolute() else os.path.relpath(above)
+    if not above.is_dir():
+        raise CheckpointError(f"{dst}: {shown} is a file and no folder; give another folder to write to")
+    most = os.pathconf(above, "PC_NAME_MAX") - _BESIDE
+    for name in whole.relative_to(above).parts:
+        size = len(os.fsencode(name))
+        if size > most:
+            raise CheckpointError(
+                f"{name[:20]}…: the name of the folder to write takes {size} bytes, at most {most} do"
+            )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{dst}: nothing may be written in {shown}; give another folder to write to")
 
-    It may if it is missing or empty, or, with `overwrite`, if it holds a checkpoint or an adapter.
+
+def check_destination(dst: str | Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
+    """Raise CheckpointError unless `dst` may be written. Commands call it first, before they read or fetch anything.
+
+    It may if it is missing or empty, or, with `overwrite`, if it holds a checkpoint or an adapter. It may be none of
+    the `sources`, and hold none of them; hf:// addresses do not count. It may lie inside one, as split.py has it.
     """
+    dst = Path(dst)
+    check_place(dst)
+    for source in sources:
+        if not is_remote(source):
+            refuse_overlap(Path(source), dst)
     if not dst.exists():
         return
     if not dst.is_dir():
@@ -53,6 +80,7 @@ def new_folder(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
     process is writing to `dst`.
     """
     dst = Path(os.path.abspath(dst))
+    check_place(dst)
     partial, old = dst.with_name(dst.name + ".partial"), dst.with_name(dst.name + ".old")
     if old.exists() and not dst.exists():
         old.rename(dst)  # a run was killed between the two renames below

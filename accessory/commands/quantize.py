@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from accessory.checkpoint.atomic import check_destination
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
 from accessory.convert.quantize import quantize_checkpoint
@@ -22,6 +23,7 @@ TOKENS = 128 * ROW
 def quantize(options: argparse.Namespace) -> int:
     """Run the command. Prints which experts the text reached, and the folder that was written."""
     quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
+    check_destination(options.dst, options.overwrite, [options.src])
     src, calibrate = resolve(options.src), None
     if options.calibrate is not None:
         source = open_checkpoint(src)

@@ -35,9 +35,7 @@ def convert(
     `src` is written dequantised. Raises CheckpointError and ConfigError as reading and writing do, and CheckpointError
     if `dst` is `src` or contains it.
     """
-    if "://" not in str(src):
-        refuse_overlap(Path(src), Path(dst))
-    check_destination(Path(dst), overwrite)
+    check_destination(dst, overwrite, [src])
     source = open_checkpoint(src, config_files)
     refuse_overlap(source.path, Path(dst))
     log.info("%s (%s, %.2f GB) → %s (%s)", source.path, source.layout, source.nbytes / 1e9, dst, to)

@@ -222,10 +222,7 @@ def merge(
     if an adapter says that it was trained on another model.
     """
     target = parse_dtype(dtype)
-    for path in paths:
-        if "://" not in str(path):
-            refuse_overlap(Path(path), Path(dst))
-    check_destination(Path(dst), overwrite)
+    check_destination(dst, overwrite, paths)
     checkpoints = open_chain(paths, config_files, refuse_other_base=not allow_other_base)
     args = chained_args(checkpoints)
     for checkpoint in checkpoints:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.atomic import new_folder, refuse_overlap
+from accessory.checkpoint.atomic import check_destination, new_folder
 from accessory.checkpoint.chain import chained_args, open_chain, trained_on
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
@@ -56,9 +56,7 @@ def export_adapter(
     output head that were trained whole become `modules_to_save`. Raises CheckpointError for biases, which Hugging
     Face's Mixtral does not have, and for other weights that were trained whole.
     """
-    for path in (src, base):
-        if "://" not in str(path):
-            refuse_overlap(Path(path), Path(dst))
+    check_destination(dst, overwrite, [src, base])
     whole, adapter = open_chain([base, src])
     args = chained_args([whole, adapter])
     adapters = {name: tensor for name, tensor in adapter.tensors.items() if companion_of(name)}
@@ -97,9 +95,8 @@ def import_adapter(
     `to`: base or sparse, by default the implementation of `base`. Returns lines that say what is in the adapter. Raises
     CheckpointError naming the key of anything that our network cannot have.
     """
+    check_destination(dst, overwrite, [src, base])
     source = Path(resolve(src))
-    for path in (source, *([Path(base)] if "://" not in str(base) else [])):
-        refuse_overlap(path, Path(dst))
     model = open_checkpoint(base)
     tensors, args = read_adapter(source, model.args)
     for name in ("tok_embeddings.weight", "output.weight"):

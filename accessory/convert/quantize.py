@@ -62,9 +62,7 @@ def quantize_checkpoint(
     """
     if quant is None:
         raise ConfigError(f"quant: nothing is to be quantised; give one of {', '.join(FORMATS)}")
-    if "://" not in str(src):
-        refuse_overlap(Path(src), Path(dst))
-    check_destination(Path(dst), overwrite)
+    check_destination(dst, overwrite, [src])
     clear_aside(Path(dst), ASIDE)
     source = open_checkpoint(src, config_files)
     refuse_overlap(source.path, Path(dst))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from accessory.arguments import check_seed
 from accessory.checkpoint import hub
+from accessory.checkpoint.atomic import check_destination
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target
@@ -55,10 +56,8 @@ def upcycle(
     Raises ConfigError for an argument out of range, CheckpointError for a source that is not a dense network.
     """
     _check_arguments(experts, top_k, noise, seed)
+    check_destination(dst, overwrite, [src])
     source = hub.resolve(src, progress=progress)
-    target = Path(dst).resolve()
-    if source.resolve().is_relative_to(target):
-        raise CheckpointError(f"{dst}: holds the source itself; give another folder")
     wanted = parse_dtype(dtype)
     dense = open_dense(source, wanted)
     wanted = wanted or dense.dtype

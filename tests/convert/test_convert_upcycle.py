@@ -285,7 +285,7 @@ def test_a_mixture_is_not_upcycled_again(tmp_path):
 def test_the_destination(tmp_path):
     make_dense(tmp_path / "d")
     before = sorted((tmp_path / "d").iterdir())
-    with pytest.raises(CheckpointError, match="holds the source itself"):
+    with pytest.raises(CheckpointError, match="is the source itself"):
         upcycle(tmp_path / "d", tmp_path / "d", overwrite=True, **QUIET)
     assert sorted((tmp_path / "d").iterdir()) == before
     (tmp_path / "out").mkdir()
