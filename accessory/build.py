@@ -28,6 +28,7 @@ from accessory.parallel.apply import parallelize
 from accessory.parallel.fsdp import DataParallel, apply_fsdp
 from accessory.parallel.local_shard import local_tensors
 from accessory.parallel.mesh import DeviceMesh
+from accessory.planner.setup import Inference, Setup, Training
 
 if TYPE_CHECKING:
     from accessory.nn.vision import VisionTower
@@ -42,6 +43,30 @@ class NetworkSpec:
     implementation: Implementation
     quant: Quant | None = None  # formats of quantised weights; None: no weight is quantised
     image_views: int = 0  # views of an image; 0: the network takes text alone
+
+    def planned(
+        self, task: Inference | Training, *, tp: int, dp: int, device: torch.device | str, dtype: torch.dtype
+    ) -> Setup:
+        """What the planner is asked about this network on `tp` model-parallel × `dp` data-parallel ranks.
+
+        ConfigError for sizes that cannot be sharded.
+        """
+        adapted = isinstance(task, Training) or any(companion_of(n) for c in self.checkpoints for n in c.tensors)
+        if not adapted or (isinstance(task, Training) and task.kind != "lora"):
+            args = self.args.replace(lora_rank=-1, bias_tuning=False)
+        else:
+            args = self.args
+        return Setup(
+            args=args,
+            task=task,
+            implementation=self.implementation,
+            quant=self.quant or Quant(),
+            tp=tp,
+            dp=dp,
+            views=self.image_views,
+            device="cuda" if torch.device(device).type == "cuda" else "cpu",
+            dense_bytes=dtype.itemsize,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

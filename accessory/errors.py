@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -31,6 +32,39 @@ class RankError(AccessoryError, RuntimeError):
 
 class MissingExtraError(AccessoryError, ImportError):
     """A feature needs an optional dependency; the message gives the pip line."""
+
+
+class MemoryFullError(AccessoryError, MemoryError):
+    """Memory ran out; the message says what was asked for, what there is, and what would fit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not get memory. torch has an error of its own for GPUs only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    )
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether one line can explain the error to a user. Other errors are bugs, and need their traceback."""
+    return isinstance(error, AccessoryError | OSError | NotImplementedError) or is_out_of_memory(error)
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message for a user: its first line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not is_out_of_memory(error) or isinstance(error, AccessoryError):
+        return text
+    # What torch says beside this number is about its own allocator.
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return "memory ran out: " + (f"{wanted[1]} more were asked for" if wanted else text)
 
 
 def listed(items: Iterable[str], limit: int = 5, *, between: str = ", ") -> str:

@@ -18,7 +18,6 @@ import torch
 from helpers.command_line import convert_to_base, program, standard_input, write_hf
 
 from accessory.cli import main
-from accessory.model.meta import MetaModel
 
 COMMANDS = ("generate", "chat", "convert", "verify", "info", "upcycle", "demo")
 ONE_ERROR = re.compile(r"accessory: error: [^\n]+\n")
@@ -175,15 +174,63 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folder):
         main(["info", str(folder)])
 
 
-def test_out_of_memory_says_what_needs_less(monkeypatch, folder, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 69.24 GiB. GPU 0 has …\nlong explanations"),
+        RuntimeError("[…] DefaultCPUAllocator: can't allocate memory: you tried to allocate 69.24 GiB. Error code 12"),
+    ],
+    ids=["GPU", "CPU"],
+)
+@pytest.mark.parametrize("where", ["accessory.model.meta.build", "accessory.nn.decoder.Decoder.forward"])
+def test_out_of_memory_says_what_was_asked_for_and_what_needs_less(where, error, monkeypatch, folder, capsys):
     def full(*args, **how):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nlong explanations")
+        raise error
 
-    monkeypatch.setattr(MetaModel, "from_pretrained", full)
-    assert main(["generate", str(folder), "--prompt", "a"]) == 1
+    monkeypatch.setattr(where, full)
+    ask = ["generate", str(folder), "--prompt", "a", "--prompt", "b", "--max-gen-len", "300", "--device", "cpu"]
+    assert main(ask) == 1
     err = capsys.readouterr().err
     assert ONE_ERROR.fullmatch(err)
-    assert "--max-seq-len" in err
+    assert "69.24 GiB more were asked for; a model with" in err
+    assert "tokens of prompt and answer" in err
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge"])
+def test_commands_without_a_plan_say_what_ran_out(command, monkeypatch, folder, capsys, tmp_path):
+    def full(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
+
+    monkeypatch.setattr("accessory.commands.quantize.quantize_checkpoint", full)
+    monkeypatch.setattr("accessory.commands.adapters.merge_folders", full)
+    words = ["--quant", "int8", "--device", "cpu"] if command == "quantize" else []
+    assert main([command, str(folder), str(tmp_path / "out"), *words]) == 1
+    err = capsys.readouterr().err
+    assert ONE_ERROR.fullmatch(err)
+    assert "2.50 GiB more were asked for" in err
+    assert "needs less there" in err
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(monkeypatch, folder, capsys):
+    monkeypatch.setattr("accessory.model.meta.Generation", None)
+    ask = ["generate", str(folder), "--prompt", "a", "--max-seq-len", "1000000000000", "--device", "cpu"]
+    assert main([*ask, "--max-gen-len", "999999999990"]) == 1
+    err = capsys.readouterr().err
+    assert ONE_ERROR.fullmatch(err)
+    assert "memory: a model with 1 × 999,999,999,99" in err
+    assert "tokens of prompt and answer" in err
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_loaded(monkeypatch, folder, capsys):
+    from accessory.launch.memory import HOST, Room
+
+    monkeypatch.setattr("accessory.model.memory.room_for", lambda *_, **__: Room(1000, HOST))
+    monkeypatch.setattr("accessory.model.meta.build", None)
+    assert main(["generate", str(folder), "--prompt", "a", "--device", "cpu"]) == 1
+    err = capsys.readouterr().err
+    assert ONE_ERROR.fullmatch(err)
+    assert "memory: a model with 1 × 2 tokens" in err
+    assert "this machine has 1e-06 GB" in err
 
 
 @pytest.mark.parametrize(

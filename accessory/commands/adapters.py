@@ -7,25 +7,28 @@ import argparse
 from accessory.convert import peft_format
 from accessory.convert.merge import merge as merge_folders
 from accessory.errors import InputError
+from accessory.planner.fit import explained_on
 
 
 def merge(options: argparse.Namespace) -> int:
     """Merge adapters into the weights. Print the changes and the certificate."""
-    report = merge_folders(
-        options.paths,
-        options.dst,
-        to=options.to,
-        shards=options.shards,
-        dtype=options.dtype,
-        safetensors=options.safetensors,
-        overwrite=options.overwrite,
-        allow_unchanged=options.allow_unchanged,
-        allow_other_base=options.allow_other_base,
-        certificate=options.certificate,
-        device=options.device,
-        verify=options.verify,
-        config_files=options.config,
-    )
+    device, less = options.device, "--no-certificate, or another --device, needs less there"
+    with explained_on(device, f"merging into {options.dst}, logits on {device}", less):
+        report = merge_folders(
+            options.paths,
+            options.dst,
+            to=options.to,
+            shards=options.shards,
+            dtype=options.dtype,
+            safetensors=options.safetensors,
+            overwrite=options.overwrite,
+            allow_unchanged=options.allow_unchanged,
+            allow_other_base=options.allow_other_base,
+            certificate=options.certificate,
+            device=device,
+            verify=options.verify,
+            config_files=options.config,
+        )
     print("\n".join(report.lines()))
     print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
     return 0

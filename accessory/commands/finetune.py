@@ -15,7 +15,7 @@ from accessory.config import PEFT_FIELDS
 from accessory.errors import ConfigError, InputError
 from accessory.launch.ending import end_with_torchrun, leave
 from accessory.launch.environment import Launch, launch_of
-from accessory.launch.gpus import count_ranks
+from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.torchrun import run_under_torchrun
 from accessory.train.config import PACKAGE, FinetuneConfig
 
@@ -84,9 +84,14 @@ def _summary(config: FinetuneConfig, world: int, replicas: int) -> list[str]:
     ]
     if any("://" in path for path in config.pretrained_path):
         return [*lines, "the model is not checked: it would have to be downloaded"]
+    from accessory.train.memory import check_memory
     from accessory.train.source import open_source
 
     source = open_source(config)
+    try:
+        check_memory(config, source, config.device or default_device(), world=world)
+    except InputError as error:  # a dry run may be made on another machine than the run
+        lines.append(f"on this machine the run would be refused: {error}")
     trained = "everything"
     if source.kind.peft:
         peft = {name: getattr(source.args, name) for name in PEFT_FIELDS}
@@ -109,14 +114,7 @@ def _about_data(config: FinetuneConfig) -> list[str]:
 def _train(config: FinetuneConfig) -> None:
     from accessory.train.run import finetune as run
 
-    try:
-        run(config)
-    except torch.OutOfMemoryError as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise MemoryError(
-            f"{first} Less is needed with checkpointing, data_parallel fsdp, a smaller batch_size, or a larger "
-            "model_parallel_size."
-        ) from error
+    run(config)
 
 
 def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from accessory.errors import AccessoryError, RankError
+from accessory.errors import RankError, is_out_of_memory, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS
 from accessory.launch.environment import launched_rank
 
@@ -40,13 +40,13 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug or not _is_users(error):
+        if debug or not is_users(error):
             raise
         if rank:
             time.sleep(FIRST_SPEAKS)
         if not rank or _may_be_of_one_rank(error):
             who = f"rank {rank}: " if rank else ""
-            print(f"accessory: error: {who}{_one_line(error)}", file=sys.stderr, flush=True)
+            print(f"accessory: error: {who}{one_line(error)}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -79,22 +79,6 @@ class _LostInterrupts:
         self._timer.start()
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether one line can explain the error to the user. Other errors are bugs, and need their traceback."""
-    return isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError) or (
-        type(error).__name__ == "OutOfMemoryError"
-    )
-
-
 def _may_be_of_one_rank(error: Exception) -> bool:
     """Whether a single rank may have this error: disks and memory differ, configurations and inputs do not."""
-    return isinstance(error, OSError | MemoryError | RankError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if type(error).__name__ == "OutOfMemoryError":
-        text += " Shorter --max-seq-len and fewer prompts at once need less."
-    return text
+    return isinstance(error, OSError | RankError) or is_out_of_memory(error)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-
 from accessory.checkpoint.atomic import check_destination
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.hub import resolve
@@ -15,6 +13,8 @@ from accessory.data.plain_text import token_rows
 from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError
 from accessory.formats import Quant
+from accessory.launch.gpus import default_device
+from accessory.planner.fit import explained_on
 
 ROW = 512  # tokens of the text in a row
 TOKENS = 128 * ROW
@@ -38,18 +38,26 @@ def quantize(options: argparse.Namespace) -> int:
     elif options.calibrate_tokens is not None or options.allow_unreached:
         which = "--allow-unreached" if options.allow_unreached else "--calibrate-tokens"
         raise InputError(f"{which}: says how to calibrate, but there is no text; give --calibrate FILE")
-    reached = quantize_checkpoint(
-        src,
-        options.dst,
-        quant,
-        overwrite=options.overwrite,
-        verify=options.verify,
-        search=options.quant_search,
-        calibrate=calibrate,
-        allow_unreached=options.allow_unreached,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    device = options.device or default_device()
+    with explained_on(device, f"quantising {src} on {device}", _less(options)):
+        reached = quantize_checkpoint(
+            src,
+            options.dst,
+            quant,
+            overwrite=options.overwrite,
+            verify=options.verify,
+            search=options.quant_search,
+            calibrate=calibrate,
+            allow_unreached=options.allow_unreached,
+            device=device,
+        )
     if reached is not None:
         print("\n".join(reached.lines()))
     print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
     return 0
+
+
+def _less(options: argparse.Namespace) -> str:
+    """What needs less memory on the device."""
+    without = " fewer --calibrate-tokens or" if options.calibrate is not None else ""
+    return f"--device cpu or{without} --no-quant-search needs less there"

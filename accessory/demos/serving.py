@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from accessory.command_line import Parser
 from accessory.demos.page import Demo, Page, import_gradio
-from accessory.errors import AccessoryError, InputError
+from accessory.errors import AccessoryError, InputError, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
 from accessory.launch.environment import launch_of, set_meeting_point
 from accessory.launch.gpus import count_ranks, use_gpus, visible_gpus
@@ -85,9 +85,9 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
     except Exception as error:
         if rank:
             time.sleep(FIRST_SPEAKS)  # the first rank prints an error that all share; the launcher then ends the others
-        if options.debug or not isinstance(error, AccessoryError | OSError | NotImplementedError | MemoryError):
+        if options.debug or not is_users(error):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     finally:
         if dist.is_initialized():
@@ -123,12 +123,6 @@ def _interrupt(*_: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
     end_within(GRACE)
     raise KeyboardInterrupt
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _free_port(host: str, port: int) -> int:
@@ -283,6 +277,9 @@ class Leader:
                 stream = self._model.stream_generate(prompt, image, **how, cancelled=ended)
                 for item in stream:  # noqa: UP028 (`yield from` would close the stream together with its reader)
                     yield item
+            except MemoryError:  # ranks need not run out of memory together
+                self.broken.set()
+                raise
             except (AccessoryError, NotImplementedError):  # the same on every rank, before its first step
                 raise
             except Exception:
@@ -311,5 +308,7 @@ def follow(model: MetaModel, commands: Ranks) -> None:
         try:
             for _ in model.stream_generate(prompt, image, **how):
                 pass
+        except MemoryError:
+            raise
         except (AccessoryError, NotImplementedError):
             pass  # the first rank meets it too, and shows it

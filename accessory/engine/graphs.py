@@ -27,6 +27,11 @@ class DecodeGraphs:
         self._cache: ContiguousCache | None = None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the cache that is kept: a later generation uses it again or gives it back first."""
+        return 0 if self._cache is None else self._cache.k.nbytes + self._cache.v.nbytes
+
     def fits(self, batch: int) -> bool:
         experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
         if not experts.w1.is_cuda or batch > GRAPH_LARGEST_BATCH:

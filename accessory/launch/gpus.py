@@ -5,11 +5,14 @@ CUDA numbers the GPUs in CUDA_VISIBLE_DEVICES from 0 on. The ids in this file ar
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from accessory.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def count_ranks(
@@ -62,6 +65,21 @@ def use_gpus(ids: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(ids)
 
 
+def default_device() -> str:
+    """ "cuda" where torch sees a GPU, else "cpu". Warns where CUDA_VISIBLE_DEVICES is why it sees none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names and names != "-1" and torch.version.cuda is not None:
+        log.warning(
+            "CUDA_VISIBLE_DEVICES: got %s, of which torch sees no GPU; computing on the CPU (device cpu says so on "
+            "purpose; otherwise name GPUs that `nvidia-smi -L` lists)", names,
+        )  # fmt: skip
+    return "cpu"
+
+
 def check_device(given: Any, field: str = "--device") -> str | None:
     """The name of a device: of a name, a torch.device, or the number of a GPU; None for None.
 
@@ -81,5 +99,7 @@ def check_device(given: Any, field: str = "--device") -> str | None:
     if device.type not in ("cpu", "cuda"):
         raise InputError(wrong + "it must be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(wrong + f"torch {torch.__version__} sees {count} CUDA devices here")
+        hides = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if hides is None else f" (CUDA_VISIBLE_DEVICES={hides!r})"
+        raise InputError(wrong + f"torch {torch.__version__} sees {count} CUDA devices here{why}")
     return str(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -24,11 +25,14 @@ from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampling import Sampling
 from accessory.errors import InputError
+from accessory.launch.gpus import default_device
 from accessory.model.loading import Loading, PathLike
+from accessory.model.memory import ModelMemory
 from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
 from accessory.model.scoring import Scorer
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import DeviceMesh, Ranks
+from accessory.planner.setup import Inference
 
 if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images
@@ -45,6 +49,7 @@ class MetaModel(nn.Module):
     """A decoder (`llma`), its `tokenizer`, and its `image_processor` where it takes images. `from_pretrained` makes it.
 
     max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
+    memory: what the planner is asked about the model; without it, memory is not checked.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class MetaModel(nn.Module):
         max_seq_len: int = 4096,
         ranks: Ranks | None = None,
         image_processor: ImageProcessor | None = None,
+        memory: ModelMemory | None = None,
     ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
@@ -61,6 +67,7 @@ class MetaModel(nn.Module):
         self._graphs = DecodeGraphs(llma)
         self._ranks = ranks
         self.image_processor = image_processor
+        self._memory = memory
 
     @property
     def sees(self) -> bool:
@@ -117,7 +124,9 @@ class MetaModel(nn.Module):
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
-        Raises CheckpointError, ConfigError and InputError, which name the file, tensor or argument.
+        Raises CheckpointError, ConfigError and InputError, which name the file, tensor or argument; InputError too, before
+        anything is loaded, where the weights take more than the memory that is free. Where memory runs out later, in any
+        method, MemoryFullError says what was asked for, what there is, and what would fit.
         """
         asked = Loading(
             pretrained_path=pretrained_path,
@@ -135,16 +144,20 @@ class MetaModel(nn.Module):
         )
         ranks = None if mp_group is None else Ranks.of(mp_group)
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
-        where = {"device": asked.device or ("cuda" if torch.cuda.is_available() else "cpu"), "dtype": asked.dtype}
+        where = {"device": asked.device or default_device(), "dtype": asked.dtype}
         progress = progress and (ranks is None or ranks.rank == 0)
-        llma = build(spec, DeviceMesh(model=ranks), **where, progress=progress)
-        processor = None
-        if with_visual:
-            from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
+        mesh, processor = DeviceMesh(model=ranks), None
+        planned = spec.planned(Inference(), tp=mesh.model_size, dp=1, **where)
+        memory = ModelMemory(planned, torch.device(where["device"]), mp_group)
+        memory.check_loading(max_seq_len)
+        with memory.explained(1, max_seq_len):
+            llma = build(spec, mesh, **where, progress=progress)
+            if with_visual:
+                from accessory.model.image_processor import ImageProcessor  # text-only models do not need it
 
-            tower = build_tower(spec, **where, progress=progress)
-            processor = ImageProcessor(tower, image_transform, ranks)
-        return cls(llma, tokenizer, max_seq_len, ranks, processor)
+                tower = build_tower(spec, **where, progress=progress)
+                processor = ImageProcessor(tower, image_transform, ranks)
+        return cls(llma, tokenizer, max_seq_len, ranks, processor, memory)
 
     def generate(
         self,
@@ -164,10 +177,10 @@ class MetaModel(nn.Module):
         `image_words` positions.
 
         A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
-        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two tokens
-        are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
-        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once a step (on the
-        first of several ranks); when it returns true, the texts end there.
+        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
+        tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
+        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
+        a step (on the first of several ranks); when it returns true, the texts end there.
         """
         texts = [""] * count_prompts(prompts)
         for row, text, _ in self._stream(
@@ -217,26 +230,36 @@ class MetaModel(nn.Module):
         stops = [stops] if isinstance(stops, str) else list(stops)
         counts = image_token_counts(self.image_processor, pixels)
         prompt_ids = [self._prompt_ids(p, n, max_gen_len, counts[n]) for n, p in enumerate(prompts)]
-        generation = Generation(
-            self.llma,
-            [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, counts, strict=True)],
-            max_gen_len=max_gen_len,
-            max_seq_len=self.max_seq_len,
-            sampling=Sampling(temperature, top_p, seed),
-            stop_ids=self.tokenizer.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-            graphs=self._graphs,
-            ranks=self._ranks,
-            cancelled=cancelled,
-            images=None if self.image_processor is None else self.image_processor.features(pixels),
-        )
+        rows = [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, counts, strict=True)]
+        tokens = max(map(len, rows)) + max_gen_len
+        if self._memory is not None:
+            self._memory.check_generation(len(rows), tokens, self._graphs.kept_bytes)
+        with self._explained(len(rows), tokens):
+            generation = Generation(
+                self.llma,
+                rows,
+                max_gen_len=max_gen_len,
+                max_seq_len=self.max_seq_len,
+                sampling=Sampling(temperature, top_p, seed),
+                stop_ids=self.tokenizer.stop_ids,
+                vocab_size=self.tokenizer.vocab_size,
+                graphs=self._graphs,
+                ranks=self._ranks,
+                cancelled=cancelled,
+                images=None if self.image_processor is None else self.image_processor.features(pixels),
+            )
+            yield from self._texts(generation, prompt_ids, stops)
+
+    def _texts(
+        self, generation: Generation, prompt_ids: Sequence[list[int]], stops: Sequence[str]
+    ) -> Iterator[tuple[int, str, bool]]:
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]
         for n_step, step in enumerate(generation, start=1):
             for row, token in enumerate(step):
                 if token is None:
                     continue
-                ended = token in self.tokenizer.stop_ids or n_step == max_gen_len
+                ended = token in self.tokenizer.stop_ids or n_step == generation.max_gen_len
                 text = "" if token in self.tokenizer.stop_ids else decoders[row].push(token)
                 text = scanners[row].push(text + decoders[row].flush() if ended else text)
                 if scanners[row].stopped:
@@ -281,7 +304,8 @@ class MetaModel(nn.Module):
         an InputError, because nothing may be cut here. images: as for `generate`; the logits after BOS are then those
         after BOS and the image that follows it.
         """
-        return self._scorer().compute_logits(examples, images, bos, eos)
+        with self._explained(min(len(examples), self.args.max_batch_size), self.max_seq_len):
+            return self._scorer().compute_logits(examples, images, bos, eos)
 
     def evaluate_examples(
         self,
@@ -298,7 +322,12 @@ class MetaModel(nn.Module):
         over the scored tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (whether
         greedy decoding would give the example), `non_context_logits` ((scored tokens, V), fp32).
         """
-        return self._scorer().evaluate_examples(examples, contexts, images, bos, eos)
+        with self._explained(min(len(examples), self.args.max_batch_size), self.max_seq_len):
+            return self._scorer().evaluate_examples(examples, contexts, images, bos, eos)
 
     def _scorer(self) -> Scorer:
         return Scorer(self.llma, self.tokenizer, self.max_seq_len, self.image_processor)
+
+    def _explained(self, batch: int, tokens: int) -> AbstractContextManager[None]:
+        """Say what was asked for where memory runs out inside."""
+        return nullcontext() if self._memory is None else self._memory.explained(batch, tokens)

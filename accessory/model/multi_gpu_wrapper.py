@@ -27,7 +27,7 @@ from accessory.arguments import check_max_gen_len, check_port
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.sampling import Sampling
 from accessory.errors import AccessoryError, InputError, RankError
-from accessory.launch.gpus import count_ranks
+from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.process_group import host_store
 from accessory.launch.rank_processes import (
     GRACE,
@@ -86,10 +86,11 @@ class _Call:
     def failure(self, size: int) -> tuple[Exception, bool]:
         """The error to raise, and whether the ranks are still in step: they are if all failed in the same way."""
         everywhere = len(self.problems) == size
-        number, (kind, what, *trace) = min(self.problems.items())
+        # A rank that refuses breaks its connections to the others, which then fail for that reason alone.
+        number, (kind, what, *trace) = min(self.problems.items(), key=lambda item: (item[1][0] != "refused", item[0]))
         refused = {kind for kind, *_ in self.problems.values()} == {"refused"}
         if everywhere and refused:
-            return what, True
+            return what, not isinstance(what, MemoryError)  # ranks need not run out of memory at the same moment
         if kind == "refused":
             return RankError(f"rank {number}, while {self.doing}: {what}"), False
         error = RankError(f"rank {number} failed while {self.doing}: {what}")
@@ -133,7 +134,7 @@ class MultiGpuWrapper:
         **from_pretrained: Any,
     ) -> None:
         self._asked = Loading(pretrained_path=pretrained_path, **from_pretrained)
-        device = self._asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._asked.device or default_device()
         if device not in ("cpu", "cuda"):
             raise InputError(f"device: got {device!r}, but each rank has one of its own; give cpu, or cuda and gpu_ids")
         self.size = count_ranks(gpus, gpu_ids, shown=torch.cuda.device_count() if device == "cuda" else None)

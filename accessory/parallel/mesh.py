@@ -91,6 +91,10 @@ class DeviceMesh:
         return self.model.size if self.model else 1
 
     @property
+    def size(self) -> int:
+        return self.data_size * self.model_size
+
+    @property
     def first(self) -> bool:
         """Whether this process prints and writes files for all."""
         return self.data_rank == self.model_rank == 0

@@ -9,11 +9,11 @@ from accessory.planner.weights import TensorGroup, tensor_groups
 
 
 def cache_bytes(setup: Setup) -> int:
-    """Keys and values of all layers, 16 bits, for the key/value heads of one rank."""
+    """Keys and values of all layers, for the key/value heads of one rank."""
     assert isinstance(setup.task, Inference)
     args = setup.args
     slots = cache_slots(setup, setup.task.context)
-    return 2 * 2 * args.n_layers * setup.task.batch * slots * setup.kv_heads * args.head_dim
+    return 2 * setup.dense_bytes * args.n_layers * setup.task.batch * slots * setup.kv_heads * args.head_dim
 
 
 def cache_slots(setup: Setup, tokens: int) -> int:
@@ -34,7 +34,8 @@ def decodes_as_graphs(setup: Setup) -> bool:
     pairs, E = setup.task.batch * setup.args.moe.num_experts_per_tok, setup.args.moe.num_experts
 
     def product(op: Op, stack: TensorGroup) -> Product:
-        return Product(op, stack.format or DENSE, pairs, E, stack.columns, stack.rows)
+        dtype = "bfloat16" if setup.dense_bytes == 2 else "float32"
+        return Product(op, stack.format or DENSE, pairs, E, stack.columns, stack.rows, setup.device, dtype=dtype)
 
     experts = [group for group in tensor_groups(setup) if ".experts." in group.name]
     # Weights that adapters stand beside are not read pair by pair, and base's other way is a loop.

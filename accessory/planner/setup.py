@@ -69,6 +69,8 @@ class Setup:
     tp: int = 1  # model-parallel ranks
     dp: int = 1  # data-parallel ranks
     views: int = 0  # how many views of an image the encoders see; 0: text alone, no encoders
+    device: Literal["cuda", "cpu"] = "cuda"
+    dense_bytes: int = 2  # of a number that is neither quantised nor trained, and of keys and values
 
     def __post_init__(self) -> None:
         check_ranks(self.args, self.implementation, self.tp)

@@ -120,12 +120,12 @@ def weight_bytes(setup: Setup) -> int:
 
 
 def group_bytes(group: TensorGroup, setup: Setup) -> int:
-    """The weights of one group: trained ones, norms and routers in fp32, the others in 16 bits or quantised."""
+    """The weights of one group: trained ones, norms and routers in fp32, the others dense or quantised."""
     if isinstance(setup.task, Training) and is_trained(group, setup):
         return group.numel * (4 if group.role == "fp32" else setup.task.parameter.weight)
     # Adapters of a quantised network are fp32, whether they are trained or only used.
     fp32 = group.role == "adapter" and setup.quantized
-    return group.nbytes(4 if fp32 else 2)
+    return group.nbytes(4 if fp32 else setup.dense_bytes)
 
 
 def trained_parameters(setup: Setup) -> int:

@@ -11,12 +11,14 @@ import torch
 from accessory.build import build, build_tower
 from accessory.counts import spell_parameters
 from accessory.errors import MissingExtraError
+from accessory.launch.gpus import default_device
 from accessory.launch.process_group import join_launched
 from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loggers import require_loggers
 from accessory.train.loop import TrainingLoop
+from accessory.train.memory import check_memory, explained_memory
 from accessory.train.recorder import open_recorder
 from accessory.train.resume import StateSaver
 from accessory.train.run_folder import RunFolder
@@ -49,6 +51,7 @@ def finetune(config: FinetuneConfig) -> Path:
     source = open_source(config)
     model = source.identity()
     start.check_model(model)
+    check_memory(config, source, device, world=mesh.size, group=mesh.all and mesh.all.group)
     split = start.split(config.batch_size, config.accum_iter, mesh.data_size)
     if mesh.first:
         warn_of_biases(source)
@@ -57,7 +60,8 @@ def finetune(config: FinetuneConfig) -> Path:
     data = open_training_data(config, source, mesh, device, split, start)
 
     # The network is loaded, which takes long.
-    trainer = _build_trainer(config, source, mesh, device)
+    with explained_memory(config, source, device, mesh.size):
+        trainer = _build_trainer(config, source, mesh, device)
     start.load_into(trainer)
 
     # Nothing can be wrong any more. Only now does the run's folder change.
@@ -68,7 +72,10 @@ def finetune(config: FinetuneConfig) -> Path:
         identity = {"model": model, "data": data.identity, "rows": split.rows}
         saver = StateSaver(folder.states, config, trainer, identity, source.kind.implementation, start)
         top_k = source.args.moe.num_experts_per_tok
-        with open_recorder(mesh.first, folder.path, config, start, steps=data.schedule.steps, top_k=top_k) as recorder:
+        with (
+            open_recorder(mesh.first, folder.path, config, start, steps=data.schedule.steps, top_k=top_k) as recorder,
+            explained_memory(config, source, device, mesh.size),
+        ):
             TrainingLoop(config, data, trainer, saver, recorder, start).run(stop)
 
         # The first process writes while the others wait.
@@ -80,7 +87,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     """All ranks of the run, and this rank's device, with the recipe's seed and precision set."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device or default_device()
     group = join_launched(PATIENCE)
     ranks = Ranks.of(group) if group is not None else None
     mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0])

@@ -127,15 +127,34 @@ def test_more_ranks_than_gpus_are_refused(fields, capsys, monkeypatch):
     assert "--n-gpus: got 3, but this machine shows 2 GPUs" in refused(capsys, "lora_one_gpu", *fields, "--n-gpus", "3")
 
 
-def test_a_full_memory_says_what_needs_less(fields, capsys, monkeypatch):
+def test_a_full_memory_says_what_was_asked_for_and_what_needs_less(fields, capsys, monkeypatch):
     import torch
 
-    def full(config):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
-    monkeypatch.setattr(accessory.train.run, "finetune", full)
-    told = refused(capsys, "lora_one_gpu", *fields)
-    assert "Tried to allocate 1 GiB. Less is needed with checkpointing" in told
+    monkeypatch.setattr(accessory.train.run, "build", full)
+    told = refused(capsys, "lora_one_gpu", *fields, "device=cpu")
+    assert "memory ran out: 1 GiB more were asked for; lora finetuning (lora_rank 16, batch_size 1" in told
+    assert "lora_rank 8; or " in told
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_data_are_encoded(fields, capsys, monkeypatch):
+    monkeypatch.setattr(accessory.train.run, "open_training_data", None)
+    told = refused(capsys, "lora_one_gpu", *fields, "device=cpu", "lora_rank=1000000000")
+    assert "memory: lora finetuning (lora_rank 1000000000" in told
+    assert "this machine has" in told
+    assert "; lora_rank " in told
+
+
+def test_a_dry_run_says_that_this_machine_is_too_small(fields, capsys):
+    words = ["lora_one_gpu", *fields, "device=cpu", "--dry-run"]
+    assert main(["finetune", *words, "lora_rank=1000000000", "model_parallel_size=2", "--n-gpus=2"]) == 0
+    told = capsys.readouterr().out
+    assert "# on this machine the run would be refused: memory: lora finetuning (lora_rank 1000000000" in told
+    assert "on 2 ranks takes at least" in told
+    assert main(["finetune", *words]) == 0
+    assert "refused" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- ranks of its own

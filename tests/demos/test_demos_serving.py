@@ -44,6 +44,20 @@ def test_a_users_mistake_is_one_line(demo, options, message, signals, tmp_path, 
     assert message.replace("TAKEN", port) in error
 
 
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB. GPU 0 …", "no number"])
+def test_memory_that_runs_out_is_one_line(text, signals, tmp_path, monkeypatch, capsys):
+    import torch
+
+    def full(*_):
+        raise torch.OutOfMemoryError(f"{text}\nmore")
+
+    monkeypatch.setattr("accessory.demos.serving.import_gradio", lambda: None)
+    monkeypatch.setattr("accessory.demos.serving._start_alone", full)
+    assert single_turn.main(["--pretrained_path", str(tmp_path), "--port", "0"]) == 1
+    said = "2 GiB more were asked for" if "2 GiB" in text else text
+    assert capsys.readouterr().err == f"error: memory ran out: {said}\n"
+
+
 def test_without_gradio_the_pip_line_is_the_answer(signals, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert single_turn.main(["--pretrained_path", str(tmp_path)]) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accessory.errors import InputError
-from accessory.launch.gpus import check_device, count_ranks, use_gpus, visible_devices, visible_gpus
+from accessory.launch.gpus import check_device, count_ranks, default_device, use_gpus, visible_devices, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,28 @@ def test_a_device_that_is_not_there_is_one_line(name):
 
 def test_a_device_that_is_there_stays_as_it_is():
     assert (check_device(None), check_device("cpu")) == (None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("visible", "build", "warned"),
+    [("7", "12.8", True), ("7", None, False), ("", "12.8", False), ("-1", "12.8", False), (None, "12.8", False)],
+)
+def test_a_variable_that_hides_all_gpus_is_a_warning(visible, build, warned, monkeypatch, caplog):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", build)
+    assert default_device() == "cpu"
+    assert [m for m in caplog.messages if "CUDA_VISIBLE_DEVICES: got 7" in m] == caplog.messages
+    assert bool(caplog.messages) == warned
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert default_device() == "cuda"
+
+
+@pytest.mark.parametrize("visible", ["", "7"])
+def test_a_device_that_the_variable_hides_is_named_with_it(visible, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(InputError, match=f"sees 0 CUDA devices here .CUDA_VISIBLE_DEVICES={visible!r}"):
+        check_device("cuda")

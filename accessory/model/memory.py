@@ -1,0 +1,61 @@
+"""`ModelMemory`: asks the planner about a model that is to be loaded, and about each generation with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from accessory.launch.memory import Room, room_for
+from accessory.planner.fit import certain_bytes, check_fit, explain, explained
+from accessory.planner.setup import Inference, Setup
+
+# A cache of fewer bytes is not asked about: ranks would wait for each other before each answer, for nothing.
+SMALL_CACHE = 2**28
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """A model as the planner sees it, its device, and the torch process group that shares it (None: one process)."""
+
+    setup: Setup  # for one sequence; each question has its own batch and context
+    device: torch.device
+    group: Any = None
+
+    def check_loading(self, max_seq_len: int) -> None:
+        """InputError where the weights and a cache of one token are more than a rank may take. Every rank must call it.
+
+        Warns where one sequence of `max_seq_len` tokens probably needs more.
+        """
+        room = room_for(self.device, self.group)
+        check_fit(self._setup(1, 1), room, likely=self._setup(1, max_seq_len))
+
+    def check_generation(self, batch: int, tokens: int, kept: int) -> None:
+        """InputError where weights and the cache of `batch` sequences of `tokens` tokens are more than a rank may take.
+
+        kept: bytes of a cache of an earlier generation, whose memory this one gets.
+        """
+        setup = self._setup(batch, tokens)
+        if certain_bytes(setup)["key/value cache"] - kept > SMALL_CACHE:
+            check_fit(setup, room_for(self.device, self.group, with_own=True))
+
+    @contextmanager
+    def explained(self, batch: int, tokens: int) -> Iterator[None]:
+        """Say what was asked for and what would fit where memory runs out inside."""
+
+        def describe() -> str:
+            return explain(self._setup(batch, tokens), self._own_room())
+
+        with explained(describe):
+            yield
+
+    def _own_room(self) -> Room | None:
+        """What this process may take in all, its part of the CPU's memory counted. Other ranks may not be listening."""
+        room = room_for(self.device, with_own=True)
+        return room and room.shared_by(self.setup.tp)
+
+    def _setup(self, batch: int, tokens: int) -> Setup:
+        return replace(self.setup, task=Inference(batch=batch, context=max(2, tokens)))
