@@ -93,16 +93,18 @@ def _gpu_room(device: torch.device, with_own: bool) -> Room:
         used = 0 if with_own else torch.cuda.memory_allocated(device)
         return Room(free + held - used, torch.cuda.get_device_name(device))
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device} cannot be used: {gpu_trouble(error)}") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("CUDA error: ")
+        raise ConfigError(
+            f"device: {device} cannot be used: {said}; `nvidia-smi` shows whether another process fills it or holds it "
+            "alone (exclusive mode); choose another one with CUDA_VISIBLE_DEVICES"
+        ) from error
 
 
-def gpu_trouble(error: BaseException) -> str:
-    """CUDA's own words about a GPU that cannot be used, in one line, and what would help."""
-    said = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("CUDA error: ")
-    return (
-        f"{said}; `nvidia-smi` shows whether another process fills it or holds it alone (exclusive mode); "
-        "choose another one with CUDA_VISIBLE_DEVICES"
-    )
+def check_gpu(device: torch.device | str) -> None:
+    """ConfigError, one line, where the GPU cannot be used: it is full, or another process holds it alone."""
+    import torch
+
+    _gpu_room(torch.device(device), with_own=True)
 
 
 def _host_room(with_own: bool) -> Room | None:

@@ -9,15 +9,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from accessory.errors import ConfigError, InputError
+from accessory.errors import ConfigError, InputError, RankError
 from accessory.launch.environment import launch_of
+from accessory.launch.meeting import meet
+from accessory.launch.memory import check_gpu
 
 
 def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGroup | None:
     """Join the other ranks if a launcher started several (NCCL where there are GPUs, else gloo); None if it did not.
 
     Sets this process's GPU before it makes the group. timeout: of the group's operations. ConfigError where the
-    launcher's variables are invalid, or name more ranks than this machine has GPUs.
+    launcher's variables are invalid, or name more ranks than this machine has GPUs; RankError where the ranks do not
+    find each other, or the GPU cannot be used.
     """
     if dist.is_initialized():
         return dist.group.WORLD if dist.get_world_size() > 1 else None
@@ -31,21 +34,23 @@ def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGro
                 f"LOCAL_RANK: got {launch.local_rank}, but this machine shows {torch.cuda.device_count()} GPUs; "
                 "start one rank a GPU"
             )
+        try:
+            check_gpu(f"cuda:{launch.local_rank}")
+        except ConfigError as error:
+            raise RankError(f"rank {launch.rank} of {launch.size}: {error}") from error
         torch.cuda.set_device(launch.local_rank)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // min(launch.size, os.cpu_count() or 1)))
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"tcp://{launch.address}:{launch.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=launch.rank,
-        world_size=launch.size,
-        timeout=timeout,
+        "nccl" if cuda else "gloo", store=meet(launch), rank=launch.rank, world_size=launch.size, timeout=timeout
     )
     return dist.group.WORLD
 
 
 def join_store(host: str, port: int, rank: int, size: int, *, cuda: bool) -> dist.ProcessGroup:
     """Join the other ranks through the store of `host_store`. With CUDA, this process must see only its own GPU."""
+    if cuda:
+        check_gpu("cuda")
     store = dist.TCPStore(host, port, is_master=False)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     return dist.new_group(list(range(size)))

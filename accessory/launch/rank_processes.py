@@ -29,6 +29,7 @@ from accessory.launch.gpus import visible_devices
 
 GRACE = 5.0  # seconds for ranks to end a cancelled call, or to report the same failure as another rank
 POLL = 0.1  # seconds
+SPEAKS = 2.0  # seconds after which the driver says on a terminal that it is starting ranks
 LOOPBACK = "127.0.0.1"
 
 
@@ -170,9 +171,13 @@ def _accept(listener: Listener, ranks: list[RankProcess], patience: float) -> No
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
-    deadline = time.monotonic() + patience
+    began = time.monotonic()
+    deadline, quiet = began + patience, sys.stderr.isatty()
     while thread.is_alive():
         thread.join(POLL)
+        if quiet and time.monotonic() > began + SPEAKS:
+            quiet = False
+            print(f"starting {len(ranks)} ranks …", file=sys.stderr, flush=True)
         if how := who_ended(ranks, 0):
             raise RankError(f"{how} before it could load")
         if time.monotonic() > deadline:

@@ -25,6 +25,8 @@ def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> 
     if not debug:
         logging.disable(logging.ERROR)  # hides torchrun's own messages about failures
     arguments = torchrun.parse_args(["--standalone", f"--nproc-per-node={n}", "--no-python", sys.executable, *words])
+    if sys.stderr.isatty():
+        print(f"starting {n} ranks …", file=sys.stderr, flush=True)  # they import torch for some seconds
     try:
         torchrun.run(arguments)
     except (ChildFailedError, SignalException):

@@ -124,9 +124,9 @@ class MetaModel(nn.Module):
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
-        Raises CheckpointError, ConfigError and InputError, which name the file, tensor or argument; InputError too, before
-        anything is loaded, where the weights take more than the memory that is free. Where memory runs out later, in any
-        method, MemoryFullError says what was asked for, what there is, and what would fit.
+        Raises CheckpointError, ConfigError and InputError, which name the file, tensor or argument; InputError too,
+        before anything is loaded, where the weights take more than the memory that is free. Where memory runs out
+        later, in any method, MemoryFullError says what was asked for, what there is, and what would fit.
         """
         asked = Loading(
             pretrained_path=pretrained_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accessory.errors import ConfigError
+from accessory.errors import ConfigError, RankError
 from accessory.launch import memory
 from accessory.launch.memory import HOST, Room, room_for
 
@@ -134,3 +134,21 @@ def test_ranks_agree_on_the_least(monkeypatch, others, expected):
             room_for("cpu", group="a group")
     else:
         assert room_for("cpu", group="a group") == expected
+
+
+def test_a_rank_whose_gpu_cannot_be_used_says_so_before_it_meets_the_others(gpu, monkeypatch):
+    from accessory.launch.process_group import join_launched
+
+    def fails(device):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    with pytest.raises(RankError, match="^rank 1 of 2: device: cuda:1 cannot be used: all CUDA-capable devices are"):
+        join_launched()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="LOCAL_RANK: got 1, but this machine shows 1 GPUs"):
+        join_launched()
