@@ -24,6 +24,7 @@ from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_te
 from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
+from accessory.ops.dispatch import warn_of_slow_kernels
 from accessory.parallel.apply import parallelize
 from accessory.parallel.fsdp import DataParallel, apply_fsdp
 from accessory.parallel.local_shard import local_tensors
@@ -101,6 +102,8 @@ def build(
     sharded or quantised.
     """
     mesh = mesh or DeviceMesh()
+    if mesh.first and torch.device(device).type == "cuda":
+        warn_of_slow_kernels()
     tensors = _stored_tensors(spec)
     with torch.device("meta"):
         decoder = Decoder(spec.args, spec.implementation, sees=spec.image_views > 0)

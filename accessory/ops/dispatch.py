@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Collection, Iterable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +25,8 @@ from accessory import limits
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
 # (token, expert) pair at a time. A backward product gives the gradient of the input. dequantize: no product, only the
@@ -43,7 +49,7 @@ class Product(NamedTuple):
     dtype: str = "bfloat16"  # of the input
     grad: bool = False  # whether gradients are recorded
     fused: bool = False  # whether w1 and w3 are in one tensor
-    triton: bool = True  # whether Triton is installed
+    triton: bool = True  # whether Triton can be used
 
 
 class Kernel(NamedTuple):
@@ -179,7 +185,28 @@ def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, g
 
 @cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed and finds what it compiles with; the other kernels run without it."""
+    return importlib.util.find_spec("triton") is not None and triton_lacks() is None
+
+
+def triton_lacks() -> str | None:
+    """What Triton needs to start its kernels and this machine lacks; None if nothing.
+
+    Its own message is a traceback at the first product, after the weights are loaded.
+    """
+    if os.name == "nt":  # there, Triton brings a compiler
+        return None
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler (install gcc, or name one in CC)"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python.h (install the headers of this Python: python3-dev, python3-devel)"
+    return None
+
+
+def warn_of_slow_kernels() -> None:
+    """Warn where Triton is installed and its kernels cannot be used. Meant for a GPU, before the weights are loaded."""
+    if importlib.util.find_spec("triton") is not None and (lacking := triton_lacks()) is not None:
+        log.warning("Triton lacks %s: torch's own kernels are used, which are slower", lacking)
 
 
 @cache

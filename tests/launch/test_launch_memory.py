@@ -147,7 +147,7 @@ def test_a_rank_whose_gpu_cannot_be_used_says_so_before_it_meets_the_others(gpu,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
-    with pytest.raises(RankError, match="^rank 1 of 2: device: cuda:1 cannot be used: all CUDA-capable devices are"):
+    with pytest.raises(RankError, match=r"^rank 1 of 2: device: cuda:1 cannot be used: all CUDA-capable devices are"):
         join_launched()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="LOCAL_RANK: got 1, but this machine shows 1 GPUs"):

@@ -123,3 +123,39 @@ def test_a_kernel_is_a_row(monkeypatch):
         assert choose(Product("grouped", device="cpu", rows=3)).function == "dense_products:grouped_loop"
     finally:
         find.cache_clear()
+
+
+@pytest.fixture
+def with_triton(monkeypatch, tmp_path):
+    """A machine where Triton is installed: with a compiler gcc on PATH and Python's headers. Both may be taken away."""
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: "a spec" if name == "triton" else None)
+    monkeypatch.setattr(dispatch.sysconfig, "get_path", lambda name: str(tmp_path) if name == "include" else "")
+    dispatch.has_triton.cache_clear()
+    yield tmp_path
+    dispatch.has_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("missing", "cc", "lacks"),
+    [(None, None, None), ("gcc", None, "a C compiler"), ("gcc", "tcc", None), ("Python.h", None, "Python.h")],
+)
+def test_triton_without_what_it_compiles_with_is_not_used(missing, cc, lacks, with_triton, monkeypatch, caplog):
+    if missing is not None:
+        (with_triton / missing).unlink()
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    assert dispatch.has_triton() is (lacks is None)
+    dispatch.warn_of_slow_kernels()
+    if lacks is None:
+        assert not caplog.messages
+        return
+    (said,) = caplog.messages
+    assert said.startswith(f"Triton lacks {lacks} (install ")
+    decode = dispatch.Product("decode", "int4", 2, 8, 64, 64, triton=dispatch.has_triton())
+    assert dispatch.find(decode) is None
+    assert not dispatch.choose(decode._replace(op="linear")).triton
