@@ -14,7 +14,10 @@ from accessory.errors import InputError
 
 
 class DefaultTemplate(PartsTemplate):
-    """The original project's dialogue. The model learns each answer, with the newline and "###" that end it."""
+    """The original project's dialogue. The model learns each answer, with the newline and "###" that end it.
+
+    White space at both ends of a turn is left out, as the original leaves it out of what it trains on.
+    """
 
     name = "default"
     stop_strings = ("\n###",)
@@ -28,10 +31,11 @@ class DefaultTemplate(PartsTemplate):
         system, rest = split_system(messages, self.system)
         parts = [Part(f"{system}\n\n###")]
         for message in rest:
+            content = message["content"].strip()
             if message["role"] == "user":
-                parts.append(Part(f" Human: {message['content']}\n###"))
+                parts.append(Part(f" Human: {content}\n###"))
             else:
-                parts += [*self.header(rest), Part(f" {message['content']}\n###", learn=True)]
+                parts += [*self.header(rest), Part(f" {content}\n###", learn=True)]
         return parts
 
     def header(self, messages: Sequence[Message]) -> list[Part]:

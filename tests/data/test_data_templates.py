@@ -7,12 +7,13 @@ from helpers.dialogues import HI, MORE, dialogue, learnt, mistral_common_ids
 from helpers.small_tokenizers import MIXTRAL_CHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
 from accessory.data.chat_template import TokenizerTemplate
 from accessory.data.system_prompt import format_prompt
 from accessory.data.template_names import BUILT_IN, TEMPLATES
 from accessory.data.templates import get_template
-from accessory.data.tokenizer import load_tokenizer
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.errors import InputError
 
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,6 +117,22 @@ def test_default_learns_every_answer_and_its_end(mixtral, byte_level):
     for tokenizer in (mixtral, byte_level):
         spans = learnt(*get_template("default").encode(messages, tokenizer), tokenizer)
         assert spans == [" Hello.\n###", " Yes, more.\n###"]
+
+
+def test_default_strips_each_turn_as_the_original_does(mixtral):
+    """The original strips each turn of an item, and encodes the whole text with sentencepiece in one go."""
+    turns = (" Hi?\n", "\n\tHello,  you. ", "  More?", "Yes. \n\n")
+    wanted = SYSTEM + "".join(
+        f"### {'Assistant' if n % 2 else 'Human'}: {turn.strip()}\n" for n, turn in enumerate(turns)
+    )
+    processor = SentencePieceProcessor(model_file=str(MIXTRAL_TOKENIZER))
+    template, messages = get_template("default"), dialogue(*turns)
+    ids, mask = template.encode(messages, mixtral)
+    assert ids == [1, *processor.encode(wanted + "###")]
+    assert learnt(ids, mask, mixtral) == [" Hello,  you.\n###", " Yes.\n###"]
+    prompt = template.prompt_ids(messages[:3], mixtral)
+    assert ids[: len(prompt)] == prompt, "prompts have the ids that training sees"
+    assert template.text(messages) == template.text(dialogue(*map(str.strip, turns)))
 
 
 # ---- alpaca, chatml, none
