@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from accessory.data.image_tokens import item_without_tags
+from accessory.data.messages import check_answers, read_messages
 from accessory.data.records import Records, Source
 from accessory.data.system_prompt import format_prompt
 from accessory.data.template_base import Template
@@ -26,6 +27,7 @@ from accessory.progress import progress_bar
 
 _PIECE = 128  # items that a thread encodes in one go
 _PLAIN = get_template("none")
+_ANSWERS = {"single_turn_llava": "conversations[1]", "caption": "caption"}  # where preprocessing takes `output` from
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
         item = item_without_tags(item)
     turns = next((item[key] for key in ("conversations", "messages") if item.get(key) is not None), None)
     if turns is not None:
-        ids, learn = how.template.encode(turns, how.tokenizer)
+        messages = read_messages(turns)
+        check_answers(messages)
+        ids, learn = how.template.encode(messages, how.tokenizer)
     elif item.get("output") is not None:
         ids, learn = _single_turn(item, source, how)
     else:
@@ -97,6 +101,9 @@ def _single_turn(item: Mapping[str, Any], source: Source, how: Encoding) -> tupl
     for key, text in texts.items():
         if not isinstance(text, str):
             raise InputError(f"{key}: got {text!r:.60}, but it must be text")
+    if not texts["output"].strip():
+        answer = "output" if source.preprocess is None else _ANSWERS[source.preprocess]
+        raise InputError(f"{answer}: there is nothing to learn: the answer is empty")
     question, template = texts["instruction"], how.template
     if how.dialog and not named:
         question += f"\n{texts['input']}" if texts["input"].strip() else ""

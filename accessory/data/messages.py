@@ -80,6 +80,13 @@ def check_ends_with_user(messages: Sequence[Message]) -> None:
         raise InputError("messages: the last one is the assistant's; a prompt must end with the user's")
 
 
+def check_answers(messages: Sequence[Message]) -> None:
+    """Raise InputError for an assistant's turn that is empty or blank: of it, a model would learn only its end."""
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise InputError(f"messages[{index}]: there is nothing to learn: the assistant's turn is empty")
+
+
 def split_system(messages: Sequence[Message], otherwise: str = "") -> tuple[str, Sequence[Message]]:
     """The text of the leading system message (`otherwise` without one), and the messages after it."""
     if messages[0]["role"] == "system":

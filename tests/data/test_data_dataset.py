@@ -129,6 +129,19 @@ BROKEN = {
     "missing image": ({**TALK, "image": "no.jpg"}, r"image: pictures/no\.jpg: no such file"),
     "image of another kind": ({**TALK, "image": 3}, r"image: got 3, but it must be a path"),
     "nothing to learn": ({"messages": dialogue("x")}, r"there is nothing to learn: the assistant says nothing"),
+    "empty answer": (
+        {"messages": dialogue("x", "", "y", "z")},
+        r"messages\[1\]: there is nothing to learn: the assistant's turn is empty",
+    ),
+    "blank last answer": (
+        {"conversations": dialogue("x", "y", "z", " \n")},
+        r"messages\[3\]: there is nothing to learn",
+    ),
+    "empty output": (
+        {"instruction": "x", "output": ""},
+        r"output: there is nothing to learn: the answer is empty",
+    ),
+    "blank output": ({"instruction": "x", "input": "y", "output": "\t "}, r"output: there is nothing to learn"),
     "two users in a row": ({"messages": [*dialogue("x"), *dialogue("y")]}, r"messages\[1\]: the role is user"),
     "no text": ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: got None"),
     "no item": (
@@ -185,6 +198,25 @@ def test_the_first_of_many_broken_lines_is_told_before_the_rest_is_read(tmp_path
         FinetuneData.open({"META": [{"path": str(path)}]}, mixtral, max_words=64)
     assert len(read) < 20_000
     assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("template", ["default", "mistral", "chatml", "none"])
+def test_only_answers_must_not_be_empty(opened, template):
+    """Of questions and system messages nothing is learnt, so they may be empty."""
+    items = [{"messages": dialogue("", "a", " ", "b", system="")}, {"instruction": "", "input": "", "output": "c"}]
+    assert len(opened(items, template=template)) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "item", "key"),
+    [
+        ("caption", {"url": "a.jpg", "caption": " "}, "caption"),
+        ("single_turn_llava", {"conversations": [{"value": "q"}, {"value": ""}]}, "conversations[1]"),
+    ],
+)
+def test_empty_answers_of_the_originals_recipes_are_named_by_their_own_keys(opened, recipe, item, key):
+    with pytest.raises(InputError, match=re.escape(f"items.jsonl:1: {key}: there is nothing to learn: the answer is")):
+        opened([item], entry={"preprocess": recipe})
 
 
 def test_empty_files(opened):
