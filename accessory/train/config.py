@@ -91,7 +91,9 @@ class FinetuneConfig:
     batch_size: int = option(4, "rows a data-parallel rank and micro-step", AT_LEAST_ONE)
     accum_iter: int = option(1, "micro-steps a step", AT_LEAST_ONE)
     epochs: float = option(1.0, "may be a fraction", POSITIVE)
-    max_steps: int | None = option(None, "end after so many steps", AT_LEAST_ONE)
+    max_steps: int | None = option(
+        None, "end after so many steps; warm-up and decay of lr shrink with the run", AT_LEAST_ONE
+    )
     lr: float = option(5e-6, "the highest learning rate", POSITIVE)
     min_lr: float = option(0.0, "the learning rate of the end", NOT_NEGATIVE)
     warmup_epochs: float = option(0.1, "in which the learning rate rises from 0", NOT_NEGATIVE)

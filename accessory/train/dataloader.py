@@ -104,6 +104,11 @@ class Schedule:
         epoch, within = self.place(int(step))
         return epoch + (within + step - int(step)) / self.plans[epoch].steps
 
+    @property
+    def epochs(self) -> float:
+        """How many epochs all steps are."""
+        return self.epoch_at(self.steps)
+
     def ends_epoch(self, step: int) -> bool:
         """Whether `step` steps are a whole number of epochs."""
         epoch, within = self.place(step - 1)

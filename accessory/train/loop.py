@@ -59,16 +59,9 @@ class TrainingLoop:
 
     def _train(self, step: int, batches: list[Batch]) -> dict[str, Any]:
         """Make step `step` (from 1); returns its record."""
-        config, schedule = self.config, self.data.schedule
-        lr = learning_rate(
-            schedule.epoch_at(step - 0.5),
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_epochs=config.warmup_epochs,
-            epochs=config.epochs,
-        )
+        schedule = self.data.schedule
         try:
-            measured = self.trainer.step(batches, lr)
+            measured = self.trainer.step(batches, self._learning_rate(step))
         except NotFiniteError as error:
             self.saver.save(step - 1, self.tokens)
             raise InputError(
@@ -84,6 +77,17 @@ class TrainingLoop:
             **measured,
             "tokens": self.tokens,
         }
+
+    def _learning_rate(self, step: int) -> float:
+        """The rate of step `step`. Where `max_steps` ends the run early, warm-up and cosine both shrink."""
+        config, schedule = self.config, self.data.schedule
+        return learning_rate(
+            schedule.epoch_at(step - 0.5),
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup_epochs=config.warmup_epochs * schedule.epochs / config.epochs,
+            epochs=schedule.epochs,
+        )
 
     def _evaluate(self, step: int) -> None:
         if self.data.held_out:

@@ -6,6 +6,7 @@ questions, so no other code asks which of the two it has.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from accessory.train.dataloader import Split
 from accessory.train.optim import updates_made
 from accessory.train.state import STATES, StateInfo, complete_states, load_state, read_state_info, save_state
 from accessory.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Start:
@@ -39,7 +42,10 @@ class Start:
         """ConfigError where `data`, a `TrainingData.identity`, is other than the run began with."""
 
     def check_steps(self, steps: int) -> None:
-        """ConfigError where a new folder would get a run of which no step is left."""
+        """Compare the steps of the whole run with those of the run that goes on.
+
+        ConfigError where a new folder would get a run of which no step is left. Another number of steps is a warning.
+        """
 
     def load_into(self, trainer: Trainer) -> None:
         """Fill trained parameters, moments and loss scale. CheckpointError where the network trains other tensors."""
@@ -84,6 +90,16 @@ class Resume(Start):
             raise ConfigError(
                 f"resume: {self.state.folder} has made all of {steps} steps; give more epochs or max_steps"
             )
+        before = self.state.values.get("steps", steps)  # states of older versions do not tell
+        if before != steps and self.step < steps:
+            log.warning(
+                "resume: %s is of a run of %d steps, and this one has %d: from step %d on lr is that of a run of %d",
+                self.state.folder,
+                before,
+                steps,
+                self.step + 1,
+                steps,
+            )
 
     def load_into(self, trainer: Trainer) -> None:
         load_state(trainer, self.state.folder)
@@ -114,7 +130,7 @@ def _resume(state: Path, states: Path) -> Resume:
 class StateSaver:
     """Writes a run's states into `folder`, each with the values that `Resume` reads.
 
-    identity: "model", "data" and "rows", which all states of a run share.
+    identity: "model", "data", "rows" and "steps", which all states of a run share.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def finetune(config: FinetuneConfig) -> Path:
     with stop_on_signals() as stop:
         if mesh.first:
             print("\n".join(filter(None, [_summary(source, trainer, data), start.announcement])))
-        identity = {"model": model, "data": data.identity, "rows": split.rows}
+        identity = {"model": model, "data": data.identity, "rows": split.rows, "steps": data.schedule.steps}
         saver = StateSaver(folder.states, config, trainer, identity, source.kind.implementation, start)
         top_k = source.args.moe.num_experts_per_tok
         with (

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.random_models import write_speaking
+from helpers.runs import ended_after
 from helpers.training import ARGS, batches, make_decoder
 
 from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
@@ -88,5 +89,6 @@ def test_a_run_on_the_gpu_is_resumed(tmp_path):
         return [r["loss"] for r in read_metrics(tmp_path / name) if r["kind"] == "train"]
 
     whole = run("whole")
-    run("parts", max_steps=3)
+    with ended_after(3):
+        run("parts")
     assert run("parts", resume="auto") == pytest.approx(whole, rel=2e-2)

@@ -11,7 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,29 @@ def finetune(inputs: Path, output: Path, **changes: Any) -> Path:
     from accessory.train.run import finetune as run
 
     return run(FinetuneConfig(**options(inputs, output, **changes)))
+
+
+@contextmanager
+def ended_after(step: int) -> Iterator[None]:
+    """Inside the block, a run gets SIGTERM in step `step`, saves its state and ends. The test fails if it goes on."""
+    import pytest
+
+    from accessory.errors import AccessoryError
+    from accessory.train.loop import TrainingLoop
+
+    original = TrainingLoop._train
+    end_in_step(0, step)
+    try:
+        with pytest.raises(AccessoryError, match=f"^stopped by a signal after step {step}; its state is saved"):
+            yield
+    finally:
+        TrainingLoop._train = original  # type: ignore[method-assign]
+
+
+def interrupt(inputs: Path, output: Path, step: int, **changes: Any) -> None:
+    """A run in this process that SIGTERM ends after step `step`."""
+    with ended_after(step):
+        finetune(inputs, output, **changes)
 
 
 def records(output: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -327,6 +351,20 @@ def die_at(rank: int, spot: str, time_of: int = 1) -> None:
         after(run_folder, "write_report", before=True)
     else:
         raise ValueError(spot)
+
+
+def end_in_step(rank: int, wanted: int) -> None:
+    """Arrange for SIGTERM to reach this process in step `wanted` of the whole run, after which the run ends."""
+    from accessory.train.loop import TrainingLoop
+
+    original = TrainingLoop._train
+
+    def wrapped(self: Any, step: int, batches: Any) -> Any:
+        if step == wanted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, batches)
+
+    TrainingLoop._train = wrapped  # type: ignore[method-assign]
 
 
 def signal_after(rank: int, step: int, *numbers: int) -> None:

@@ -21,7 +21,7 @@ def whole(inputs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def part(inputs, tmp_path_factory) -> Path:
-    """The output folder of a run that ended after 4 of its 12 steps. Tests copy it; they do not resume in it."""
+    """The output folder of a run that was interrupted after 4 of its 12 steps. Tests resume in copies of it."""
     output = tmp_path_factory.mktemp("part") / "run"
-    runs.finetune(inputs, output, max_steps=4)
+    runs.interrupt(inputs, output, 4)
     return output

@@ -372,6 +372,14 @@ def test_max_steps_cuts_and_never_adds():
     assert schedule(Items(50), max_steps=30).steps == 7
 
 
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "run"),
+    [(2.0, None, 2.0), (2.0, 30, 2.0), (2.0, 7, 1.0), (2.0, 10, 10 / 7), (1.5, None, 11 / 7)],
+)
+def test_the_epochs_of_all_steps(epochs, max_steps, run):
+    assert schedule(Items(50), epochs=epochs, max_steps=max_steps).epochs == pytest.approx(run)
+
+
 # --------------------------------------------------------------------------- splits
 
 

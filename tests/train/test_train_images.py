@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.distributed import run_ranks
 from helpers.random_models import hf_mixtral
-from helpers.runs import curve, dialogues, final_tensors, options, same_curve, write_data, write_model
+from helpers.runs import curve, dialogues, ended_after, final_tensors, options, same_curve, write_data, write_model
 from helpers.training import ARGS, CLIP, DECAY, LR, balance_by_definition, close, make_decoder, oracle_tensors
 from helpers.vision import random_tower, tiny_clip
 
@@ -262,7 +262,8 @@ def test_a_run_goes_on_where_it_stopped(inputs, tmp_path):
     """A resumed run makes the same random crops of the same images."""
     crops = {"image_transform": "random_resized_crop", "epochs": 2.0, "lora_rank": 2, "save_iteration_interval": 5}
     whole = run(inputs, tmp_path / "whole", **crops)
-    run(inputs, tmp_path / "parts", **crops, max_steps=5)
+    with ended_after(5):
+        run(inputs, tmp_path / "parts", **crops)
     run(inputs, tmp_path / "parts", **crops, resume="auto")
     same_curve(curve(tmp_path / "parts"), curve(whole))
 

@@ -57,7 +57,7 @@ def test_a_damaged_state_is_named(inputs, part, tmp_path):
         harm(file)
         runs.refused(inputs, output, str(file), "remove this state", resume="auto")
         shutil.rmtree(file.parent)
-        runs.finetune(inputs, output, resume="auto", max_steps=4)
+        runs.interrupt(inputs, output, 4, resume="auto")
         runs.same_curve(runs.curve(output), runs.curve(part))
 
 
@@ -68,7 +68,7 @@ def test_a_folder_of_another_run_is_not_mixed_with(inputs, part, whole, tmp_path
 
 def test_overwriting_begins_anew(inputs, part, whole, tmp_path):
     shutil.copytree(part, tmp_path / "run")
-    runs.finetune(inputs, tmp_path / "run", overwrite=True, max_steps=2)
+    runs.interrupt(inputs, tmp_path / "run", 2, overwrite=True)
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:2])
     assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
 

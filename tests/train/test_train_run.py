@@ -1,6 +1,7 @@
 """Whole runs: killed, stopped, resumed on other ranks, and with losses that are not finite."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -150,17 +151,11 @@ def goes_on(inputs, tmp_path, stages, peft):
         fields = runs.options(
             inputs,
             tmp_path / "run",
-            **common
-            | options
-            | {
-                "batch_size": rows // data_ranks,
-                "llama_type": kind,
-                "resume": "auto",
-                "max_steps": steps * number // len(stages),
-            },
+            **common | options | {"batch_size": rows // data_ranks, "llama_type": kind, "resume": "auto"},
         )
-        started = runs.start(fields, ranks=ranks)
-        assert started.wait() == [0] * ranks, started.said()
+        last = steps * number // len(stages)
+        started = runs.start(fields, ranks=ranks, prepare=runs.end_in_step, arguments=(last,))
+        assert started.wait() == [int(last < steps)] * ranks, started.said()
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), 1e-5)
     one, other = (runs.newest_state(tmp_path / name) for name in ("straight", "run"))
     assert one.keys() == other.keys()
@@ -187,7 +182,7 @@ def test_other_micro_batches_are_the_same_steps(inputs, part, tmp_path):
     """A resumed run with more rows a micro-step divides the same rows differently. The balance loss is off."""
     whole = runs.options(inputs, tmp_path / "whole", load_balancing_weight=0.0)
     runs.finetune(inputs, tmp_path / "whole", load_balancing_weight=0.0)
-    runs.finetune(inputs, tmp_path / "run", load_balancing_weight=0.0, max_steps=4)
+    runs.interrupt(inputs, tmp_path / "run", 4, load_balancing_weight=0.0)
     runs.finetune(inputs, tmp_path / "run", load_balancing_weight=0.0, resume="auto", batch_size=3, accum_iter=1)
     assert whole["batch_size"] == 2
     wanted = [(step, ce) for step, ce, _, _ in runs.curve(tmp_path / "whole")]
@@ -197,7 +192,7 @@ def test_other_micro_batches_are_the_same_steps(inputs, part, tmp_path):
 def test_an_earlier_state_is_gone_on_from_on_request(inputs, whole, tmp_path):
     """States and records of the steps that will be repeated are deleted, so that a kill leaves no gap."""
     shutil.copytree(whole, tmp_path / "run")
-    runs.finetune(inputs, tmp_path / "run", resume=str(tmp_path / "run" / "states" / "step-00000009"), max_steps=10)
+    runs.interrupt(inputs, tmp_path / "run", 10, resume=str(tmp_path / "run" / "states" / "step-00000009"))
     assert [p.name[-2:] for p in sorted((tmp_path / "run" / "states").iterdir())] == ["09", "10"]
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:10])
 
@@ -207,6 +202,23 @@ def test_another_runs_state_begins_a_new_folder(inputs, part, whole, tmp_path):
     assert [row[0] for row in runs.curve(tmp_path / "run")] == list(range(5, 13))
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[4:])
     runs.refused(inputs, tmp_path / "other", "has made all of 12 steps", resume=str(tmp_path / "run"))
+
+
+def said_on_resuming(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "accessory.train.resume"]
+
+
+def test_the_rate_ends_where_max_steps_ends_the_run(inputs, tmp_path, caplog):
+    """The warm-up of 0.3 of 2 epochs, 1.8 of 12 steps, becomes 0.45 of 3. A step has the rate of its middle."""
+    runs.finetune(inputs, tmp_path / "run", max_steps=3)
+    rates = [record["lr"] for record in runs.records(tmp_path / "run")]
+    assert rates == pytest.approx([1.5e-3 * (1 + math.cos(math.pi * (t - 0.45) / 2.55)) for t in (0.5, 1.5, 2.5)])
+    assert not said_on_resuming(caplog)
+    runs.finetune(inputs, tmp_path / "run", max_steps=5, resume="auto")
+    (said,) = said_on_resuming(caplog)
+    assert said.endswith("is of a run of 3 steps, and this one has 5: from step 4 on lr is that of a run of 5")
+    rates = [record["lr"] for record in runs.records(tmp_path / "run")]
+    assert rates[3:] == pytest.approx([1.5e-3 * (1 + math.cos(math.pi * (t - 0.75) / 4.25)) for t in (3.5, 4.5)])
 
 
 # --------------------------------------------------------------------------- not finite
@@ -248,9 +260,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_items(inputs, tmp_path, at_onc
     assert [row[0] for row in runs.curve(output)] == list(range(1, step))
     (state,) = (output / "states").iterdir()
     assert state.name == f"step-{step - 1:08d}"
-    # The state is that after the last good step: another run that ends there has the same.
+    # The state is that after the last good step: another run that is ended there has the same.
     if not at_once:
-        runs.finetune(inputs, tmp_path / "until", **fields, max_steps=step - 1)
+        runs.interrupt(inputs, tmp_path / "until", step - 1, **fields)
         for name, tensor in runs.newest_state(tmp_path / "until").items():
             torch.testing.assert_close(runs.newest_state(output)[name], tensor, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(AccessoryError, match=f"step {step}: the loss is nan"):
