@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,13 +14,20 @@ from accessory.errors import listed
 CROWDED, CROWDED_STEPS = 0.9, 20  # the router has collapsed: one expert gets this part of a layer's tokens
 IDLE, IDLE_STEPS = 0.01, 100  # an expert idles: it gets less than this part of its fair share
 NAMED = 4  # places that one warning names
+BAR_COLUMNS = 100  # of a terminal that has room for a bar beside the numbers
+# What a line can do without, the least important first.
+SPARED = ("grad_norm", "balance", "lr", "memory_gb", "tokens_per_s")
+_WITH_BAR = "{percentage:3.0f}%|{bar:10}| {desc}"
+_WITHOUT_BAR = "{percentage:3.0f}%  {desc}"
+_BESIDE_BAR, _BESIDE_PERCENTAGE = 18, 7  # columns that these take beside the text, the last one of the line included
 
 
 class Progress:
     """One line that says how far a run is: `with Progress(steps) as progress: progress.update(record)` once a step.
 
-    On a terminal it is a bar that is drawn anew; elsewhere it is a line for the first and the last step and every
-    `every` seconds between. `done`: steps that a resumed run has made before. `enabled=False` shows nothing.
+    On a terminal it is a bar that is drawn anew, without the numbers that do not fit. Elsewhere it is a line for the
+    first and the last step and every `every` seconds between. `done`: steps that a resumed run has made before.
+    `enabled=False` shows nothing.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class Progress:
         self._pending = ""
         self._bar: Any = None
         self._done = done
+        self._width: int | None = None  # of the text beside the bar; None: any
 
     def __enter__(self) -> Progress:
         if self._terminal:
@@ -48,8 +57,7 @@ class Progress:
                 total=self.total,
                 initial=self._done,
                 file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
+                bar_format=_WITH_BAR,
             )
         return self
 
@@ -68,12 +76,15 @@ class Progress:
             self.note(f"step {record['step']}: held-out loss {record['loss']:.4f}")
             return
         now, step = time.monotonic(), record["step"]
-        text = describe(record, self.total, self._seconds_left(record, now))
+        left = self._seconds_left(record, now)
         self._started = self._started or (step, now)
         if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
+            self._fit()
+            self._bar.set_description_str(describe(record, self.total, left, self._width), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif now - self._shown >= self._every:
+            return
+        text = describe(record, self.total, left)
+        if now - self._shown >= self._every:
             self._print(text)
             self._shown, self._pending = now, ""
         else:
@@ -93,13 +104,24 @@ class Progress:
         first, when = self._started
         return (self.total - step) * (now - when) / (step - first)
 
+    def _fit(self) -> None:
+        """Choose between a bar with a text and a text alone. A window may have changed its size since the last step."""
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:  # no terminal of the system's
+            columns = 0
+        wide = not columns or columns >= BAR_COLUMNS
+        self._bar.ncols = columns or None
+        self._bar.bar_format = _WITH_BAR if wide else _WITHOUT_BAR
+        self._width = columns - (_BESIDE_BAR if wide else _BESIDE_PERCENTAGE) if columns else None
+
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
 
-def describe(record: Mapping[str, Any], total: int, seconds_left: float) -> str:
-    """A training record as one line, without the values that it lacks."""
-    parts = [f"step {record['step']}/{total}", f"{duration(seconds_left)} left"]
+def describe(record: Mapping[str, Any], total: int, seconds_left: float, width: int | None = None) -> str:
+    """A training record as one line, without the values that it lacks, and without those that do not fit `width`."""
+    parts = {"step": f"step {record['step']}/{total}", "left": f"{duration(seconds_left)} left"}
     for key, text in (
         ("loss", "loss {:.4f}"),
         ("balance", "balance {:.3f}"),
@@ -110,8 +132,11 @@ def describe(record: Mapping[str, Any], total: int, seconds_left: float) -> str:
     ):
         if record.get(key) is not None:
             value = record[key]
-            parts.append(text.format(short(value) if key == "tokens_per_s" else value))
-    return "  ".join(parts)
+            parts[key] = text.format(short(value) if key == "tokens_per_s" else value)
+    for key in SPARED:
+        if width is not None and len("  ".join(parts.values())) > width:
+            parts.pop(key, None)
+    return "  ".join(parts.values())
 
 
 def duration(seconds: float) -> str:

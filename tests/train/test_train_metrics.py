@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import math
+import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -230,11 +236,12 @@ def test_it_bears_short_and_odd_records():
     assert "unseen" not in out.getvalue()
 
 
-def test_a_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_bar_on_a_terminal():
     out = Terminal()
     with Progress(4, done=1, stream=out) as progress:
         for step in (2, 3, 4):
@@ -245,6 +252,34 @@ def test_a_bar_on_a_terminal():
     assert "\r" in text
     assert re.search(r"step 4/4  0:00 left  loss 2\.2500  balance 1\.020", text)
     assert "the router has collapsed\n" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (63, "step 800/1000  {} left  loss 3.0000  12.3k tokens/s"),
+        (80, "step 800/1000  {} left  loss 3.0000  12.3k tokens/s  23.4 GB"),
+        (85, "step 800/1000  {} left  loss 3.0000  lr 5.00e-06  12.3k tokens/s  23.4 GB"),
+        (111, "step 800/1000  {} left  loss 3.0000  balance 1.020  lr 5.00e-06  12.3k tokens/s  23.4 GB"),
+        (
+            140,
+            "step 800/1000  {} left  loss 3.0000  balance 1.020  lr 5.00e-06  12.3k tokens/s  23.4 GB  grad norm 1.5",
+        ),
+    ],
+)
+def test_a_narrow_terminal_loses_what_matters_least(columns, text):
+    seen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w") as stream, Progress(1000, done=799, stream=stream) as progress:
+        progress.update(train(800, step_s=21.0, loss=3.0))
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while piece := os.read(seen, 10_000):
+            said += piece
+    os.close(seen)
+    drawn = [line for line in said.decode().split("\r") if line.strip()][-1].rstrip()
+    assert drawn.endswith(f"{'  ' if columns < 100 else '| '}{text.format('1:10:00')}")
+    assert len(drawn) < columns
 
 
 @pytest.mark.parametrize(
