@@ -53,7 +53,7 @@ class TrainingLoop:
                 self._evaluate(step)
             stopping = self._any_rank_stops(stop)
             if step == self.last or stopping or self._state_is_due(step):
-                self.saver.save(step, self.tokens)
+                self._save(step)
             if stopping and step < self.last:
                 raise InputError(f"stopped by a signal after step {step}; its state is saved, go on with resume=auto")
 
@@ -63,7 +63,7 @@ class TrainingLoop:
         try:
             measured = self.trainer.step(batches, self._learning_rate(step))
         except NotFiniteError as error:
-            self.saver.save(step - 1, self.tokens)
+            self._save(step - 1)
             raise InputError(
                 f"step {step}: {error}, {self._items_at_fault(step, batches)}; the state of step {step - 1} is saved "
                 "and still good"
@@ -88,6 +88,11 @@ class TrainingLoop:
             warmup_epochs=config.warmup_epochs * schedule.epochs / config.epochs,
             epochs=schedule.epochs,
         )
+
+    def _save(self, step: int) -> None:
+        """Save the state after `step` steps, and its records first: a machine that fails must not lose them alone."""
+        self.recorder.sync()
+        self.saver.save(step, self.tokens)
 
     def _evaluate(self, step: int) -> None:
         if self.data.held_out:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from accessory.checkpoint.atomic import sync_folder
 from accessory.errors import InputError
 from accessory.train.loggers import open_logger, require_loggers, scalars
 
@@ -76,10 +77,14 @@ class MetricsLog:
             for logger in self._loggers:
                 logger.log(named, values["step"])
 
+    def sync(self) -> None:
+        """Make all records so far durable: they outlive a machine that fails."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Make the file durable and close the loggers. A second call does nothing."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
         while self._loggers:
             self._loggers.pop().close()
@@ -156,6 +161,7 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -30,11 +30,18 @@ class Recorder:
             for warning in self.watch.check(record):
                 self.progress.note(warning)
 
+    def sync(self) -> None:
+        """Make all records so far durable."""
+        self.metrics.sync()
+
 
 class NullRecorder:
     """The recorder of every other rank. It drops all records."""
 
     def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 from helpers import runs
 
 from accessory.errors import AccessoryError
+from accessory.train import loop
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 
@@ -111,6 +113,25 @@ def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
     assert started.wait() == [130]
     assert "interrupted" in started.said()
     assert not (tmp_path / "run" / "states").exists()
+
+
+def test_records_are_durable_before_a_state_is(inputs, tmp_path, monkeypatch):
+    """A power failure loses what was not synced. When a state appears, the lines of its steps must have been."""
+    output, durable, states = tmp_path / "run", [0], []
+    metrics = output / "metrics.jsonl"
+    fsync, save = os.fsync, loop.StateSaver.save
+
+    def note(file):
+        fsync(file)
+        if metrics.exists() and os.path.samestat(os.fstat(file), metrics.stat()):
+            durable[0] = runs.steps_written(output)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(
+        loop.StateSaver, "save", lambda self, step, n: (states.append((step, *durable)), save(self, step, n))
+    )
+    runs.finetune(inputs, output, max_steps=7)
+    assert states == [(3, 3), (6, 6), (7, 7)]
 
 
 # --------------------------------------------------------------------------- resumed elsewhere
