@@ -20,15 +20,16 @@ from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import ConfigError
 from accessory.train.loggers import LOGGERS
-from accessory.train.options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Allowed, one_of, option, required
+from accessory.train.options import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, Allowed, one_of, option, required
 from accessory.train.values import check, convert, read_mapping, read_value
 
 PACKAGE = Path(__file__).parents[1]
 AUTO = "auto"  # resume: go on with the newest state of output_dir, or begin where there is none
 
 DEVICE = Allowed(lambda name: re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None, "cpu, cuda or cuda:N")
-A_TOKEN_AND_THE_NEXT = Allowed(lambda n: n >= 2, "at least 2, a token and the next one")
-FITS_32_BITS = Allowed(lambda n: 0 <= n < 2**32, "at least 0 and less than 2^32")
+A_TOKEN_AND_THE_NEXT = Allowed(lambda n: 2 <= n < 2**31, "at least 2, a token and the next one, and less than 2^31")
+SEED = Allowed(lambda n: 0 <= n < 2**63, "at least 0 and less than 2^63")
+LORA_RANK = Allowed(lambda n: n == -1 or 1 <= n < 2**31, "at least 1 and less than 2^31, or -1 for no LoRA")
 Quantized = Literal[False, "nf4", "nf4-dq", "int4", "int8", "fp8"]  # true is the first, as in the original
 FORMAT_OR_NONE = one_of([*filter(None, get_args(Quantized)), "none"])
 
@@ -88,8 +89,8 @@ class FinetuneConfig:
     pin_mem: bool = option(True, "pin batches in memory (on)")
 
     # The steps
-    batch_size: int = option(4, "rows a data-parallel rank and micro-step", AT_LEAST_ONE)
-    accum_iter: int = option(1, "micro-steps a step", AT_LEAST_ONE)
+    batch_size: int = option(4, "rows a data-parallel rank and micro-step", COUNT)
+    accum_iter: int = option(1, "micro-steps a step", COUNT)
     epochs: float = option(1.0, "may be a fraction", POSITIVE)
     max_steps: int | None = option(
         None, "end after so many steps; warm-up and decay of lr shrink with the run", AT_LEAST_ONE
@@ -99,7 +100,7 @@ class FinetuneConfig:
     warmup_epochs: float = option(0.1, "in which the learning rate rises from 0", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "of everything but norms and biases", NOT_NEGATIVE)
     clip_grad: float = option(2.0, "the largest norm of a gradient; 0 or less: any")
-    seed: int = option(0, "of the order of the data and of new adapters", FITS_32_BITS)
+    seed: int = option(0, "of the order of the data and of new adapters", SEED)
 
     # The loss
     load_balancing_weight: float | None = option(None, "of the load-balancing loss; default: the model's")
@@ -107,7 +108,7 @@ class FinetuneConfig:
     global_batch_statistics: bool = option(False, "balance the batch of all ranks rather than each rank's own")
 
     # What is trained. None: what llama_config and llama_type say.
-    lora_rank: int | None = option(None, "of LoRA, beside the linears of lora_targets; -1: none")
+    lora_rank: int | None = option(None, "of LoRA, beside the linears of lora_targets; -1: none", LORA_RANK)
     lora_alpha: float | None = option(None, "LoRA's update is scaled by alpha / rank; default: by 1")
     lora_targets: tuple[str, ...] | None = option(
         None, "some of wq wk wv wo w1 w2 w3 gate output; default: the first seven"
@@ -117,7 +118,7 @@ class FinetuneConfig:
     train_router: bool = option(False, "with adapters, train the routers too")
 
     # The ranks
-    model_parallel_size: int = option(1, "ranks that hold the model together", AT_LEAST_ONE)
+    model_parallel_size: int = option(1, "ranks that hold the model together", COUNT)
     data_parallel: Literal["sdp", "fsdp"] = option(
         "sdp", "sdp keeps parameters whole between forward and backward, fsdp does not"
     )

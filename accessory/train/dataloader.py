@@ -84,6 +84,8 @@ class Schedule:
             part = min(1.0, epochs - epoch)
             self.plans.append(plan)
             self.lengths.append(max(1, round(plan.steps * part)))
+            if max_steps is not None and sum(self.lengths) >= max_steps:
+                break
         self.seed = seed
         self.steps = sum(self.lengths)
         if max_steps is not None:

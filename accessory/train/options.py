@@ -20,6 +20,7 @@ class Allowed:
 
 ANYTHING = Allowed(lambda _: True, "anything")
 AT_LEAST_ONE = Allowed(lambda n: n >= 1, "at least 1")
+COUNT = Allowed(lambda n: 1 <= n < 2**31, "at least 1 and less than 2^31")
 NOT_NEGATIVE = Allowed(lambda n: n >= 0, "at least 0")
 POSITIVE = Allowed(lambda n: n > 0, "more than 0")
 

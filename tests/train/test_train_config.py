@@ -58,15 +58,17 @@ def test_text_becomes_what_the_field_is(name, text, value):
 WRONG = {
     "pretrained_path": [[], [1], None, ""], "data_config": [None, "", 3], "output_dir": [None, ["a"]],
     "llama_type": ["llama", "mixtral_peft_peft"], "template": ["alpca"], "prompt_type": ["none"],
-    "max_words": [1, "many", 1.5, True], "packing": ["maybe", 1], "eval_interval": [-1, 5], "batch_size": [0, "4.0"],
-    "accum_iter": [0], "epochs": [0, -1, "nan", True], "max_steps": [0], "lr": [0, "fast", float("inf")],
-    "min_lr": [-1e-6, 1e-3], "warmup_epochs": [-0.1, 1.5], "weight_decay": [-1], "clip_grad": ["off", None],
-    "load_balancing_weight": [-1], "z_loss_weight": [-1], "lora_rank": [0, -2], "lora_alpha": [0, "x"],
+    "max_words": [0, 1, 2**31, "many", 1.5, True], "packing": ["maybe", 1], "eval_interval": [-1, 5],
+    "batch_size": [0, 2**31, "4.0"],
+    "accum_iter": [0, 2**31], "epochs": [0, -1, "nan", True], "max_steps": [0], "lr": [0, "fast", float("inf")],
+    "min_lr": [-1e-6, 1e-3], "warmup_epochs": [-0.1, 1.5, "nan"], "weight_decay": [-1],
+    "clip_grad": ["off", None, "nan"],
+    "load_balancing_weight": [-1], "z_loss_weight": [-1], "lora_rank": [0, -2, "abc", 2**31], "lora_alpha": [0, "x"],
     "lora_targets": [["wx"], [], "experts"], "bias_tuning": ["some"], "model_parallel_size": [0],
     "data_parallel": ["ddp", False], "precision": ["int8", "bfloat16"], "quant": ["nf3", 4],
     "quant_attention": ["nf3", True], "quant_output": [False, "int2"],
     "image_transform": ["crop"], "save_interval": [-1], "save_iteration_interval": [0], "keep": [0],
-    "resume": ["no/such/folder"], "seed": [-1, 2**32], "num_workers": [-1], "loggers": [["tensorbord"]],
+    "resume": ["no/such/folder"], "seed": [-1, 2**63, 1.5], "num_workers": [-1], "loggers": [["tensorbord"]],
     "device": ["gpu", "cuda:", "meta"],
 }  # fmt: skip
 

@@ -370,6 +370,8 @@ def test_epochs_differ_and_seeds_too():
 def test_max_steps_cuts_and_never_adds():
     assert schedule(Items(50), max_steps=3).steps == 3
     assert schedule(Items(50), max_steps=30).steps == 7
+    many = schedule(Items(50), epochs=1e9, max_steps=10)
+    assert (many.steps, len(many.plans)) == (10, 2), "no epoch is planned that the run does not reach"
 
 
 @pytest.mark.parametrize(
