@@ -190,7 +190,11 @@ def _parser() -> Parser:
     add_image_arguments(generate, several=True)
     add_sampling_arguments(generate)
     generate.add_argument("--stream", action="store_true", help="show the text while it is written")
-    generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a prompt; with --stream, before it one a piece",
+    )
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
     add_model_options(chat)

@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.options import loading_arguments
 from accessory.parallel.mesh import Ranks, broadcast_object
+from accessory.progress import progress_bar
 
 NO_IMAGE = ("none", "-")
 
@@ -69,9 +72,15 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
         "seed": options.seed,
     }
     if options.stream:
-        _show(model.stream_generate(asked[0], images[0] if images else None, **how), tidy)
-        return 0
-    texts = map(tidy, model.generate(asked, images or None, **how))
+        stream = model.stream_generate(asked[0], images[0] if images else None, **how)
+        texts = [_show(stream, tidy, _print_piece if options.json else _print_text)]
+        if not options.json:
+            print()
+            return 0
+        stopped = False
+    else:
+        whole, stopped = _write(model, asked, images or None, how)
+        texts = [*map(tidy, whole)]
     for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
         if options.json:
             image = {"image": options.image[n - 1]} if images else {}
@@ -81,7 +90,36 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
                 last = (prompt.splitlines() or [""])[-1]
                 print(f"# {n}/{len(prompts)}: {last[:70]}")
             print(text)
+    if stopped:
+        raise KeyboardInterrupt
     return 0
+
+
+def _write(model: Any, asked: list[Any], images: list[Any] | None, how: dict[str, Any]) -> tuple[list[str], bool]:
+    """The texts, and whether Ctrl-C stopped them. A terminal shows how many tokens the longest one has."""
+    bar = progress_bar(how["max_gen_len"], "writing", sys.stderr.isatty(), unit=" tokens")
+    if launch_of() is not None:  # the launcher ends all ranks
+        with bar:
+            return model.generate(asked, images, **how, on_step=lambda n: bar.update(n - bar.n)), False
+    with bar, _first_ctrl_c() as stopped:
+        told = {"cancelled": stopped.is_set, "on_step": lambda n: bar.update(n - bar.n)}
+        return model.generate(asked, images, **how, **told), stopped.is_set()
+
+
+@contextmanager
+def _first_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, while the context is open; the next one raises KeyboardInterrupt."""
+    pressed = threading.Event()
+
+    def note(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -177,6 +215,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
             print(f"\n({error}; the round is forgotten)")
             conversation.messages.pop()
             continue
+        print()
         conversation.add("assistant", answer)
 
 
@@ -211,14 +250,22 @@ def _change(seen: _Seen | None, words: str, visual: bool) -> _Seen | None:
     return seen
 
 
-def _show(stream: Any, tidy: Callable[[str], str] = str) -> str:
-    """Print a stream as it grows. Returns the whole text."""
+def _print_text(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _print_piece(piece: str) -> None:
+    if piece:
+        print(json.dumps({"piece": piece}, ensure_ascii=False), flush=True)
+
+
+def _show(stream: Any, tidy: Callable[[str], str], write: Callable[[str], None] = _print_text) -> str:
+    """Write a stream as it grows. Returns the whole text."""
     shown = whole = ""
     for item in stream:
         whole = tidy(item["text"])
-        print(whole[len(shown) :], end="", flush=True)
+        write(whole[len(shown) :])
         shown = whole
-    print()
     return whole
 
 

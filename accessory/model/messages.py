@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accessory.arguments import check_max_gen_len
+from accessory.engine.sampling import Sampling
+
 IMAGES = ("image", "images")  # arguments of MetaModel's methods
 
 
 def arguments_to_send(arguments: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments as plain values. Images are opened here, so that only the driver reports a bad one."""
     return {name: image_to_send(v) if name in IMAGES else to_ids(v) for name, v in arguments.items()}
+
+
+def sampling_arguments(
+    max_gen_len: int, max_seq_len: int, temperature: float, top_p: float, stops: Iterable[str], seed: Any
+) -> dict[str, Any]:
+    """The arguments that say how the ranks generate. InputError for a wrong one, before any rank gets it."""
+    check_max_gen_len(max_gen_len, max_seq_len)
+    Sampling(temperature, top_p, seed)
+    return {
+        "max_gen_len": max_gen_len,
+        "temperature": temperature,
+        "top_p": top_p,
+        "additional_stop_symbols": stops if isinstance(stops, str) else list(stops),
+        # Without a seed, one is drawn here, so that torch.manual_seed in this process makes the ranks repeat.
+        "seed": int(torch.randint(2**62, ())) if seed is None and temperature else seed,
+    }
 
 
 def arguments_received(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,7 @@ class MetaModel(nn.Module):
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> list[str]:
         """The text that the model writes after each prompt. A prompt is a string, or token ids, which are not changed.
 
@@ -180,11 +181,12 @@ class MetaModel(nn.Module):
         tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
         tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
         `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
-        a step (on the first of several ranks); when it returns true, the texts end there.
+        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after each
+        step with the number of steps, which is that of the longest text's tokens.
         """
         texts = [""] * count_prompts(prompts)
         for row, text, _ in self._stream(
-            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled
+            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled, on_step
         ):
             texts[row] += text
         return texts
@@ -224,6 +226,7 @@ class MetaModel(nn.Module):
         stops: Iterable[str],
         seed: int | None,
         cancelled: Callable[[], bool] | None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, str, bool]]:
         """Yield (row, new text, whether the row has ended) whenever text becomes final."""
         prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
@@ -256,6 +259,8 @@ class MetaModel(nn.Module):
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]
         for n_step, step in enumerate(generation, start=1):
+            if on_step is not None:
+                on_step(n_step)
             for row, token in enumerate(step):
                 if token is None:
                     continue

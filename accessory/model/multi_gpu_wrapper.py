@@ -18,14 +18,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from accessory.arguments import check_max_gen_len, check_port
+from accessory.arguments import check_port
 from accessory.data.tokenizer import Tokenizer
-from accessory.engine.sampling import Sampling
 from accessory.errors import AccessoryError, InputError, RankError
 from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.process_group import host_store
@@ -39,22 +38,31 @@ from accessory.launch.rank_processes import (
     who_ended,
 )
 from accessory.model.loading import Loading, PathLike
-from accessory.model.messages import arguments_to_send, from_plain
+from accessory.model.messages import arguments_to_send, from_plain, sampling_arguments
 from accessory.model.meta import StreamItem
 from accessory.model.prompts import Prompt
 
 log = logging.getLogger(__name__)
 
 Replies = Generator[Any, None, Any]
-Cancelled = Callable[[], bool] | None
 RANK_MODULE = "accessory.model.rank_worker"
+
+
+class _Watch(NamedTuple):
+    """What the caller asks and is told during a call."""
+
+    cancelled: Callable[[], bool] | None = None
+    on_step: Callable[[int], None] | None = None
+
+
+NOBODY = _Watch()
 
 
 class _Call:
     """A call that the ranks are working on, and the messages they have sent about it."""
 
-    def __init__(self, doing: str, ranks: Sequence[RankProcess], patience: float, cancelled: Cancelled = None) -> None:
-        self.doing, self.patience, self.cancelled = doing, patience, cancelled
+    def __init__(self, doing: str, ranks: Sequence[RankProcess], patience: float, watch: _Watch = NOBODY) -> None:
+        self.doing, self.patience, self.watch = doing, patience, watch
         self.waiting = {rank.connection: rank for rank in ranks}
         self.items: deque[Any] = deque()
         self.result: Any = None
@@ -75,6 +83,8 @@ class _Call:
         self.heard = time.monotonic()
         if kind == "item" and not self.left:
             self.items.append(said[0])
+        if kind == "step" and self.watch.on_step is not None:
+            self.watch.on_step(said[0])
         if kind in ("item", "step"):
             return
         del self.waiting[rank.connection]
@@ -174,10 +184,13 @@ class MultiGpuWrapper:
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
-        cancelled: Cancelled = None,
+        cancelled: Callable[[], bool] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> list[str]:
-        how = _sampling(max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed)
-        return self._answer("generate", {"prompts": prompts, "images": images, **how}, cancelled)
+        how = sampling_arguments(
+            max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed
+        )
+        return self._answer("generate", {"prompts": prompts, "images": images, **how}, _Watch(cancelled, on_step))
 
     def stream_generate(
         self,
@@ -188,11 +201,13 @@ class MultiGpuWrapper:
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
-        cancelled: Cancelled = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[StreamItem]:
         """As `MetaModel.stream_generate`. Closing or dropping the iterator ends the generation on the ranks."""
-        how = _sampling(max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed)
-        yield from self._replies("stream_generate", {"prompt": prompt, "image": image, **how}, cancelled)
+        how = sampling_arguments(
+            max_gen_len, self._asked.max_seq_len, temperature, top_p, additional_stop_symbols, seed
+        )
+        yield from self._replies("stream_generate", {"prompt": prompt, "image": image, **how}, _Watch(cancelled))
 
     def compute_logits(
         self, examples: Sequence[Prompt], images: Any = None, bos: bool = True, eos: bool = False
@@ -237,17 +252,17 @@ class MultiGpuWrapper:
 
     # ----------------------------------------------------------------- calls
 
-    def _answer(self, method: str, arguments: dict[str, Any], cancelled: Cancelled = None) -> Any:
-        replies = self._replies(method, arguments, cancelled)
+    def _answer(self, method: str, arguments: dict[str, Any], watch: _Watch = NOBODY) -> Any:
+        replies = self._replies(method, arguments, watch)
         try:
             while True:
                 next(replies)
         except StopIteration as end:
             return from_plain(end.value)
 
-    def _replies(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> Replies:
+    def _replies(self, method: str, arguments: dict[str, Any], watch: _Watch) -> Replies:
         """Send a call to all ranks, yield the first one's items, return its result."""
-        call = self._begin(method, arguments, cancelled)
+        call = self._begin(method, arguments, watch)
         try:
             while True:
                 with self._turn:
@@ -261,7 +276,7 @@ class MultiGpuWrapper:
             if not call.over:  # the reader left, or Ctrl-C: end the call on the ranks, or end the ranks
                 self._leave(call)
 
-    def _begin(self, method: str, arguments: dict[str, Any], cancelled: Cancelled) -> _Call:
+    def _begin(self, method: str, arguments: dict[str, Any], watch: _Watch) -> _Call:
         try:
             message = ForkingPickler.dumps((method, arguments_to_send(arguments)))
         except AccessoryError:
@@ -272,14 +287,14 @@ class MultiGpuWrapper:
             with self._turn:
                 busy = self._call_now
                 if busy is None or busy.over:
-                    return self._send(method, message, cancelled)
+                    return self._send(method, message, watch)
                 self._listen(busy)  # perhaps a half-read stream: its items are stored for its reader
             time.sleep(POLL / 100)  # lets that reader take the lock
 
-    def _send(self, method: str, message: Any, cancelled: Cancelled) -> _Call:
+    def _send(self, method: str, message: Any, watch: _Watch) -> _Call:
         if not self._ranks:
             self._start()
-        call = _Call(method, self._ranks, self._step_timeout, cancelled)
+        call = _Call(method, self._ranks, self._step_timeout, watch)
         try:
             for rank in self._ranks:
                 rank.connection.send_bytes(message)
@@ -293,7 +308,7 @@ class MultiGpuWrapper:
 
     def _listen(self, call: _Call) -> None:
         """Wait a moment for messages of the ranks. If the call fails, set `call.error`, and end ranks out of step."""
-        if not call.told and (call.left or (call.cancelled is not None and call.cancelled())):
+        if not call.told and (call.left or (call.watch.cancelled is not None and call.watch.cancelled())):
             call.told = True
             with contextlib.suppress(OSError):  # a rank that is gone is noticed below
                 self._ranks[0].connection.send(("cancel", {}))
@@ -379,18 +394,3 @@ _opened: weakref.WeakSet[MultiGpuWrapper] = weakref.WeakSet()
 def _close_all() -> None:
     for wrapper in list(_opened):
         wrapper.close()
-
-
-def _sampling(
-    max_gen_len: int, max_seq_len: int, temperature: float, top_p: float, stops: Iterable[str], seed: Any
-) -> dict[str, Any]:
-    check_max_gen_len(max_gen_len, max_seq_len)
-    Sampling(temperature, top_p, seed)
-    return {
-        "max_gen_len": max_gen_len,
-        "temperature": temperature,
-        "top_p": top_p,
-        "additional_stop_symbols": stops if isinstance(stops, str) else list(stops),
-        # Without a seed, one is drawn here, so that torch.manual_seed in this process makes the ranks repeat.
-        "seed": int(torch.randint(2**62, ())) if seed is None and temperature else seed,
-    }

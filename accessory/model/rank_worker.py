@@ -38,14 +38,18 @@ def serve(connection: Connection, place: Place) -> None:
 
     if not _answer(connection, load):
         return
-    said = time.monotonic()
+    said, steps = time.monotonic(), 0
 
     def step(*_: Any) -> None:
         """Tell the driver that the ranks are still working: a call may take longer than it waits for silent ranks."""
         nonlocal said
         if (now := time.monotonic()) - said > 0.1:
-            connection.send(("step",))
+            connection.send(("step", steps))
             said = now
+
+    def count(n: int) -> None:
+        nonlocal steps
+        steps = n
 
     def cancelled() -> bool:
         step()
@@ -59,6 +63,9 @@ def serve(connection: Connection, place: Place) -> None:
             continue  # the call that it cancels had already ended
         if place.rank == 0 and method in ("generate", "stream_generate"):
             arguments["cancelled"] = cancelled
+            steps = 0
+            if method == "generate":
+                arguments["on_step"] = count
         _answer(connection, partial(_do, connection, model, method, arguments, place.rank))
 
 

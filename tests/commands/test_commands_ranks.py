@@ -51,6 +51,32 @@ def test_n_gpus_starts_ranks_itself(folder, expected):
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
+def test_ctrl_c_with_ranks_prints_what_there_is(folder, tmp_path):
+    """The steps that the ranks have made are known here: Ctrl-C comes after the first."""
+    script = (
+        "import signal, sys\nfrom accessory.cli import main\nfrom accessory.model.multi_gpu_wrapper import _Call\n"
+        "hear = _Call.hear\n"
+        "def heard(self, rank):\n"
+        "    on_step = self.watch.on_step\n"
+        "    if on_step is not None and not hasattr(self, 'steps'):\n"
+        "        self.steps = []\n"
+        "        def note(n):\n"
+        "            self.steps.append(n)\n"
+        "            if n > 0 and len(self.steps) > 1: signal.raise_signal(signal.SIGINT)\n"
+        "            on_step(n)\n"
+        "        self.watch = self.watch._replace(on_step=note)\n"
+        "    hear(self, rank)\n"
+        "_Call.hear = heard\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), "generate", folder, "--prompt", PROMPT, "--n-gpus", "2"]
+    done = run([*command, "--max-gen-len", "3000", "--max-seq-len", "4000", "--dtype", "fp32", "--device", "cpu"])
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "\ninterrupted\n"
+    assert len(done.stdout) > 10
+
+
 @pytest.mark.slow
 def test_torchrun_prints_once_and_shares_standard_input(folder, expected):
     done = run(torchrun("generate", folder, "--prompt", PROMPT, "--stream", *HOW))

@@ -15,6 +15,7 @@ from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import NonFiniteError
 from accessory.model.meta import MetaModel
+from accessory.progress import progress_bar
 
 PROMPT = "The best programming language in the world is"
 
@@ -96,6 +97,63 @@ def test_stream_prints_the_same_text(generate, model):
     assert generate("--prompt", PROMPT, "--max-gen-len", "20", "--stream") == generate(
         "--prompt", PROMPT, "--max-gen-len", "20"
     )
+
+
+def test_a_short_context_leaves_room_for_prompt_and_answer(generate, model):
+    assert generate("--prompt", PROMPT) == model.generate([PROMPT], max_gen_len=64)[0] + "\n"
+
+
+def test_stream_as_json_is_pieces_and_then_the_whole(generate, model):
+    words = ["--prompt", PROMPT, "--max-gen-len", "20", "--json"]
+    *pieces, whole = map(json.loads, generate(*words, "--stream").splitlines())
+    assert whole == json.loads(generate(*words))
+    assert len(pieces) > 1
+    assert all(list(piece) == ["piece"] for piece in pieces)
+    assert "".join(piece["piece"] for piece in pieces) == whole["text"]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_ctrl_c_ends_the_text_and_prints_what_there_is(folder, model, capsys, monkeypatch, form):
+    step = model.llma.__class__.forward
+    calls = []
+
+    def interrupted(self, *args, **how):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **how)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(model.llma.__class__, "forward", interrupted)
+    command = ["generate", str(folder), "--dtype", "fp32", "--max_seq_len", "128", "--prompt", PROMPT, *form]
+    assert main([*command, "--max-gen-len", "100"]) == 130
+    captured = capsys.readouterr()
+    monkeypatch.undo()
+    expected = model.generate([PROMPT], max_gen_len=5)[0]  # the step in which Ctrl-C came is the last
+    got = json.loads(captured.out)["text"] if form else captured.out.removesuffix("\n")
+    assert got
+    assert expected.startswith(got)
+    assert captured.err == "\ninterrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_terminal_shows_how_many_tokens_there_are(folder, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(
+        "accessory.commands.text.progress_bar", lambda *args, **how: seen.append(args) or progress_bar(*args, **how)
+    )
+    steps = []
+    write = MetaModel.generate
+
+    def counted(self, *args, on_step, **how):
+        return write(self, *args, on_step=lambda n: (steps.append(n), on_step(n)), **how)
+
+    monkeypatch.setattr(MetaModel, "generate", counted)
+    command = ["generate", str(folder), "--dtype", "fp32", "--max_seq_len", "128", "--prompt", PROMPT, "--prompt", "A"]
+    assert main([*command, "--max-gen-len", "4"]) == 0
+    assert seen == [(4, "writing", True)]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_stop_ends_the_text_before_it(generate, model):
