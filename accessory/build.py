@@ -104,14 +104,7 @@ def build(
     mesh = mesh or DeviceMesh()
     if mesh.first and torch.device(device).type == "cuda":
         warn_of_slow_kernels()
-    tensors = _stored_tensors(spec)
-    with torch.device("meta"):
-        decoder = Decoder(spec.args, spec.implementation, sees=spec.image_views > 0)
-        add_adapters(decoder, _adapter_specs(tensors, training), spec.args.lora_scale)
-    decoder.cast(dtype).compute_in(dtype)
-    _choose_trained(decoder, training)
-    tensors |= _new_tensors(decoder, spec, training, tensors)
-    check_tensors(decoder, tensors, where=", ".join(str(c.path) for c in spec.checkpoints))
+    decoder, tensors = outline(spec, dtype=dtype, training=training)
     if mesh.model is not None and mesh.model.size > 1:
         parallelize(decoder, mesh.model)
     if spec.quant is not None:
@@ -122,6 +115,24 @@ def build(
     decoder.fuse()  # before the values arrive, so that they are not copied twice
     fill(decoder, tensors, progress=progress)
     return decoder.eval()
+
+
+def outline(
+    spec: NetworkSpec, *, dtype: torch.dtype = torch.bfloat16, training: TrainingSpec | None = None
+) -> tuple[Decoder, dict[str, Lazy]]:
+    """The whole network on the meta device, without memory, and the tensors that will fill it.
+
+    Raises CheckpointError listing tensors that are missing, extra or misshapen.
+    """
+    tensors = _stored_tensors(spec)
+    with torch.device("meta"):
+        decoder = Decoder(spec.args, spec.implementation, sees=spec.image_views > 0)
+        add_adapters(decoder, _adapter_specs(tensors, training), spec.args.lora_scale)
+    decoder.cast(dtype).compute_in(dtype)
+    _choose_trained(decoder, training)
+    tensors |= _new_tensors(decoder, spec, training, tensors)
+    check_tensors(decoder, tensors, where=", ".join(str(c.path) for c in spec.checkpoints))
+    return decoder, tensors
 
 
 def build_tower(

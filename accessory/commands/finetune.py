@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import atexit
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
+from accessory.checkpoint.hub import is_remote
 from accessory.config import PEFT_FIELDS
 from accessory.errors import ConfigError, InputError
 from accessory.launch.ending import end_with_torchrun, leave
 from accessory.launch.environment import Launch, launch_of
-from accessory.launch.gpus import count_ranks, default_device
+from accessory.launch.gpus import count_ranks
 from accessory.launch.torchrun import run_under_torchrun
 from accessory.train.config import PACKAGE, FinetuneConfig
+
+if TYPE_CHECKING:
+    from accessory.train.preparation import Prepared
 
 RECIPES = PACKAGE / "configs" / "finetune"
 
@@ -31,16 +33,21 @@ def finetune(options: argparse.Namespace) -> int:
         return carry_out(config, dry_run=options.dry_run)
     if launch is not None:
         raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else None
-    count_ranks(options.n_gpus, shown=gpus, n_field="--n-gpus")
+    count_ranks(options.n_gpus, shown=_gpus(config), n_field="--n-gpus")
     words = ["-m", "accessory", "finetune", options.config, *options.overrides, *(["--debug"] if options.debug else [])]
     if options.dry_run:
         status = carry_out(config, dry_run=True, world=options.n_gpus)
         print(f"# to start it yourself: torchrun --nproc-per-node={options.n_gpus} {shlex.join(words)}")
         return status
-    config.data_parallel_size(options.n_gpus)
-    config.check_files()
+    _check(config, options.n_gpus)
     return run_under_torchrun(options.n_gpus, words, debug=options.debug)
+
+
+def _gpus(config: FinetuneConfig) -> int | None:
+    """The GPUs that ranks may take; None where they need none."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else None
 
 
 def find_recipe(name: str) -> Path:
@@ -55,18 +62,18 @@ def find_recipe(name: str) -> Path:
 def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | None = None) -> int:
     """Train in this process. Returns the exit status.
 
-    world: the number of ranks, by default those that a launcher started. dry_run: only check the configuration against
-    the files, and print it.
+    world: the number of ranks, by default those that a launcher started. dry_run: do all that a run does before it
+    builds its network, write nothing, and print the recipe.
     """
     launch = launch_of()
     if world is None:
         world = launch.size if launch else 1
-    replicas = config.data_parallel_size(world)
-    config.check_files()
     if dry_run:
-        lines = _summary(config, world, replicas)
+        lines = _dry_run(config, world)
         print(config.as_yaml() + "\n".join(f"# {line}" for line in lines))
         return 0
+    config.data_parallel_size(world)
+    config.check_files()
     if launch is None:
         _train(config)
     else:
@@ -74,29 +81,58 @@ def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | Non
     return 0
 
 
-def _summary(config: FinetuneConfig, world: int, replicas: int) -> list[str]:
-    """Lines about ranks, steps and trained parameters. Opens the model's files, unless they must be downloaded."""
+def _check(config: FinetuneConfig, world: int) -> Prepared:
+    """Check in this process alone what a run on `world` ranks checks before it reads its items, and write nothing."""
+    replicas = config.data_parallel_size(world)
+    config.check_files()
+    from accessory.parallel.mesh import DeviceMesh
+    from accessory.train.preparation import check_network, prepare
+
+    ready = prepare(config, DeviceMesh(), replicas, write=False)
+    check_network(ready)
+    return ready
+
+
+def _dry_run(config: FinetuneConfig, world: int) -> list[str]:
+    """Check a run on `world` ranks, and describe it: ranks, steps, data and trained parameters.
+
+    A model that must be downloaded is not opened, and neither are the items, which need its tokenizer.
+    """
+    replicas = config.data_parallel_size(world)
     rows = config.batch_size * config.accum_iter * replicas
     lines = [
         f"{world} rank{'s' * (world > 1)} = {config.model_parallel_size} model-parallel × {replicas} data-parallel",
         f"a step: {rows} rows = {config.batch_size} × {config.accum_iter} × {replicas}, "
         f"at most {rows * config.max_words:,} tokens",
     ]
-    if any("://" in path for path in config.pretrained_path):
-        return [*lines, "the model is not checked: it would have to be downloaded"]
-    from accessory.train.memory import check_memory
-    from accessory.train.source import open_source
+    if any(is_remote(path) for path in config.pretrained_path):
+        config.check_files()
+        from accessory.parallel.mesh import DeviceMesh
+        from accessory.train.preparation import prepare_without_model
 
-    source = open_source(config)
-    try:
-        check_memory(config, source, config.device or default_device(), world=world)
-    except InputError as error:  # a dry run may be made on another machine than the run
-        lines.append(f"on this machine the run would be refused: {error}")
+        prepare_without_model(config, DeviceMesh(), write=False)
+        return [*lines, "the model and the items are not checked: the model would have to be downloaded"]
+    ready = _check(config, world)
+    lines += _about_items(ready)
+    source = ready.source
     trained = "everything"
     if source.kind.peft:
         peft = {name: getattr(source.args, name) for name in PEFT_FIELDS}
         trained = ", ".join(f"{name} {_shown(value)}" for name, value in peft.items() if value is not None)
     return [*lines, f"llama_type {source.kind}; trained: {trained}", *_about_data(config)]
+
+
+def _about_items(ready: Prepared) -> list[str]:
+    """Encode every item as the run does, but keep nothing on disk."""
+    import torch
+
+    from accessory.parallel.mesh import DeviceMesh
+    from accessory.train.training_data import open_training_data
+
+    kept_nowhere = replace(ready, config=replace(ready.config, cache_ann_on_disk=False))
+    data = open_training_data(kept_nowhere, DeviceMesh(), torch.device("cpu"))
+    tokens = int(data.dataset.lengths.sum())
+    return [f"{len(data.dataset):,} items, {tokens:,} tokens; {data.schedule.steps:,} steps in all"]
 
 
 def _shown(value: Any) -> str:
@@ -112,6 +148,7 @@ def _about_data(config: FinetuneConfig) -> list[str]:
 
 
 def _train(config: FinetuneConfig) -> None:
+
     from accessory.train.run import finetune as run
 
     run(config)
@@ -120,6 +157,8 @@ def _train(config: FinetuneConfig) -> None:
 def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
     """Train as a launcher's rank. After an error, the process ends without destroying its process groups: other ranks
     may be dead, and then that waits for them or aborts."""
+    import torch.distributed as dist
+
     end_with_torchrun(launch.rank)
     status = 1
     try:

@@ -181,8 +181,8 @@ class MetaModel(nn.Module):
         tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
         tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
         `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
-        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after each
-        step with the number of steps, which is that of the longest text's tokens.
+        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after
+        each step with the number of steps, which is that of the longest text's tokens.
         """
         texts = [""] * count_prompts(prompts)
         for row, text, _ in self._stream(
@@ -251,10 +251,14 @@ class MetaModel(nn.Module):
                 cancelled=cancelled,
                 images=None if self.image_processor is None else self.image_processor.features(pixels),
             )
-            yield from self._texts(generation, prompt_ids, stops)
+            yield from self._texts(generation, prompt_ids, stops, on_step)
 
     def _texts(
-        self, generation: Generation, prompt_ids: Sequence[list[int]], stops: Sequence[str]
+        self,
+        generation: Generation,
+        prompt_ids: Sequence[list[int]],
+        stops: Sequence[str],
+        on_step: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, str, bool]]:
         decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
         scanners = [StopScanner(stops) for _ in prompt_ids]

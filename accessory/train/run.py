@@ -11,19 +11,19 @@ import torch
 from accessory.build import build, build_tower
 from accessory.counts import spell_parameters
 from accessory.errors import MissingExtraError
-from accessory.launch.gpus import default_device
+from accessory.launch.gpus import check_device, default_device
 from accessory.launch.process_group import join_launched
 from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
-from accessory.train.loggers import require_loggers
 from accessory.train.loop import TrainingLoop
-from accessory.train.memory import check_memory, explained_memory
+from accessory.train.memory import explained_memory
+from accessory.train.preparation import prepare
 from accessory.train.recorder import open_recorder
 from accessory.train.resume import StateSaver
 from accessory.train.run_folder import RunFolder
 from accessory.train.signals import stop_on_signals
-from accessory.train.source import COMPUTE, Source, counts, open_source, warn_of_biases
+from accessory.train.source import COMPUTE, Source, counts, warn_of_biases
 from accessory.train.trainer import LossWeights, Trainer
 from accessory.train.training_data import TrainingData, open_training_data
 
@@ -41,23 +41,15 @@ def finetune(config: FinetuneConfig) -> Path:
     state saved. SIGTERM and Ctrl-C save a state and end the run; it is resumed with `resume: auto`.
     """
     mesh, device = _join_ranks(config)
-    mesh.from_first(lambda: require_loggers(config.loggers))
 
-    # The folder says where the run begins: at step 0, or at a state.
-    folder = RunFolder(Path(config.output_dir))
-    start = mesh.from_first(lambda: folder.find_start(config))
-
-    # The model's files are opened, and its weights not yet read.
-    source = open_source(config)
-    model = source.identity()
-    start.check_model(model)
-    check_memory(config, source, device, world=mesh.size, group=mesh.all and mesh.all.group)
-    split = start.split(config.batch_size, config.accum_iter, mesh.data_size)
+    # Everything is checked, and the model's files are opened. Its weights are not yet read.
+    ready = prepare(config, mesh, mesh.data_size)
+    folder, start, source = ready.folder, ready.start, ready.source
     if mesh.first:
         warn_of_biases(source)
 
     # The data are encoded, and all steps laid out.
-    data = open_training_data(config, source, mesh, device, split, start)
+    data = open_training_data(ready, mesh, device)
 
     # The network is loaded, which takes long.
     with explained_memory(config, source, device, mesh.size):
@@ -69,7 +61,7 @@ def finetune(config: FinetuneConfig) -> Path:
     with stop_on_signals() as stop:
         if mesh.first:
             print("\n".join(filter(None, [_summary(source, trainer, data), start.announcement])))
-        identity = {"model": model, "data": data.identity, "rows": split.rows, "steps": data.schedule.steps}
+        identity = {"model": ready.model, "data": data.identity, "rows": ready.split.rows, "steps": data.schedule.steps}
         saver = StateSaver(folder.states, config, trainer, identity, source.kind.implementation, start)
         top_k = source.args.moe.num_experts_per_tok
         with (
@@ -87,7 +79,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     """All ranks of the run, and this rank's device, with the recipe's seed and precision set."""
-    device = config.device or default_device()
+    device = check_device(config.device, "device") or default_device()
     group = join_launched(PATIENCE)
     ranks = Ranks.of(group) if group is not None else None
     mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0])

@@ -6,6 +6,8 @@ checkpoint like any other) and `report.html`.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -25,13 +27,15 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.states, self.final = path, path / STATES, path / FINAL
 
-    def find_start(self, config: FinetuneConfig) -> Start:
-        """Make the folder, and find where the run begins; what the folder holds is left alone.
+    def find_start(self, config: FinetuneConfig, *, write: bool = True) -> Start:
+        """Find where the run begins; what the folder holds is left alone. write: make the folder where it is missing.
 
         Raises ConfigError where the folder cannot be written or holds another run, CheckpointError where the state to
         resume from is damaged or no state.
         """
         self._check_writable()
+        if write:
+            self._make()
         start = find_start(config.resume, self.states)
         holds_run = (self.path / METRICS_FILE).exists() and not config.overwrite
         if holds_run and config.resume is None:
@@ -66,6 +70,15 @@ class RunFolder:
         return write_report(self.path, title=self.path.name, config=config.to_dict())
 
     def _check_writable(self) -> None:
+        """ConfigError where permissions forbid to write; nothing is written."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({there}: {os.strerror(errno.ENOTDIR)})")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({there}: {os.strerror(errno.EACCES)})")
+
+    def _make(self) -> None:
+        """Make the folder and write into it, which no check can promise to work (quotas, full disks)."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".probe"

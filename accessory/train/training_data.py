@@ -11,12 +11,12 @@ import torch
 
 from accessory.data.batches import Batch
 from accessory.data.dataset import FinetuneData
-from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from accessory.data.tokenizer import Tokenizer
 from accessory.data.transform import ImageLoader
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.config import FinetuneConfig
 from accessory.train.dataloader import DataLoader, Schedule, Split
-from accessory.train.resume import Start
+from accessory.train.preparation import Prepared
 from accessory.train.source import Source
 
 
@@ -38,15 +38,14 @@ class TrainingData:
         return self.loader.split
 
 
-def open_training_data(
-    config: FinetuneConfig, source: Source, mesh: DeviceMesh, device: torch.device, split: Split, start: Start
-) -> TrainingData:
-    """Open the tokenizer, encode every item, and lay out all steps. Every rank calls it.
+def open_training_data(ready: Prepared, mesh: DeviceMesh, device: torch.device) -> TrainingData:
+    """Encode every item, and lay out all steps. Every rank calls it.
 
     Raises InputError with file and line for an item that cannot be used, ConfigError where the data do not suit the
     recipe, the model or the run that is resumed.
     """
-    opener = _Opener(config, source, mesh, device, _open_tokenizer(config, source))
+    config, start, split = ready.config, ready.start, ready.split
+    opener = _Opener(config, ready.source, mesh, device, ready.tokenizer)
     dataset = opener.dataset(config.data_config)
     identity = _identity(dataset, config)
     start.check_data(identity)
@@ -55,17 +54,6 @@ def open_training_data(
     loader = opener.loader(dataset, schedule, split, config.image_transform)
     held_out = _held_out_batches(opener, config.eval_data) if config.eval_data else []
     return TrainingData(dataset, identity, loader, held_out)
-
-
-def _open_tokenizer(config: FinetuneConfig, source: Source) -> Tokenizer:
-    """The recipe's, else that of the last folder that has one."""
-    path: str | Path = source.checkpoints[0].path
-    for checkpoint in source.checkpoints[1:]:
-        if any(checkpoint.path.glob("tokenizer.*")):
-            path = checkpoint.path
-    tokenizer = load_tokenizer(config.tokenizer_path or path)
-    check_vocabulary(tokenizer, source.args.vocab_size)
-    return tokenizer
 
 
 def _identity(dataset: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:

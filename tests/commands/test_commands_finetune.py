@@ -1,14 +1,18 @@
 """`accessory finetune`: recipes by name, dry runs, ranks of its own, and how commands of several ranks end."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 from helpers.random_models import write_speaking
+from helpers.runs import snapshot
 from helpers.sizes import SPEAKING
+from safetensors.torch import load_file, save_file
 
 import accessory.train.run
 from accessory.cli import main
@@ -100,6 +104,89 @@ def test_a_dry_run_reads_the_model(fields, capsys, tmp_path):
     assert "lora_rank" in refused(capsys, "lora_one_gpu", *fields, "lora_rank=-1", "--dry-run")
 
 
+REFUSED = {
+    "misspelt key of the data list": (
+        ["data_config={tmp}/typ.yaml"],
+        "META[0]: unknown key 'typ'; did you mean 'type",
+    ),
+    "missing data file": (["data_config={tmp}/gone.yaml"], "gone.yaml: META[0]: path: gone.json: no such file"),
+    "broken list of held-out data": (["eval_data={tmp}/typ.yaml"], "typ.yaml: META[0]: unknown key 'typ'"),
+    "no model": (["pretrained_path=nowhere"], "pretrained_path: got 'nowhere', but it must be a file or folder"),
+    "model without a tensor": (["pretrained_path={tmp}/lacking"], "missing tensors: norm.weight"),
+    "no tokenizer": (["tokenizer_path={tmp}"], "{tmp}: no tokenizer in this folder"),
+    "no template": (["template=tokenizer"], "template: 'tokenizer' is the tokenizer's own chat template, but"),
+    "folder below a file": (["output_dir={tmp}/typ.yaml/run"], "cannot be written ({tmp}/typ.yaml: Not a directory)"),
+    "folder of another run": (["output_dir={tmp}/used", "resume=null"], "output_dir: {tmp}/used holds a run already"),
+    "no state": (["resume={tmp}"], "{tmp}: holds no state.json"),
+    "logger": (["loggers=trackio"], "loggers: trackio needs the package trackio: pip install"),
+    "ranks": (["model_parallel_size=3"], "must be a multiple of it"),
+    "device": (["device=cuda:99"], "device: got 'cuda:99', but torch"),
+    "sizes": (["llama_config={tmp}/sizes.json"], "hidden_dim: {tmp}/sizes.json, config.json says 64"),
+}
+
+
+@pytest.mark.parametrize("how", ["dry run", "driver of ranks", "run"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_same_is_refused_before_the_first_step(made, fields, capsys, monkeypatch, tmp_path, how, name):
+    """By a dry run, by the process that would start ranks, and by a run, which has then built no network."""
+    (tmp_path / "typ.yaml").write_text("META: [{path: gone.json, typ: text}]")
+    (tmp_path / "gone.yaml").write_text("META: [{path: gone.json, type: text}]")
+    (tmp_path / "sizes.json").write_text('{"hidden_dim": 64}')
+    shutil.copytree(made / "model", tmp_path / "lacking")
+    tensors = load_file(tmp_path / "lacking" / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").touch()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "trackio" else find_spec(n, *a))
+    monkeypatch.setattr("accessory.commands.finetune.run_under_torchrun", lambda *_, **__: pytest.fail("started ranks"))
+    monkeypatch.setattr("accessory.build.fill", lambda *_, **__: pytest.fail("loaded weights"))
+    changes = [change.format(tmp=tmp_path) for change in REFUSED[name][0]]
+    message = REFUSED[name][1].format(tmp=tmp_path)
+    options = {"dry run": ["--dry-run", "--n-gpus", "2"], "driver of ranks": ["--n-gpus", "2"], "run": []}[how]
+    before = snapshot(tmp_path)
+    told = refused(capsys, "lora_one_gpu", *fields, "device=cpu", *changes, *options)
+    assert message in told
+    assert how == "run" or snapshot(tmp_path) == before
+
+
+def test_adapters_of_another_rank_are_refused_before_the_first_step(made, fields, capsys, tmp_path):
+    words = ["lora_one_gpu", *fields, "device=cpu", "precision=fp32"]
+    assert main(["finetune", *words, "lora_rank=4", "max_steps=1", "accum_iter=1"]) == 0
+    capsys.readouterr()
+    words += [f"pretrained_path=[{made}/model, {tmp_path}/out/final]", f"output_dir={tmp_path}/more"]
+    told = refused(capsys, *words, "--dry-run")
+    assert "tensors of another shape than the configuration says: " in told
+    assert refused(capsys, *words, "--n-gpus", "2") == refused(capsys, *words) == told
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"image": "a.png", "instruction": "q", "output": "a"}, "bad.jsonl:1: image: this item has one, and the model"),
+        ({"text": "x"}, "bad.jsonl:1: no dialogue and no single turn"),
+    ],
+)
+def test_a_dry_run_reads_every_item_and_keeps_nothing(fields, capsys, tmp_path, item, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(item))
+    (tmp_path / "bad.yaml").write_text(f"META: [{{path: {tmp_path}/bad.jsonl}}]")
+    words = [*fields, f"data_config={tmp_path}/bad.yaml", "cache_ann_on_disk=true", "--dry-run"]
+    assert message in refused(capsys, "lora_one_gpu", *words)
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"instruction": "q", "output": "a"}))
+    before = snapshot(tmp_path)
+    assert main(["finetune", "lora_one_gpu", *words]) == 0
+    assert "# 1 items, " in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_fetches_no_model(fields, capsys):
+    remote = [*fields, "pretrained_path=hf://owner/name", "--dry-run"]
+    assert main(["finetune", "lora_one_gpu", *remote]) == 0
+    assert "the model would have to be downloaded" in capsys.readouterr().out
+    assert "'cuda:99'" in refused(capsys, "lora_one_gpu", *remote, "device=cuda:99")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -147,14 +234,12 @@ def test_a_run_that_cannot_fit_is_refused_before_its_data_are_encoded(fields, ca
     assert "; lora_rank " in told
 
 
-def test_a_dry_run_says_that_this_machine_is_too_small(fields, capsys):
-    words = ["lora_one_gpu", *fields, "device=cpu", "--dry-run"]
-    assert main(["finetune", *words, "lora_rank=1000000000", "model_parallel_size=2", "--n-gpus=2"]) == 0
-    told = capsys.readouterr().out
-    assert "# on this machine the run would be refused: memory: lora finetuning (lora_rank 1000000000" in told
+def test_a_dry_run_refuses_what_this_machine_is_too_small_for(fields, capsys):
+    words = [*fields, "device=cpu", "--dry-run"]
+    told = refused(capsys, "lora_one_gpu", *words, "lora_rank=1000000000", "model_parallel_size=2", "--n-gpus=2")
+    assert "memory: lora finetuning (lora_rank 1000000000" in told
     assert "on 2 ranks takes at least" in told
-    assert main(["finetune", *words]) == 0
-    assert "refused" not in capsys.readouterr().out
+    assert main(["finetune", "lora_one_gpu", *words]) == 0
 
 
 # --------------------------------------------------------------------------- ranks of its own

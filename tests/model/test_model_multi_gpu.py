@@ -217,7 +217,9 @@ def test_ranks_share_one_machine_s_memory_and_refuse_together(folder):
     """All ranks say the same and go on: a second question is answered by the same processes."""
     with MultiGpuWrapper(folder, gpus=2, **HOW | {"max_seq_len": 10**12}) as wrapper:
         before = [rank._process.pid for rank in wrapper._ranks]
-        with pytest.raises(InputError, match="on 2 ranks takes at least .* GB each .* this machine has .* GB for each"):
+        with pytest.raises(
+            InputError, match=r"on 2 ranks takes at least .* GB each .* this machine has .* GB for each"
+        ):
             wrapper.generate([PROMPT], max_gen_len=10**11)
         assert len(wrapper.generate([PROMPT], max_gen_len=2)) == 1
         assert [rank._process.pid for rank in wrapper._ranks] == before
