@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accessory.checkpoint.model_files import Wanted, files_to_load, holds_weights, is_plain
+from accessory.checkpoint.model_files import RESOURCES, Wanted, files_to_load, holds_weights, is_plain
 from accessory.config import read_json
 from accessory.errors import CheckpointError, MissingExtraError, listed
 
@@ -112,22 +112,36 @@ def fetch_configuration(path: str | Path) -> list[Path]:
 
     Raises as `resolve` does, and CheckpointError for a folder without configuration files.
     """
+    folder, there = _fetch_some(path, ("params.json", "config.json"))
+    if not there:
+        raise CheckpointError(
+            f"{parse(path).url}: has no config.json or params.json, only its weights would tell its sizes"
+        )
+    return [folder / name for name in there]
+
+
+def fetch_resources(path: str | Path) -> Path:
+    """Fetch all that accompanies the weights of an hf:// address (tokenizer, configuration); return their folder.
+
+    Raises as `resolve` does, and CheckpointError for a folder without such files.
+    """
+    folder, there = _fetch_some(path, sorted(RESOURCES))
+    if not there:
+        raise CheckpointError(f"{parse(path).url}: has neither a tokenizer nor a configuration")
+    return folder
+
+
+def _fetch_some(path: str | Path, wanted: Sequence[str]) -> tuple[Path, list[str]]:
+    """(folder, names): the local folder of an hf:// address, and which of the `wanted` files it has, fetched."""
     address = parse(path)
     hub = _open(address, cache_dir=None, progress=False)
     names = hub.names()
     if names is None:
         folder = hub.cached_folder()
-        there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    else:
-        there = _children(names, address)
-    wanted = [name for name in ("params.json", "config.json") if name in there]
-    if not wanted:
-        raise CheckpointError(
-            f"{address.url}: has no config.json or params.json, only its weights would tell its sizes"
-        )
-    if names is not None:
-        folder = hub.fetch([address.path(name) for name in wanted])
-    return [folder / name for name in wanted]
+        cached = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        return folder, [name for name in wanted if name in cached]
+    there = [name for name in wanted if name in _children(names, address)]
+    return (hub.fetch([address.path(name) for name in there]) if there else Path()), there
 
 
 def _open(address: Address, cache_dir: str | Path | None, progress: bool) -> _Hub:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from accessory.commands import data_view as view
-from accessory.commands.data_choices import Choices, read_choices, sizes_of, tokenizer_path
+from accessory.commands.data_choices import Choices, read_choices, sizes_of
 from accessory.commands.training_speed import expected_speed
 from accessory.config import ModelArgs
 from accessory.data.bos_check import check_bos
@@ -22,7 +22,7 @@ from accessory.train.dataloader import Schedule
 def check(options: argparse.Namespace) -> int:
     """Print the report. Returns 1 where the data has a problem, else 0. Raises AccessoryError for wrong options."""
     choices = read_choices(options)
-    tokenizer = load_tokenizer(tokenizer_path(choices.model))
+    tokenizer = load_tokenizer(choices.model)
     args = sizes_of(Path(choices.model))
     if args is not None:
         check_vocabulary(tokenizer, args.vocab_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accessory.checkpoint.hub import fetch_resources, is_remote
 from accessory.commands.finetune import find_recipe
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.records import read_yaml
@@ -22,7 +23,7 @@ class Choices:
     """The data to check, and how a run would train on it."""
 
     data: dict[str, str]  # "data_config" or "eval_data" -> path of a META list
-    model: str
+    model: str  # a folder or a file on this machine
     template: str | None
     dialog: bool
     prompt_type: str | None
@@ -73,6 +74,7 @@ def read_choices(options: argparse.Namespace) -> Choices:
     model = options.model or (recipe and (recipe.tokenizer_path or recipe.pretrained_path[0]))
     if not model:
         raise InputError("--model: missing; give a model's folder, or a tokenizer's file or folder")
+    model = fetch_resources(model) if is_remote(model) else model
     parallel = recipe.model_parallel_size if recipe else 1
     gpus = options.gpus or parallel
     data = {"data_config": recipe.data_config if recipe else str(path)}
@@ -98,12 +100,6 @@ def read_choices(options: argparse.Namespace) -> Choices:
         tokens_per_second=options.tokens_per_second,
         image_tokens=_image_tokens(recipe, Path(model)),
     )
-
-
-def tokenizer_path(model: str) -> Path:
-    if "://" in model:
-        raise InputError(f"--model: {model} is not on this machine; give a folder, or a tokenizer's file or folder")
-    return Path(model)
 
 
 def _image_tokens(recipe: FinetuneConfig | None, model: Path) -> int | None:

@@ -13,7 +13,7 @@ import mmap
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import numpy as np
 import yaml
 
 from accessory.data.system_prompt import SYSTEM_PROMPTS
-from accessory.errors import ConfigError, InputError, MissingExtraError
+from accessory.errors import ConfigError, InputError, MissingExtraError, listed
 
 _KEYS = ("path", "type", "ratio", "root", "preprocess", "prompt_type")
 PREPROCESSES = ("single_turn_llava", "caption")
+ANSWERS = ("conversations", "messages", "output", "caption")  # the columns that hold what a model learns
 KNOWN_COLUMNS = ("conversations", "messages", "instruction", "input", "output", "image", "url", "caption")
 
 
@@ -255,6 +256,15 @@ class _JsonList(_Spans):
         raise InputError(f"{self.path}: expected a list of items, found {type(value).__name__}")
 
 
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    """InputError for a table in which no column can hold answers. An empty file has no items, and passes."""
+    if columns and not set(columns) & set(ANSWERS):
+        raise InputError(
+            f"{path}: found the columns {listed(columns, 8)}, but items need conversations, or messages, or "
+            "instruction and output (with preprocess: caption: url and caption)"
+        )
+
+
 class _Csv(Records):
     """A table whose first row names its columns. Tabs separate them where that row has any, else commas."""
 
@@ -278,6 +288,7 @@ class _Csv(Records):
                     begin = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{self.place(begin)}: not valid CSV ({error})") from error
+        _check_columns(path, self._columns)
         self.lines = np.asarray(lines, np.int64)
 
     def read(self, index: int) -> Any:
@@ -299,10 +310,12 @@ class _Parquet(Records):
         except ImportError as error:
             raise MissingExtraError(f"{path}: parquet needs pyarrow: pip install 'mixtral-accessory[data]'") from error
         try:
-            names = [n for n in parquet.read_schema(path).names if n in KNOWN_COLUMNS]
+            every = parquet.read_schema(path).names
+            names = [name for name in every if name in KNOWN_COLUMNS]
             self._table = parquet.read_table(path, columns=names, memory_map=True)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise InputError(f"{path}: not a parquet file ({' '.join(str(error).split())})") from error
+        _check_columns(path, every)
         self.lines = np.arange(1, self._table.num_rows + 1)
 
     def read(self, index: int) -> Any:

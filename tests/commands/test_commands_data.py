@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.dialogues import dialogue
+from helpers.hub_server import Repo, serve
 from helpers.pictures import write_picture
 from helpers.small_tokenizers import byte_level_folder
 
@@ -321,7 +322,6 @@ def test_without_a_gpu_nothing_is_guessed(checked):
     [
         (["meta.yaml"], "--model: missing; give a model's folder"),
         (["none.yaml", "--model", "x"], "none.yaml: no such file, and no recipe of that name"),
-        (["meta.yaml", "--model", "hf://a/b"], "--model: hf://a/b is not on this machine"),
         (["meta.yaml", "--model", "nowhere"], "nowhere: no such file or folder; looked for"),
         (["meta.yaml", "--model", "x", "--max-words", "0"], "--max-words: got 0, but it must be more than 0"),
         (["meta.yaml", "--model", "x", "--epochs", "-1"], "--epochs: got -1.0, but it must be more than 0"),
@@ -342,6 +342,24 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert said.startswith("accessory: error: ")
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_model_on_the_hub_gives_its_tokenizer_and_sizes_alone(tmp_path, checked, monkeypatch):
+    for name, value in {"HUB_CACHE": str(tmp_path / "cache"), "HUB_OFFLINE": False, "HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.HF_{name}", value)
+    files = {
+        "sub/tokenizer.model": MIXTRAL_TOKENIZER.read_bytes(),
+        "sub/config.json": json.dumps(ModelArgs(vocab_size=32000).to_dict()).encode(),
+        "sub/model.safetensors": b"not looked at",
+        "README.md": b"",
+    }
+    with serve({"owner/name": Repo(files)}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        status, out = checked([TALK], model="hf://owner/name/sub")
+        fetched = {path.rsplit("/", 1)[-1] for path in server.downloads()}
+    assert status == 0
+    assert "tokenizer.model (sentencepiece, 32,000 ids)" in out
+    assert fetched == {"tokenizer.model", "config.json"}
 
 
 def test_an_action_is_needed(capsys):

@@ -141,6 +141,20 @@ def test_parquet(tmp_path):
         open_records(path)
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_without_answers_names_its_columns_and_the_known_ones(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    if ending == "csv":
+        path.write_text("a,b\n1,2\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason="the extra `data` reads parquet")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([{"a": 1, "b": 2}]), path)
+    with pytest.raises(
+        InputError, match=rf"a\.{ending}: found the columns a, b, but items need conversations, or messages"
+    ):
+        open_records(path)
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mixtral-accessory\[data\]'"):
