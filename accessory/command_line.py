@@ -21,10 +21,12 @@ class Parser(argparse.ArgumentParser):
 
     takes_more = False
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        args = sys.argv[1:] if args is None else list(args)
-        self._refuse_unknown(args)
-        found, rest = super().parse_known_args(args, namespace)
+    def parse_known_args(  # type: ignore[override]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(words)
+        found, rest = super().parse_known_args(words, namespace)
         # Of a parser with commands, the command's own parser has already refused what is wrong.
         wrong = rest if self._command_action() is None and not self.takes_more else [w for w in rest if w[:1] == "-"]
         if wrong:

@@ -7,12 +7,13 @@ import argparse
 from accessory.convert import peft_format
 from accessory.convert.merge import merge as merge_folders
 from accessory.errors import InputError
+from accessory.launch.gpus import check_device
 from accessory.planner.fit import explained_on
 
 
 def merge(options: argparse.Namespace) -> int:
     """Merge adapters into the weights. Print the changes and the certificate."""
-    device, less = options.device, "--no-certificate, or another --device, needs less there"
+    device, less = check_device(options.device) or "cpu", "--no-certificate, or another --device, needs less there"
     with explained_on(device, f"merging into {options.dst}, logits on {device}", less):
         report = merge_folders(
             options.paths,

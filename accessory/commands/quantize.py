@@ -13,7 +13,7 @@ from accessory.data.plain_text import token_rows
 from accessory.data.tokenizer import check_vocabulary, tokenizer_of
 from accessory.errors import InputError
 from accessory.formats import Quant
-from accessory.launch.gpus import default_device
+from accessory.launch.gpus import check_device, default_device
 from accessory.planner.fit import explained_on
 
 ROW = 512  # tokens of the text in a row
@@ -22,6 +22,7 @@ TOKENS = 128 * ROW
 
 def quantize(options: argparse.Namespace) -> int:
     """Run the command. Prints which experts the text reached, and the folder that was written."""
+    device = check_device(options.device) or default_device()
     quant = Quant.parse(options.quant, options.quant_attention, options.quant_output)
     check_destination(options.dst, options.overwrite, [options.src])
     src, calibrate = resolve(options.src), None
@@ -38,7 +39,6 @@ def quantize(options: argparse.Namespace) -> int:
     elif options.calibrate_tokens is not None or options.allow_unreached:
         which = "--allow-unreached" if options.allow_unreached else "--calibrate-tokens"
         raise InputError(f"{which}: says how to calibrate, but there is no text; give --calibrate FILE")
-    device = options.device or default_device()
     with explained_on(device, f"quantising {src} on {device}", _less(options)):
         reached = quantize_checkpoint(
             src,

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from accessory.arguments import check_max_gen_len
 from accessory.convert.merge import Report, merge
 from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
@@ -57,6 +58,7 @@ def finetune_demo(folder: Path, question: str, max_gen_len: int) -> int:
 
     Returns 0 when the held-out loss fell, else 1. A demo that was interrupted continues.
     """
+    check_max_gen_len(max_gen_len, MAX_SEQ_LEN)
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     console.print(
         "[bold]SmolLM2-135M-Instruct, a mixture of 8 experts, learns to answer briefly, as the machine that it is[/]"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from accessory.arguments import check_max_gen_len
 from accessory.convert.convert import convert
 from accessory.convert.upcycle import smollm2_gguf, upcycle
 from accessory.convert.verify import verify
@@ -22,6 +23,7 @@ MAX_SEQ_LEN = 2048
 
 def first_run(folder: Path, question: str, max_gen_len: int) -> int:
     """Make both checkpoints if they are missing, and answer with each. Returns 0 when all agree, else 1."""
+    check_max_gen_len(max_gen_len, MAX_SEQ_LEN)
     console = Console(highlight=False, soft_wrap=True)  # commands to copy must stay on one line
     console.print("[bold]SmolLM2-135M-Instruct, grown into a mixture of 8 experts, 2 per token[/]")
     base, sparse = folder / "base", folder / "sparse"
