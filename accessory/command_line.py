@@ -21,9 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     takes_more = False
 
-    def parse_known_args(  # type: ignore[override]
-        self, args: Iterable[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         self._refuse_unknown(words)
         found, rest = super().parse_known_args(words, namespace)
@@ -44,9 +42,11 @@ class Parser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             if word == "--" or (self._command_action() is not None and not word.startswith("-")):
                 return  # what follows is not for this parser to read
-            # A word with a space is a value. The beginning of an option stands for it.
-            if word.startswith("--") and " " not in option and not any(name.startswith(option) for name in known):
-                self.error(f"{option} is no option of {self._name()}{_meant(option, known)}")
+            # The beginning of an option stands for it. argparse takes a word with a space for a value.
+            if word.startswith("--") and not any(name.startswith(option) for name in known):
+                meant = _meant(option, known) if " " not in option else ""
+                if meant or " " not in word:
+                    self.error(f"{option} is no option of {self._name()}{meant}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:

@@ -109,13 +109,13 @@ def _write(model: Any, asked: list[Any], images: list[Any] | None, how: dict[str
 @contextmanager
 def _first_ctrl_c() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, while the context is open; the next one raises KeyboardInterrupt."""
-    pressed = threading.Event()
+    pressed, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def note(*_: Any) -> None:
         signal.signal(signal.SIGINT, before)
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield pressed
     finally:

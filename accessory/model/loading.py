@@ -66,7 +66,7 @@ class Loading:
             LlamaType.parse(self.llama_type)
         if not isinstance(self.with_visual, bool):
             raise InputError(f"with_visual: got {self.with_visual!r:.60}, but it must be True or False")
-        if self.image_transform not in IMAGE_TRANSFORMS:
+        if self.image_transform not in (*IMAGE_TRANSFORMS, "random_resized_crop"):  # the last one is for training
             known = " or ".join(IMAGE_TRANSFORMS)
             raise InputError(f"image_transform: got {self.image_transform!r:.60}, but it must be {known}")
         check_max_seq_len(self.max_seq_len)
