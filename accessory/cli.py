@@ -14,6 +14,7 @@ from accessory.command_line import Parser
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.text_options import add_image_arguments, add_sampling_arguments, check_text_options
 from accessory.data.template_names import TEMPLATES
+from accessory.errors import InputError
 from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
@@ -150,6 +151,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if not options.question.strip():
+        raise InputError("--question: is blank; ask something")
     if options.finetune:
         # Set before torch reads it. Otherwise waiting threads spin, and on a busy machine they take most of the CPU.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

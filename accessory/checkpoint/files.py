@@ -264,14 +264,20 @@ def _state_dict(path: Path, entries: Any) -> Mapping[str, Any]:
 def _load_pickle(path: Path, pieces: Pieces | None, on_meta: bool) -> Any:
     handle: Path | BinaryIO = path if pieces is None else io.BufferedReader(_PiecesReader(pieces), 2**20)
     try:
-        if not on_meta:
-            return torch.load(handle, map_location="cpu", weights_only=True)
-        if _offsets_come_with_meta():
-            return torch.load(handle, map_location="meta", weights_only=True)
-        log.warning("%s: this torch does not tell where tensors lie in a file; mapping all of it instead", path)
-        return torch.load(handle, map_location="cpu", weights_only=True, mmap=pieces is None)
+        with warnings.catch_warnings():  # of what the file is made for: an error below says what is wrong with it
+            warnings.simplefilter("ignore")
+            return _load_tensors(handle, path, pieces is None, on_meta)
     except Exception as error:  # torch.load raises exceptions of many kinds
         raise CheckpointError(f"{path}: {_reason(error)}") from error
+
+
+def _load_tensors(handle: Path | BinaryIO, path: Path, whole: bool, on_meta: bool) -> Any:
+    if not on_meta:
+        return torch.load(handle, map_location="cpu", weights_only=True)
+    if _offsets_come_with_meta():
+        return torch.load(handle, map_location="meta", weights_only=True)
+    log.warning("%s: this torch does not tell where tensors lie in a file; mapping all of it instead", path)
+    return torch.load(handle, map_location="cpu", weights_only=True, mmap=whole)
 
 
 @lru_cache(maxsize=1)

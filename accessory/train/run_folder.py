@@ -28,14 +28,14 @@ class RunFolder:
         self.path, self.states, self.final = path, path / STATES, path / FINAL
 
     def find_start(self, config: FinetuneConfig, *, write: bool = True) -> Start:
-        """Find where the run begins; what the folder holds is left alone. write: make the folder where it is missing.
+        """Find where the run begins; the folder stays as it is, or missing. write: try whether it can be written.
 
         Raises ConfigError where the folder cannot be written or holds another run, CheckpointError where the state to
         resume from is damaged or no state.
         """
         self._check_writable()
         if write:
-            self._make()
+            self._probe()
         start = find_start(config.resume, self.states)
         holds_run = (self.path / METRICS_FILE).exists() and not config.overwrite
         if holds_run and config.resume is None:
@@ -51,6 +51,7 @@ class RunFolder:
 
     def claim(self, config: FinetuneConfig, start: Start) -> None:
         """Clear away what this run will write itself, and write `config.yaml`."""
+        self.path.mkdir(parents=True, exist_ok=True)
         leftovers = [self.final.with_name(f"{FINAL}.partial")]
         if start.in_place:
             clean_states(self.states, later_than=start.step)
@@ -77,12 +78,15 @@ class RunFolder:
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir: {self.path} cannot be written ({there}: {os.strerror(errno.EACCES)})")
 
-    def _make(self) -> None:
-        """Make the folder and write into it, which no check can promise to work (quotas, full disks)."""
+    def _probe(self) -> None:
+        """Make the folder and write into it, which no check can promise to work (quotas, full disks). Nothing stays."""
+        new = [path for path in (self.path, *self.path.absolute().parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".probe"
             probe.touch()
             probe.unlink(missing_ok=True)
+            for path in new:
+                path.rmdir()
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from error
