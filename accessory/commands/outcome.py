@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `accessory --help` answers a
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -25,6 +26,9 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
     With several ranks, only the first one prints. Another rank prints an error that it may have alone.
     """
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     rank = launched_rank()
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
