@@ -18,6 +18,8 @@ from accessory.errors import InputError
 from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
+# The arguments that name checkpoints to read. `accessory plan` has its own: its PATH may be a preset's name.
+READ = ("pretrained_path", "a", "b", "src", "paths", "base")
 LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
@@ -29,7 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest:  # key=value after an option: a positional argument that argparse does not recognise there
         options.overrides += rest
-    return outcome(lambda: options.run(options), debug=options.debug)
+    return outcome(lambda: _run(options), debug=options.debug)
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check_paths(options)
+    return options.run(options)
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    """CheckpointError where a checkpoint that a command reads is not there, before torch is imported for it."""
+    from accessory.checkpoint.hub import check_there
+
+    for name in READ:
+        given = getattr(options, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            check_there(path)
 
 
 # --------------------------------------------------------------------------- commands

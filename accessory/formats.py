@@ -38,6 +38,9 @@ STORAGE: dict[Format, Storage] = {
 # Formats that scale groups of a row, and how many numbers a group has; the others scale whole rows.
 GROUP: dict[str, int] = {name: s.group for name, s in STORAGE.items() if s.group is not None}
 
+# The tensors that may hold a quantised weight; each format has some of them.
+PIECES = ("data", "scale", "zero", "nested", "offset")
+
 
 def check_rows(name: str, format: str, columns: int) -> None:
     """Raise ConfigError if whole rows of `columns` numbers of the weight `name` cannot be quantised so."""

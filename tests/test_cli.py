@@ -190,6 +190,47 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folder):
         main(["info", str(folder)])
 
 
+WITHOUT_TORCH = """
+import sys
+from accessory.cli import main
+try:
+    status = main({!r})
+except SystemExit as ended:
+    status = ended.code
+sys.exit(f"imported torch, {{status}}" if "torch" in sys.modules else status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "usage"),
+        (["info", "FOLDER"], 0, "complete        yes"),
+        (["info", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["plan", "FOLDER", "--card", "H100"], 0, "GB"),
+        (["generate", "nowhere", "--prompt", "a"], 1, "nowhere: no such file or folder"),
+        (["chat", "FOLDER", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["convert", "nowhere", "x", "--to", "hf"], 1, "nowhere: no such file or folder"),
+        (["verify", "FOLDER", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["merge", "FOLDER", "nowhere", "x"], 1, "nowhere: no such file or folder"),
+        (["quantize", "nowhere", "x", "--quant", "int8"], 1, "nowhere: no such file or folder"),
+        (["upcycle", "nowhere", "x"], 1, "nowhere: no such file or folder"),
+        (["adapter", "export", "FOLDER", "x", "--base", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["finetune", "nowhere"], 1, "nowhere: no such file, and no recipe"),
+        (["finetune", "lora_one_gpu", "lora_ran=5"], 1, "lora_ran"),
+        (["report", "nowhere"], 1, "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_tensor_imports_no_torch(words, status, said, folder):
+    words = [str(folder) if word == "FOLDER" else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH.format(words)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, "imported torch" in done.stderr) == (status, False), done.stderr
+    assert said in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "error",
     [

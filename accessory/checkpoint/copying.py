@@ -6,9 +6,11 @@ Transposing copies go tile by tile. Copies to a GPU go block by block through pi
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK_BYTES = 8 * 2**20  # size of the blocks of a reader, and the most anonymous memory that a copy takes
 _TILE = 512  # rows and columns of a tile of a transposing copy: 0.5 MB of 16-bit numbers fit the cache
@@ -32,6 +34,8 @@ def _columns_first(tensor: Tensor) -> bool:
 
 def _copy_transposed(dst: Tensor, src: Tensor) -> None:
     """Copy tile by tile, because an element-wise transposing copy of a narrowed matrix is five times slower."""
+    import torch
+
     for row in range(0, src.shape[0], _TILE):
         for column in range(0, src.shape[1], _TILE):
             tile = src[row : row + _TILE, column : column + _TILE].contiguous()
@@ -65,6 +69,8 @@ def _copy_to_device(dst: Tensor, src: Tensor) -> None:
 
 
 def _through_pinned(dst: Tensor, src: Tensor) -> None:
+    import torch
+
     if not _staging.buffers:
         _staging.buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     turn = _staging.turn = 1 - _staging.turn

@@ -21,29 +21,31 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
-
-from accessory.checkpoint.lazy import Bytes, Constant, Lazy, Stored
+from accessory.checkpoint.lazy import ITEMSIZE, Bytes, Constant, Lazy, Stored
 from accessory.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+# What torch calls them.
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 # These processors load elements from unaligned addresses. On others, an unaligned tensor is copied out of the file.
 _UNALIGNED_IS_FINE = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
@@ -64,6 +66,8 @@ class File(Bytes):
         self._lock = Lock()
 
     def flat(self, dtype: torch.dtype, start: int, count: int, soon: bool = False) -> Tensor:
+        import torch
+
         nbytes = count * dtype.itemsize
         if start % dtype.itemsize and not _UNALIGNED_IS_FINE:  # in old safetensors files and in pieces
             return _owned(self.read(start, nbytes), dtype)
@@ -155,6 +159,8 @@ class _PiecesReader(io.RawIOBase):
 
 
 def _owned(data: bytearray, dtype: torch.dtype) -> Tensor:
+    import torch
+
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
@@ -178,7 +184,7 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
             lo, hi = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: tensor {name}: unusable entry in the header: {entry!r}") from error
-        if min(shape, default=0) < 0 or lo < 0 or hi - lo != math.prod(shape) * dtype.itemsize:
+        if min(shape, default=0) < 0 or lo < 0 or hi - lo != math.prod(shape) * ITEMSIZE[dtype]:
             raise CheckpointError(f"{path}: tensor {name}: shape {shape} and bytes {lo} to {hi} contradict each other")
         if start + hi > source.size:
             raise CheckpointError(_truncated(path, name, start + hi, source.size))
@@ -221,6 +227,8 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
     format before torch 1.6 is read into memory. Raises CheckpointError for other files, for code in the pickle and for
     truncated files.
     """
+    import torch
+
     source = File(path) if pieces is None else pieces
     head = bytes(source.read(0, min(64, source.size)))
     _refuse_stand_ins(path, head)
@@ -235,7 +243,7 @@ def read_pickle(path: Path, pieces: Pieces | None = None) -> dict[str, Lazy]:
         raise CheckpointError(f"{path}: not a checkpoint (neither a torch file nor safetensors)")
     tensors: dict[str, Lazy] = {}
     for name, value in _state_dict(path, entries).items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(f"{path}: {name}: expected a tensor, found {type(value).__name__}")
         if value.device.type == "meta":
             tensors[name] = _stored(path, source, name, value)
@@ -272,6 +280,8 @@ def _load_pickle(path: Path, pieces: Pieces | None, on_meta: bool) -> Any:
 
 
 def _load_tensors(handle: Path | BinaryIO, path: Path, whole: bool, on_meta: bool) -> Any:
+    import torch
+
     if not on_meta:
         return torch.load(handle, map_location="cpu", weights_only=True)
     if _offsets_come_with_meta():
@@ -283,6 +293,8 @@ def _load_tensors(handle: Path | BinaryIO, path: Path, whole: bool, on_meta: boo
 @lru_cache(maxsize=1)
 def _offsets_come_with_meta() -> bool:
     """Whether tensors loaded onto `meta` know their place in the file (an undocumented attribute of torch)."""
+    import torch
+
     memory = io.BytesIO()
     torch.save(torch.zeros(1), memory)
     memory.seek(0)

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from accessory.checkpoint.atomic import MARKER
 from accessory.checkpoint.hub import resolve
@@ -23,13 +21,16 @@ from accessory.checkpoint.names import (
     is_encoder_tensor,
     shape_problem,
 )
-from accessory.checkpoint.packed import declared_quant, read_quantized
+from accessory.checkpoint.quantized_names import declared_quant
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.trained_on import Adapter, TrainedOn, adapter_of, read_trained_on
 from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
 from accessory.formats import Quant
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +71,22 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that most bytes have."""
-        count: Counter[torch.dtype] = Counter()
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of `dtype`, told without torch."""
+        count: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            count[tensor.dtype] += tensor.nbytes
-        return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
+            count[tensor.dtype_name] += tensor.nbytes
+        return max(count, key=lambda name: count[name]) if count else "float32"
 
     def warn_of_dequantizing(self) -> None:
         """Warn, if this folder is quantised, that a dense layout written from it holds dequantised values."""
         if self.quant is not None:
-            kind = str(self.tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
+            kind = self.tensors["tok_embeddings.weight"].dtype_name
             log.warning("%s is quantised (%s): written is what its numbers mean, %s", self.path, self.quant, kind)
 
 
@@ -181,6 +189,8 @@ def _put_together(survey: Survey, tensors: dict[str, Lazy], problems: list[str])
         return tensors
     survey.quant = declared_quant(survey.path)
     if survey.quant is not None:
+        from accessory.checkpoint.packed import read_quantized  # torch's: it assembles packed weights
+
         survey.layout = "quantized"
         return read_quantized(tensors, survey.quant, problems)
     if survey.layout == "quantized":
@@ -224,8 +234,8 @@ def _configure(
         survey.problems += [CheckpointError(p) for p in wrong if p]
     if layout == "hf":
         _interleave(tensors, args, survey.problems)
-    odd = [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if not t.dtype.is_floating_point]
-    odd += [f"{n} {t.dtype}".replace("torch.", "") for n, t in tensors.items() if "float8" in str(t.dtype)]
+    odd = [f"{n} {t.dtype_name}" for n, t in tensors.items() if "float" not in t.dtype_name]
+    odd += [f"{n} {t.dtype_name}" for n, t in tensors.items() if "float8" in t.dtype_name]
     if odd:
         survey.problems.append(CheckpointError(f"quantised tensors cannot be read here: {listed(odd, _LISTED)}"))
     survey.missing = [name for name in expected if name not in tensors]

@@ -72,6 +72,12 @@ def parse(path: str | Path, revision: str | None = None) -> Address:
     return Address(url, "/".join(parts[:2]), "/".join(parts[2:]), tail or revision)
 
 
+def check_there(path: str | Path) -> None:
+    """CheckpointError for a local path that does not exist."""
+    if not is_remote(path) and not Path(path).exists():
+        raise CheckpointError(f"{path}: no such file or folder (a repository on the Hub is spelled {SPELLING})")
+
+
 def resolve(
     path: str | Path,
     *,
@@ -89,11 +95,9 @@ def resolve(
     Raises CheckpointError if there is no such path, repository, revision or folder, or no checkpoint in it, and
     MissingExtraError without huggingface_hub.
     """
+    check_there(path)
     if not is_remote(path):
-        local = Path(path)
-        if not local.exists():
-            raise CheckpointError(f"{path}: no such file or folder (a repository on the Hub is spelled {SPELLING})")
-        return local
+        return Path(path)
     address = parse(path, revision)
     hub = _open(address, cache_dir, progress)
     names = hub.names()

@@ -9,11 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import torch
-
 from accessory.checkpoint.lazy import Lazy, concat
 from accessory.checkpoint.names import IGNORED, companion_of, from_hf
-from accessory.checkpoint.packed import is_quantized_piece
+from accessory.checkpoint.quantized_names import is_quantized_piece
 from accessory.config import Implementation
 from accessory.parallel.sharding import cut_dim, expert_of, is_replicated
 
@@ -167,8 +165,8 @@ def _is_gate(name: str) -> bool:
 
 def _join(name: str, parts: Sequence[Lazy], dim: int, out: dict[str, Lazy], problems: list[str]) -> None:
     shapes = {p.shape for p in parts}
-    if len(shapes) > 1 or len({p.dtype for p in parts}) > 1 or len(parts[0].shape) <= dim:
-        kinds = sorted({f"{p.shape} {str(p.dtype).removeprefix('torch.')}" for p in parts})
+    if len(shapes) > 1 or len({p.dtype_name for p in parts}) > 1 or len(parts[0].shape) <= dim:
+        kinds = sorted({f"{p.shape} {p.dtype_name}" for p in parts})
         problems.append(f"{name}: its shards do not belong together: {', '.join(kinds)}")
     else:
         out[name] = concat(parts, dim)
@@ -185,7 +183,7 @@ def _unstack(
     if num_experts == 0 or parts[0].shape[0] % num_experts:
         problems.append(f"{layer}feed_forward.{which}: {parts[0].shape} is no stack of {num_experts} experts")
         return
-    if len({(p.shape, p.dtype) for p in parts}) > 1:
+    if len({(p.shape, p.dtype_name) for p in parts}) > 1:
         problems.append(f"{layer}feed_forward.{which}: its shards differ in shape or dtype")
         return
     for e in range(num_experts):
@@ -220,8 +218,10 @@ def mixed_shards(
 
 
 def _same_bytes(a: Lazy, b: Lazy) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype_name != b.dtype_name:
         return False
+    import torch
+
     return all(
         torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.blocks(), b.blocks(), strict=True)
     )

@@ -11,23 +11,43 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from accessory.checkpoint.copying import BLOCK_BYTES, copy_dense
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# The bytes of an element, by the dtype's name in torch. Headers are read without torch, whose import takes seconds.
+ITEMSIZE = {
+    **dict.fromkeys(("float64", "int64"), 8),
+    **dict.fromkeys(("float32", "int32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"), 1),
+}
 
 
 class Lazy(ABC):
     """A tensor that is not read yet: it has a shape, a dtype, and methods to cut it before reading."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str  # in torch
     piecewise = True  # reading it piece by piece costs no more than reading it at once
 
     @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype | str) -> None:
+        self.dtype_name = str(dtype).removeprefix("torch.")
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * (ITEMSIZE.get(self.dtype_name) or self.dtype.itemsize)
 
     def narrow(self, dim: int, start: int, length: int) -> Lazy:
         """`length` entries of dimension `dim` from `start` on; only their bytes are read. IndexError out of range."""
@@ -49,7 +69,7 @@ class Lazy(ABC):
 
     def to(self, dtype: torch.dtype) -> Lazy:
         """The same values in another dtype, converted when they are read."""
-        return self if dtype == self.dtype else Cast(self, dtype)
+        return self if str(dtype) == f"torch.{self.dtype_name}" else Cast(self, dtype)
 
     def copy_to(self, dst: Tensor) -> None:
         """Write the values into `dst` (same shape; any strides, dtype and device).
@@ -73,6 +93,8 @@ class Lazy(ABC):
         if not self.piecewise:
             yield from Constant(self.load()).blocks(block_bytes)
             return
+        import torch
+
         rows = self.shape[0] if self.shape else 1
         row_bytes = max(1, self.nbytes // max(1, rows))
         step = max(1, block_bytes // row_bytes)
@@ -96,13 +118,15 @@ class Lazy(ABC):
         copy_dense(dst, self.load())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+        return f"{type(self).__name__}(shape={self.shape}, dtype=torch.{self.dtype_name})"
 
 
 class _Strided(Lazy):
     """A strided window on a flat run of elements. Cutting and transposing only change shape, stride and offset."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None, offset: int) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype | str, stride: Sequence[int] | None, offset: int
+    ) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
         self.stride = tuple(_row_major(self.shape) if stride is None else stride)
@@ -152,7 +176,7 @@ class Stored(_Strided):
         source: Bytes,
         start: int,
         shape: Sequence[int],
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         stride: Sequence[int] | None = None,
         offset: int = 0,
     ) -> None:
@@ -162,6 +186,8 @@ class Stored(_Strided):
 
     def load(self) -> Tensor:
         if 0 in self.shape:
+            import torch
+
             return torch.empty(self.shape, dtype=self.dtype)
         count = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         first, dense = self.start + self.offset * self.dtype.itemsize, count == math.prod(self.shape)
@@ -169,7 +195,7 @@ class Stored(_Strided):
         return flat.as_strided(self.shape, self.stride)
 
     def _window(self, shape: Sequence[int], stride: Sequence[int], offset: int) -> Stored:
-        return Stored(self.source, self.start, shape, self.dtype, stride, offset)
+        return Stored(self.source, self.start, shape, self.dtype_name, stride, offset)
 
 
 class Constant(_Strided):
@@ -204,10 +230,10 @@ class Computed(Lazy):
 class _Wrapper(Lazy):
     """A view of another lazy tensor, where that tensor cannot apply the operation itself."""
 
-    def __init__(self, base: Lazy, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    def __init__(self, base: Lazy, shape: Sequence[int]) -> None:
         self.base = base
         self.shape = tuple(shape)
-        self.dtype = base.dtype if dtype is None else dtype
+        self.dtype_name = base.dtype_name
         self.piecewise = base.piecewise
 
 
@@ -251,7 +277,8 @@ class Cast(_Wrapper):
     """A lazy tensor in another dtype; values are converted while they are copied."""
 
     def __init__(self, base: Lazy, dtype: torch.dtype) -> None:
-        super().__init__(base, base.shape, dtype)
+        super().__init__(base, base.shape)
+        self.dtype = dtype
 
     def load(self) -> Tensor:
         return self.base.load().to(self.dtype)
@@ -285,18 +312,20 @@ class Concat(Lazy):
         self.parts = tuple(parts)
         self.piecewise = all(p.piecewise for p in parts)
         self.dim = dim
-        self.dtype = first.dtype
+        self.dtype_name = first.dtype_name
         for part in parts:
             same = len(part.shape) == len(first.shape) and all(
                 a == b for i, (a, b) in enumerate(zip(part.shape, first.shape, strict=True)) if i != dim
             )
-            if not same or part.dtype != first.dtype:
+            if not same or part.dtype_name != first.dtype_name:
                 raise ValueError(f"concat({dim=}): {part} does not fit beside {first}")
         ends = list(accumulate(p.shape[dim] for p in parts))
         self._starts = [0, *ends[:-1]]
         self.shape = (*first.shape[:dim], ends[-1], *first.shape[dim + 1 :])
 
     def load(self) -> Tensor:
+        import torch
+
         out = torch.empty(self.shape, dtype=self.dtype)
         self.copy_to(out)
         return out

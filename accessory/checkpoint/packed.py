@@ -7,7 +7,6 @@ nf4-dq also `.nested` and `.offset`. Readers get one lazy tensor for them, so co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.lazy import Computed, Constant, Lazy
-from accessory.config import read_json
+from accessory.checkpoint.quantized_names import is_quantized_piece
 from accessory.errors import ConfigError
 from accessory.formats import GROUP, Format, Quant
 from accessory.limits import QUANTIZED_AT_ONCE_GPU
-from accessory.ops.quantized import PIECES, Packed, dequantize, double_quantized, packed_shapes, quantize
+from accessory.ops.quantized import Packed, dequantize, double_quantized, packed_shapes, quantize
 from accessory.ops.quantized_search import search_int4
 
-VERSION = 1
 # Numbers of a weight that a CPU quantises or dequantises at a time: as many as its cache holds.
 BLOCK_CPU = 2**20
 
@@ -136,38 +134,6 @@ def quantized_blocks(
         values = torch.empty(block.shape, dtype=block.dtype, device=device)
         block.copy_to(values)
         yield search_int4(values) if search and format == "int4" else quantize(values, format)
-
-
-def declared_quant(folder: Path) -> Quant | None:
-    """The formats of quantised weights in the folder's config.json; None if it has no "quantization" of our kind.
-
-    ConfigError for an unknown version, and for unknown formats.
-    """
-    config = folder / "config.json"
-    said = read_json(config).get("quantization") if config.is_file() else None
-    if not isinstance(said, dict) or "format_version" not in said:
-        return None
-    values = dict(said)
-    version = values.pop("format_version")
-    if version != VERSION:
-        raise ConfigError(
-            f"config.json: quantization.format_version: got {version!r}, but only {VERSION} is known here"
-        )
-    try:
-        return Quant.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"config.json: {error}") from error
-
-
-def declaration(quant: Quant) -> dict[str, Any]:
-    """The value of "quantization" in config.json."""
-    return {"format_version": VERSION, **quant.to_dict()}
-
-
-def is_quantized_piece(name: str) -> bool:
-    """Whether a raw name belongs to a piece of a quantised weight."""
-    weight, _, piece = name.rpartition(".")
-    return piece in PIECES and weight.endswith(".weight") and weight.startswith(("layers.", "output."))
 
 
 def read_quantized(raw: Mapping[str, Lazy], quant: Quant, problems: list[str]) -> dict[str, Lazy]:

@@ -9,14 +9,16 @@ are half-split.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.lazy import Concat, Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rotary_from_hf(name: str, tensor: Lazy, args: ModelArgs) -> Lazy:
@@ -77,11 +79,13 @@ class _Reordered(Lazy):
 
     def __init__(self, base: Lazy, head_dim: int, to_interleaved: bool) -> None:
         self.base = base
-        self.shape, self.dtype, self.piecewise = base.shape, base.dtype, base.piecewise
+        self.shape, self.dtype_name, self.piecewise = base.shape, base.dtype_name, base.piecewise
         self.head_dim = head_dim
         self.to_interleaved = to_interleaved
 
     def load(self) -> Tensor:
+        import torch
+
         out = torch.empty(self.shape, dtype=self.dtype)
         self.copy_to(out)
         return out

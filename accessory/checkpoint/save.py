@@ -39,7 +39,7 @@ from accessory.errors import CheckpointError, ConfigError, listed
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEARLY_FULL = 2**20
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_SAFETENSORS_NAMES = {getattr(torch, dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "float32": torch.float32}
 

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from accessory.checkpoint.hashing import digest_all, model_hash
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import companion_of
 from accessory.config import read_json
@@ -43,6 +40,10 @@ class TrainedOn:
 
 def base_hash(tensors: Mapping[str, Lazy]) -> str:
     """The hash of `hashing.model_hash`, of norms and routers alone, rounded to bf16. `tensors` are canonical."""
+    import torch  # here, because `accessory info` needs none
+
+    from accessory.checkpoint.hashing import digest_all, model_hash
+
     kept = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if _KEPT.fullmatch(name)}
     return model_hash(digest_all(kept, progress=False))
 

@@ -164,6 +164,8 @@ def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
     try:
         _train(config)
         status = 0
+        import torch.distributed as dist
+
         if dist.is_initialized():
             dist.destroy_process_group()
     finally:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
-from accessory.checkpoint.packed import Quantized
 from accessory.checkpoint.trained_on import Adapter
 from accessory.config import LlamaType, ModelArgs
 from accessory.counts import spell_parameters
@@ -96,13 +95,15 @@ def info(path: str | Path) -> Info:
 
 def _dtype(checkpoint: Checkpoint) -> str:
     if checkpoint.quant is None:
-        return str(checkpoint.dtype).removeprefix("torch.")
+        return checkpoint.dtype_name
+    from accessory.checkpoint.packed import Quantized  # here, because it imports torch
+
     nbytes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         if isinstance(tensor, Quantized):
             nbytes[tensor.format] += tensor.stored_bytes
         else:
-            nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+            nbytes[tensor.dtype_name] += tensor.nbytes
     return ", ".join(f"{kind} {_spell_bytes(size)}" for kind, size in nbytes.most_common())
 
 

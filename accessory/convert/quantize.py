@@ -19,7 +19,8 @@ from accessory.checkpoint.atomic import check_destination, check_free_space, cle
 from accessory.checkpoint.files import read_safetensors
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Lazy
-from accessory.checkpoint.packed import Quantized, Quantizing, declaration
+from accessory.checkpoint.packed import Quantized, Quantizing
+from accessory.checkpoint.quantized_names import declaration
 from accessory.checkpoint.save import write_folder
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot
 from accessory.config import LlamaType, ModelArgs

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from accessory.errors import ConfigError
-from accessory.formats import GROUP, Format, check_cut, nested_scales
+from accessory.formats import GROUP, PIECES, Format, check_cut, nested_scales
 from accessory.ops import double_quantization
 
 ZERO_STEPS = 16  # a zero point is a multiple of 1/16
@@ -38,9 +38,6 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-
-PIECES = ("data", "scale", "zero", "nested", "offset")
 
 
 @dataclass(frozen=True)
