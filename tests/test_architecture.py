@@ -50,7 +50,7 @@ KERNELS = "ops/triton/"
 LIGHT = (
     "__init__.py", "__main__.py", "arguments.py", "cli.py", "command_line.py", "config.py", "errors.py", "formats.py",
     "limits.py", "vision_config.py",
-    "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py",
+    "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py", "launch/speaking.py",
     "model/__init__.py", "model/options.py",
     "commands/__init__.py", "commands/outcome.py", "commands/plan_options.py", "commands/text_options.py",
     "data/template_names.py",

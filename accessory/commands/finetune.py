@@ -15,6 +15,7 @@ from accessory.errors import ConfigError, InputError
 from accessory.launch.ending import end_with_torchrun, leave
 from accessory.launch.environment import Launch, launch_of
 from accessory.launch.gpus import count_ranks
+from accessory.launch.speaking import no_warnings
 from accessory.launch.torchrun import run_under_torchrun
 from accessory.train.config import PACKAGE, FinetuneConfig
 
@@ -39,7 +40,8 @@ def finetune(options: argparse.Namespace) -> int:
         status = carry_out(config, dry_run=True, world=options.n_gpus)
         print(f"# to start it yourself: torchrun --nproc-per-node={options.n_gpus} {shlex.join(words)}")
         return status
-    _check(config, options.n_gpus)
+    with no_warnings():
+        _check(config, options.n_gpus)
     return run_under_torchrun(options.n_gpus, words, debug=options.debug)
 
 

@@ -6,7 +6,6 @@ Only the standard library is imported here, so that `accessory --help` answers a
 from __future__ import annotations
 
 import io
-import logging
 import os
 import signal
 import sys
@@ -18,18 +17,19 @@ from typing import Any
 from accessory.errors import RankError, is_out_of_memory, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS
 from accessory.launch.environment import launched_rank
+from accessory.launch.speaking import set_up_logging
 
 
 def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 130 interrupted.
 
-    With several ranks, only the first one prints. Another rank prints an error that it may have alone.
+    With several ranks, only the first one prints. Another rank prints a warning or an error that it may have alone.
     """
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     rank = launched_rank()
+    set_up_logging(rank, debug=debug)
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:

@@ -15,10 +15,12 @@ from typing import Any
 
 from accessory.launch.ending import leave
 from accessory.launch.rank_processes import Place, call_back
+from accessory.launch.speaking import set_up_logging
 
 
 def main() -> None:
     place, connection = call_back()
+    set_up_logging(place.rank)
     try:
         serve(connection, place)
     except (EOFError, ConnectionError):

@@ -22,6 +22,7 @@ from accessory.data.batches import Batch, EpochPlan, collate
 from accessory.data.dataset import Example, FinetuneData
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
+from accessory.launch.speaking import OF_ONE_RANK
 from accessory.parallel.mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
@@ -182,9 +183,9 @@ class DataLoader:
             told = f"{self.data.where(item)}: image: {error}"
             if self.broken == "fail":
                 raise InputError(f"{told}; broken_images=skip goes on without it") from error
-            if item not in self._warned:
+            if item not in self._warned and self.mesh.model_rank == 0:  # model-parallel ranks have the same items
                 self._warned.add(item)
-                log.warning("broken_images: %s; nothing is learnt of this item", told)
+                log.warning("broken_images: %s; nothing is learnt of this item", told, extra=OF_ONE_RANK)
             pixels.append(self.load.grey())
             return replace(example, learn=[False] * len(example.learn))
         return example
