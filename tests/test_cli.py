@@ -268,9 +268,11 @@ def test_commands_without_a_plan_say_what_ran_out(command, monkeypatch, folder, 
     assert "needs less there" in err
 
 
-def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(monkeypatch, folder, capsys):
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(monkeypatch, folder, capsys, tmp_path):
     monkeypatch.setattr("accessory.model.meta.Generation", None)
-    ask = ["generate", str(folder), "--prompt", "a", "--max-seq-len", "1000000000000", "--device", "cpu"]
+    (tmp_path / "long.json").write_text('{"max_seq_len": 1000000000000}')  # else so long a context is refused before
+    ask = ["generate", str(folder), "--prompt", "a", "--max-seq-len", "1000000000000", "--device", "cpu",
+           "--llama-config", str(tmp_path / "long.json")]  # fmt: skip
     assert main([*ask, "--max-gen-len", "999999999990"]) == 1
     err = capsys.readouterr().err
     assert ONE_ERROR.fullmatch(err)

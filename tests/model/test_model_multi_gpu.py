@@ -213,9 +213,11 @@ def test_ranks_that_cannot_load_say_why(folder, tmp_path):
     assert {p.pid for p in rank_processes()} == before
 
 
-def test_ranks_share_one_machine_s_memory_and_refuse_together(folder):
+def test_ranks_share_one_machine_s_memory_and_refuse_together(folder, tmp_path):
     """All ranks say the same and go on: a second question is answered by the same processes."""
-    with MultiGpuWrapper(folder, gpus=2, **HOW | {"max_seq_len": 10**12}) as wrapper:
+    (tmp_path / "long.json").write_text('{"max_seq_len": 1000000000000}')  # else so long a context is refused before
+    how = HOW | {"max_seq_len": 10**12, "llama_config": tmp_path / "long.json"}
+    with MultiGpuWrapper(folder, gpus=2, **how) as wrapper:
         before = [rank._process.pid for rank in wrapper._ranks]
         with pytest.raises(
             InputError, match=r"on 2 ranks takes at least .* GB each .* this machine has .* GB for each"
