@@ -86,7 +86,8 @@ def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | Non
 def _check(config: FinetuneConfig, world: int) -> Prepared:
     """Check in this process alone what a run on `world` ranks checks before it reads its items, and write nothing."""
     replicas = config.data_parallel_size(world)
-    config.check_files()
+    config.check_files()  # before torch is imported
+
     from accessory.parallel.mesh import DeviceMesh
     from accessory.train.preparation import check_network, prepare
 
@@ -109,6 +110,7 @@ def _dry_run(config: FinetuneConfig, world: int) -> list[str]:
     ]
     if any(is_remote(path) for path in config.pretrained_path):
         config.check_files()
+
         from accessory.parallel.mesh import DeviceMesh
         from accessory.train.preparation import prepare_without_model
 

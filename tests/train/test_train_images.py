@@ -17,10 +17,11 @@ from helpers.training import ARGS, CLIP, DECAY, LR, balance_by_definition, close
 from helpers.vision import random_tower, tiny_clip
 
 from accessory.checkpoint.names import image_shapes
+from accessory.commands.finetune import carry_out
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
 from accessory.data.image_tokens import insert_image_tokens
-from accessory.errors import ConfigError
+from accessory.errors import CheckpointError, ConfigError
 from accessory.model.meta import MetaModel
 from accessory.train.config import FinetuneConfig
 from accessory.train.run import finetune
@@ -197,7 +198,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def run(inputs, output, **changes):
+def seeing_config(inputs, output, **changes):
     seeing = {
         "llama_type": "mixtral_sparse_ens",
         "llama_config": [str(inputs / "vision.json")],
@@ -205,8 +206,23 @@ def run(inputs, output, **changes):
         "epochs": 1.0,
         "save_iteration_interval": None,
     }
-    finetune(FinetuneConfig(**options(inputs, output, **(seeing | changes))))
+    return FinetuneConfig(**options(inputs, output, **(seeing | changes)))
+
+
+def run(inputs, output, **changes):
+    finetune(seeing_config(inputs, output, **changes))
     return output
+
+
+def test_a_dry_run_looks_for_the_encoders_weights(inputs, tmp_path, capsys):
+    assert carry_out(seeing_config(inputs, tmp_path / "run"), dry_run=True) == 0
+    assert "# 24 items, " in capsys.readouterr().out
+    vision = tiny_clip().to_dict()
+    vision["encoders"][0]["path"] = str(inputs / "model")
+    (tmp_path / "vision.json").write_text(json.dumps({"vision": vision}))
+    with pytest.raises(CheckpointError, match=r"vision: encoder clip \(clip\): 39 tensors missing"):
+        carry_out(seeing_config(inputs, tmp_path / "run", llama_config=[str(tmp_path / "vision.json")]), dry_run=True)
+    assert not (tmp_path / "run").exists()
 
 
 IMAGE_NAMES = set(image_shapes(SEEING))
