@@ -43,6 +43,8 @@ def _check_paths(options: argparse.Namespace) -> None:
     """CheckpointError where a checkpoint that a command reads is not there, before torch is imported for it."""
     from accessory.checkpoint.hub import check_there
 
+    if getattr(options, "image", None):  # images are looked at before the model, and that takes torch
+        return
     for name in READ:
         given = getattr(options, name, None) or []
         for path in [given] if isinstance(given, str) else given:
