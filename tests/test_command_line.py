@@ -43,7 +43,7 @@ def test_a_demo_suggests_too(capsys):
 def test_values_and_beginnings_of_options_are_taken(monkeypatch):
     given = []
     monkeypatch.setattr("accessory.cli._generate", lambda options: given.append(options) or 0)
-    assert main(["generate", "x", "--prompt", "--no option = that", "--max-gen", "3"]) == 0
+    assert main(["generate", ".", "--prompt", "--no option = that", "--max-gen", "3"]) == 0
     assert (given[0].prompt, given[0].max_gen_len) == (["--no option = that"], 3)
     monkeypatch.setattr("accessory.cli._finetune", lambda options: given.append(options) or 0)
     assert main(["finetune", "r", "a=1", "--dry-run", "b=2"]) == 0

@@ -4,7 +4,7 @@ import pytest
 
 from accessory.cli import main
 
-# SRC, BASE and the text do not exist: a command that looked at them first would say that.
+# SRC and BASE hold no model, and the text does not exist: a command that looked into them first would say that.
 COMMANDS = {
     "convert": ["convert", "SRC", "DST", "--to", "hf"],
     "quantize": ["quantize", "SRC", "DST", "--quant", "int8"],
@@ -35,7 +35,8 @@ def refused(request, tmp_path, capsys, monkeypatch):
 
 def test_a_folder_that_cannot_be(refused, tmp_path, monkeypatch):
     (tmp_path / "file.txt").touch()
-    (tmp_path / "src").mkdir()
+    for name in ("src/part", "base"):
+        (tmp_path / name).mkdir(parents=True)
     assert "file.txt/x: file.txt is a file and no folder; give another" in refused("file.txt/x")
     assert "file.txt/x/y: file.txt is a file and no folder" in refused("file.txt/x/y")
     assert f"{tmp_path}/file.txt is a file and no folder" in refused(f"{tmp_path}/file.txt/x")

@@ -232,7 +232,7 @@ def test_how_gpus_become_ranks(as_json, words, ranks):
         (("8x7b", "--finetune", "mm_stage1", "--context", 9), "--context: is for running a model"),
         (("8x7b", "--image-views", 5, "--context", 1455), "--context: got 1455, but an image takes 1455"),
         (("8x7b", "--finetune", "lora", "--image-views", 1, "--max-words", 64), "--max-words: got 64, but an image"),
-        (("tiny", "--quant", "int4"), "quant: int4 scales 128 numbers together"),
+        (("tiny", "--quant", "int4"), "rows of 64 numbers are no whole groups of 128, which int4 scales together"),
     ],
 )
 def test_a_mistake_is_one_line(planned, words, told):
