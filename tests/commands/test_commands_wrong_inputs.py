@@ -277,7 +277,7 @@ def test_what_surveys_a_folder_or_data_reports_what_is_wrong(here, capsys, comma
 
 INTERRUPTED = {
     "convert": "convert hf d --to sparse --shards 2",
-    "quantize": "quantize hf d --quant int4",
+    "quantize": "quantize hf d --quant int8",
     "generate": "generate hf --prompt x --max-gen-len 200 --max-seq-len 256 --device cpu",
     "finetune": "finetune lora_one_gpu pretrained_path=hf data_config=good.yaml output_dir=d max_words=64 epochs=200 "
     "device=cpu batch_size=1 save_interval=5",
