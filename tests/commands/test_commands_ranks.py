@@ -109,7 +109,7 @@ def test_a_mistake_is_told_once(folder):
     done = run(torchrun("generate", folder, "--prompt", PROMPT, *HOW[2:], "--max-gen-len", "0"))
     told = [line for line in done.stderr.splitlines() if line.startswith("accessory: error:")]
     assert len(told) == 1
-    assert "max_gen_len: got 0" in told[0]
+    assert "--max-gen-len: got 0" in told[0]
     assert done.returncode != 0
 
 
