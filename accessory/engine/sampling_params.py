@@ -115,5 +115,6 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     """Whether it is a number that a float can hold: NaN and infinity are none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -sys.float_info.max <= value <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
