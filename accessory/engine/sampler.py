@@ -71,8 +71,7 @@ class Sampler:
         answer_ids: Sequence[int] = (),
         stop_ids: Collection[int] = (),
     ) -> None:
-        """A sequence takes the slot. `answer_ids` were drawn before it was put back. `min_tokens` holds off
-        `stop_ids`."""
+        """A sequence takes the slot. It drew `answer_ids` before it was put back. `min_tokens` holds off `stop_ids`."""
         assert params.seed is not None or params.temperature == 0, "draws need a seed: SamplingParams.with_seed"
         params.check_vocabulary(self.vocab_size)
         top_k = min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size
