@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from accessory.config import ModelArgs
 from accessory.errors import ConfigError
+from accessory.limits import PAGE_SIZE
 
 Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -81,6 +82,15 @@ def packed_bytes(format: Format, rows: int, columns: int) -> int:
     groups = columns // group if group else 1
     nested = 4 * (nested_scales(groups) + 1) if format == "nf4-dq" else 0  # plus the row's offset
     return int(rows * columns * number) + rows * (groups * shared + nested)
+
+
+def page_bytes(layers: int, kv_heads: int, head_dim: int, number: int = 2, fp8: bool = False) -> int:
+    """Bytes of a page of the key/value cache, of `kv_heads` heads in all layers. number: bytes of a number.
+
+    In fp8, a number is one byte, and each key and each value has an fp32 scale.
+    """
+    vector = head_dim + 4 if fp8 else head_dim * number
+    return 2 * layers * PAGE_SIZE * kv_heads * vector
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ IN_PLACE_ROWS = 4
 TILED_ROWS = 128
 TILED_ROWS_AN_EXPERT = 256
 
+# Tokens of a page of the key/value cache.
+PAGE_SIZE = 64
+
 # CUDA graphs of decoding: the shortest context for which one is captured, and the largest batch. In larger batches, the
 # kernel launches that a graph saves no longer matter.
 GRAPH_SMALLEST_EXTENT = 256

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
-from accessory.nn.cache import ContiguousCache
+from accessory.nn.cache import ContiguousCache, PagedCache
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
 from accessory.ops.attention import Documents, attention
@@ -44,11 +44,13 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
-        cache: ContiguousCache | None,
+        cache: ContiguousCache | PagedCache | None,
     ) -> Tensor:
         x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
         q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
+        if isinstance(cache, PagedCache):
+            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None])
         if cache is not None:
             k_BTGd, v_BTGd = cache.update(self.layer, k_BTGd, v_BTGd)
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
-from accessory.nn.cache import ContiguousCache
+from accessory.nn.cache import ContiguousCache, PagedCache
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
@@ -61,7 +61,7 @@ class Layer(nn.Module):
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
-        cache: ContiguousCache | None,
+        cache: ContiguousCache | PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
     ) -> tuple[Tensor, RouterStatistics | None]:
@@ -133,7 +133,7 @@ class Decoder(ImageTokens):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         *,
-        cache: ContiguousCache | None = None,
+        cache: ContiguousCache | PagedCache | None = None,
         documents_BT: Tensor | Documents | None = None,
         counted_BT: Tensor | None = None,
         statistics: bool = False,
@@ -144,12 +144,12 @@ class Decoder(ImageTokens):
         """Run `tokens_BT` (int64).
 
         positions_BT: each token's position in its sequence (default 0 … T-1). cache: `cache.begin` must have been
-        called with the same positions. documents_BT: without a cache, a token sees only the earlier tokens with its
-        document number (for packed batches, or for padding with its own number); each document is contiguous.
-        statistics: collect router statistics. counted_BT (bool): the tokens that enter them. last_B: return the logits
-        of one index of each row only, (B, V). rows_N: return the logits of these rows of the flattened batch only,
-        (N, V). images: the encoders' features. Their image tokens replace the positions with `IMAGE_ID`, in the order
-        of the flattened batch; there must be as many as such positions.
+        called with the same positions, or with the batch of the same tokens. documents_BT: without a cache, a token
+        sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
+        each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
+        them. last_B: return the logits of one index of each row only, (B, V). rows_N: return the logits of these rows
+        of the flattened batch only, (N, V). images: the encoders' features. Their image tokens replace the positions
+        with `IMAGE_ID`, in the order of the flattened batch; there must be as many as such positions.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)

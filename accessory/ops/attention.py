@@ -54,15 +54,18 @@ def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_attention() is not None
 
 
-def _packed(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents) -> Tensor:
+def packed_attention(q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, start_C: Tensor, longest: int) -> Tensor:
+    """Causal attention within each document of a flat batch, (N, H, d), where `has_varlen`.
+
+    start_C: int32, each document's start, then N. longest: tokens of the longest document.
+    """
     varlen = _varlen_attention()
     assert varlen is not None, "see has_varlen"
-    R = q_BTHd.shape[2] // k_BTGd.shape[2]
+    R = q_NHd.shape[1] // k_NGd.shape[1]
     # Some versions of torch do not let this kernel share key/value heads, so they are repeated. The copies cost much
     # less than the kernel saves.
-    k_NHd, v_NHd = (t.flatten(0, 1).repeat_interleave(R, dim=1) for t in (k_BTGd, v_BTGd))
-    at, longest = documents.start_N, documents.longest
-    return varlen(q_BTHd.flatten(0, 1), k_NHd, v_NHd, at, at, longest, longest).view_as(q_BTHd)
+    k_NHd, v_NHd = (t.repeat_interleave(R, dim=1) for t in (k_NGd, v_NGd))
+    return varlen(q_NHd, k_NHd, v_NHd, start_C, start_C, longest, longest)
 
 
 def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | Documents | None) -> Tensor:
@@ -73,7 +76,8 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor |
     path. With `Documents`, T = S and attention is causal within each document.
     """
     if isinstance(mask_BTS, Documents):
-        return _packed(q_BTHd, k_BSGd, v_BSGd, mask_BTS)
+        documents, flat = mask_BTS, [t.flatten(0, 1) for t in (q_BTHd, k_BSGd, v_BSGd)]
+        return packed_attention(*flat, documents.start_N, documents.longest).view_as(q_BTHd)
     (B, T, H, d), G = q_BTHd.shape, k_BSGd.shape[2]
     k_BGSd, v_BGSd = k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
     if mask_BTS is None and T > 1:

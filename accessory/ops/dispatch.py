@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
 # (token, expert) pair at a time. A backward product gives the gradient of the input. dequantize: no product, only the
-# weight in 16 or 32 bits.
-Op = Literal["linear", "linear_backward", "grouped", "grouped_backward", "decode", "dequantize"]
+# weight in 16 or 32 bits. attention: over a paged cache. write_pages: into it. Both take the cache, dense or fp8, as
+# their weight.
+Op = Literal[
+    "linear", "linear_backward", "grouped", "grouped_backward", "decode", "dequantize", "attention", "write_pages"
+]
 DENSE = "dense"
 
 
@@ -91,7 +94,7 @@ class Kernel(NamedTuple):
 
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
-_AMPERE, _HOPPER = (8, 0), (9, 0)
+_AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
 _TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
 
@@ -127,6 +130,13 @@ TABLE: tuple[Kernel, ...] = (
 
     Kernel("dequantize", "triton.packed:dequantize", _TRITON_FORMATS, _CUDA, triton=True),
     Kernel("dequantize", "quantized:dequantize", _ANY_FORMAT),
+
+    Kernel("attention", "triton.paged_attention:attention", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("attention", "triton.paged_attention:attention", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
+    Kernel("attention", "paged_attention:sequence_by_sequence", (DENSE, "fp8"), grad=False, host_free=False),
+    Kernel("write_pages", "triton.paged_attention:write_pages", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("write_pages", "triton.paged_attention:write_pages", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
+    Kernel("write_pages", "paged_attention:copy_to_pages", (DENSE, "fp8"), grad=False),
 )  # fmt: skip
 
 
@@ -181,6 +191,13 @@ def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, g
         fused,
         has_triton(),
     )
+
+
+def over_pages(op: Op, device: torch.device, dtype: torch.dtype, fp8: bool) -> Product:
+    """Describes what is done with a paged cache. fp8: whether its numbers are fp8."""
+    weight = "fp8" if fp8 else DENSE
+    capability = _capability(device)
+    return Product(op, weight, device=device.type, capability=capability, dtype=_name(dtype), triton=has_triton())
 
 
 @cache

@@ -1,5 +1,7 @@
 """The table of kernels: every row is there and reachable, and each limit is where `limits` says."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_fr
 
 SIZES = {"in_features": 4096, "out_features": 14336}
 OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "dequantize")
+PAGED = ("attention", "write_pages")  # their "weight" is a cache, dense or fp8
 PRODUCTS = st.builds(
     Product,
     op=st.sampled_from((*OPS, "decode")),
@@ -52,9 +55,19 @@ def test_every_product_has_a_kernel_that_fits_it(p):
     assert p.device == "cuda" or "triton" not in kernel.function
 
 
+@given(p=PRODUCTS.filter(lambda p: p.weight in (dispatch.DENSE, "fp8")), op=st.sampled_from(PAGED))
+def test_every_paged_cache_has_a_kernel(p, op):
+    kernel = choose(p._replace(op=op, grad=False))
+    on_gpu = p.device == "cuda" and p.triton and (p.weight == dispatch.DENSE or p.capability >= (8, 9))
+    assert kernel.triton == on_gpu
+    assert kernel.function.startswith("triton.") == on_gpu
+
+
 def test_every_row_is_reached_by_some_product():
     """A row is dead if an earlier row fits all its products."""
     found = set()
+    for op, weight, device in product(PAGED, (dispatch.DENSE, "fp8"), ("cpu", "cuda")):
+        found.add(find(Product(op, weight, device=device)))
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
             for rows in (1, 100, 100_000):

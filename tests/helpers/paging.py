@@ -1,0 +1,83 @@
+"""Paged caches filled at random, for tests of attention over pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.limits import PAGE_SIZE
+from accessory.ops.paged_attention import PagedBatch, Pages, copy_to_pages
+
+
+class Paged(NamedTuple):
+    """A step over sequences whose keys and values lie in pages. Unused slots hold NaN."""
+
+    q_NHd: Tensor
+    pages: Pages
+    batch: PagedBatch
+    new: tuple[Tensor, Tensor]  # the new tokens' keys and values, (N, G, d)
+    whole: list[tuple[Tensor, Tensor]]  # each sequence's keys and values, (L, G, d), not rounded to fp8
+
+    def to(self, device: str) -> Paged:
+        pages, batch = self.pages, self.batch
+        tensors = (pages.k_PSGd, pages.v_PSGd, pages.k_scale_PSG, pages.v_scale_PSG)
+        there = Pages(*(t if t is None else t.to(device) for t in tensors))
+        moved = (t.to(device) for t in batch[:4])
+        fields = dict(zip(batch._fields, moved, strict=False))
+        return Paged(
+            self.q_NHd.to(device),
+            there,
+            batch._replace(**fields, spans=batch.spans if device == "cpu" else None),
+            (self.new[0].to(device), self.new[1].to(device)),
+            self.whole,
+        )
+
+
+def table(lengths: Sequence[int], *, consecutive: bool = False, shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Pages for sequences of these lengths, from page 1 on. `shared`: so many first pages belong to all of them."""
+    needs = [-(-length // PAGE_SIZE) for length in lengths]
+    order = torch.arange(1, sum(needs) + 1)
+    if not consecutive:
+        order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
+    tables = [part.tolist() for part in order.split(needs)]
+    return [tables[0][:shared] + pages[shared:] for pages in tables]
+
+
+def paged(
+    sequences: Sequence[tuple[int, int]],
+    H: int,
+    G: int,
+    d: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
+    consecutive: bool = False,
+    shared: int = 0,
+    seed: int = 0,
+) -> Paged:
+    """A step over `sequences`, (queries, length) each, with random numbers. Shared pages must be full in all."""
+    g = torch.Generator().manual_seed(seed)
+    tables = table([length for _, length in sequences], consecutive=consecutive, shared=shared, seed=seed)
+    batch = PagedBatch.of([(n, length, pages) for (n, length), pages in zip(sequences, tables, strict=True)])
+    shape = (1 + max(map(max, tables)), PAGE_SIZE, G, d)
+    pools = [torch.full(shape, torch.nan).to(torch.float8_e4m3fn if fp8 else dtype) for _ in range(2)]
+    scales = [torch.full(shape[:-1], torch.nan) for _ in range(2)] if fp8 else []
+    pages = Pages(*pools, *scales)
+    whole: list[tuple[Tensor, Tensor]] = []
+    for (_, length), mine in zip(sequences, tables, strict=True):
+        k_LGd, v_LGd = (torch.randn(length, G, d, generator=g).to(dtype) for _ in range(2))
+        if whole:
+            for t_LGd, first_LGd in zip((k_LGd, v_LGd), whole[0], strict=True):
+                t_LGd[: shared * PAGE_SIZE] = first_LGd[: shared * PAGE_SIZE]
+        slot_L = torch.tensor([mine[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(length)])
+        copy_to_pages(pages, slot_L, k_LGd, v_LGd)
+        whole.append((k_LGd, v_LGd))
+    new_k, new_v = (
+        torch.cat([kv[i][len(kv[i]) - n :] for (n, _), kv in zip(sequences, whole, strict=True)]) for i in (0, 1)
+    )
+    # As the decoder makes them: queries and keys are parts of one tensor.
+    q_NHd = torch.randn(len(new_k), H + G, d, generator=g).to(dtype)[:, :H]
+    return Paged(q_NHd, pages, batch, (new_k, new_v), whole)
