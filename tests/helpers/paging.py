@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from accessory.limits import PAGE_SIZE
-from accessory.ops.paged_attention import PagedBatch, Pages, copy_to_pages
+from accessory.ops.paged_attention import PagedBatch, Pages, copy_to_pages, paged_attention_reference
+from helpers.interpreted import relative
 
 
 class Paged(NamedTuple):
@@ -81,3 +82,65 @@ def paged(
     # As the decoder makes them: queries and keys are parts of one tensor.
     q_NHd = torch.randn(len(new_k), H + G, d, generator=g).to(dtype)[:, :H]
     return Paged(q_NHd, pages, batch, (new_k, new_v), whole)
+
+
+# (sequences, H, G, d) for the kernels: lengths that end in a page and with one; groups and heads of odd sizes.
+KERNEL_CASES = {
+    "decodes": ([(1, 1), (1, 140), (1, 64), (1, 65)], 4, 1, 16),
+    "a long decode": ([(1, 500)], 8, 8, 16),
+    "mixed": ([(1, 70), (5, 5), (3, 200)], 8, 2, 32),
+    "three heads a group": ([(1, 300), (1, 3), (9, 80)], 6, 2, 20),
+    "large groups": ([(1, 90), (2, 3)], 32, 1, 16),
+    "large heads": ([(1, 70), (4, 70)], 3, 1, 128),
+    "a prompt of several tiles": ([(5, 5), (40, 100)], 4, 1, 16),
+}
+
+
+def check_kernels(
+    case: tuple[Sequence[tuple[int, int]], int, int, int],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bound: float = 1e-6,
+    fp8: bool = False,
+) -> None:
+    """Compare written pages with those of torch, and attention with the definition in fp32."""
+    from accessory.ops.triton import paged_attention as kernels
+
+    sequences, H, G, d = case
+    here = paged(sequences, H, G, d, dtype=dtype, fp8=fp8)
+    p = here.to(device)
+    written, wanted = (unwritten(pages) for pages in (p.pages, here.pages))
+    kernels.write_pages(written, p.batch.slot_N, *p.new)
+    copy_to_pages(wanted, here.batch.slot_N, *here.new)
+    same_pages(written, wanted, exact=not fp8)
+    want = paged_attention_reference(here.q_NHd.float(), here.pages, here.batch)
+    # As it is, and with room for longer sequences, as in a CUDA graph: more splits than there are keys for.
+    for batch in (p.batch, p.batch._replace(longest_length=p.batch.longest_length + 12 * PAGE_SIZE)):
+        got = kernels.attention(p.q_NHd, p.pages, batch)
+        assert (got.shape, got.dtype) == (p.q_NHd.shape, dtype)
+        error = relative(got, want)
+        assert error <= bound, f"{case}: {error}"
+
+
+def unwritten(pages: Pages) -> Pages:
+    tensors = (pages.k_PSGd, pages.v_PSGd, pages.k_scale_PSG, pages.v_scale_PSG)
+    return Pages(*(t if t is None else torch.full(t.shape, torch.nan, device=t.device).to(t.dtype) for t in tensors))
+
+
+def same_pages(got: Pages, want: Pages, *, exact: bool) -> None:
+    for name in ("k_scale_PSG", "v_scale_PSG", "k_PSGd", "v_PSGd"):
+        if getattr(want, name) is None:
+            continue
+        a, b = getattr(got, name).cpu().float(), getattr(want, name).float()
+        assert torch.equal(a.isnan(), b.isnan()), name
+        if exact or "scale" in name:
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=0 if exact else 1e-6, atol=0)
+            continue
+        # A GPU divides less exactly, so a number near a tie may go to its other neighbour. The interpreter halves
+        # numbers that round up to a power of two.
+        known = ~b.isnan()
+        if not got.k_PSGd.is_cuda:
+            known &= b.abs().log2().frac() != 0
+        assert (a[known] == b[known]).float().mean() >= 0.99
+        assert ((a - b).abs() <= b.abs() / 8 + 2**-9)[known].all()
