@@ -76,8 +76,8 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor |
     path. With `Documents`, T = S and attention is causal within each document.
     """
     if isinstance(mask_BTS, Documents):
-        documents, flat = mask_BTS, [t.flatten(0, 1) for t in (q_BTHd, k_BSGd, v_BSGd)]
-        return packed_attention(*flat, documents.start_N, documents.longest).view_as(q_BTHd)
+        q_NHd, k_NGd, v_NGd = (t.flatten(0, 1) for t in (q_BTHd, k_BSGd, v_BSGd))
+        return packed_attention(q_NHd, k_NGd, v_NGd, mask_BTS.start_N, mask_BTS.longest).view_as(q_BTHd)
     (B, T, H, d), G = q_BTHd.shape, k_BSGd.shape[2]
     k_BGSd, v_BGSd = k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
     if mask_BTS is None and T > 1:

@@ -86,9 +86,11 @@ class PagedBatch(NamedTuple):
             page_P[at // PAGE_SIZE].long() * PAGE_SIZE + at % PAGE_SIZE
             for page_P, at in zip(page_BP, positions, strict=True)
         ]
-        tensors = torch.cat(slots), page_BP, torch.tensor(length_B, dtype=torch.int32), query_C
         return cls(
-            *(t.to(device) for t in tensors),
+            slot_N=torch.cat(slots).to(device),
+            page_BP=page_BP.to(device),
+            length_B=torch.tensor(length_B, dtype=torch.int32).to(device),
+            query_C=query_C.to(device),
             decodes=decodes,
             longest=max(queries_B[decodes:], default=0),
             longest_length=max(length_B),

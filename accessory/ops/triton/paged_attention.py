@@ -51,16 +51,11 @@ def _pass_over(
         at = (page * S + tile * KEYS % S + n) * G + g
         # The next page's number is there when its keys are asked for, so keys are loaded ahead.
         page = tl.load(page_ptr + tl.minimum((tile + 1) * KEYS // S, P - 1)).to(tl.int64)
-        within = (tile * KEYS + n < length) if MASKED else None
-        # Scores of keys that are not there are replaced, so garbage does no harm. Garbage in v would: 0 · NaN is NaN.
-        v_within = within[:, None] if MASKED else None
-        if d < D:
-            k_within = (c < d)[None, :]
-            v_within = v_within & k_within if MASKED else k_within
-        else:
-            k_within = None
-        k = tl.load(k_ptr + at[:, None] * d + c[None, :], mask=k_within, other=None if k_within is None else 0.0)
-        v = tl.load(v_ptr + at[:, None] * d + c[None, :], mask=v_within, other=None if v_within is None else 0.0)
+        # What lies beyond the length may be NaN, and 0 · NaN is NaN. Without a mask where none is needed.
+        within = tile * KEYS + n < length
+        cell = within[:, None] & (c < d)[None, :] if MASKED or d < D else None
+        k = tl.load(k_ptr + at[:, None] * d + c[None, :], mask=cell, other=None if cell is None else 0.0)
+        v = tl.load(v_ptr + at[:, None] * d + c[None, :], mask=cell, other=None if cell is None else 0.0)
         # By way of fp32: Triton converts fp8 to bf16 directly only on Hopper. For 16 bits this is no conversion at all.
         score = tl.dot(q, tl.trans(k.to(tl.float32).to(q.dtype)), input_precision="ieee") * temperature
         if FP8:
@@ -72,7 +67,7 @@ def _pass_over(
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 1)
         if FP8:
-            p *= tl.load(v_scale_ptr + at, mask=within, other=0.0 if MASKED else None)[None, :]
+            p *= tl.load(v_scale_ptr + at, mask=within, other=0.0)[None, :]
         acc = tl.dot(p.to(q.dtype), v.to(tl.float32).to(q.dtype), acc * fade[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
