@@ -183,7 +183,7 @@ def _keys_and_values(
 
     if pages.k_scale_PSG is None or pages.v_scale_PSG is None:
         return read(pages.k_PSGd), read(pages.v_PSGd)
-    # torch gathers no rows of fp8 numbers, so they are gathered as bytes.
+    # Gathered as bytes, as they are written.
     return [
         (read(pool.view(torch.uint8)).view(pool.dtype).float() * read(scale)[..., None]).to(dtype)
         for pool, scale in ((pages.k_PSGd, pages.k_scale_PSG), (pages.v_PSGd, pages.v_scale_PSG))

@@ -87,9 +87,9 @@ def paged(
 # (sequences, H, G, d) for the kernels: lengths that end in a page and with one; groups and heads of odd sizes.
 KERNEL_CASES = {
     "decodes": ([(1, 1), (1, 140), (1, 64), (1, 65)], 4, 1, 16),
-    "a long decode": ([(1, 500)], 8, 8, 16),
+    "a long decode": ([(1, 500)], 2, 2, 16),
     "mixed": ([(1, 70), (5, 5), (3, 200)], 8, 2, 32),
-    "three heads a group": ([(1, 300), (1, 3), (9, 80)], 6, 2, 20),
+    "three heads a group": ([(1, 130), (1, 3), (9, 80)], 6, 2, 20),
     "large groups": ([(1, 90), (2, 3)], 32, 1, 16),
     "large heads": ([(1, 70), (4, 70)], 3, 1, 128),
     "a prompt of several tiles": ([(5, 5), (40, 100)], 4, 1, 16),

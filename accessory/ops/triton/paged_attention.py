@@ -250,15 +250,15 @@ def _launch(
     heads, D = triton.next_power_of_2(R), max(16, triton.next_power_of_2(d))
     tile = tile_of(max(longest, 1) * heads, D * q_NHd.element_size())
     M = max(tile.M, heads)
-    queries = triton.cdiv(max(longest, 1), M // heads)
-    programs, processors = queries * G * sequences, _processors(q_NHd.device)
+    tiles = triton.cdiv(max(longest, 1), M // heads)
+    programs, processors = tiles * G * sequences, _processors(q_NHd.device)
     splits = splits_of(programs, processors, batch.longest_length, decode=longest == 0)
     least = LEAST_KEYS if programs >= processors else 1
     rows = (sequences if longest == 0 else len(q_NHd) - first) * H if splits > 1 else 0
     part_NHKd, top_NHK, total_NHK = (
         torch.empty(rows * splits * n, dtype=torch.float32, device=q_NHd.device) for n in (d, 1, 1)
     )
-    _attend_kernel[(queries, G * splits, sequences)](
+    _attend_kernel[(tiles, G * splits, sequences)](
         q_NHd, *_pointers(pages), batch.page_BP, batch.length_B, batch.query_C, y_NHd, part_NHKd, top_NHK, total_NHK,
         q_NHd.stride(0), first, batch.page_BP.shape[1], splits, triton.cdiv(least, tile.KEYS),
         math.log2(math.e) / d**0.5,
