@@ -19,44 +19,9 @@ from torch import Tensor
 
 from accessory.ops.quantized import Packed
 from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import finished, int4_bias, int4_values, nested_scale, nf4_values
 from accessory.ops.triton.packed import constants, pointers
-
-
-@triton.jit
-def _find_tile(count_ptr, tile, E: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, N):
-    """(expert, first row, end of the expert's rows) of tile number `tile` of M rows. Expert E: no such tile exists."""
-    if E == 1:
-        return 0, tile * M, N
-    else:
-        e = tl.arange(0, SLOTS)
-        count = tl.load(count_ptr + e, mask=e < E, other=0).to(tl.int32)
-        tiles = (count + M - 1) // M
-        tiles_before, rows_before = tl.cumsum(tiles, 0) - tiles, tl.cumsum(count, 0) - count
-        mine = (tiles_before <= tile) & (tile < tiles_before + tiles)
-        first = tl.sum(tl.where(mine, rows_before + (tile - tiles_before) * M, 0), 0)
-        end = tl.sum(tl.where(mine, rows_before + count, 0), 0)
-        expert = tl.sum(tl.where(mine, e, 0), 0)
-        return tl.where(tl.sum(mine.to(tl.int32), 0) == 0, E, expert), first, end
-
-
-@triton.jit
-def _place(
-    count_ptr, N, KEEPS: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr,
-):  # fmt: skip
-    """(block, expert, first row, end of the expert's rows) of this program.
-
-    A block is P numbers along the dimension that the product keeps. SIDE consecutive programs take SIDE blocks of the
-    same rows.
-    """
-    across: tl.constexpr = (KEEPS + P - 1) // P
-    tiles = tl.num_programs(0) // across
-    turn = tl.program_id(0) // (SIDE * tiles)
-    side = tl.minimum(across - turn * SIDE, SIDE)
-    within = tl.program_id(0) % (SIDE * tiles)
-    e, first, end = _find_tile(count_ptr, within // side, E, SLOTS, M, N)
-    return turn * SIDE + within % side, e, first, end
 
 
 @triton.jit
@@ -109,12 +74,12 @@ def _values(
 @triton.jit
 def _forward_kernel(
     x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, count_ptr, y_ptr, N,
-    OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, SWAP: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """y_NO = x_NI Wᵀ of each row's expert."""
-    block, e, first, end = _place(count_ptr, N, OUT, E, SLOTS, M, P, SIDE)
+    block, e, first, end = place(count_ptr, N, OUT, E, SLOTS, COUNTED, M, P, SIDE)
     if e < E:
         out = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
@@ -167,12 +132,12 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, count_ptr, dx_ptr, N,
-    OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """dx_NI = dy_NO W of each row's expert."""
-    block, e, first, end = _place(count_ptr, N, IN, E, SLOTS, M, P, SIDE)
+    block, e, first, end = place(count_ptr, N, IN, E, SLOTS, COUNTED, M, P, SIDE)
     if e < E:
         col = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
@@ -223,11 +188,9 @@ def _launch(kernel: Any, a_NR: Tensor, p: Packed, count_E: Tensor | None, keeps:
     out_NP = torch.empty(N, keeps, dtype=a_NR.dtype, device=a_NR.device)
     if N == 0:
         return out_NP
-    # The most tiles of rows there can be: the last tile of every expert may be short.
-    tiles = triton.cdiv(N, tile["M"]) if E == 1 else min(N, triton.cdiv(N, tile["M"]) + E - 1)
-    kernel[(tiles * triton.cdiv(keeps, tile["P"]),)](
+    kernel[grid(N, E, keeps, tile)](
         a_NR, *pointers(p), a_NR if count_E is None else count_E, out_NP, N,
-        OUT=OUT, IN=IN, E=E, SLOTS=triton.next_power_of_2(E), **tile, **constants(p),
+        OUT=OUT, IN=IN, E=E, SLOTS=slots(E), COUNTED=count_E is not None, **tile, **constants(p),
     )  # fmt: skip
     return out_NP
 
