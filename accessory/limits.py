@@ -23,6 +23,9 @@ TILED_ROWS_AN_EXPERT = 256
 
 # Tokens of a page of the key/value cache.
 PAGE_SIZE = 64
+# Rows of input up to which each row reads the matrices of its own LoRA adapter. With more rows, they are sorted by
+# adapter for a grouped product. Not measured yet: benchmarks/gpu_grouped.py times both.
+ADAPTER_ROWS = 64
 
 # CUDA graphs of decoding: the shortest context for which one is captured, and the largest batch. In larger batches, the
 # kernel launches that a graph saves no longer matter.

@@ -35,7 +35,7 @@ from accessory.engine.generate import Generation
 from accessory.engine.graphs import DecodeGraphs
 from accessory.formats import Format, Quant
 from accessory.nn.decoder import Decoder
-from accessory.ops.experts import sort_by_expert
+from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.quantized import Packed, quantize
 from accessory.ops.quantized_products import dequantized
 from accessory.parallel.mesh import DeviceMesh

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
-from accessory.ops.linear import Weight
+from accessory.ops.linear import AdapterRows, Lora, Weight
 
 
 class StackedExperts(nn.Module):
@@ -24,6 +24,7 @@ class StackedExperts(nn.Module):
 
     Finetuning adds adapters as stacks: `w1_bias` (E, out), `w1_lora_a` (E, r, in), `w1_lora_b` (E, out, r), and the
     same for w2 and w3. `bias_factor` 0 leaves w2's bias out of this rank's part, because another rank adds it.
+    Generation may have several adapters in their place (`set_adapters`), of which each token names one.
     """
 
     w1: Any  # nn.Parameter or PackedWeight
@@ -39,6 +40,8 @@ class StackedExperts(nn.Module):
         for kind in ("w1", "w2", "w3"):
             for part in ("bias", "lora_a", "lora_b"):
                 self.register_parameter(f"{kind}_{part}", None)
+        # Several adapters of a kind: lora_a (A·E, r, in), lora_b (A·E, out, r), scale_A.
+        self.adapters: dict[str, Sequence[Tensor]] = {}
         self.lora_scale, self.bias_factor = 1.0, 1.0
         self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
@@ -57,40 +60,53 @@ class StackedExperts(nn.Module):
         dtype = torch.float32 if isinstance(weight, PackedWeight) else weight.dtype
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
+    def set_adapters(self, kind: str, adapters: Sequence[Lora | None]) -> None:
+        """Stand several adapters beside the stack `kind`, in place of those before; None: one without a part here."""
+        self.adapters.pop(kind, None)
+        if any(lora is not None for lora in adapters):
+            self.adapters[kind] = self.weights(kind).with_adapters(adapters).stacks()
+
     def weights(self, kind: str) -> Weight:
-        """The stack `kind` ("w1", "w2", "w3") with its bias and its LoRA adapter."""
+        """The stack `kind` ("w1", "w2", "w3") with its bias and its LoRA adapters."""
         bias, lora_a, lora_b = (getattr(self, f"{kind}_{part}") for part in ("bias", "lora_a", "lora_b"))
         if bias is not None and kind == "w2" and self.bias_factor != 1.0:
             bias = bias * self.bias_factor
-        return Weight(product_of(getattr(self, kind)), bias, lora_a, lora_b, self.lora_scale)
+        w = Weight(product_of(getattr(self, kind)), bias, lora_a, lora_b, self.lora_scale)
+        if kind in self.adapters:
+            lora_a, lora_b, scale_A = self.adapters[kind]
+            w = w._replace(lora_a=lora_a, lora_b=lora_b, scale_A=scale_A)
+        return w
+
+    def all_weights(self) -> tuple[Weight, Weight, Weight]:
+        """w1, w2 and w3."""
+        return self.weights("w1"), self.weights("w2"), self.weights("w3")
 
     @property
     def plain(self) -> bool:
-        return all(getattr(self, f"{kind}_{b}") is None for kind in ("w1", "w2", "w3") for b in ("bias", "lora_a"))
+        return all(w.plain for w in self.all_weights())
 
     def fuse(self) -> None:
         if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.fused.refresh([self.w1, self.w3])
 
-    def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """adapters: the adapter of each token, where there are several."""
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
-        if self.plain:
-            w1, w2, w3 = (product_of(w) for w in (self.w1, self.w2, self.w3))
-            w13 = self.fused.tensor
-            kernel = decode_kernel(x_TD, w1, expert_TK.numel(), fused=w13 is not None)
-            if kernel is not None:
-                return decode_experts(kernel, x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13)
-        return self.grouped(x_TD, weight_TK, expert_TK)
+        w1, w2, w3 = self.all_weights()
+        w13 = self.fused.tensor if w1.plain and w2.plain and w3.plain else None
+        kernel = decode_kernel(x_TD, w1, expert_TK.numel(), fused=w13 is not None)
+        if kernel is not None:
+            return decode_experts(
+                kernel, x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13, adapters=adapters
+            )
+        return self.grouped(x_TD, weight_TK, expert_TK, adapters)
 
     def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
         """Whether a GPU runs this without the host learning the routing. A CUDA graph needs that."""
-        decode = product_of(self.w1) if self.plain else None
-        return x_TD.is_cuda and runs_host_free(x_TD, expert_TK.numel(), decode=decode, grouped=self.grouped_weights())
+        return x_TD.is_cuda and runs_host_free(x_TD, *self.all_weights(), expert_TK.numel())
 
-    def grouped_weights(self) -> Sequence[Weight]:
-        """The stacks that `grouped` multiplies as grouped products; empty where it loops over the experts."""
-        return ()
-
-    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
         """Each implementation's computation for prompts, batches and training. Returns the same as `forward`."""
         raise NotImplementedError

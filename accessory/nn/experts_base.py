@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from accessory.nn.experts import StackedExperts
-from accessory.ops.experts import sort_by_expert, swiglu
+from accessory.ops.dense_products import by_expert, sort_by_expert
+from accessory.ops.experts import grouped_experts, swiglu
+from accessory.ops.linear import AdapterRows
 
 
 class BaseExperts(StackedExperts):
     """The whole experts `first … first + E - 1` of a layer. Other ranks compute a token's other experts."""
 
-    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
+        # The loop below would wait for the GPU.
+        if adapters is not None or (x_TD.is_cuda and not torch.is_grad_enabled()):
+            return grouped_experts(x_TD, *self.all_weights(), weight_TK, expert_TK, self.first, adapters)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        w1, w2, w3 = (self.weights(kind).unbind() for kind in ("w1", "w2", "w3"))
+        w1, w2, w3 = (w.unbind() for w in self.all_weights())
         for e, pair_n in enumerate(self._visits(expert_TK)):
             # While gradients are recorded, an expert without tokens runs on an empty input. Its gradient is then zero
             # instead of None.
@@ -29,6 +34,6 @@ class BaseExperts(StackedExperts):
 
     def _visits(self, expert_TK: Tensor) -> list[Tensor]:
         """For each of this rank's experts, the numbers t · K + k of the pairs that visit it, in ascending order."""
-        order, count = sort_by_expert(expert_TK, self.first + len(self.w1))
-        counts = count.tolist()  # the only place where the host waits for the GPU
-        return list(order[: sum(counts)].split(counts))[self.first :]
+        order_N, count_E = sort_by_expert(expert_TK, len(self.w1), self.first)
+        *visits, _ = by_expert(order_N, count_E)  # the only place where the host waits for the GPU
+        return visits

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accessory.formats import Format
-from accessory.ops.linear import Weight, linear
+from accessory.ops.linear import AdapterRows, Lora, Weight, linear
 from accessory.ops.norm import rms_norm
 from accessory.ops.quantized import Packed, packed_shapes
 
@@ -63,6 +64,7 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         self.bias_factor = 1.0
         self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
+        self.adapters: Sequence[Tensor] | None = None  # of several: lora_a (A, r, in), lora_b (A, out, r), scale_A
 
     def add_bias(self) -> None:
         dtype = self.weight.dtype if isinstance(self.weight, nn.Parameter) else torch.float32
@@ -75,16 +77,25 @@ class Linear(nn.Module):
             self.lora_b = Linear(rank, self.weight.shape[0]).to(dtype)
         self.lora_scale = scale
 
+    def set_adapters(self, adapters: Sequence[Lora | None]) -> None:
+        """Stand several adapters beside the weight, in place of those before; None: one without a part here."""
+        several = any(lora is not None for lora in adapters)
+        self.adapters = self.weights().with_adapters(adapters).stacks() if several else None
+
     def weights(self) -> Weight:
-        """The weight with its bias and its LoRA adapter."""
+        """The weight with its bias and its LoRA adapters."""
         bias = self.bias if self.bias is None or self.bias_factor == 1.0 else self.bias * self.bias_factor
         weight = product_of(self.weight)
+        if self.adapters is not None:
+            lora_a, lora_b, scale_A = self.adapters
+            return Weight(weight, bias, lora_a, lora_b, scale_A=scale_A)
         if self.lora_a is None or self.lora_b is None:
             return Weight(weight, bias)
         return Weight(weight, bias, self.lora_a.weight, self.lora_b.weight, self.lora_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weights())
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """adapters: the adapter of each of x's rows, where there are several."""
+        return linear(x, self.weights(), adapters=adapters)
 
 
 class RMSNorm(nn.Module):

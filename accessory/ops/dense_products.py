@@ -1,8 +1,9 @@
 """Grouped products with dense stacks: rows are sorted by expert, and each expert's weight multiplies its own rows.
 
-Nothing is padded and no token dropped (the dropless formulation of MegaBlocks, arXiv 2211.15841).
+Nothing is padded and no token dropped (the dropless formulation of MegaBlocks, arXiv 2211.15841). Rows behind the last
+expert's, which belong to other ranks' experts, get no product: what lies in them afterwards is undefined.
 
-Legend: N rows sorted by expert, E experts, O out, I in features.
+Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, O out, I in features.
 """
 
 from __future__ import annotations
@@ -12,6 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
+
+
+def sort_by_expert(expert_TK: Tensor, experts: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Sort the flat (token, k) pairs by expert, those of the experts `first … first + experts - 1`. Pairs of other
+    experts come behind them.
+
+    Returns order_N (a stable sort) and count_E, the pairs of each of these experts, both int64.
+    """
+    local_N = expert_TK.flatten() - first
+    local_N = torch.where((local_N >= 0) & (local_N < experts), local_N, experts)
+    # bincount would make the host wait for a GPU; a sum over one-hot rows does not.
+    count_E = (local_N[:, None] == torch.arange(experts, device=local_N.device)).sum(0)
+    return torch.argsort(local_N, stable=True), count_E
 
 
 def grouped_dense(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
@@ -27,10 +41,16 @@ def grouped_mm(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
 
 
 def grouped_loop(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """A loop over the experts that got rows. CPUs and fp32 use it, and tests compare with it."""
-    runs = x_NI.split(count_E.tolist())
+    """A loop over the experts that got rows. CPUs and training in fp32 use it, and tests compare with it."""
+    *runs, others = by_expert(x_NI, count_E)
     # While gradients are recorded, an expert without rows contributes an empty product. Its gradient is then zero
     # instead of None, and collectives over parameters rely on that.
     keep_empty = torch.is_grad_enabled() and weight_EOI.requires_grad
     products = [F.linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
-    return torch.cat(products) if products else x_NI.new_empty(0, weight_EOI.shape[1])
+    return torch.cat([*products, x_NI.new_zeros(len(others), weight_EOI.shape[1])])
+
+
+def by_expert(x_NI: Tensor, count_E: Tensor) -> list[Tensor]:
+    """The rows of each expert, and at the end the rows of no expert. The host waits for the counts."""
+    counts = count_E.tolist()
+    return list(x_NI.split([*counts, len(x_NI) - sum(counts)]))

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
-# (token, expert) pair at a time. A backward product gives the gradient of the input. dequantize: no product, only the
-# weight in 16 or 32 bits. attention: over a paged cache. write_pages: into it. Both take the cache, dense or fp8, as
-# their weight.
+# (token, expert) pair at a time. A backward product gives the gradient of the input. adapters: the LoRA products of
+# rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits. attention: over a
+# paged cache. write_pages: into it. Both take the cache, dense or fp8, as their weight.
 Op = Literal[
-    "linear", "linear_backward", "grouped", "grouped_backward", "decode", "dequantize", "attention", "write_pages"
-]
+    "linear", "linear_backward", "grouped", "grouped_backward", "decode", "adapters", "dequantize", "attention",
+    "write_pages",
+]  # fmt: skip
 DENSE = "dense"
 
 
@@ -94,6 +95,7 @@ class Kernel(NamedTuple):
 
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
+_16_AND_32_BITS = (*_16_BITS, "float32")
 _AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
 _TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
@@ -109,11 +111,15 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("linear_backward", "quantized_products:dequantized_linear_backward", _ANY_FORMAT),
 
     Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_AND_32_BITS, grad=False, triton=True),
     Kernel("grouped", "dense_products:grouped_loop", (DENSE,), host_free=False),
     Kernel("grouped", "fp8:fp8_grouped_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
     Kernel("grouped", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
+    # Dequantised, they are the dense products above: grouped_mm, Triton's, and the loop.
     Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _16_AND_32_BITS,
+           grad=False, triton=True),
     Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped", "quantized_products:expert_by_expert", _ANY_FORMAT, _CPU, host_free=False),
     Kernel("grouped_backward", "triton.packed_grouped:gradient", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
@@ -127,6 +133,12 @@ TABLE: tuple[Kernel, ...] = (
            rows=(0, limits.DECODE_PAIRS_GPU_QUANTIZED), grad=False, triton=True),
     Kernel("decode", "experts:decode_experts_fused", (DENSE,), _CPU, rows=(0, limits.DECODE_PAIRS_CPU), grad=False,
            fused=True, host_free=False),
+
+    Kernel("adapters", "triton.low_rank:add_row_by_row", (DENSE,), _CUDA, dtypes=_16_AND_32_BITS,
+           rows=(0, limits.ADAPTER_ROWS), grad=False, triton=True),
+    Kernel("adapters", "triton.low_rank:add_grouped", (DENSE,), _CUDA, _AMPERE, _16_AND_32_BITS, grad=False,
+           triton=True),
+    Kernel("adapters", "linear:adapters_in_turn", (DENSE,), host_free=False),
 
     Kernel("dequantize", "triton.packed:dequantize", _TRITON_FORMATS, _CUDA, triton=True),
     Kernel("dequantize", "quantized:dequantize", _ANY_FORMAT),
@@ -154,17 +166,13 @@ def choose(product: Product) -> Kernel:
     return kernel
 
 
-def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
+def host_free(decode: Product, grouped: Iterable[Product]) -> bool:
     """Whether a layer's experts run without the host learning which tokens they got. A CUDA graph needs that.
 
-    decode: the "decode" product, None where the experts cannot run pair by pair. grouped: all grouped products that
-    run otherwise; empty where that path always waits for the host.
+    decode: the "decode" product. grouped: all grouped products, which run where no kernel computes `decode`.
     """
-    kernel = None if decode is None else find(decode)
-    if kernel is not None:
-        return kernel.host_free
-    products = list(grouped)
-    return bool(products) and all(choose(p).host_free for p in products)
+    kernel = find(decode)
+    return kernel.host_free if kernel is not None else all(choose(p).host_free for p in grouped)
 
 
 def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, grad: bool | None = None) -> Product:

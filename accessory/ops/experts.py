@@ -6,15 +6,13 @@ Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
-from accessory.ops.linear import Weight, grouped_linear, grouped_products, linear
+from accessory.ops.dense_products import sort_by_expert
+from accessory.ops.linear import AdapterRows, Weight, grouped_linear, grouped_products, linear
 from accessory.ops.quantized import Packed
 
 
@@ -30,70 +28,70 @@ def grouped_experts(
     w3_EFD: Tensor | Weight,
     weight_TK: Tensor,
     expert_TK: Tensor,
+    first: int | None = None,
+    adapters: AdapterRows | None = None,
 ) -> Tensor:
     """Σ_k weight_TK · swiglu of expert_TK, (T, D) fp32; the products are in x's dtype.
 
-    F may be a slice of the hidden dimension. The result is then this slice's part of the sum.
+    F may be a slice of the hidden dimension. The result is then this slice's part of the sum. first: the weights are
+    those of the experts `first … first + E - 1`, and pairs of other experts add nothing; None: they are all experts'.
+    adapters: each token's adapter, where the weights have several.
     """
-    order_N, count_E = sort_by_expert(expert_TK, _stack(w1_EFD).shape[0])
-    x_ND = x_TD[order_N // expert_TK.shape[1]]
-    h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E)) * grouped_linear(x_ND, w3_EFD, count_E)
-    y_ND = grouped_linear(h_NF, w2_EDF, count_E)
-    return combine(y_ND, order_N, weight_TK)
+    E = _stack(w1_EFD).shape[0]
+    order_N, count_E = sort_by_expert(expert_TK, E, first or 0)
+    token_N = order_N // expert_TK.shape[1]
+    rows = None if adapters is None else adapters.of_pairs(token_N, expert_TK.flatten()[order_N] - (first or 0), E)
+    x_ND = x_TD[token_N]
+    h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E, rows)) * grouped_linear(x_ND, w3_EFD, count_E, rows)
+    y_ND = grouped_linear(h_NF, w2_EDF, count_E, rows)
+    return combine(y_ND, order_N, weight_TK, None if first is None else count_E.sum())
 
 
-def sort_by_expert(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the flat (token, k) pairs by expert. Returns order_N (a stable sort) and count_E, the pairs of each expert,
-    both int64."""
-    flat_N = expert_TK.flatten()
-    # bincount would make the host wait for a GPU; a sum over one-hot rows does not.
-    count_E = (flat_N[:, None] == torch.arange(experts, device=flat_N.device)).sum(0)
-    return torch.argsort(flat_N, stable=True), count_E
-
-
-def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor) -> Tensor:
+def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, rows: Tensor | None = None) -> Tensor:
     """Undo the sort and sum each token's experts by weight: (T, D) fp32. Without atomics, so the same input gives the
-    same bits."""
+    same bits.
+
+    rows: how many rows of y have a product; None: all. The others may hold anything, NaN too, and add nothing.
+    """
     T, K = weight_TK.shape
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    return (y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]).sum(1)
+    part_TKD = y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]
+    if rows is not None:
+        part_TKD = part_TKD.where((inverse_N < rows).view(T, K, 1), 0.0)
+    return part_TKD.sum(1)
 
 
 def _stack(weight: Tensor | Packed | Weight) -> Tensor | Packed:
     return weight.weight if isinstance(weight, Weight) else weight
 
 
-def decode_kernel(x_TD: Tensor, w1_EFD: Tensor | Packed, pairs: int, *, fused: bool) -> dispatch.Kernel | None:
+def decode_kernel(x_TD: Tensor, w1_EFD: Weight, pairs: int, *, fused: bool) -> dispatch.Kernel | None:
     """The kernel that computes `pairs` (token, expert) pairs and reads the weights in place.
 
-    None means: use grouped products instead. fused: whether w1 and w3 are in one tensor.
+    None means: use grouped products instead. fused: whether w1 and w3 are in one tensor, and all weights plain.
     """
-    return dispatch.find(dispatch.product("decode", x_TD, w1_EFD, pairs, fused=fused))
+    return dispatch.find(dispatch.product("decode", x_TD, w1_EFD.weight, pairs, fused=fused))
 
 
-def runs_host_free(
-    x_TD: Tensor, pairs: int, *, decode: Tensor | Packed | None, grouped: Sequence[Tensor | Packed | Weight]
-) -> bool:
-    """Whether a step of `pairs` pairs runs without the host learning the routing. A CUDA graph needs that.
-
-    decode: w1 where the pairs may be computed one by one, else None. grouped: w1, w2, w3 where they may be computed as
-    grouped products; empty where a loop would compute them.
-    """
-    asked = None if decode is None else dispatch.product("decode", x_TD, decode, pairs)
-    return dispatch.host_free(asked, [p for w in grouped for p in grouped_products(x_TD, w, pairs)])
+def runs_host_free(x_TD: Tensor, w1_EFD: Weight, w2_EDF: Weight, w3_EFD: Weight, pairs: int) -> bool:
+    """Whether a step of `pairs` pairs runs without the host learning the routing. A CUDA graph needs that."""
+    decode = dispatch.product("decode", x_TD, w1_EFD.weight, pairs)
+    weights = (w1_EFD, w2_EDF, w3_EFD)
+    return dispatch.host_free(decode, [p for w in weights for p in grouped_products(x_TD, w, pairs)])
 
 
 def decode_experts(
     kernel: dispatch.Kernel,
     x_TD: Tensor,
-    w1_EFD: Any,
-    w2_EDF: Any,
-    w3_EFD: Any,
+    w1_EFD: Weight,
+    w2_EDF: Weight,
+    w3_EFD: Weight,
     weight_TK: Tensor,
     expert_TK: Tensor,
     *,
     first: int = 0,
     w13_EGD: Tensor | None = None,
+    adapters: AdapterRows | None = None,
 ) -> Tensor:
     """`grouped_experts` pair by pair, with a `kernel` of `decode_kernel`: (T, D) fp32.
 
@@ -101,8 +99,10 @@ def decode_experts(
     w3, where they are fused.
     """
     if kernel.fused:
-        return kernel.load()(x_TD, w13_EGD, w2_EDF, weight_TK, expert_TK, first)
-    return kernel.load()(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first)
+        assert all(w.plain for w in (w1_EFD, w2_EDF, w3_EFD)), "this kernel reads the weights alone"
+        return kernel.load()(x_TD, w13_EGD, w2_EDF.weight, weight_TK, expert_TK, first)
+    adapter_T = None if adapters is None else adapters.number_N
+    return kernel.load()(x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first, adapter_T)
 
 
 def decode_experts_fused(

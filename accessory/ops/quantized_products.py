@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
-from accessory.ops.dense_products import grouped_dense
+from accessory.ops.dense_products import by_expert, grouped_dense
 from accessory.ops.quantized import Packed
 
 
@@ -104,6 +104,6 @@ def expert_by_expert_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) ->
 
 
 def _each(a_NR: Tensor, packed: Packed, count_E: Tensor, function: Any, width: int) -> Tensor:
-    runs = a_NR.split(count_E.tolist())
+    *runs, others = by_expert(a_NR, count_E)
     products = [function(a, packed[e]) for e, a in enumerate(runs) if len(a)]
-    return torch.cat(products) if products else a_NR.new_empty(0, width)
+    return torch.cat([*products, a_NR.new_zeros(len(others), width)])

@@ -28,7 +28,7 @@ class LayerSizes:
     queries: int  # query heads × head_dim
     keys: int  # key/value heads × head_dim
     experts: int
-    expert_by_expert: bool  # base's loop; sparse computes all experts at once
+    expert_by_expert: bool  # base's loop while training; else all experts are computed at once
 
     @property
     def tokens_fp32(self) -> int:
@@ -69,10 +69,11 @@ class LayerSizes:
 def layer_sizes(setup: Setup, tokens: int) -> LayerSizes:
     """A layer of the setup's network when one rank computes `tokens` tokens at once.
 
-    Base's ranks are taken to get equal shares of the pairs.
+    While training, base's ranks are taken to get equal shares of the pairs. Without gradients, each sorts all pairs.
     """
     args = setup.args
-    ranks = setup.tp if setup.implementation == "base" else 1
+    loop = setup.implementation == "base" and isinstance(setup.task, Training)
+    ranks = setup.tp if loop else 1
     return LayerSizes(
         tokens=tokens,
         pairs=tokens * args.moe.num_experts_per_tok // ranks,
@@ -81,7 +82,7 @@ def layer_sizes(setup: Setup, tokens: int) -> LayerSizes:
         queries=setup.query_heads * args.head_dim,
         keys=setup.kv_heads * args.head_dim,
         experts=setup.experts,
-        expert_by_expert=setup.implementation == "base",
+        expert_by_expert=loop,
     )
 
 
@@ -228,12 +229,11 @@ def prompt_peak(layer: LayerSizes, format: Format | None) -> int:
     norms = 3 * layer.tokens_fp32 + layer.tokens_16bit
     # The rotary embedding makes four tensors of queries and keys together: two in 16 bits and two in fp32.
     attention = 2 * layer.tokens_fp32 + layer.tokens_16bit + 2 * T * (q + 2 * kv) + 12 * T * (q + kv)
-    experts = _prompt_of_a_loop(layer, format) if layer.expert_by_expert else _prompt_of_stacks(layer, format)
-    return max(attention, norms + experts)
+    return max(attention, norms + _prompt_of_stacks(layer, format))
 
 
 def _prompt_of_stacks(layer: LayerSizes, format: Format | None) -> int:
-    """Sparse: the rows sorted by expert, and what is there at the experts' largest moment."""
+    """The rows sorted by expert, and what is there at the experts' largest moment."""
     NF, ND = layer.hidden_16bit, layer.pairs_16bit
     product = _forward_product(layer, format)
     moments = [3 * NF, NF + 5 * ND]  # SwiGLU, the weighted sum
@@ -242,18 +242,6 @@ def _prompt_of_stacks(layer: LayerSizes, format: Format | None) -> int:
     if product == "rounded":
         moments.append(NF + 4 * NF)  # w2's input, and twice the same in fp32
     return ND + max(moments)
-
-
-def _prompt_of_a_loop(layer: LayerSizes, format: Format | None) -> int:
-    """Base: the same of one expert, beside the sum over experts and the new sum that `index_add` makes of it."""
-    NF, ND, sum_TD = layer.hidden_16bit // layer.experts, layer.pairs_16bit // layer.experts, layer.tokens_fp32
-    product = _forward_product(layer, format)
-    moments = [2 * sum_TD + 3 * NF + ND, 2 * sum_TD + NF + 6 * ND]
-    if product == "dequantized":
-        moments.append(2 * sum_TD + 2 * NF + ND + 2 * layer.hidden * layer.dim)
-    if product == "rounded":
-        moments.append(sum_TD + NF + 4 * NF + ND)
-    return max(moments)
 
 
 # --------------------------------------------------------------------------- which products run

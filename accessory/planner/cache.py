@@ -38,9 +38,5 @@ def decodes_as_graphs(setup: Setup) -> bool:
         return Product(op, stack.format or DENSE, pairs, E, stack.columns, stack.rows, setup.device, dtype=dtype)
 
     experts = [group for group in tensor_groups(setup) if ".experts." in group.name]
-    # Weights that adapters stand beside are not read pair by pair, and base's other way is a loop.
-    adapted = any(group.role == "adapter" for group in experts)
-    decode = None if adapted else product("decode", experts[0])
     stacks = [group for group in experts if not group.name.endswith(".bias")]
-    grouped = [] if setup.implementation == "base" else [product("grouped", stack) for stack in stacks]
-    return host_free(decode, grouped)
+    return host_free(product("decode", experts[0]), [product("grouped", stack) for stack in stacks])

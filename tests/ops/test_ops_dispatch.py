@@ -13,7 +13,7 @@ from accessory.ops import dispatch
 from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_free
 
 SIZES = {"in_features": 4096, "out_features": 14336}
-OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "dequantize")
+OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
 PAGED = ("attention", "write_pages")  # their "weight" is a cache, dense or fp8
 PRODUCTS = st.builds(
     Product,
@@ -46,7 +46,9 @@ def test_every_product_has_a_kernel_that_fits_it(p):
     if kernel is None:
         # None for a single dense weight: torch computes the product and its gradients. None for decode: experts are
         # computed with grouped products.
-        assert p.op == "decode" or (p.weight == dispatch.DENSE and p.op != "grouped")
+        # Adapters are dense.
+        dense = p.weight == dispatch.DENSE
+        assert p.op == "decode" or (not dense if p.op == "adapters" else dense and p.op != "grouped")
         return
     assert kernel.op == p.op
     assert (p.weight in kernel.weights) if kernel.weights else (p.weight != dispatch.DENSE)
@@ -72,7 +74,8 @@ def test_every_row_is_reached_by_some_product():
         for weight in (dispatch.DENSE, *FORMATS):
             for rows in (1, 100, 100_000):
                 for device, dtype, grad in (("cpu", "float32", False), ("cuda", "bfloat16", False),
-                                            ("cuda", "bfloat16", True), ("cuda", "float32", False)):  # fmt: skip
+                                            ("cuda", "bfloat16", True), ("cuda", "float32", False),
+                                            ("cuda", "float32", True)):  # fmt: skip
                     found.add(
                         find(Product(op, weight, rows, 8, **SIZES, device=device, dtype=dtype, grad=grad, fused=True))
                     )
@@ -83,6 +86,7 @@ def test_every_row_is_reached_by_some_product():
     ("op", "weight", "most", "here", "beyond"),
     [
         ("decode", "dense", limits.DECODE_PAIRS_GPU, "triton.decode_experts:decode_experts", None),
+        ("adapters", "dense", limits.ADAPTER_ROWS, "triton.low_rank:add_row_by_row", "triton.low_rank:add_grouped"),
         ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),
         ("linear", "nf4", limits.IN_PLACE_ROWS, "triton.packed:linear", "triton.packed_grouped:product"),
         ("linear", "nf4", limits.TILED_ROWS, "triton.packed_grouped:product", "quantized_products:dequantized_linear"),
@@ -109,11 +113,24 @@ def test_products_in_fp8_are_only_for_what_needs_no_gradients():
 
 def test_graphs_hold_what_no_host_has_to_know():
     decode, grouped = Product("decode", "int4", 12), Product("grouped", "dense", 64, 8, **SIZES)
-    assert host_free(decode, [])  # base, few pairs
-    assert not host_free(decode._replace(rows=14), [])  # base, more: a loop over experts
-    assert host_free(decode._replace(rows=14), [grouped])  # sparse
-    # A LoRA adapter of rank 4 has no grouped product on the GPU, so the host must loop over the experts.
-    assert not host_free(None, [grouped, grouped._replace(out_features=4)])
+    loop = grouped._replace(triton=False, dtype="float32")
+    assert host_free(decode, [loop])  # few pairs: nothing is grouped
+    assert not host_free(decode._replace(rows=14), [grouped, loop])
+    assert host_free(decode._replace(rows=14), [grouped])
+    # torch has no grouped product for a LoRA adapter of rank 4. Triton's kernel takes any size, but no gradients.
+    narrow = grouped._replace(out_features=4)
+    assert host_free(decode._replace(rows=14), [grouped, narrow])
+    assert not host_free(decode._replace(rows=14), [grouped, narrow._replace(triton=False)])
+    assert not host_free(decode._replace(rows=14), [grouped, narrow._replace(grad=True)])
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "float32"}, {"out_features": 4}], ids=str)
+def test_dense_products_without_gradients_need_no_host(changes):
+    for weight in ("dense", "nf4"):
+        p = Product("grouped", weight, 100_000, 8, **{**SIZES, **changes})
+        assert choose(p).host_free
+        assert not choose(p._replace(grad=True)).host_free
+    assert choose(Product("grouped", "dense", 64, 8, **SIZES)).function == "dense_products:grouped_mm"
 
 
 def test_a_product_is_read_off_its_tensors():

@@ -1,10 +1,15 @@
 import pytest
 import torch
+from helpers.adapted import feed_forward, random_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.ops.dense_products import grouped_loop
-from accessory.ops.experts import decode_experts_fused, grouped_experts, sort_by_expert, swiglu
+from accessory.nn.experts_base import BaseExperts
+from accessory.nn.linear import PackedWeight
+from accessory.ops.dense_products import grouped_loop, sort_by_expert
+from accessory.ops.experts import combine, decode_experts_fused, grouped_experts, swiglu
+from accessory.ops.linear import AdapterRows, Lora, Weight, linear
+from accessory.ops.quantized import quantize
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
@@ -91,3 +96,97 @@ def test_torch_grouped_mm_agrees_with_the_reference_where_the_cpu_has_it():
     x, w, count = torch.randn(9, 16), torch.randn(3, 24, 16), torch.tensor([4, 0, 5])
     y = torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=count.cumsum(0).to(torch.int32))
     torch.testing.assert_close(y, grouped_loop(x, w, count))
+
+
+@given(T=st.integers(1, 7), E=st.integers(1, 6), K=st.integers(1, 3), cut=st.integers(0, 6), seed=st.integers(0, 99))
+def test_parts_of_the_experts_add_up(T, E, K, cut, seed):
+    """Two ranks hold the experts before and from `cut` on. Pairs of the other rank's experts add nothing."""
+    x, *weights, weight, expert = problem(T, E, min(K, E), seed=seed)
+    cut = min(cut, E)
+    parts = [
+        grouped_experts(x, *(w[a:b] for w in weights), weight, expert, first=a)
+        for a, b in ((0, cut), (cut, E))
+        if a < b
+    ]
+    torch.testing.assert_close(sum(parts), grouped_experts(x, *weights, weight, expert), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    experts=st.integers(1, 5),
+    first=st.integers(0, 6),
+    chosen=st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=9),
+)
+def test_pairs_of_other_experts_come_behind_all_others(experts, first, chosen):
+    order, count = sort_by_expert(torch.tensor(chosen), experts, first)
+    flat = [e for row in chosen for e in row]
+    key = [e - first if first <= e < first + experts else experts for e in flat]
+    assert order.tolist() == sorted(range(len(flat)), key=lambda n: key[n])
+    assert count.tolist() == [key.count(e) for e in range(experts)]
+
+
+def test_what_lies_in_rows_without_a_product_adds_nothing():
+    y = torch.tensor([[1.0], [2.0], [float("nan")], [float("inf")]])
+    order = torch.tensor([2, 0, 1, 3])
+    assert combine(y, order, torch.ones(2, 2), torch.tensor(2)).tolist() == [[2.0], [1.0]]
+
+
+def adapted(E, ranks, g, D=12, F=20):
+    """w1, w2 and w3, each with biases and with one adapter for each number in `ranks`."""
+    shapes = ((F, D), (D, F), (F, D))
+    stacks = [torch.randn(E, *s, generator=g) * 0.3 for s in shapes]
+    return tuple(random_kind(w, ranks, bias=True, generator=g, dtype=torch.float32) for w in stacks)
+
+
+@given(T=st.integers(1, 6), E=st.integers(1, 5), ranks=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+       first=st.integers(0, 4), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=50)
+def test_each_token_has_its_own_adapter(T, E, ranks, first, seed):
+    g = torch.Generator().manual_seed(seed)
+    first = min(first, E - 1)
+    x, *_, weight, expert = problem(T, E, min(2, E), seed=seed)
+    kinds, adapter = adapted(E, tuple(ranks), g), torch.randint(-1, len(ranks), (T,), generator=g)
+    parts = [k.part(first, E - first, "cpu", several=True) for k in kinds]
+    want = feed_forward(x, kinds, weight, expert, adapter, range(first, E))
+    got = grouped_experts(x, *parts, weight, expert, first, AdapterRows(adapter, len(ranks)))
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@given(rows=st.integers(0, 5), ranks=st.lists(st.integers(0, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_each_row_of_a_linear_has_its_own_adapter(rows, ranks, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, w, bias = torch.randn(rows, 2, 6, generator=g), torch.randn(9, 6, generator=g), torch.randn(9, generator=g)
+    loras = [
+        Lora(torch.randn(r, 6, generator=g), torch.randn(9, r, generator=g), 0.5 + r) if r else None for r in ranks
+    ]
+    adapter = torch.randint(-1, len(ranks), (rows * 2,), generator=g)
+    got = linear(x, Weight(w, bias).with_adapters(loras), adapters=AdapterRows(adapter, len(ranks)))
+    for y_O, x_I, a in zip(got.flatten(0, 1), x.flatten(0, 1), adapter.tolist(), strict=True):
+        lora = loras[a] if a >= 0 else None
+        merged = w if lora is None else w + lora.scale * lora.b @ lora.a
+        torch.testing.assert_close(y_O, merged @ x_I + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+@torch.no_grad()
+def test_base_without_the_host_is_its_loop(quant):
+    """On a GPU, base sorts and multiplies as sparse does. Its loop over experts is the same function."""
+    g = torch.Generator().manual_seed(0)
+    base = BaseExperts(16, 24, 3, first=2)
+    for kind, lora in (("w1", 2), ("w2", 3), ("w3", 0)):
+        base.add_bias(kind)
+        if lora:
+            base.add_lora(kind, lora, 0.5)
+    for p in base.parameters():
+        p.data = torch.randn(p.shape, generator=g) * 0.3
+    base.bias_factor = 0.0
+    for kind in ("w1", "w2", "w3") if quant else ():
+        packed, w = quantize(getattr(base, kind), quant), PackedWeight(quant, getattr(base, kind).shape, "cpu")
+        for name, piece in packed.tensors().items():
+            w.get_parameter(name).data = piece
+        delattr(base, kind)
+        setattr(base, kind, w)
+    base.compute_dtype = torch.float32
+    x, weight = torch.randn(9, 16, generator=g), torch.rand(9, 2, generator=g)
+    expert = torch.stack([torch.randperm(6, generator=g)[:2] for _ in range(9)])
+    loop = base.grouped(x, weight, expert, None)
+    torch.testing.assert_close(grouped_experts(x, *base.all_weights(), weight, expert, base.first), loop)

@@ -48,7 +48,7 @@ def test_grouped_on_the_gpu(format, case, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gradients_on_the_gpu(format, rows):
     """At every size, whichever kernel runs, the gradient equals the dense product's."""
-    from accessory.ops.experts import sort_by_expert
+    from accessory.ops.dense_products import sort_by_expert
     from accessory.ops.linear import grouped_linear
     from accessory.ops.quantized import dequantize, quantize
     from accessory.ops.quantized_products import packed_linear

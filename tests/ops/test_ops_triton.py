@@ -16,6 +16,7 @@ CASES = [  # T, E, K, D, F, first, held
 
 
 def check(T, E, K, D, F, first, held, device, dtype):
+    from accessory.ops.linear import Weight
     from accessory.ops.triton.decode_experts import decode_experts
 
     g = torch.Generator().manual_seed(T * 100 + E)
@@ -31,7 +32,7 @@ def check(T, E, K, D, F, first, held, device, dtype):
                 a = w1[e].double() @ x[t].double()
                 h = (a * a.sigmoid() * (w3[e].double() @ x[t].double())).to(dtype).double()
                 expected[t] += weight[t, k].double() * (w2[e].double() @ h)
-    part = [w[first : first + held].contiguous().to(device) for w in (w1, w2, w3)]
+    part = [Weight(w[first : first + held].contiguous().to(device)) for w in (w1, w2, w3)]
     y = decode_experts(x.to(device), *part, weight.to(device), expert.to(device), first)
     assert relative(y, expected) <= (2e-6 if dtype == torch.float32 else 2e-3)
 

@@ -11,6 +11,7 @@ CASES = [(1, 8, 2, 256, 384, 0, 8), (3, 5, 2, 128, 256, 0, 5), (2, 8, 3, 384, 12
 
 
 def check(format, case, device, dtype):
+    from accessory.ops.linear import Weight
     from accessory.ops.quantized import dequantize, quantize
     from accessory.ops.triton import packed as kernels
 
@@ -38,7 +39,7 @@ def check(format, case, device, dtype):
                 a = dequantize(w1[e]).double() @ x[t].double()
                 h = (a * a.sigmoid() * (dequantize(w3[e]).double() @ x[t].double())).to(dtype).double()
                 expected[t] += weight[t, k].double() * (dequantize(w2[e]).double() @ h)
-    part = [w.map(lambda t: t[first : first + held].contiguous().to(device)) for w in (w1, w2, w3)]
+    part = [Weight(w.map(lambda t: t[first : first + held].contiguous().to(device))) for w in (w1, w2, w3)]
     y = kernels.decode_experts(x.to(device), *part, weight.to(device), expert.to(device), first)
     assert relative(y, expected) <= bound
 

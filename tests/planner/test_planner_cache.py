@@ -82,8 +82,11 @@ def test_slots_are_those_that_the_engine_takes(adapters, implementation, quant, 
     assert {s.task.batch: cache_slots(s, 2100) for s in setups} == taken
 
 
-@pytest.mark.parametrize(("quant", "most"), [(None, 4), *((format, 6) for format in FORMATS)])
-def test_base_has_graphs_up_to_so_many_sequences(quant, most):
-    """base reads weights in place for up to 8 pairs of token and expert, 12 if quantised. For more it loops."""
-    slots = [cache_slots(running(quant=quant, implementation="base", batch=batch), 2100) for batch in (most, most + 1)]
-    assert slots == [4096, 2100]
+@pytest.mark.parametrize("quant", [None, *FORMATS])
+@pytest.mark.parametrize("implementation", BOTH)
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_every_network_has_graphs_up_to_the_largest_batch(adapters, implementation, quant):
+    """No host loops over experts, whatever stands beside their weights."""
+    args = running().args.replace(**ADAPTERS[adapters])
+    for batch, slots in ((1, 4096), (7, 4096), (64, 4096), (65, 2100)):
+        assert cache_slots(running(args, quant, implementation=implementation, batch=batch), 2100) == slots

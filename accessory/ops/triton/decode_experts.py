@@ -2,7 +2,8 @@
 
 With one token the layer's time is that of reading K experts' weights once. So nothing is gathered or sorted, and two
 kernels do all the work. The first reads w1 and w3 and writes silu(w1 x) ⊙ (w3 x); the second reads w2 and sums the
-experts by weight. The host never learns which experts were chosen, so a CUDA graph can record the whole step.
+experts by weight. Where LoRA adapters stand beside the weights, a third one, before each, multiplies their inputs by A
+(`low_rank`). The host never learns which experts were chosen, so a CUDA graph can record the whole step.
 
 Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim.
 """
@@ -14,13 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.ops.linear import Weight
 from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
 
 
 @triton.jit
 def _up_kernel(
-    x_ptr, w1_ptr, w3_ptr, expert_ptr, h_ptr, first, experts,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x_ptr, w1_ptr, w3_ptr, low_ptr, b1_ptr, bias1_ptr, b3_ptr, bias3_ptr, adapter_ptr, expert_ptr, h_ptr,
+    first, experts, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    R1: tl.constexpr, R3: tl.constexpr, BIAS1: tl.constexpr, BIAS3: tl.constexpr, SLOTS: tl.constexpr,
+    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair. Pairs with another rank's expert write nothing."""
     pair = tl.program_id(1)
@@ -37,15 +42,19 @@ def _up_kernel(
             mask = inside & (cols[None, :] < D)
             a += tl.load(w1_ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32) * x
             b += tl.load(w3_ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32) * x
-        up, gate = tl.sum(b, 1), tl.sum(a, 1)
+        number = adapter_number(adapter_ptr, pair // K, e, experts, STACKED)
+        low_ptr += pair * (R1 + R3)
+        gate = tl.sum(a, 1) + beside(low_ptr, b1_ptr, bias1_ptr, rows, e, number, F, R1, SLOTS, BIAS1)
+        up = tl.sum(b, 1) + beside(low_ptr + R1, b3_ptr, bias3_ptr, rows, e, number, F, R3, SLOTS, BIAS3)
         h = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(h_ptr + pair * F + rows, h.to(h_ptr.dtype.element_ty), mask=rows < F)
 
 
 @triton.jit
 def _down_kernel(
-    h_ptr, w2_ptr, expert_ptr, weight_ptr, y_ptr, first, experts,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    h_ptr, w2_ptr, low_ptr, b_ptr, bias_ptr, adapter_ptr, expert_ptr, weight_ptr, y_ptr, first, experts,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr,
+    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """y_TD = Σ_k weight · (w2 h) for ROWS outputs of one token, always in the order of k."""
     token = tl.program_id(1)
@@ -62,16 +71,28 @@ def _down_kernel(
                 h = tl.load(h_ptr + pair * F + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
                 mask = (rows[:, None] < D) & (cols[None, :] < F)
                 part += tl.load(w2_ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32) * h
-            y += tl.load(weight_ptr + pair) * tl.sum(part, 1)
+            number = adapter_number(adapter_ptr, token, e, experts, STACKED)
+            add = beside(low_ptr + pair * R, b_ptr, bias_ptr, rows, e, number, D, R, SLOTS, BIAS)
+            y += tl.load(weight_ptr + pair) * (tl.sum(part, 1) + add)
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
 
 
 @on_its_card
 def decode_experts(
-    x_TD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
+    x_TD: Tensor,
+    w1_EFD: Weight,
+    w2_EDF: Weight,
+    w3_EFD: Weight,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
+    adapter_T: Tensor | None = None,
 ) -> Tensor:
-    """Σ_k weight · swiglu of the experts `first … first + E - 1`: (T, D) fp32. Sums are in fp32, h is in x's dtype."""
-    (T, D), (E, F, _), K = x_TD.shape, w1_EFD.shape, expert_TK.shape[1]
+    """Σ_k weight · swiglu of the experts `first … first + E - 1`: (T, D) fp32. Sums are in fp32, h is in x's dtype.
+
+    adapter_T: each token's adapter, -1: none, where the weights have several.
+    """
+    (T, D), (E, F, _), K = x_TD.shape, w1_EFD.weight.shape, expert_TK.shape[1]
     h_NF = torch.empty(T * K, F, dtype=x_TD.dtype, device=x_TD.device)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
@@ -79,10 +100,12 @@ def decode_experts(
     # 4 × 2048.
     up = {"ROWS": 1, "COLS": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
     down = {"ROWS": 8, "COLS": min(1024, triton.next_power_of_2(F)), "num_warps": 4}
+    terms, constants = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
-        x_TD, w1_EFD, w3_EFD, expert_TK, h_NF, first, E, D=D, F=F, K=K, **up
+        x_TD, w1_EFD.weight, w3_EFD.weight, *terms, expert_TK, h_NF, first, E, D=D, F=F, K=K, **constants, **up
     )
+    terms, constants = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
-        h_NF, w2_EDF, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **down
+        h_NF, w2_EDF.weight, *terms, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **constants, **down
     )
     return y_TD

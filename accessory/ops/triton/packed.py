@@ -11,7 +11,7 @@ OUT out and IN in features, G groups of a row.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from accessory.formats import GROUP
 from accessory.ops import double_quantization
+from accessory.ops.linear import Weight
 from accessory.ops.quantized import ZERO_STEPS, Packed, nf4_table
 from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
 from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
 
 CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}
@@ -115,9 +117,10 @@ def _linear_kernel(
 
 @triton.jit
 def _up_kernel(
-    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, expert_ptr, h_ptr,
-    first, experts, data_e, scale_e,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr,
+    low_ptr, b1_ptr, bias1_ptr, b3_ptr, bias3_ptr, adapter_ptr, expert_ptr, h_ptr, first, experts, data_e, scale_e,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, R1: tl.constexpr, R3: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS3: tl.constexpr, SLOTS: tl.constexpr, STACKED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
     NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
@@ -137,14 +140,19 @@ def _up_kernel(
             x_ptr, d3_ptr + at, s3_ptr + at_scale, z3_ptr + at_zero, o3_ptr + e * F, table_ptr, rows,
             F, D, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
+        number = adapter_number(adapter_ptr, pair // K, e, experts, STACKED)
+        low_ptr += pair * (R1 + R3)
+        gate += beside(low_ptr, b1_ptr, bias1_ptr, rows, e, number, F, R1, SLOTS, BIAS1)
+        up += beside(low_ptr + R1, b3_ptr, bias3_ptr, rows, e, number, F, R3, SLOTS, BIAS3)
         h = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(h_ptr + pair * F + rows, h.to(h_ptr.dtype.element_ty), mask=rows < F)
 
 
 @triton.jit
 def _down_kernel(
-    h_ptr, d2_ptr, s2_ptr, z2_ptr, o2_ptr, table_ptr, expert_ptr, weight_ptr, y_ptr, first, experts, data_e, scale_e,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    h_ptr, d2_ptr, s2_ptr, z2_ptr, o2_ptr, table_ptr, low_ptr, b_ptr, bias_ptr, adapter_ptr, expert_ptr, weight_ptr,
+    y_ptr, first, experts, data_e, scale_e, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, STACKED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
     NESTED: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
@@ -162,6 +170,8 @@ def _down_kernel(
                 h_ptr + pair * F, d2_ptr + at, s2_ptr + at_scale, z2_ptr + at_zero, o2_ptr + e * D, table_ptr, rows,
                 D, F, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
             )  # fmt: skip
+            number = adapter_number(adapter_ptr, token, e, experts, STACKED)
+            part += beside(low_ptr + pair * R, b_ptr, bias_ptr, rows, e, number, D, R, SLOTS, BIAS)
             y += tl.load(weight_ptr + pair) * part
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
 
@@ -261,20 +271,30 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
 
 @on_its_card
 def decode_experts(
-    x_TD: Tensor, w1: Packed, w2: Packed, w3: Packed, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
+    x_TD: Tensor,
+    w1_EFD: Weight,
+    w2_EDF: Weight,
+    w3_EFD: Weight,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
+    adapter_T: Tensor | None = None,
 ) -> Tensor:
     """`ops.triton.decode_experts.decode_experts` with quantised stacks of one format: (T, D) fp32."""
+    w1, w2, w3 = (cast(Packed, w.weight) for w in (w1_EFD, w2_EDF, w3_EFD))
     (T, D), (E, F, _), K = x_TD.shape, w1.shape, expert_TK.shape[1]
     h_NF = torch.empty(T * K, F, dtype=x_TD.dtype, device=x_TD.device)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
     up, down = _tile(w1, "up", D), _tile(w2, "down", F)
+    terms, beside_them = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
-        x_TD, *pointers(w1)[:4], *pointers(w3), expert_TK, h_NF, first, E, w1.data[0].numel(), w1.scale[0].numel(),
-        D=D, F=F, K=K, **up, **constants(w1),
+        x_TD, *pointers(w1)[:4], *pointers(w3), *terms, expert_TK, h_NF, first, E,
+        w1.data[0].numel(), w1.scale[0].numel(), D=D, F=F, K=K, **beside_them, **up, **constants(w1),
     )  # fmt: skip
+    terms, beside_them = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
-        h_NF, *pointers(w2), expert_TK, weight_TK, y_TD, first, E, w2.data[0].numel(), w2.scale[0].numel(),
-        D=D, F=F, K=K, **down, **constants(w2),
+        h_NF, *pointers(w2), *terms, expert_TK, weight_TK, y_TD, first, E,
+        w2.data[0].numel(), w2.scale[0].numel(), D=D, F=F, K=K, **beside_them, **down, **constants(w2),
     )  # fmt: skip
     return y_TD
