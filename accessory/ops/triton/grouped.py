@@ -96,9 +96,13 @@ def _product_kernel(
                 w = tl.load(at_w, mask=col[None, :] < left, other=0.0)
                 x = tl.load(at_x, mask=col[None, :] < left, other=0.0)
             if SWAP:
-                acc = finished(tl.dot(w, tl.trans(x), acc, input_precision="ieee"), WAITS)
+                acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
             else:
                 acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+            # The left operand may come from registers where rows are not aligned, and where it is a weight that is
+            # stored the other way round. `finished` says what that needs.
+            if SWAP or IN % R != 0:
+                acc = finished(acc, WAITS)
             at_w += R * stride_in
             at_x += R
         y = tl.trans(acc) if SWAP else acc
