@@ -95,7 +95,7 @@ class Kernel(NamedTuple):
 
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
-_16_AND_32_BITS = (*_16_BITS, "float32")
+_FP32 = ("float32",)
 _AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
 _TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
@@ -111,15 +111,19 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("linear_backward", "quantized_products:dequantized_linear_backward", _ANY_FORMAT),
 
     Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
-    Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_AND_32_BITS, grad=False, triton=True),
+    Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_BITS, grad=False, triton=True),
+    Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _FP32,
+           rows_an_expert=limits.GROUPED_ROWS_AN_EXPERT_FP32, grad=False, triton=True),
     Kernel("grouped", "dense_products:grouped_loop", (DENSE,), host_free=False),
     Kernel("grouped", "fp8:fp8_grouped_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
     Kernel("grouped", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
     # Dequantised, they are the dense products above: grouped_mm, Triton's, and the loop.
     Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _BF16, multiple=8),
-    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _16_AND_32_BITS,
-           grad=False, triton=True),
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _16_BITS, grad=False,
+           triton=True),
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, _FP32,
+           rows_an_expert=limits.GROUPED_ROWS_AN_EXPERT_FP32, grad=False, triton=True),
     Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped", "quantized_products:expert_by_expert", _ANY_FORMAT, _CPU, host_free=False),
     Kernel("grouped_backward", "triton.packed_grouped:gradient", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
@@ -134,9 +138,9 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("decode", "experts:decode_experts_fused", (DENSE,), _CPU, rows=(0, limits.DECODE_PAIRS_CPU), grad=False,
            fused=True, host_free=False),
 
-    Kernel("adapters", "triton.low_rank:add_row_by_row", (DENSE,), _CUDA, dtypes=_16_AND_32_BITS,
+    Kernel("adapters", "triton.low_rank:add_row_by_row", (DENSE,), _CUDA, dtypes=(*_16_BITS, *_FP32),
            rows=(0, limits.ADAPTER_ROWS), grad=False, triton=True),
-    Kernel("adapters", "triton.low_rank:add_grouped", (DENSE,), _CUDA, _AMPERE, _16_AND_32_BITS, grad=False,
+    Kernel("adapters", "triton.low_rank:add_grouped", (DENSE,), _CUDA, _AMPERE, (*_16_BITS, *_FP32), grad=False,
            triton=True),
     Kernel("adapters", "linear:adapters_in_turn", (DENSE,), host_free=False),
 
