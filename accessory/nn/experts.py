@@ -61,7 +61,10 @@ class StackedExperts(nn.Module):
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
     def set_adapters(self, kind: str, adapters: Sequence[Lora | None]) -> None:
-        """Stand several adapters beside the stack `kind`, in place of those before; None: one without a part here."""
+        """Stand several adapters beside the stack `kind`, in place of those before; None: one without a part here.
+
+        They stay where they are when the module is moved or cast.
+        """
         self.adapters.pop(kind, None)
         if any(lora is not None for lora in adapters):
             self.adapters[kind] = self.weights(kind).with_adapters(adapters).stacks()
@@ -81,12 +84,9 @@ class StackedExperts(nn.Module):
         """w1, w2 and w3."""
         return self.weights("w1"), self.weights("w2"), self.weights("w3")
 
-    @property
-    def plain(self) -> bool:
-        return all(w.plain for w in self.all_weights())
-
     def fuse(self) -> None:
-        if self.plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
+        plain = all(w.plain for w in self.all_weights())
+        if plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.fused.refresh([self.w1, self.w3])
 
     def forward(
@@ -95,7 +95,7 @@ class StackedExperts(nn.Module):
         """adapters: the adapter of each token, where there are several."""
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
         w1, w2, w3 = self.all_weights()
-        w13 = self.fused.tensor if w1.plain and w2.plain and w3.plain else None
+        w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
         kernel = decode_kernel(x_TD, w1, expert_TK.numel(), fused=w13 is not None)
         if kernel is not None:
             return decode_experts(

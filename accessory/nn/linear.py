@@ -78,7 +78,10 @@ class Linear(nn.Module):
         self.lora_scale = scale
 
     def set_adapters(self, adapters: Sequence[Lora | None]) -> None:
-        """Stand several adapters beside the weight, in place of those before; None: one without a part here."""
+        """Stand several adapters beside the weight, in place of those before; None: one without a part here.
+
+        They stay where they are when the module is moved or cast.
+        """
         several = any(lora is not None for lora in adapters)
         self.adapters = self.weights().with_adapters(adapters).stacks() if several else None
 

@@ -4,12 +4,9 @@ from helpers.adapted import feed_forward, random_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.nn.experts_base import BaseExperts
-from accessory.nn.linear import PackedWeight
 from accessory.ops.dense_products import grouped_loop, sort_by_expert
 from accessory.ops.experts import combine, decode_experts_fused, grouped_experts, swiglu
 from accessory.ops.linear import AdapterRows, Lora, Weight, linear
-from accessory.ops.quantized import quantize
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
@@ -164,29 +161,3 @@ def test_each_row_of_a_linear_has_its_own_adapter(rows, ranks, seed):
         lora = loras[a] if a >= 0 else None
         merged = w if lora is None else w + lora.scale * lora.b @ lora.a
         torch.testing.assert_close(y_O, merged @ x_I + bias, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("quant", [None, "int8"])
-@torch.no_grad()
-def test_base_without_the_host_is_its_loop(quant):
-    """On a GPU, base sorts and multiplies as sparse does. Its loop over experts is the same function."""
-    g = torch.Generator().manual_seed(0)
-    base = BaseExperts(16, 24, 3, first=2)
-    for kind, lora in (("w1", 2), ("w2", 3), ("w3", 0)):
-        base.add_bias(kind)
-        if lora:
-            base.add_lora(kind, lora, 0.5)
-    for p in base.parameters():
-        p.data = torch.randn(p.shape, generator=g) * 0.3
-    base.bias_factor = 0.0
-    for kind in ("w1", "w2", "w3") if quant else ():
-        packed, w = quantize(getattr(base, kind), quant), PackedWeight(quant, getattr(base, kind).shape, "cpu")
-        for name, piece in packed.tensors().items():
-            w.get_parameter(name).data = piece
-        delattr(base, kind)
-        setattr(base, kind, w)
-    base.compute_dtype = torch.float32
-    x, weight = torch.randn(9, 16, generator=g), torch.rand(9, 2, generator=g)
-    expert = torch.stack([torch.randperm(6, generator=g)[:2] for _ in range(9)])
-    loop = base.grouped(x, weight, expert, None)
-    torch.testing.assert_close(grouped_experts(x, *base.all_weights(), weight, expert, base.first), loop)

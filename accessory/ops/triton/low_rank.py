@@ -134,13 +134,10 @@ def up_terms(
     """(tensors, constants) for a kernel that adds what stands beside w1 and w3 to their products with x."""
     low_NR = _low(x_TD, w1, w3, expert_TK, first, adapter_T, readers=expert_TK.shape[1])
     tensors = [_present(t, x_TD) for w in (w1, w3) for t in (w.lora_b, w.bias)]
-    ranks = {"R1": _rank(w1), "R3": _rank(w3), "BIAS1": w1.bias is not None, "BIAS3": w3.bias is not None}
+    constants = {"R1": _rank(w1), "R3": _rank(w3), "BIAS1": w1.bias is not None, "BIAS3": w3.bias is not None}
     slots = triton.next_power_of_2(max(1, _rank(w1), _rank(w3)))
-    return (low_NR, *tensors, _present(adapter_T, expert_TK)), {
-        **ranks,
-        "SLOTS": slots,
-        "STACKED": adapter_T is not None,
-    }
+    constants |= {"SLOTS": slots, "STACKED": adapter_T is not None}
+    return (low_NR, *tensors, _present(adapter_T, expert_TK)), constants
 
 
 def down_terms(
