@@ -31,6 +31,7 @@ class Pages:
     ) -> None:
         self.k_PSGd, self.v_PSGd, self.k_scale_PSG, self.v_scale_PSG = k_PSGd, v_PSGd, k_scale_PSG, v_scale_PSG
         self.fp8 = k_scale_PSG is not None
+        self.device = k_PSGd.device
         # Views made once: decoding on a CPU would otherwise make them anew in every layer. W = P · S.
         self.k_WGd, self.v_WGd = k_PSGd.flatten(0, 1), v_PSGd.flatten(0, 1)
         self.k_1GWd, self.v_1GWd = self.k_WGd.transpose(0, 1)[None], self.v_WGd.transpose(0, 1)[None]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.nibbles import finished, permutes
 
 
@@ -135,6 +136,7 @@ def tile_of(sizes: tuple[Any, ...], out_features: int, in_features: int) -> dict
     return {"M": M, "P": P, "R": R, "SIDE": SIDE, "SWAP": SWAP, "num_warps": warps, "num_stages": stages}
 
 
+@on_its_card
 def product(
     x_NI: Tensor,
     weight_EOI: Tensor,

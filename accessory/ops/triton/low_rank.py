@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.linear import AdapterRows, Weight
+from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.grouped import product
 
 
@@ -168,6 +169,7 @@ def _add_kernel(
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=rows < OUT)
 
 
+@on_its_card
 def add_row_by_row(
     y_NO: Tensor, x_NI: Tensor, a_SRI: Tensor, b_SOR: Tensor, scale_A: Tensor, adapters: AdapterRows
 ) -> Tensor:
@@ -189,6 +191,7 @@ def add_row_by_row(
     return y_NO
 
 
+@on_its_card
 def add_grouped(
     y_NO: Tensor, x_NI: Tensor, a_SRI: Tensor, b_SOR: Tensor, scale_A: Tensor, adapters: AdapterRows
 ) -> Tensor:

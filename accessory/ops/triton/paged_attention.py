@@ -26,6 +26,7 @@ from accessory.limits import PAGE_SIZE
 from accessory.ops.attention import has_varlen, packed_attention
 from accessory.ops.paged_attention import PagedBatch, Pages
 from accessory.ops.quantized import FP8_LARGEST
+from accessory.ops.triton.card import on_its_card
 
 # Stands for the largest score of no keys. Minus infinity would make NaN of the difference of two such.
 NOTHING = tl.constexpr(-1e30)
@@ -206,6 +207,7 @@ MOST_KEYS = 4096
 LEAST_KEYS = 256
 
 
+@on_its_card
 def write_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
     """`ops.paged_attention.write_pages`: keys and values in one launch."""
     N, G, d = k_NGd.shape
@@ -217,6 +219,7 @@ def write_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> N
     )  # fmt: skip
 
 
+@on_its_card
 def attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`ops.paged_attention.paged_attention`. Prompts without earlier context take torch's kernel for packed rows."""
     q_NHd, decodes = _rows(q_NHd), batch.decodes
