@@ -46,3 +46,14 @@ LARGEST_SEED = 2**63 - 1
 # How many times as many positions as a network was made for may be asked for. Rotary embedding has been extrapolated so
 # far (YaRN, arXiv 2309.00071), and no further.
 EXTRAPOLATION = 32
+
+# The rows of decoding's CUDA graphs: one is captured for each of these numbers of sequences.
+GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Sequences that run at once, and the most tokens of a step.
+MAX_RUNNING_CPU, MAX_RUNNING_GPU = 32, 256
+STEP_TOKENS_CPU, STEP_TOKENS_GPU = 512, 4096
+
+# Numbers of a sum over the GPUs of one host up to which every rank reads all parts itself, and up to which ranks sum a
+# slice each. Larger sums take NCCL.
+ONE_SHOT_NUMBERS = 2**16
+TWO_SHOT_NUMBERS = 2**20

@@ -1,94 +1,74 @@
-"""Decoding steps replayed as CUDA graphs: one launch a token instead of hundreds, and no compiler.
+"""Decoding steps replayed as CUDA graphs: one launch a step instead of hundreds, and no compiler.
 
-Legend: B sequences, V vocabulary.
+A graph has a fixed number of rows, a bucket. A step with fewer sequences fills the other rows with padding, which writes
+to page 0. Collectives between ranks are inside; all ranks replay the same bucket.
+
+Legend: B sequences, C columns of a step's numbers, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from accessory.limits import GRAPH_LARGEST_BATCH, GRAPH_SMALLEST_EXTENT
-from accessory.nn.cache import ContiguousCache
-from accessory.nn.decoder import Decoder
-from accessory.nn.experts import StackedExperts
-
-# A graph has fixed shapes: keys are read up to a power of two, one graph each, captured when needed.
+from accessory.limits import GRAPH_BUCKETS
 
 
 class DecodeGraphs:
-    """The graphs of one decoder, and the cache they write to, kept from one generation to the next.
+    """The graphs of one network, captured when first needed, in one memory pool.
 
-    Only for steps whose host need not know what the routers chose (`fits`).
+    forward: computes logits (B, V) from a step's numbers (B, C) int32 on the device. fits: whether so many rows run
+    without the host. padding: the numbers (C,) of a row that no sequence has.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self._cache: ContiguousCache | None = None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        fits: Callable[[int], bool],
+        padding_C: np.ndarray,
+        device: torch.device,
+        most: int,
+    ) -> None:
+        self._forward, self._fits, self._padding_C, self._device = forward, fits, padding_C, device
+        self.buckets = [b for b in GRAPH_BUCKETS if b < most] + [most] if device.type == "cuda" else []
+        self._fit: dict[int, bool] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self.buckets else None
 
-    @property
-    def kept_bytes(self) -> int:
-        """Of the cache that is kept: a later generation uses it again or gives it back first."""
-        return 0 if self._cache is None else self._cache.k.nbytes + self._cache.v.nbytes
+    def bucket(self, sequences: int) -> int | None:
+        """The rows of the graph for a step of so many sequences; None where such a step needs the host."""
+        bucket = next((b for b in self.buckets if b >= sequences), None)
+        if bucket is None:
+            return None
+        if bucket not in self._fit:
+            self._fit[bucket] = self._fits(bucket)
+        return bucket if self._fit[bucket] else None
 
-    def fits(self, batch: int) -> bool:
-        experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
-        if not experts.w1.is_cuda or batch > GRAPH_LARGEST_BATCH:
-            return False
-        args = self.decoder.args
-        with torch.no_grad():
-            dtype = self.decoder.products_in
-            x_TD = torch.empty(batch, args.dim, device=experts.w1.device, dtype=dtype)
-            expert_TK = torch.empty(batch, args.moe.num_experts_per_tok, device="meta")
-            return experts.host_free(x_TD, expert_TK)
-
-    def cache(self, batch: int, slots: int) -> ContiguousCache:
-        """A cache with room for `slots` tokens a sequence; the last one where it is large enough."""
-        slots = _power_of_two(slots)
-        if self._cache is None or len(self._cache.k[0]) != batch or self._cache.slots < slots:
-            self._graphs.clear()
-            self._cache = None  # give its memory back before asking for more
-            device, dtype = self.decoder.tok_embeddings.weight.device, self.decoder.products_in
-            self._cache = ContiguousCache(self.decoder.args, batch, slots, device, dtype, self.decoder.kv_heads)
-            self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self._position_B1 = torch.zeros_like(self._token_B1)
-        return self._cache
-
-    def step(self, token_B: Tensor, position_B: Tensor, extent: int) -> Tensor:
-        """Logits (B, V) of one step, valid until the next; `extent` bounds position + 1."""
-        assert self._cache is not None, "ask for the cache first"
-        self._token_B1.copy_(token_B[:, None])
-        self._position_B1.copy_(position_B[:, None])
-        bucket = min(_power_of_two(extent), self._cache.slots)
+    def step(self, bucket: int, numbers_BC: np.ndarray) -> Tensor:
+        """Logits (bucket, V) of a step, valid until the next one."""
+        rows_BC = np.tile(self._padding_C, (bucket, 1))
+        rows_BC[: len(numbers_BC)] = numbers_BC
+        host_BC = torch.from_numpy(rows_BC).pin_memory()
         if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        graph, logits_BV = self._graphs[bucket]
+            self._graphs[bucket] = self._capture(host_BC.to(self._device))
+        graph, input_BC, logits_BV = self._graphs[bucket]
+        input_BC.copy_(host_BC, non_blocking=True)
         graph.replay()
         return logits_BV
 
-    def _capture(self, extent: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running the step twice
-        # is harmless: it writes the same keys to the same slots.
-        device = self._token_B1.device
-        # A capture records the current device of this thread, which need not be the decoder's.
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._run(extent)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # With a stream of our own: torch captures on one stream, on the card of the process's first capture.
-            with torch.cuda.graph(graph, stream=side):
-                logits_BV = self._run(extent)
-        return graph, logits_BV
-
-    def _run(self, extent: int) -> Tensor:
-        assert self._cache is not None
-        self._cache.begin(self._position_B1, extent=extent)
-        return self.decoder(self._token_B1, self._position_B1, cache=self._cache).logits[:, 0]
-
-
-def _power_of_two(n: int) -> int:
-    return max(GRAPH_SMALLEST_EXTENT, 1 << (n - 1).bit_length())
+    def _capture(self, input_BC: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running a step several
+        # times is harmless: it writes the same keys to the same slots.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._forward(input_BC)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread, as NCCL's watchdog, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            logits_BV = self._forward(input_BC)
+        return graph, input_BC, logits_BV

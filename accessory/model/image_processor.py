@@ -1,4 +1,4 @@
-"""Turns images into the features that the decoder takes: `ImageProcessor`.
+"""Turns images into the pixels that image encoders take: `ImageProcessor`.
 
 Legend: 3 colours, P height and width in pixels.
 """
@@ -15,9 +15,7 @@ from torch import Tensor
 from accessory.data.images import open_image
 from accessory.data.transform import get_transform
 from accessory.errors import InputError
-from accessory.nn.vision import Features, VisionTower
-from accessory.parallel.images import encode_shared
-from accessory.parallel.mesh import Ranks
+from accessory.vision_config import VisionArgs
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -29,22 +27,19 @@ Images = Tensor | Sequence[Image | None] | None
 
 
 class ImageProcessor:
-    """The image encoders (a `VisionTower`), and the transform that turns an image into pixels.
+    """What turns an image into the pixels that the encoders of `args` take, in `views` views."""
 
-    ranks: the ranks that share the work of encoding; None for one.
-    """
-
-    def __init__(self, tower: VisionTower, transform: str = "padded_resize", ranks: Ranks | None = None) -> None:
-        self.tower, self.ranks = tower, ranks
-        self.image_tokens = tower.args.image_tokens(tower.views)
-        self._transform = get_transform(transform, tower.pixels)
+    def __init__(self, args: VisionArgs, views: int, transform: str = "padded_resize") -> None:
+        self.pixels = args.pixels(views)  # width and height
+        self.image_tokens = args.image_tokens(views)
+        self._transform = get_transform(transform, self.pixels)
 
     def open(self, image: Image, name: str = "image") -> Tensor:
         """The pixels (3, P, P) of an image, fp32 on the CPU. A tensor already has pixels, so it is only checked.
 
         name: how messages call the image. InputError where the image cannot be used.
         """
-        P = self.tower.pixels
+        P = self.pixels
         if isinstance(image, Tensor):
             image = image[0] if image.dim() == 4 and len(image) == 1 else image  # the original passes a batch of one
             if tuple(image.shape) != (3, P, P):
@@ -62,8 +57,3 @@ class ImageProcessor:
         if len(images) != count:
             raise InputError(f"images: got {len(images)} for {count} {of}s; give one each, None where there is none")
         return [None if i is None else self.open(i, f"images[{n}]") for n, i in enumerate(images)]
-
-    def features(self, pixels: Sequence[Tensor | None]) -> Features | None:
-        """The features of all images, in order, without the prompts whose pixels are None; None without any image."""
-        there = [p for p in pixels if p is not None]
-        return encode_shared(self.tower, torch.stack(there), self.ranks) if there else None

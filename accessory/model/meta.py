@@ -1,55 +1,47 @@
 """`MetaModel` loads a checkpoint folder and generates text with it. It has nothing to do with torch's meta device.
 
-Its name and import path are LLaMA2-Accessory's. The generation loop is in `engine`; `scoring` scores given texts.
-
-Legend: T tokens, V vocabulary, P height and width in pixels.
+Its name and import path are LLaMA2-Accessory's. `TextModel` has what it does with text; the generation is in `engine`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypedDict
+import contextlib
+import threading
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from accessory.arguments import check_max_gen_len
 from accessory.build import build, build_tower
 from accessory.config import ModelArgs
-from accessory.data.detokenizer import StopScanner, StreamDecoder
-from accessory.data.image_tokens import insert_image_tokens
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.engine.generate import Generation
-from accessory.engine.graphs import DecodeGraphs
-from accessory.engine.sampling import Sampling
-from accessory.errors import InputError
+from accessory.engine.engine import Engine
+from accessory.engine.executor import END, ITEM, Follower, GroupExecutor, LocalExecutor
+from accessory.engine.runner import Runner, fitting_pages
+from accessory.errors import AccessoryError, InputError
 from accessory.launch.gpus import default_device
+from accessory.limits import PAGE_SIZE
 from accessory.model.loading import Loading, PathLike
 from accessory.model.memory import ModelMemory
-from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
-from accessory.model.scoring import Scorer
+from accessory.model.text_model import Completion, StreamItem, TextModel
 from accessory.nn.decoder import Decoder
+from accessory.parallel.images import encode_shared
 from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.planner.setup import Inference
 
 if TYPE_CHECKING:
-    from accessory.model.image_processor import Image, ImageProcessor, Images
+    from accessory.nn.vision import Features, VisionTower
 
-log = logging.getLogger(__name__)
-
-
-class StreamItem(TypedDict):
-    text: str  # everything generated so far
-    end_of_content: bool  # true for the last item only
+__all__ = ["Completion", "MetaModel", "StreamItem"]
 
 
-class MetaModel(nn.Module):
-    """A decoder (`llma`), its `tokenizer`, and its `image_processor` where it takes images. `from_pretrained` makes it.
+class MetaModel(nn.Module, TextModel):
+    """A decoder (`llma`), its `tokenizer`, and its image encoders where it takes images. `from_pretrained` makes it.
 
     max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
-    memory: what the planner is asked about the model; without it, memory is not checked.
+    tower: the image encoders; None for text alone. image_transform: how an image becomes a square. memory: what the
+    planner is asked about the model; without it, memory that runs out is not explained.
     """
 
     def __init__(
@@ -58,29 +50,27 @@ class MetaModel(nn.Module):
         tokenizer: Tokenizer,
         max_seq_len: int = 4096,
         ranks: Ranks | None = None,
-        image_processor: ImageProcessor | None = None,
+        tower: VisionTower | None = None,
+        image_transform: str = "padded_resize",
         memory: ModelMemory | None = None,
     ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
-        self._graphs = DecodeGraphs(llma)
-        self._ranks = ranks
-        self.image_processor = image_processor
-        self._memory = memory
+        self._ranks = ranks if ranks is not None and ranks.size > 1 else None
+        self._tower, self._memory = tower, memory
+        self.image_processor = None
+        if tower is not None:
+            from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
+
+            self.image_processor = ImageProcessor(tower.args, tower.views, image_transform)
+        self._making = threading.Lock()
+        self._made: Engine | Follower | None = None
+        self._calling: int | None = None  # the thread whose call the other ranks follow
+        self._leads = False
 
     @property
-    def sees(self) -> bool:
-        """Whether prompts may have images."""
-        return self.image_processor is not None
-
-    @property
-    def image_words(self) -> int:
-        """The number of image tokens of an image; 0 for a text-only model."""
-        return 0 if self.image_processor is None else self.image_processor.image_tokens
-
-    @property
-    def args(self) -> ModelArgs:
+    def args(self) -> ModelArgs:  # type: ignore[override]
         return self.llma.args
 
     @property
@@ -146,197 +136,108 @@ class MetaModel(nn.Module):
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
         where = {"device": asked.device or default_device(), "dtype": asked.dtype}
         progress = progress and (ranks is None or ranks.rank == 0)
-        mesh, processor = DeviceMesh(model=ranks), None
+        mesh, tower = DeviceMesh(model=ranks), None
         planned = spec.planned(Inference(), tp=mesh.model_size, dp=1, **where)
         memory = ModelMemory(planned, torch.device(where["device"]), mp_group)
         memory.check_loading(max_seq_len)
         with memory.explained(1, max_seq_len):
             llma = build(spec, mesh, **where, progress=progress)
             if with_visual:
-                from accessory.model.image_processor import ImageProcessor  # text-only models do not need it
-
                 tower = build_tower(spec, **where, progress=progress)
-                processor = ImageProcessor(tower, image_transform, ranks)
-        return cls(llma, tokenizer, max_seq_len, ranks, processor, memory)
+        return cls(llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        images: Images = None,
-        max_gen_len: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        additional_stop_symbols: Iterable[str] = (),
-        seed: int | None = None,
-        cancelled: Callable[[], bool] | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> list[str]:
-        """The text that the model writes after each prompt. A prompt is a string, or token ids, which are not changed.
+    # ----------------------------------------------------------------- the engine
 
-        images: one for each prompt: a path, a PIL image, a tensor of (3, P, P) pixels as `image_processor.open` makes
-        them, or None for a prompt without an image. Or all of them as one tensor (prompts, 3, P, P). An image takes
-        `image_words` positions.
+    def runner(self) -> Runner:
+        """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has."""
+        wanted = self.args.max_batch_size * -(-self.max_seq_len // PAGE_SIZE) + 1
+        see = None if self._tower is None else self._see
+        return Runner(
+            self.llma,
+            pages=fitting_pages(self.llma, wanted, self._ranks),
+            max_seq_len=self.max_seq_len,
+            vocab_size=self.tokenizer.vocab_size,
+            see=see,
+            ranks=self._ranks,
+        )
 
-        A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
-        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
-        tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
-        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
-        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after
-        each step with the number of steps, which is that of the longest text's tokens.
-        """
-        texts = [""] * count_prompts(prompts)
-        for row, text, _ in self._stream(
-            prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled, on_step
-        ):
-            texts[row] += text
-        return texts
+    def _see(self, pixels: Sequence[Any]) -> Features:
+        assert self._tower is not None
+        return encode_shared(self._tower, torch.stack([torch.as_tensor(p) for p in pixels]), self._ranks)
 
-    def stream_generate(
-        self,
-        prompt: Prompt,
-        image: Image | None = None,
-        max_gen_len: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        additional_stop_symbols: Iterable[str] = (),
-        seed: int | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[StreamItem]:
-        """Yield the answer while it is written. Each item has all text so far; the last one has `end_of_content` set.
+    def _engine_or_follower(self) -> Engine | Follower:
+        with self._making:
+            if self._made is None:
+                runner = self.runner()
+                if self._ranks is not None and self._ranks.rank:
+                    self._made = Follower(runner, self._ranks)
+                else:
+                    executor = LocalExecutor(runner) if self._ranks is None else GroupExecutor(runner, self._ranks)
+                    self._made = Engine.of(executor, runner.about)
+            return self._made
 
-        Text appears only when it is final: never half a character, never part of a stop symbol.
-        """
-        images = None if image is None else [image]
-        whole = ""
-        for _, text, ended in self._stream(
-            [prompt], images, max_gen_len, temperature, top_p, additional_stop_symbols, seed, cancelled
-        ):
-            whole += text
-            if text and not ended:
-                yield {"text": whole, "end_of_content": False}
-        yield {"text": whole, "end_of_content": True}
+    def _engine(self) -> Engine:
+        engine = self._engine_or_follower()
+        assert isinstance(engine, Engine), "a rank that follows asks for nothing"
+        return engine
 
-    def _stream(
-        self,
-        prompts: Sequence[Prompt],
-        images: Images,
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        stops: Iterable[str],
-        seed: int | None,
-        cancelled: Callable[[], bool] | None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, str, bool]]:
-        """Yield (row, new text, whether the row has ended) whenever text becomes final."""
-        prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        counts = image_token_counts(self.image_processor, pixels)
-        prompt_ids = [self._prompt_ids(p, n, max_gen_len, counts[n]) for n, p in enumerate(prompts)]
-        rows = [insert_image_tokens(ids, n, self.tokenizer.bos_id) for ids, n in zip(prompt_ids, counts, strict=True)]
-        tokens = max(map(len, rows)) + max_gen_len
-        if self._memory is not None:
-            self._memory.check_generation(len(rows), tokens, self._graphs.kept_bytes)
-        with self._explained(len(rows), tokens):
-            generation = Generation(
-                self.llma,
-                rows,
-                max_gen_len=max_gen_len,
-                max_seq_len=self.max_seq_len,
-                sampling=Sampling(temperature, top_p, seed),
-                stop_ids=self.tokenizer.stop_ids,
-                vocab_size=self.tokenizer.vocab_size,
-                graphs=self._graphs,
-                ranks=self._ranks,
-                cancelled=cancelled,
-                images=None if self.image_processor is None else self.image_processor.features(pixels),
-            )
-            yield from self._texts(generation, prompt_ids, stops, on_step)
+    # ----------------------------------------------------------------- several ranks
 
-    def _texts(
-        self,
-        generation: Generation,
-        prompt_ids: Sequence[list[int]],
-        stops: Sequence[str],
-        on_step: Callable[[int], None] | None,
-    ) -> Iterator[tuple[int, str, bool]]:
-        decoders = [StreamDecoder(self.tokenizer, ids) for ids in prompt_ids]
-        scanners = [StopScanner(stops) for _ in prompt_ids]
-        for n_step, step in enumerate(generation, start=1):
-            if on_step is not None:
-                on_step(n_step)
-            for row, token in enumerate(step):
-                if token is None:
-                    continue
-                ended = token in self.tokenizer.stop_ids or n_step == generation.max_gen_len
-                text = "" if token in self.tokenizer.stop_ids else decoders[row].push(token)
-                text = scanners[row].push(text + decoders[row].flush() if ended else text)
-                if scanners[row].stopped:
-                    ended = True
-                    generation.finish(row)
-                elif ended:
-                    text += scanners[row].flush()
-                yield row, text, ended
+    def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+        """Every rank of a group makes the same calls. The first one does the work; what it was given counts."""
+        if self._ranks is None or self._leads:
+            return (yield from work)
+        made = self._engine_or_follower()
+        if isinstance(made, Follower):
+            return (yield from made.follow())
+        if self._calling not in (None, threading.get_ident()):
+            raise InputError("mp_group: the ranks are in a call of another thread; make one call after the other")
+        self._calling = threading.get_ident()
+        assert isinstance(made.executor, GroupExecutor)
+        tell = made.executor.tell
+        try:
+            while True:
+                item = next(work)
+                tell(ITEM, item)
+                yield item
+        except StopIteration as end:
+            tell(END, end.value, None)
+            return end.value
+        except AccessoryError as error:
+            tell(END, None, error)
+            raise
+        except GeneratorExit:  # the reader of a stream left
+            work.close()
+            tell(END, None, None)
+            raise
+        finally:
+            self._calling = None
 
-    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, image_tokens: int = 0) -> list[int]:
-        """A prompt's token ids, without its image tokens. The beginning is cut if it leaves no room for the answer."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InputError(f"prompts[{row}]: is empty; give at least one character")
-            # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
-            # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
-            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
-        else:
-            ids = list(prompt)
-        check_max_gen_len(max_gen_len, self.max_seq_len)
-        room = self.max_seq_len - max_gen_len - image_tokens
-        if image_tokens and room < 2:
-            raise InputError(
-                f"prompts[{row}]: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
-                f"leaves no room in max_seq_len = {self.max_seq_len}; give at least {image_tokens + max_gen_len + 2}"
-            )
-        if len(ids) > room:
-            log.warning(
-                "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
-                row, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
-            )  # fmt: skip
-            begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
-            ids = ids[:begins] + ids[len(ids) - room + begins :]
-        return ids
+    def follow(self) -> None:
+        """On every rank but the first: run what the first one asks for, until it leaves `lead`."""
+        made = self._engine_or_follower()
+        assert isinstance(made, Follower), "the first rank leads"
+        for _ in made.follow():
+            pass
 
-    def compute_logits(
-        self, examples: Sequence[Prompt], images: Images = None, bos: bool = True, eos: bool = False
-    ) -> list[Tensor]:
-        """The logits after each token of each example: a list of (T, V), fp32, on the model's device.
+    def lead(self) -> Lead:
+        """On the first rank, as a context: any thread may call; the other ranks `follow`."""
+        return Lead(self)
 
-        `bos` and `eos` add BOS and EOS to strings; token ids are not changed. An example longer than `max_seq_len` is
-        an InputError, because nothing may be cut here. images: as for `generate`; the logits after BOS are then those
-        after BOS and the image that follows it.
-        """
-        with self._explained(min(len(examples), self.args.max_batch_size), self.max_seq_len):
-            return self._scorer().compute_logits(examples, images, bos, eos)
 
-    def evaluate_examples(
-        self,
-        examples: Sequence[Prompt],
-        contexts: Sequence[Prompt] | None = None,
-        images: Images = None,
-        bos: bool = True,
-        eos: bool = False,
-    ) -> dict[str, list]:
-        """The likelihood of each example under the model, given its context if there is one.
+class Lead:
+    """While it is entered, the first rank's threads call at any time, and the other ranks follow."""
 
-        contexts: each example must begin with its context, and only the tokens after the context are scored. Without
-        contexts, all tokens after the first are scored. Returns lists with one entry an example: `log_likelihood` (sum
-        over the scored tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (whether
-        greedy decoding would give the example), `non_context_logits` ((scored tokens, V), fp32).
-        """
-        with self._explained(min(len(examples), self.args.max_batch_size), self.max_seq_len):
-            return self._scorer().evaluate_examples(examples, contexts, images, bos, eos)
+    def __init__(self, model: MetaModel) -> None:
+        self._model = model
 
-    def _scorer(self) -> Scorer:
-        return Scorer(self.llma, self.tokenizer, self.max_seq_len, self.image_processor)
+    def __enter__(self) -> MetaModel:
+        self._model._leads = True
+        return self._model
 
-    def _explained(self, batch: int, tokens: int) -> AbstractContextManager[None]:
-        """Say what was asked for where memory runs out inside."""
-        return nullcontext() if self._memory is None else self._memory.explained(batch, tokens)
+    def __exit__(self, *_: object) -> None:
+        executor = self._model._engine().executor
+        self._model._leads = False
+        if isinstance(executor, GroupExecutor):
+            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
+                executor.tell(END, None, None)

@@ -6,19 +6,18 @@ Legend: B examples of a batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accessory.data.image_tokens import insert_image_tokens, remove_tags
 from accessory.data.tokenizer import Tokenizer
-from accessory.engine.generate import describe_nonfinite
+from accessory.engine.scheduler import NOT_FINITE
 from accessory.errors import InputError, NonFiniteError
 from accessory.model.prompts import Pixels, Prompt, count_prompts, image_token_counts, open_images
-from accessory.nn.decoder import Decoder
 
 if TYPE_CHECKING:
     from accessory.model.image_processor import ImageProcessor, Images
@@ -26,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores examples with the parts of a `MetaModel`. The methods have the docstrings of `MetaModel`'s methods."""
+    """Scores examples. The methods have the docstrings of `TextModel`'s methods.
 
-    llma: Decoder
+    score: gives the logits after each token of rows of ids, some with an image (`engine.Engine.score`).
+    """
+
+    score: Callable[[list[list[int]], list[Any]], list[Tensor]]
     tokenizer: Tokenizer
+    vocab_size: int
     max_seq_len: int
     image_processor: ImageProcessor | None
 
@@ -66,35 +69,23 @@ class Scorer:
             log_p_T = judged_TV.log_softmax(-1).gather(1, label_T[:, None]).squeeze(1)
             likelihood = log_p_T.sum().item()
             if not math.isfinite(likelihood):
-                raise NonFiniteError(f"examples[{n}]: {describe_nonfinite(self.llma)}")
+                raise NonFiniteError(f"examples[{n}]: {NOT_FINITE}")
             result["log_likelihood"].append(likelihood)
             result["ppl"].append(log_p_T.mean().neg().exp().item())
             result["max_equal"].append(bool((judged_TV.argmax(-1) == label_T).all()))
             result["non_context_logits"].append(judged_TV)
         return result
 
-    @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]], pixels: Pixels) -> list[Tensor]:
         """The logits (T, V) fp32 after each token of each row of T token ids, without those of image tokens."""
-        out = []
-        counts, step = image_token_counts(self.image_processor, pixels), self.llma.args.max_batch_size
-        for first in range(0, len(rows), step):
-            here = slice(first, first + step)
-            with_image = [
-                insert_image_tokens(ids, count, self.tokenizer.bos_id)
-                for ids, count in zip(rows[here], counts[here], strict=True)
-            ]
-            tokens_BT = torch.zeros(len(with_image), max(map(len, with_image)), dtype=torch.int64)
-            for n, ids in enumerate(with_image):
-                tokens_BT[n, : len(ids)] = torch.tensor(ids)
-            features = None if self.image_processor is None else self.image_processor.features(pixels[here])
-            # Padding is on the right and attention is causal, so no real token sees the padding.
-            logits_BTV = self.llma(tokens_BT.to(self.llma.tok_embeddings.weight.device), images=features).logits
-            # The image comes after BOS, so the logits after BOS are those of the last image token. The first `count`
-            # logits are dropped.
-            for n, (count, ids) in enumerate(zip(counts[here], with_image, strict=True)):
-                out.append(logits_BTV[n, count : len(ids)].float())
-        return out
+        counts = image_token_counts(self.image_processor, pixels)
+        with_image = [
+            insert_image_tokens(ids, count, self.tokenizer.bos_id) for ids, count in zip(rows, counts, strict=True)
+        ]
+        logits = self.score(with_image, [None if p is None else p.numpy() for p in pixels])
+        # The image comes after BOS, so the logits after BOS are those of the last image token. The first `count`
+        # logits are dropped.
+        return [logits_TV[count:] for logits_TV, count in zip(logits, counts, strict=True)]
 
     def _rows(self, examples: Sequence[Prompt], pixels: Pixels, bos: bool, eos: bool) -> list[list[int]]:
         """The checked token ids of each example, without image tokens. Those must fit into `max_seq_len` too."""
@@ -108,8 +99,8 @@ class Scorer:
         if len(ids) + image_tokens > self.max_seq_len:
             image = f" and an image of {image_tokens} positions" if image_tokens else ""
             raise InputError(f"examples[{row}]: {len(ids)} tokens{image}, but max_seq_len is {self.max_seq_len}")
-        if not 0 <= min(ids) <= max(ids) < self.llma.args.vocab_size:
-            raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.llma.args.vocab_size - 1}")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise InputError(f"examples[{row}]: token ids must lie in 0 … {self.vocab_size - 1}")
         return ids
 
     def _encode(self, text: Prompt, bos: bool, eos: bool) -> list[int]:

@@ -139,7 +139,7 @@ class Decoder(ImageTokens):
         statistics: bool = False,
         last_B: Tensor | None = None,
         rows_N: Tensor | None = None,
-        images: Features | None = None,
+        images: Features | Tensor | None = None,
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
@@ -148,8 +148,8 @@ class Decoder(ImageTokens):
         sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
         each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
         them. last_B: return the logits of one index of each row only, (B, V). rows_N: return the logits of these rows
-        of the flattened batch only, (N, V). images: the encoders' features. Their image tokens replace the positions
-        with `IMAGE_ID`, in the order of the flattened batch; there must be as many as such positions.
+        of the flattened batch only, (N, V). images: the encoders' features, or their image tokens. These replace the
+        positions with `IMAGE_ID`, in the order of the flattened batch; there must be as many as such positions.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -165,7 +165,8 @@ class Decoder(ImageTokens):
         # In training, the image projections run in every step, with an empty product where there is no image. Their
         # gradient is then zero instead of None, and collectives rely on that.
         if self.sees and (images is not None or torch.is_grad_enabled()):
-            x_BTD = place(x_BTD, tokens_BT, self.image_embeddings(images, self.products_in))
+            seen_ND = images if isinstance(images, Tensor) else self.image_embeddings(images, self.products_in)
+            x_BTD = place(x_BTD, tokens_BT, seen_ND)
         router = []
         for layer in self.layers:
             x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)

@@ -1,0 +1,349 @@
+"""One rank of a model: network, image encoders, paged cache, graphs and sampling. It does what a `StepPlan` says.
+
+Legend: N tokens of a step, B its sequences, C columns, P pages of a sequence, R rows whose logits are needed,
+V vocabulary, W positions of an image, D dim, S slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.engine.graphs import DecodeGraphs
+from accessory.engine.sampler import Drawn, Sampler
+from accessory.engine.scheduler import Entry, StepPlan, StepResult
+from accessory.engine.sequence import Draw
+from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU, PAGE_SIZE, STEP_TOKENS_CPU, STEP_TOKENS_GPU
+from accessory.nn.cache import PagedCache, bytes_a_page
+from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.ops.paged_attention import PagedBatch, Span
+from accessory.parallel.collectives import broadcast
+from accessory.parallel.mesh import Ranks
+from accessory.vision_config import IMAGE_ID
+
+LAST_DRAW = -2  # in place of a token id: what the slot drew last. It is not `IMAGE_ID`.
+# The columns of a decoding step's numbers (B, C). The page table follows.
+_TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _TABLE = range(6)
+
+
+class Step:
+    """A step under way on the device. `result` waits for it.
+
+    asked: for each drawn row, and by entry for each judged prompt, how many of the likeliest tokens its request wants;
+    None for no log-probabilities at all.
+    """
+
+    def __init__(
+        self, drawn: Drawn | None, asked: list[int | None], scored: dict[int, tuple[Drawn, int]], device: torch.device
+    ) -> None:
+        self._drawn, self._asked = None if drawn is None else _to_host(drawn), asked
+        self._scored = {n: (_to_host(rows), most) for n, (rows, most) in scored.items()}
+        self._ready = torch.cuda.Event() if device.type == "cuda" else None
+        if self._ready is not None:
+            self._ready.record()
+
+    def result(self) -> StepResult:
+        if self._ready is not None:
+            self._ready.synchronize()
+        draws = [] if self._drawn is None else _draws(self._drawn, self._asked)
+        judged = {n: _draws(rows, [most] * len(rows.token_B)) for n, (rows, most) in self._scored.items()}
+        return StepResult(draws, judged)  # type: ignore[arg-type]
+
+
+def _to_host(drawn: Drawn) -> Drawn:
+    """Start copies to the host. They are done when the step is."""
+
+    def copy(x: Tensor | None) -> Tensor | None:
+        if x is None or x.device.type == "cpu":
+            return x
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    columns = (drawn.token_B, drawn.logprob_B, drawn.top_ids_BK, drawn.top_logprobs_BK)
+    return Drawn(*(copy(column) for column in columns))  # type: ignore[arg-type]
+
+
+def _draws(drawn: Drawn, asked: list[int | None]) -> list[Draw | None]:
+    """Rows as plain values; None where no token was drawn."""
+    tokens = drawn.token_B.tolist()
+    if drawn.logprob_B is None:
+        return [None if token < 0 else Draw(token) for token in tokens]
+    logprobs = drawn.logprob_B.tolist()
+    ids = [[]] * len(tokens) if drawn.top_ids_BK is None else drawn.top_ids_BK.tolist()
+    best = [[]] * len(tokens) if drawn.top_logprobs_BK is None else drawn.top_logprobs_BK.tolist()
+    out: list[Draw | None] = []
+    for row, (token, most) in enumerate(zip(tokens, asked, strict=True)):
+        if token < 0:
+            out.append(None)
+        elif most is None:
+            out.append(Draw(token))
+        else:
+            top = dict(zip(ids[row][:most], best[row][:most], strict=True)) if most else None
+            out.append(Draw(token, logprobs[row], top))
+    return out
+
+
+class About(NamedTuple):
+    """What a scheduler must know of the ranks that run its steps."""
+
+    pages: int
+    max_running: int  # sequences that run at once
+    step_tokens: int  # the most tokens of a step
+    on_cpu: bool
+
+
+class Runner:
+    """Runs steps of `decoder`. Every rank of a model has one, and they run the same steps.
+
+    pages: of the cache. see: turns the pixels of images into the encoders' features; None for a text-only model.
+    vocab_size: of the tokenizer; larger ids are never drawn. The first rank draws for all.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        pages: int,
+        max_seq_len: int,
+        vocab_size: int,
+        see: Callable[[Sequence[Any]], Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.decoder, self._see = decoder.fuse(), see
+        self._ranks = ranks if ranks is not None and ranks.size > 1 else None
+        self.device = decoder.tok_embeddings.weight.device
+        on_cpu = self.device.type == "cpu"
+        max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
+        self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu)
+        self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads)
+        self._sampler = Sampler(max_running, vocab_size, self.device)
+        self._last_S = torch.zeros(max_running, dtype=torch.int64, device=self.device)
+        self._table_SP = np.zeros((max_running, -(-max_seq_len // PAGE_SIZE)), dtype=np.int32)
+        self._filled = [0] * max_running  # how many pages of each slot are in `_table_SP`
+        # How many of the likeliest tokens each slot's request wants, of its answer and of its prompt.
+        self._logprobs: list[int | None] = [None] * max_running
+        self._prompt_logprobs = [0] * max_running
+        self._images: dict[int, list[tuple[int, Tensor]]] = {}  # by slot: first position, embeddings (W, D)
+        padding_C = np.zeros(_TABLE + self._table_SP.shape[1], dtype=np.int32)
+        padding_C[_LENGTH] = 1
+        self._graphs = DecodeGraphs(self._decode, self._host_free, padding_C, self.device, max_running)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Step:
+        """Start a step. On a GPU it may still be under way when this returns."""
+        entries = plan.entries
+        for entry in entries:
+            self._take(entry)
+        draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
+        scores = [n for n, entry in enumerate(entries) if entry.targets]
+        single = all(entry.ids is None or len(entry.ids) == 1 for entry in entries)
+        bucket = self._graphs.bucket(len(entries)) if single and not scores else None
+        if bucket is not None:
+            logits_RV = self._graphs.step(bucket, self._numbers(entries))
+            logits_RV = logits_RV[: len(entries)] if len(draws) == len(entries) else logits_RV[draws]
+            scored: dict[int, tuple[Drawn, int]] = {}
+        else:
+            logits_RV, scored = self._forward(entries, draws, scores)
+        drawing = [entries[n] for n in draws]
+        asked = [self._logprobs[entry.slot] for entry in drawing]
+        return Step(self._draw(drawing, logits_RV), asked, scored, self.device)
+
+    def _take(self, entry: Entry) -> None:
+        """Note what is new of a sequence: its pages, and in its first step how it draws and what it sees."""
+        slot = entry.slot
+        if entry.begin is not None:
+            begin = entry.begin
+            self._filled[slot], params = 0, begin.params
+            self._logprobs[slot], self._prompt_logprobs[slot] = params.logprobs, params.prompt_logprobs or 0
+            self._sampler.start(slot, params, begin.prompt, begin.answer, begin.stop_ids)
+            self._images.pop(slot, None)
+            if begin.images:
+                assert self._see is not None, "a text-only model's requests have no images"
+                seen = []
+                for start, count, pixels in begin.images:
+                    seen_WD = self.decoder.image_embeddings(self._see([pixels]), self.decoder.products_in)
+                    assert len(seen_WD) == count
+                    seen.append((start, seen_WD))
+                self._images[slot] = seen
+        if entry.pages:
+            first, end = self._filled[slot], self._filled[slot] + len(entry.pages)
+            self._table_SP[slot, first:end] = entry.pages
+            self._filled[slot] = end
+
+    def _draw(self, entries: list[Entry], logits_RV: Tensor) -> Drawn | None:
+        """Draw a token for each row, and keep it for the next step."""
+        if not entries:
+            return None
+        slots = [entry.slot for entry in entries]
+        if self._ranks is None or self._ranks.rank == 0:
+            masks = {n: entry.mask for n, entry in enumerate(entries) if entry.mask is not None}
+            drawn = self._sampler(logits_RV, slots, [entry.draw or 0 for entry in entries], masks)
+        else:
+            drawn = Drawn(torch.empty(len(slots), dtype=torch.int64, device=self.device))
+        if self._ranks is not None:
+            broadcast(drawn.token_B, self._ranks)
+        self._last_S[self._upload(np.array(slots))] = drawn.token_B.clamp_min(0)  # negative where no token was drawn
+        return drawn
+
+    # ----------------------------------------------------------------- one token of each sequence, as a graph
+
+    def _numbers(self, entries: list[Entry]) -> np.ndarray:
+        """The numbers (B, C) int32 of a step in which each sequence brings one token."""
+        slot_B = np.array([entry.slot for entry in entries])
+        position_B = np.array([entry.start for entry in entries])
+        numbers_BC = np.empty((len(entries), _TABLE + self._table_SP.shape[1]), dtype=np.int32)
+        numbers_BC[:, _TOKEN] = [LAST_DRAW if entry.ids is None else entry.ids[0] for entry in entries]
+        numbers_BC[:, _POSITION] = position_B
+        numbers_BC[:, _WRITE] = self._write(slot_B, position_B)
+        numbers_BC[:, _SLOT] = slot_B
+        numbers_BC[:, _LENGTH] = position_B + 1
+        numbers_BC[:, _TABLE:] = self._table_SP[slot_B]
+        return numbers_BC
+
+    def _write(self, slot_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
+        """Where the keys and values of these positions go: page · PAGE_SIZE + place in the page."""
+        return self._table_SP[slot_N, position_N // PAGE_SIZE] * PAGE_SIZE + position_N % PAGE_SIZE
+
+    def _decode(self, numbers_BC: Tensor) -> Tensor:
+        """Logits (B, V) of a step in which each sequence brings one token. A graph records it."""
+        B = len(numbers_BC)
+        batch = PagedBatch(
+            slot_N=numbers_BC[:, _WRITE].long(),
+            page_BP=numbers_BC[:, _TABLE:].contiguous(),
+            length_B=numbers_BC[:, _LENGTH].contiguous(),
+            query_C=torch.arange(B + 1, dtype=torch.int32, device=numbers_BC.device),
+            decodes=B,
+            longest=0,
+            longest_length=self._table_SP.shape[1] * PAGE_SIZE,
+        )
+        return self._logits(numbers_BC[:, _TOKEN], numbers_BC[:, _POSITION], numbers_BC[:, _SLOT], batch)
+
+    def _host_free(self, sequences: int) -> bool:
+        """Whether so many tokens pass through the experts without the host learning the routing."""
+        experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
+        args = self.decoder.args
+        with torch.inference_mode():
+            x_TD = torch.empty(sequences, args.dim, device=self.device, dtype=self.decoder.products_in)
+            expert_TK = torch.empty(sequences, args.moe.num_experts_per_tok, device="meta")
+            return experts.host_free(x_TD, expert_TK)
+
+    # ----------------------------------------------------------------- any step
+
+    def _forward(
+        self, entries: list[Entry], draws: list[int], scores: list[int]
+    ) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
+        """The logits (R, V) after the last tokens of the entries `draws`, and all positions of `scores` judged."""
+        count_B = np.array([1 if entry.ids is None else len(entry.ids) for entry in entries])
+        start_B, slot_B = (np.array([getattr(e, name) for e in entries]) for name in ("start", "slot"))
+        query_C = np.concatenate([[0], count_B.cumsum()])
+        position_N = np.arange(query_C[-1]) + np.repeat(start_B - query_C[:-1], count_B)
+        slot_N = np.repeat(slot_B, count_B)
+        token_N = np.concatenate([[LAST_DRAW] if entry.ids is None else entry.ids for entry in entries])
+        length_B = start_B + count_B
+        P = -(-int(length_B.max()) // PAGE_SIZE)
+        batch = PagedBatch(
+            slot_N=self._upload(self._write(slot_N, position_N)),
+            page_BP=self._upload(self._table_SP[slot_B, :P], np.int32),
+            length_B=self._upload(length_B, np.int32),
+            query_C=self._upload(query_C, np.int32),
+            decodes=int((count_B == 1).sum()),
+            longest=int(count_B.max()) if count_B.max() > 1 else 0,
+            longest_length=int(length_B.max()),
+            fresh=not start_B[count_B > 1].any(),
+            spans=[
+                Span.of(first, count, length, self._table_SP[slot, : -(-length // PAGE_SIZE)].tolist())
+                for first, count, length, slot in zip(
+                    query_C.tolist(), count_B.tolist(), length_B.tolist(), slot_B.tolist(), strict=False
+                )
+            ]
+            if self.about.on_cpu
+            else None,
+        )
+        ends = [int(query_C[n + 1]) - 1 for n in draws]
+        judged = [range(query_C[n], query_C[n] + len(entries[n].targets)) for n in scores]
+        rows_R = self._upload(np.array([*ends, *(row for rows in judged for row in rows)], dtype=np.int64))
+        tokens = [self._upload(a) for a in (token_N, position_N, slot_N)]
+        logits_RV = self._logits(*tokens, batch, rows_R, self._seen(entries))
+        scored, at = {}, len(ends)
+        for n in scores:
+            ids_T, most = self._upload(np.array(entries[n].targets)), self._prompt_logprobs[entries[n].slot]
+            judged_T = self._sampler.prompt_logprobs(logits_RV[at : at + len(ids_T)], ids_T, most)
+            scored[n] = Drawn(ids_T, *judged_T), most
+            at += len(ids_T)
+        return logits_RV[: len(ends)], scored
+
+    def _seen(self, entries: list[Entry]) -> Tensor | None:
+        """The image tokens (positions, D) of this step, in its order."""
+        parts = []
+        for entry in entries:
+            if entry.ids is None or IMAGE_ID not in entry.ids:
+                continue
+            end = entry.start + len(entry.ids)
+            for first, seen_WD in self._images[entry.slot]:
+                here_WD = seen_WD[max(entry.start - first, 0) : max(end - first, 0)]
+                parts.append(here_WD)
+            self._images[entry.slot] = [i for i in self._images[entry.slot] if i[0] + len(i[1]) > end]
+        return torch.cat(parts) if parts else None
+
+    def _logits(
+        self,
+        token_N: Tensor,
+        position_N: Tensor,
+        slot_N: Tensor,
+        batch: PagedBatch,
+        rows_R: Tensor | None = None,
+        seen_WD: Tensor | None = None,
+    ) -> Tensor:
+        token_N = torch.where(token_N == LAST_DRAW, self._last_S[slot_N.long()], token_N)
+        self.cache.begin(batch)
+        return self.decoder(
+            token_N.long()[None], position_N.long()[None], cache=self.cache, rows_N=rows_R, images=seen_WD
+        ).logits.flatten(0, -2)
+
+    def _upload(self, numbers: np.ndarray, dtype: Any = np.int64) -> Tensor:
+        """Numbers of the host on the device, without waiting for it."""
+        host = torch.from_numpy(np.ascontiguousarray(numbers, dtype=dtype))
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    # ----------------------------------------------------------------- scoring
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
+        """The logits (T, V) fp32 after each of the T tokens of each row. images: the pixels of each row's image."""
+        out: list[Tensor] = []
+        together = self.decoder.args.max_batch_size
+        for first in range(0, len(rows), together):
+            here = rows[first : first + together]
+            # Padding is on the right and attention is causal, so no real token sees the padding.
+            tokens_BT = np.zeros((len(here), max(map(len, here))), dtype=np.int64)
+            for n, ids in enumerate(here):
+                tokens_BT[n, : len(ids)] = ids
+            pixels = [p for p in images[first : first + together] if p is not None]
+            seen = self._see(pixels) if pixels and self._see is not None else None
+            logits_BTV = self.decoder(self._upload(tokens_BT), images=seen).logits
+            out += [logits_BTV[n, : len(ids)].float() for n, ids in enumerate(here)]
+        return out
+
+
+def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None) -> int:
+    """How many of the `wanted` pages a cache can have in 90% of the memory that is free now, on every rank."""
+    device = decoder.tok_embeddings.weight.device
+    size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    pages = min(wanted, int(0.9 * free) // size)
+    if ranks is not None:
+        shared = torch.tensor(pages, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=ranks.group)
+        pages = int(shared)
+    return pages
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still use on the host."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

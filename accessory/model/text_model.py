@@ -1,0 +1,351 @@
+"""`TextModel`: what `MetaModel` and `MultiGpuWrapper` share. Prompts become requests to the engine, tokens become text.
+
+Legend: T tokens, V vocabulary, P height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from accessory.arguments import check_max_gen_len, check_stops
+from accessory.config import ModelArgs
+from accessory.data.detokenizer import StopScanner, StreamDecoder
+from accessory.data.image_tokens import insert_image_tokens
+from accessory.data.tokenizer import Tokenizer
+from accessory.engine.engine import Engine
+from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.sequence import Draw, FinishReason, ImageSpan
+from accessory.engine.sequence import Sequence as Request
+from accessory.errors import InputError
+from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
+from accessory.model.scoring import Scorer
+from accessory.vision_config import IMAGE_ID
+
+if TYPE_CHECKING:
+    from accessory.model.image_processor import Image, ImageProcessor, Images
+
+log = logging.getLogger(__name__)
+
+# Requests of one call that the engine has at once. A call with more adds them as others end.
+AT_ONCE = 512
+
+
+class StreamItem(TypedDict):
+    text: str  # everything generated so far
+    end_of_content: bool  # true for the last item only
+
+
+@dataclass
+class Completion:
+    """An answer, while it is written and when it is done."""
+
+    prompt_tokens: int
+    text: str = ""  # what is final: never half a character, never part of a stop text
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None  # of the tokens, natural logarithm
+    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each place
+    prompt_logprobs: list[float] | None = None  # of the prompt's tokens after the first
+    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
+    finish_reason: FinishReason | None = None  # None while it is written
+    error: Exception | None = None
+
+
+class Writing:
+    """One request's answer: drawn tokens in, final text out."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
+        self.request, self._stop_ids = request, tokenizer.stop_ids
+        self._decoder, self._scanner = StreamDecoder(tokenizer, text_ids), StopScanner(stops)
+        self.answer = Completion(request.prompt_length)
+
+    def take(self, end: Callable[[Request], None]) -> str:
+        """Take what the engine has drawn. Returns the new final text. end: tells the engine that a stop text came."""
+        new, request, answer = "", self.request, self.answer
+        while request.drawn and not self._scanner.stopped:
+            draw = request.drawn.popleft()
+            self._note(draw)
+            new += self._scanner.push("" if draw.token in self._stop_ids else self._decoder.push(draw.token))
+            if not request.drawn and request.finished in ("stop", "length") and not self._scanner.stopped:
+                new += self._scanner.push(self._decoder.flush())
+                new += "" if self._scanner.stopped else self._scanner.flush()
+        if self._scanner.stopped:
+            end(request)
+        answer.text += new
+        if (request.finished and not request.drawn) or self._scanner.stopped:
+            answer.finish_reason = "stop" if self._scanner.stopped else request.finished
+            answer.error, answer.cached_tokens = request.error, request.cached
+            if request.params.prompt_logprobs is not None:
+                answer.prompt_logprobs = [draw.logprob for draw in request.prompt_logprobs]  # type: ignore[misc]
+        return new
+
+    def _note(self, draw: Draw) -> None:
+        answer = self.answer
+        answer.token_ids.append(draw.token)
+        if draw.logprob is not None:
+            answer.logprobs = [*(answer.logprobs or ()), draw.logprob]
+        if draw.top is not None:
+            answer.top_logprobs = [*(answer.top_logprobs or ()), draw.top]
+
+
+class TextModel:
+    """Generates and scores text. A subclass gives the four attributes and `_engine`.
+
+    `image_processor` is None for a text-only model.
+    """
+
+    tokenizer: Tokenizer
+    max_seq_len: int
+    args: ModelArgs
+    image_processor: ImageProcessor | None
+
+    def _engine(self) -> Engine:
+        raise NotImplementedError
+
+    @property
+    def image_words(self) -> int:
+        """The number of image tokens of an image; 0 for a text-only model."""
+        return 0 if self.image_processor is None else self.image_processor.image_tokens
+
+    # ----------------------------------------------------------------- generating
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        images: Images = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+        seed: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """The text that the model writes after each prompt. A prompt is a string, or token ids, which are not changed.
+
+        images: one for each prompt: a path, a PIL image, a tensor of (3, P, P) pixels as `image_processor.open` makes
+        them, or None for a prompt without an image. Or all of them as one tensor (prompts, 3, P, P). An image takes
+        `image_words` positions.
+
+        A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
+        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
+        tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
+        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
+        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after
+        each step with the tokens of the longest text.
+
+        sampling: the other fields of `SamplingParams`: top_k, min_p, repetition_penalty and so on. With a seed, equal
+        prompts of one call are answered as copies 0, 1, 2 … of one request, which draw other numbers.
+
+        Several threads may call at once; the engine answers them together.
+        """
+        params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, **sampling)
+        completions = self.complete(prompts, images, max_gen_len, params, additional_stop_symbols, cancelled, on_step)
+        return [completion.text for completion in completions]
+
+    def stream_generate(
+        self,
+        prompt: Prompt,
+        image: Image | None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+        seed: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> Iterator[StreamItem]:
+        """Yield the answer while it is written. Each item has all text so far; the last one has `end_of_content` set.
+
+        Text appears only when it is final: never half a character, never part of a stop symbol.
+        """
+        params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, **sampling)
+        images = None if image is None else [image]
+
+        def items() -> Generator[StreamItem]:
+            writings = self._requests([prompt], images, max_gen_len, params, additional_stop_symbols)
+            for _, writing, new in self._read(writings, cancelled):
+                if new and writing.answer.finish_reason is None:
+                    yield {"text": writing.answer.text, "end_of_content": False}
+            yield {"text": writing.answer.text, "end_of_content": True}
+
+        yield from self._together(items())
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        images: Images = None,
+        max_gen_len: int = 512,
+        params: SamplingParams | None = None,
+        additional_stop_symbols: Iterable[str] = (),
+        cancelled: Callable[[], bool] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """As `generate`, with all that is known of each answer: tokens, why it ended, log-probabilities."""
+        count_prompts(prompts)
+
+        def all_of_them() -> Generator[Any, None, list[Completion]]:
+            writings = self._requests(prompts, images, max_gen_len, params or SamplingParams(), additional_stop_symbols)
+            for _, writing, _ in self._read(writings, cancelled):
+                if on_step is not None:
+                    on_step(len(writing.answer.token_ids))
+            return [writing.answer for writing in writings]
+            yield
+
+        return _outcome(self._together(all_of_them()))
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        images: Images,
+        max_gen_len: int,
+        params: SamplingParams,
+        stops: Iterable[str],
+    ) -> list[Writing]:
+        """A request for each prompt. Raises InputError for what cannot be answered, before any is computed."""
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        check_stops(stops)
+        check_max_gen_len(max_gen_len, self.max_seq_len)
+        params.check_vocabulary(self.tokenizer.vocab_size)
+        prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
+        counts = image_token_counts(self.image_processor, pixels)
+        copies: Counter[tuple[int, ...]] = Counter()
+        made = []
+        for row, (prompt, image, count) in enumerate(zip(prompts, pixels, counts, strict=True)):
+            text_ids = self._prompt_ids(prompt, row, max_gen_len, count)
+            ids = insert_image_tokens(text_ids, count, self.tokenizer.bos_id)
+            spans = [] if image is None else [_span(ids, count, image)]
+            # Without a seed, one comes from torch's generator, which torch.manual_seed sets.
+            mine = params
+            if params.temperature and params.seed is None:
+                mine = params.with_seed(int(torch.randint(2**62, ())))
+            elif params.temperature:
+                mine = replace(params, copy=params.copy + copies[tuple(ids)])
+                copies[tuple(ids)] += 1
+            stop_ids = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
+            request = Request(ids, mine, max_gen_len, stop_ids, spans)
+            made.append(Writing(request, self.tokenizer, text_ids, stops))
+        return made
+
+    def _read(
+        self, writings: Sequence[Writing], cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[int, Writing, str]]:
+        """Yield (number, writing, new text) whenever an answer has grown. Raises the first error of an answer."""
+        engine, left = self._engine(), iter(enumerate(writings))
+        at_once: dict[int, Writing] = {}
+        try:
+            while True:
+                while len(at_once) < AT_ONCE and (more := next(left, None)) is not None:
+                    engine.add(more[1].request)
+                    at_once[more[0]] = more[1]
+                if not at_once or (cancelled is not None and cancelled()):
+                    return
+                engine.advance([writing.request for writing in at_once.values()])
+                for number, writing in list(at_once.items()):
+                    if not (writing.request.drawn or writing.request.finished):
+                        continue
+                    new = writing.take(lambda request: engine.finish(request, stopped=True))
+                    if writing.answer.finish_reason is not None:
+                        del at_once[number]
+                        if writing.answer.error is not None:
+                            raise writing.answer.error
+                    yield number, writing, new
+        finally:
+            for writing in at_once.values():
+                engine.finish(writing.request)
+
+    def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+        """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""
+        return (yield from work)
+
+    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, image_tokens: int = 0) -> list[int]:
+        """A prompt's token ids, without its image tokens. The beginning is cut if it leaves no room for the answer."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InputError(f"prompts[{row}]: is empty; give at least one character")
+            # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
+            # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
+            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
+        else:
+            ids = [int(i) for i in prompt]
+        if not ids:
+            raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")
+        if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
+            last = self.args.vocab_size - 1
+            raise InputError(f"prompts[{row}]: token ids must lie in 0 … {last} (vocab_size = {last + 1})")
+        room = self.max_seq_len - max_gen_len - image_tokens
+        if image_tokens and room < 2:
+            raise InputError(
+                f"prompts[{row}]: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
+                f"leaves no room in max_seq_len = {self.max_seq_len}; give at least {image_tokens + max_gen_len + 2}"
+            )
+        if len(ids) > room:
+            log.warning(
+                "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
+                row, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
+            )  # fmt: skip
+            begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
+            ids = ids[:begins] + ids[len(ids) - room + begins :]
+        return ids
+
+    # ----------------------------------------------------------------- scoring
+
+    def compute_logits(
+        self, examples: Sequence[Prompt], images: Images = None, bos: bool = True, eos: bool = False
+    ) -> list[Tensor]:
+        """The logits after each token of each example: a list of (T, V), fp32, on the model's device.
+
+        `bos` and `eos` add BOS and EOS to strings; token ids are not changed. An example longer than `max_seq_len` is
+        an InputError, because nothing may be cut here. images: as for `generate`; the logits after BOS are then those
+        after BOS and the image that follows it.
+        """
+        return self._scored(lambda scorer: scorer.compute_logits(examples, images, bos, eos))
+
+    def evaluate_examples(
+        self,
+        examples: Sequence[Prompt],
+        contexts: Sequence[Prompt] | None = None,
+        images: Images = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> dict[str, list]:
+        """The likelihood of each example under the model, given its context if there is one.
+
+        contexts: each example must begin with its context, and only the tokens after the context are scored. Without
+        contexts, all tokens after the first are scored. Returns lists with one entry an example: `log_likelihood` (sum
+        over the scored tokens, nats), `ppl` (perplexity: exp of the mean negative log-likelihood), `max_equal` (whether
+        greedy decoding would give the example), `non_context_logits` ((scored tokens, V), fp32).
+        """
+        return self._scored(lambda scorer: scorer.evaluate_examples(examples, contexts, images, bos, eos))
+
+    def _scored(self, ask: Callable[[Scorer], Any]) -> Any:
+        def work() -> Generator[Any, None, Any]:
+            scorer = Scorer(
+                self._engine().score, self.tokenizer, self.args.vocab_size, self.max_seq_len, self.image_processor
+            )
+            return ask(scorer)
+            yield
+
+        return _outcome(self._together(work()))
+
+
+def _span(ids: Sequence[int], count: int, pixels: Tensor) -> ImageSpan:
+    content = blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
+    return ImageSpan(ids.index(IMAGE_ID), count, content, pixels.numpy())
+
+
+def _outcome(work: Generator[Any, None, Any]) -> Any:
+    """Run a generator to its end; its return value."""
+    try:
+        while True:
+            next(work)
+    except StopIteration as end:
+        return end.value
