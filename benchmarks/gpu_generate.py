@@ -98,9 +98,9 @@ def ours(
         del graphs, steps  # frees the cache too
     for length in options.prefill:
         tokens = torch.randint(0, args.vocab_size, (1, length), device="cuda")
-        last_B = torch.zeros(1, dtype=torch.int64, device="cuda")
+        rows_N = torch.zeros(1, dtype=torch.int64, device="cuda")
         with torch.inference_mode():
-            seconds = timed(partial(decoder, tokens, last_B=last_B))
+            seconds = timed(partial(decoder, tokens, rows_N=rows_N))
         flops = 2 * (args.parameter_counts()[1] - args.vocab_size * args.dim) * length
         flops += args.n_layers * 2 * length**2 * args.n_heads * args.head_dim  # causal: half of 4 · T² · H · d
         report(implementation, f"prompt of {length}", seconds, length, flops / matmul)

@@ -119,9 +119,9 @@ def inference(args: ModelArgs, format: str, options: argparse.Namespace, copy: f
     for batch in options.batches:
         decode(decoder, args, quant, format, batch, options, copy)
     tokens_BT = torch.randint(0, args.vocab_size, (1, options.prefill), device=options.device)
-    last_B = torch.zeros(1, dtype=torch.int64, device=options.device)
+    rows_N = torch.zeros(1, dtype=torch.int64, device=options.device)
     with torch.inference_mode():
-        seconds = timed(partial(decoder, tokens_BT, last_B=last_B))
+        seconds = timed(partial(decoder, tokens_BT, rows_N=rows_N))
     floor = (forward_flops(args, 1, options.prefill) - 2 * args.vocab_size * args.dim * (options.prefill - 1)) / rate
     row(format, f"prompt of {options.prefill}, ms", f"{seconds * 1e3:.1f}", options.prefill / seconds, seconds / floor)
 

@@ -312,7 +312,7 @@ def contribution(tensors: Tensors, args: ModelArgs, tokens_BT: Tensor, device: s
     decoder, seen = network(tensors, args, device), []
     decoder.layers[0].feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     for rows_BT in tokens_BT.split(ROWS):
-        decoder(rows_BT.to(device), last_B=torch.zeros(len(rows_BT), dtype=torch.int64, device=device))
+        decoder(rows_BT.to(device), rows_N=torch.zeros(len(rows_BT), dtype=torch.int64, device=device))
     return torch.cat(seen)
 
 

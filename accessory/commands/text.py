@@ -30,7 +30,7 @@ from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.options import loading_arguments
-from accessory.parallel.mesh import Ranks, broadcast_object
+from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
 NO_IMAGE = ("none", "-")
@@ -46,8 +46,8 @@ def generate(options: argparse.Namespace) -> int:
     if options.system is not None and options.template is None:
         raise InputError("--system: a system message is part of a dialogue; give the --template that writes it too")
     images = _images(options.image, len(prompts)) if first else []
-    with open_model(options) as (model, ranks):
-        return _print_answers(options, model, *broadcast_object((prompts, images), ranks))
+    with open_model(options) as model:
+        return 0 if model is None else _print_answers(options, model, prompts, images)
 
 
 def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any]) -> int:
@@ -158,7 +158,8 @@ def chat(options: argparse.Namespace) -> int:
     if launch_of() is not None:
         raise InputError("chat: started as one of several ranks, which share no terminal; use --n-gpus N instead")
     seen = _see(options.image, visual=True) if options.image else None
-    with open_model(options) as (model, _):
+    with open_model(options) as model:
+        assert model is not None
         return _talk(options, model, seen)
 
 
@@ -276,7 +277,7 @@ def _visual(options: argparse.Namespace) -> bool:
 
 
 @contextmanager
-def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiGpuWrapper, Ranks | None]]:
+def open_model(options: argparse.Namespace) -> Iterator[MetaModel | MultiGpuWrapper | None]:
     """Load the model that the options name: on a launcher's ranks, on `--n-gpus` ranks started here, or in this
     process."""
     loading = loading_arguments(options, with_visual=_visual(options))
@@ -287,17 +288,23 @@ def open_model(options: argparse.Namespace) -> Iterator[tuple[MetaModel | MultiG
         group = join_launched()
         assert group is not None
         try:
-            yield MetaModel.from_pretrained(**loading, mp_group=group), Ranks.of(group)
+            model = MetaModel.from_pretrained(**loading, mp_group=group)
+            if Ranks.of(group).rank:
+                model.follow()
+                yield None
+            else:
+                with model.lead():
+                    yield model
         finally:
             dist.destroy_process_group()
     elif asked and _count_ranks(options) > 1:
         where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
         with MultiGpuWrapper(**loading, gpus=options.n_gpus, **where) as wrapper:
-            yield wrapper, None
+            yield wrapper
     else:
         if options.gpu_ids:
             loading["device"] = check_device(options.gpu_ids[0], "--gpu-ids")
-        yield MetaModel.from_pretrained(**loading), None
+        yield MetaModel.from_pretrained(**loading)
 
 
 def _count_ranks(options: argparse.Namespace) -> int:

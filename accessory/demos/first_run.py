@@ -13,9 +13,7 @@ from accessory.convert.convert import convert
 from accessory.convert.upcycle import smollm2_gguf, upcycle
 from accessory.convert.verify import verify
 from accessory.data.conversation import Conversation
-from accessory.data.detokenizer import StreamDecoder
 from accessory.data.templates import get_template
-from accessory.engine.generate import Generation
 from accessory.model.meta import MetaModel
 
 MAX_SEQ_LEN = 2048
@@ -77,27 +75,14 @@ def _answer(console: Console, path: Path, question: str, max_gen_len: int) -> li
     loaded = time.perf_counter() - started
     conversation = Conversation(get_template(None, model.tokenizer)).add("user", question)
     prompt = conversation.prompt_ids(model.tokenizer)
-    generation = Generation(
-        model.llma,
-        [prompt],
-        max_gen_len=max_gen_len,
-        max_seq_len=MAX_SEQ_LEN,
-        stop_ids=model.tokenizer.stop_ids,
-        vocab_size=model.tokenizer.vocab_size,
-    )
-    decoder = StreamDecoder(model.tokenizer, prompt)
     console.print(f"   {model.llma.implementation:>6}: ", end="")
-    ids: list[int] = []
-    first = last = time.perf_counter()
-    for step in generation:
-        token = step[0]
-        assert token is not None
+    shown, ids, first = "", [], 0.0
+    for answer in model.stream(prompt, max_gen_len=max_gen_len):
         last = time.perf_counter()
-        first = first if ids else last
-        ids.append(token)
-        if token not in model.tokenizer.stop_ids:
-            print(decoder.push(token), end="", flush=True)
-    print(decoder.flush(), end="")
+        first = first or last
+        ids = answer.token_ids
+        print(answer.text[len(shown) :], end="", flush=True)
+        shown = answer.text
     rate = (len(ids) - 1) / (last - first) if len(ids) > 1 else 0.0
     console.print(f"\n           [dim]loaded in {loaded:.1f} s, {rate:.1f} tokens/s[/]")
     return ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import logging
 import signal
@@ -11,8 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ import torch.distributed as dist
 
 from accessory.command_line import Parser
 from accessory.demos.page import Demo, Page, import_gradio
-from accessory.errors import AccessoryError, InputError, is_users, one_line
+from accessory.errors import InputError, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
 from accessory.launch.environment import launch_of, set_meeting_point
 from accessory.launch.gpus import count_ranks, use_gpus, visible_gpus
 from accessory.launch.process_group import join_launched
-from accessory.model.meta import MetaModel, StreamItem
+from accessory.model.meta import MetaModel
 from accessory.model.options import (
     add_image_transform,
     add_model_options,
@@ -35,9 +33,8 @@ from accessory.model.options import (
     port_number,
     torch_dtype,
 )
-from accessory.parallel.mesh import Ranks, broadcast_object
+from accessory.parallel.mesh import Ranks
 
-IDLE = timedelta(days=365)  # how long the other ranks wait for the next question
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 8.0  # seconds after Ctrl-C after which the process ends in any case
 
@@ -162,17 +159,12 @@ def start_launched(options: argparse.Namespace, serve: Serve) -> int:
     ranks = Ranks.of(group)
     if ranks.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals all ranks; the first one ends the others
-    # A separate group, because operations of the model's group time out within minutes.
-    commands = Ranks.of(dist.new_group(backend="gloo", timeout=IDLE))
     model = MetaModel.from_pretrained(**_loading(options), mp_group=group)
     if ranks.rank:
-        follow(model, commands)
+        model.follow()
         return 0
-    leader = Leader(model, commands)
-    try:
-        return serve(leader, _line(options, model, ranks.size))
-    finally:
-        leader.close()
+    with model.lead():
+        return serve(model, _line(options, model, ranks.size))
 
 
 def start_own(options: argparse.Namespace, serve: Serve) -> int:
@@ -239,76 +231,3 @@ def _implementation(options: argparse.Namespace, model: Any) -> str:
     return open_checkpoint(
         resolve(options.pretrained_path[-1]), options.llama_config or (), allow_partial=True
     ).llama_type.implementation
-
-
-# --------------------------------------------------------------------------- several ranks, one page
-
-
-class Leader:
-    """The first rank's model: what it is asked, the other ranks, which `follow`, do as well. One answer at a time."""
-
-    def __init__(self, model: MetaModel, commands: Ranks) -> None:
-        self.tokenizer, self.llma = model.tokenizer, model.llma
-        self.image_words = model.image_words
-        self.broken = threading.Event()  # set after a failure that the other ranks may not share
-        self._model, self._commands = model, commands
-        self._turn = threading.Lock()
-        self._closing = False
-
-    def stream_generate(
-        self, prompt: Any, image: Any = None, *, cancelled: Callable[[], bool] | None = None, **how: Any
-    ) -> Iterator[StreamItem]:
-        """As `MetaModel.stream_generate`; closing it ends the answer on all ranks after their present step."""
-        left = False
-
-        def ended() -> bool:
-            return left or self._closing or (cancelled is not None and cancelled())
-
-        with self._turn:
-            if self._closing or self.broken.is_set():
-                raise InputError("the demo is ending")
-            stream: Iterator[StreamItem] = iter(())
-            try:
-                if image is not None and self._model.image_processor is not None:
-                    image = self._model.image_processor.open(
-                        image
-                    )  # here, where its file is; the other ranks get its pixels
-                broadcast_object((prompt, image, how), self._commands)
-                stream = self._model.stream_generate(prompt, image, **how, cancelled=ended)
-                for item in stream:  # noqa: UP028 (`yield from` would close the stream together with its reader)
-                    yield item
-            except MemoryError:  # ranks need not run out of memory together
-                self.broken.set()
-                raise
-            except (AccessoryError, NotImplementedError):  # the same on every rank, before its first step
-                raise
-            except Exception:
-                self.broken.set()
-                raise
-            finally:
-                left = True
-                for _ in stream:  # the others take this step with us
-                    pass
-
-    def close(self) -> None:
-        """Let the other ranks go; gives up on ranks that do not finish their answer."""
-        self._closing = True
-        if self._turn.acquire(timeout=GRACE / 2) and not self.broken.is_set():
-            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
-                broadcast_object(None, self._commands)
-
-
-def follow(model: MetaModel, commands: Ranks) -> None:
-    """On every rank but the first: do what it does until it says that it ends."""
-    while True:
-        command: tuple[Any, Any, Mapping[str, Any]] | None = broadcast_object(None, commands)
-        if command is None:
-            return
-        prompt, image, how = command
-        try:
-            for _ in model.stream_generate(prompt, image, **how):
-                pass
-        except MemoryError:
-            raise
-        except (AccessoryError, NotImplementedError):
-            pass  # the first rank meets it too, and shows it

@@ -83,6 +83,7 @@ class GroupExecutor(LocalExecutor):
     def __init__(self, runner: Runner, ranks: Ranks) -> None:
         super().__init__(runner)
         self._ranks = messages_between(ranks)
+        self.broken = threading.Event()  # after a failure that the other ranks may not share
 
     def submit(self, plan: StepPlan) -> Step:
         self.tell(RUN, plan)
@@ -91,6 +92,9 @@ class GroupExecutor(LocalExecutor):
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
         self.tell(SCORE, rows, images)
         return super().score(rows, images)
+
+    def drop(self) -> None:
+        self.broken.set()
 
     def tell(self, *message: Any) -> None:
         broadcast_object(message, self._ranks)

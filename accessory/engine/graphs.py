@@ -1,7 +1,7 @@
 """Decoding steps replayed as CUDA graphs: one launch a step instead of hundreds, and no compiler.
 
-A graph has a fixed number of rows, a bucket. A step with fewer sequences fills the other rows with padding, which writes
-to page 0. Collectives between ranks are inside; all ranks replay the same bucket.
+A graph has a fixed number of rows, a bucket. A step with fewer sequences fills the other rows with padding, which
+writes to page 0. Collectives between ranks are inside; all ranks replay the same bucket.
 
 Legend: B sequences, C columns of a step's numbers, V vocabulary.
 """

@@ -58,7 +58,7 @@ class MetaModel(nn.Module, TextModel):
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
-        self._tower, self._memory = tower, memory
+        self.tower, self._memory = tower, memory
         self.image_processor = None
         if tower is not None:
             from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
@@ -151,7 +151,7 @@ class MetaModel(nn.Module, TextModel):
     def runner(self) -> Runner:
         """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has."""
         wanted = self.args.max_batch_size * -(-self.max_seq_len // PAGE_SIZE) + 1
-        see = None if self._tower is None else self._see
+        see = None if self.tower is None else self.encode_images
         return Runner(
             self.llma,
             pages=fitting_pages(self.llma, wanted, self._ranks),
@@ -161,9 +161,10 @@ class MetaModel(nn.Module, TextModel):
             ranks=self._ranks,
         )
 
-    def _see(self, pixels: Sequence[Any]) -> Features:
-        assert self._tower is not None
-        return encode_shared(self._tower, torch.stack([torch.as_tensor(p) for p in pixels]), self._ranks)
+    def encode_images(self, pixels: Sequence[Any]) -> Features:
+        """The features of images of (3, P, P) pixels. The ranks of a group share the work, so all must call it."""
+        assert self.tower is not None, "load the model with with_visual=True"
+        return encode_shared(self.tower, torch.stack([torch.as_tensor(p) for p in pixels]), self._ranks)
 
     def _engine_or_follower(self) -> Engine | Follower:
         with self._making:
@@ -213,6 +214,12 @@ class MetaModel(nn.Module, TextModel):
         finally:
             self._calling = None
 
+    @property
+    def broken(self) -> threading.Event:
+        """Set on the first of several ranks after a failure that the other ranks may not share."""
+        executor = self._engine().executor
+        return executor.broken if isinstance(executor, GroupExecutor) else threading.Event()
+
     def follow(self) -> None:
         """On every rank but the first: run what the first one asks for, until it leaves `lead`."""
         made = self._engine_or_follower()
@@ -238,6 +245,6 @@ class Lead:
     def __exit__(self, *_: object) -> None:
         executor = self._model._engine().executor
         self._model._leads = False
-        if isinstance(executor, GroupExecutor):
+        if isinstance(executor, GroupExecutor) and not executor.broken.is_set():
             with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
                 executor.tell(END, None, None)

@@ -116,9 +116,7 @@ def _close_all() -> None:
         wrapper.close()
 
 
-def _start(
-    gpu_ids: Sequence[int | None], meeting: tuple[str, int], patience: float, ranks: list[RankProcess]
-) -> Any:
+def _start(gpu_ids: Sequence[int | None], meeting: tuple[str, int], patience: float, ranks: list[RankProcess]) -> Any:
     """Start the ranks. Returns the store through which they meet: it must live as long as they do."""
     host, port = meeting
     store = host_store(host, port)

@@ -168,16 +168,33 @@ class TextModel:
         Text appears only when it is final: never half a character, never part of a stop symbol.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, **sampling)
+        for answer in self.stream(prompt, image, max_gen_len, params, additional_stop_symbols, cancelled):
+            if answer.finish_reason is None:
+                yield {"text": answer.text, "end_of_content": False}
+        yield {"text": answer.text, "end_of_content": True}
+
+    def stream(
+        self,
+        prompt: Prompt,
+        image: Image | None = None,
+        max_gen_len: int = 512,
+        params: SamplingParams | None = None,
+        additional_stop_symbols: Iterable[str] = (),
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """Yield the answer whenever its text has grown, and once it has ended: the same object each time."""
         images = None if image is None else [image]
 
-        def items() -> Generator[StreamItem]:
-            writings = self._requests([prompt], images, max_gen_len, params, additional_stop_symbols)
-            for _, writing, new in self._read(writings, cancelled):
+        def states() -> Generator[Completion]:
+            (writing,) = self._requests(
+                [prompt], images, max_gen_len, params or SamplingParams(), additional_stop_symbols
+            )
+            for _, _, new in self._read([writing], cancelled):
                 if new and writing.answer.finish_reason is None:
-                    yield {"text": writing.answer.text, "end_of_content": False}
-            yield {"text": writing.answer.text, "end_of_content": True}
+                    yield writing.answer
+            yield writing.answer
 
-        yield from self._together(items())
+        yield from self._together(states())
 
     def complete(
         self,
@@ -194,9 +211,10 @@ class TextModel:
 
         def all_of_them() -> Generator[Any, None, list[Completion]]:
             writings = self._requests(prompts, images, max_gen_len, params or SamplingParams(), additional_stop_symbols)
+            longest = 0
             for _, writing, _ in self._read(writings, cancelled):
-                if on_step is not None:
-                    on_step(len(writing.answer.token_ids))
+                if on_step is not None and len(writing.answer.token_ids) > longest:
+                    on_step(longest := len(writing.answer.token_ids))
             return [writing.answer for writing in writings]
             yield
 
@@ -213,7 +231,6 @@ class TextModel:
         """A request for each prompt. Raises InputError for what cannot be answered, before any is computed."""
         stops = [stops] if isinstance(stops, str) else list(stops)
         check_stops(stops)
-        check_max_gen_len(max_gen_len, self.max_seq_len)
         params.check_vocabulary(self.tokenizer.vocab_size)
         prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
         counts = image_token_counts(self.image_processor, pixels)
@@ -281,6 +298,7 @@ class TextModel:
         if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
             last = self.args.vocab_size - 1
             raise InputError(f"prompts[{row}]: token ids must lie in 0 … {last} (vocab_size = {last + 1})")
+        check_max_gen_len(max_gen_len, self.max_seq_len)
         room = self.max_seq_len - max_gen_len - image_tokens
         if image_tokens and room < 2:
             raise InputError(

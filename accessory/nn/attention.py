@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
-from accessory.nn.cache import ContiguousCache, PagedCache
+from accessory.nn.cache import PagedCache
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
 from accessory.ops.attention import Documents, attention
@@ -44,19 +44,17 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
-        cache: ContiguousCache | PagedCache | None,
+        cache: PagedCache | None,
     ) -> Tensor:
         x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
         q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
-        if isinstance(cache, PagedCache):
-            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None])
         if cache is not None:
-            k_BTGd, v_BTGd = cache.update(self.layer, k_BTGd, v_BTGd)
+            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None])
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))
 
     def _project(self, x_BTD: Tensor) -> Sequence[Tensor]:
-        if self.fused.tensor is not None and x_BTD.shape[1] == 1:
+        if self.fused.tensor is not None and not torch.is_grad_enabled():
             heads_BTHd = linear(x_BTD, self.fused.tensor).unflatten(-1, (-1, self.head_dim))
             return heads_BTHd.split([w.weight.shape[0] // self.head_dim for w in (self.wq, self.wk, self.wv)], dim=2)
         return [w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]

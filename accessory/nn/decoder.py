@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
-from accessory.nn.cache import ContiguousCache, PagedCache
+from accessory.nn.cache import PagedCache
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DecoderOutput(NamedTuple):
-    logits: Tensor  # (B, T, V); (B, V) with `last_B`, (N, V) with `rows_N`; in the compute dtype
+    logits: Tensor  # (B, T, V), or (N, V) with `rows_N`; in the compute dtype
     router: list[RouterStatistics]  # one a layer; empty without `statistics`
 
 
@@ -61,7 +61,7 @@ class Layer(nn.Module):
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
-        cache: ContiguousCache | PagedCache | None,
+        cache: PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
     ) -> tuple[Tensor, RouterStatistics | None]:
@@ -133,30 +133,29 @@ class Decoder(ImageTokens):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         *,
-        cache: ContiguousCache | PagedCache | None = None,
+        cache: PagedCache | None = None,
         documents_BT: Tensor | Documents | None = None,
         counted_BT: Tensor | None = None,
         statistics: bool = False,
-        last_B: Tensor | None = None,
         rows_N: Tensor | None = None,
         images: Features | Tensor | None = None,
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
         positions_BT: each token's position in its sequence (default 0 … T-1). cache: `cache.begin` must have been
-        called with the same positions, or with the batch of the same tokens. documents_BT: without a cache, a token
+        called with the batch of the same tokens, which are then one row, (1, N). documents_BT: without a cache, a token
         sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
         each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
-        them. last_B: return the logits of one index of each row only, (B, V). rows_N: return the logits of these rows
-        of the flattened batch only, (N, V). images: the encoders' features, or their image tokens. These replace the
-        positions with `IMAGE_ID`, in the order of the flattened batch; there must be as many as such positions.
+        them. rows_N: return the logits of these rows of the flattened batch only, (N, V). images: the encoders'
+        features, or their image tokens. These replace the positions with `IMAGE_ID`, in the order of the flattened
+        batch; there must be as many as such positions.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         if self._freq_c.device != tokens_BT.device:
             self._freq_c = self._freq_c.to(tokens_BT.device)
         rotation_BT1c = rotations(positions_BT, self._freq_c, self._rope_factor)
-        mask_BTS = cache.mask_BTS if cache is not None else _document_mask(documents_BT, self.compute_dtype)
+        mask_BTS = _document_mask(documents_BT, self.compute_dtype)
         counted_T = None if counted_BT is None else counted_BT.flatten()
 
         # The residual stream is fp32. Some networks have activations of tens of thousands in it, and with 16 bits the
@@ -172,8 +171,7 @@ class Decoder(ImageTokens):
             x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)
             if stats is not None:
                 router.append(stats)
-        x = x_BTD if last_B is None else x_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-        x = x if rows_N is None else x.flatten(0, 1)[rows_N]
+        x = x_BTD if rows_N is None else x_BTD.flatten(0, 1)[rows_N]
         return DecoderOutput(self.output(self.norm(x).to(self.products_in)), router)
 
 

@@ -15,6 +15,7 @@ from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import NonFiniteError
 from accessory.model.meta import MetaModel
+from accessory.model.text_model import TextModel
 from accessory.progress import progress_bar
 
 PROMPT = "The best programming language in the world is"
@@ -247,7 +248,7 @@ def test_chat_takes_a_template_and_a_system_message(chat, template, prompt):
 
 
 def test_ctrl_c_stops_an_answer_and_forgets_its_round(chat, monkeypatch):
-    original = MetaModel._stream
+    original = TextModel._read
     calls = iter(range(10))
 
     def interrupted(self, *args):
@@ -257,7 +258,7 @@ def test_ctrl_c_stops_an_answer_and_forgets_its_round(chat, monkeypatch):
             if first:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(MetaModel, "_stream", interrupted)
+    monkeypatch.setattr(TextModel, "_read", interrupted)
     status, out, prompts = chat("One", "Two")
     assert status == 0
     assert "(stopped; the round is forgotten)" in out
@@ -266,7 +267,7 @@ def test_ctrl_c_stops_an_answer_and_forgets_its_round(chat, monkeypatch):
 
 
 def test_an_error_in_an_answer_forgets_its_round_and_the_chat_goes_on(chat, monkeypatch):
-    original = MetaModel._stream
+    original = TextModel._read
     calls = iter(range(10))
 
     def broken(self, *args):
@@ -274,7 +275,7 @@ def test_an_error_in_an_answer_forgets_its_round_and_the_chat_goes_on(chat, monk
         if next(calls) == 0:
             raise NonFiniteError("prompts[0]: the logits are not finite")
 
-    monkeypatch.setattr(MetaModel, "_stream", broken)
+    monkeypatch.setattr(TextModel, "_read", broken)
     status, out, prompts = chat("One", "Two")
     assert status == 0
     assert "(prompts[0]: the logits are not finite; the round is forgotten)" in out

@@ -59,14 +59,12 @@ def model(folder):
 
 
 def test_features_are_the_towers_and_places_are_counted(model, folder):
-    assert model.sees
     assert model.image_words == tiny_sphinx().image_tokens(1) == 10
     pixels = model.image_processor.open(picture())
     assert torch.equal(pixels, get_transform("padded_resize", 64)(picture()))
-    ours, theirs = model.image_processor.features([None, pixels]), random_tower(tiny_sphinx()).encode(pixels[None])
+    ours, theirs = model.encode_images([pixels]), random_tower(tiny_sphinx()).encode(pixels[None])
     torch.testing.assert_close(ours.visual_VTC, theirs.visual_VTC)
     torch.testing.assert_close(ours.query_VQC, theirs.query_VQC)
-    assert model.image_processor.features([None]) is None
 
 
 def test_an_image_changes_what_is_said_and_no_neighbour(model, path):
@@ -113,7 +111,7 @@ def test_an_image_is_looked_at_once(folder, path):
     model = load(folder)
     list(model.stream_generate(PROMPTS[0], path, **GENERATE))
     model.generate(PROMPTS, [path, path, None], **GENERATE)
-    assert model.image_processor.tower.runs == 1
+    assert model.tower.runs == 1
 
 
 def test_evaluating_after_an_image(model, path):
@@ -130,7 +128,7 @@ def test_evaluating_after_an_image(model, path):
 
 def test_without_eyes_text_is_bit_for_bit_the_same(model, folder):
     blind = load(folder, with_visual=False)
-    assert not blind.sees
+    assert blind.image_words == 0
     for seen, said in zip(model.compute_logits(PROMPTS), blind.compute_logits(PROMPTS), strict=True):
         assert torch.equal(seen, said)
     assert model.generate(PROMPTS, **GENERATE) == blind.generate(PROMPTS, **GENERATE)
@@ -149,7 +147,7 @@ def test_either_implementation_from_either_layout(folder, model, path, tmp_path,
 def test_five_views(tmp_path, path):
     model = load(write_seeing(tmp_path / "model", vision=tiny_clip(), views=5), max_seq_len=96)
     assert model.image_words == 5 * (5 + 2)
-    assert model.image_processor.tower.pixels == 56
+    assert model.tower.pixels == 56
     seen = model.compute_logits(PROMPTS[:2], [path, picture()])
     equal(seen[1], model.compute_logits(PROMPTS[1:2], [picture()])[0])
 
@@ -160,7 +158,7 @@ def on_ranks(rank, world, folder, path):
     model = load(folder, mp_group=dist.group.WORLD)
     images = [picture(), None, path]
     logits = [x[:, ::97].clone() for x in model.compute_logits(PROMPTS, images)]
-    return logits, model.generate(PROMPTS, images, **GENERATE), model.image_processor.tower.runs
+    return logits, model.generate(PROMPTS, images, **GENERATE), model.tower.runs
 
 
 @pytest.mark.slow
@@ -194,7 +192,7 @@ def test_quantized_and_in_16_bits(folder, path):
     for options in ({"quant": "int8"}, {"dtype": torch.bfloat16}):
         model = load(folder, **options)
         assert torch.isfinite(model.compute_logits(PROMPTS[:1], [path])[0]).all()
-        assert model.image_processor.tower.dtype == options.get("dtype", torch.float32)  # encoders are never quantised
+        assert model.tower.dtype == options.get("dtype", torch.float32)  # encoders are never quantised
 
 
 def test_the_originals_spelling_of_encoders_loads(tmp_path, folder, model, path):
