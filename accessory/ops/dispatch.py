@@ -110,6 +110,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("linear", "quantized_products:dequantized_linear", _ANY_FORMAT),
     Kernel("linear_backward", "quantized_products:dequantized_linear_backward", _ANY_FORMAT),
 
+    Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_BITS, rows=(0, limits.GROUPED_ROWS),
+           grad=False, triton=True),
     Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
     Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_BITS, grad=False, triton=True),
     Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _FP32,
