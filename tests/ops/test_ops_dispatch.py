@@ -133,7 +133,10 @@ def test_dense_products_without_gradients_need_no_host(changes):
         # In fp32, more rows are quicker one expert after the other.
         assert choose(p._replace(rows=rows + 1)).host_free == (changes.get("dtype") != "float32")
     assert not choose(Product("grouped", "dense", 64, 8, **{**SIZES, **changes}, grad=True)).host_free
-    assert choose(Product("grouped", "dense", 64, 8, **SIZES)).function == "dense_products:grouped_mm"
+    few, many = (Product("grouped", "dense", limits.GROUPED_ROWS + n, 8, **SIZES) for n in (0, 1))
+    assert choose(few).function == "triton.grouped:product"
+    assert choose(many).function == "dense_products:grouped_mm"
+    assert choose(few._replace(grad=True)).function == "dense_products:grouped_mm"
 
 
 def test_a_product_is_read_off_its_tensors():
