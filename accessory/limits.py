@@ -34,11 +34,6 @@ GROUPED_ROWS_AN_EXPERT_FP32 = 128
 # adapter for a grouped product. Not measured yet: benchmarks/gpu_grouped.py times both.
 ADAPTER_ROWS = 64
 
-# CUDA graphs of decoding: the shortest context for which one is captured, and the largest batch. In larger batches, the
-# kernel launches that a graph saves no longer matter.
-GRAPH_SMALLEST_EXTENT = 256
-GRAPH_LARGEST_BATCH = 64
-
 # Rows of logits that cross-entropy widens to fp32 at a time.
 CROSS_ENTROPY_ROWS = 1024
 # Numbers that a GPU quantises at a time while a weight is loaded.

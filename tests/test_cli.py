@@ -268,16 +268,22 @@ def test_commands_without_a_plan_say_what_ran_out(command, monkeypatch, folder, 
     assert "needs less there" in err
 
 
-def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(monkeypatch, folder, capsys, tmp_path):
-    monkeypatch.setattr("accessory.model.meta.Generation", None)
+def test_a_request_that_the_cache_cannot_hold_is_refused_before_a_step(monkeypatch, folder, capsys, tmp_path):
+    """The cache takes half of the memory that is free on a CPU, however long sequences may be."""
+    from helpers.checkpoints import ARGS
+
+    from accessory.launch.memory import HOST, Room
+
+    page = 2 * ARGS.n_layers * 64 * ARGS.n_kv_heads * ARGS.head_dim * 2  # bf16
+    monkeypatch.setattr("accessory.engine.runner.room_for", lambda *_: Room(20 * page, HOST))
+    monkeypatch.setattr("accessory.nn.decoder.Decoder.forward", None)
     (tmp_path / "long.json").write_text('{"max_seq_len": 1000000000000}')  # else so long a context is refused before
     ask = ["generate", str(folder), "--prompt", "a", "--max-seq-len", "1000000000000", "--device", "cpu",
            "--llama-config", str(tmp_path / "long.json")]  # fmt: skip
     assert main([*ask, "--max-gen-len", "999999999990"]) == 1
     err = capsys.readouterr().err
     assert ONE_ERROR.fullmatch(err)
-    assert "memory: a model with 1 × 999,999,999,99" in err
-    assert "tokens of prompt and answer" in err
+    assert "an answer of 999999999990 need 15625000000 pages of 64 tokens, but the cache has 9" in err
 
 
 def test_a_model_larger_than_the_machine_is_refused_before_it_is_loaded(monkeypatch, folder, capsys):

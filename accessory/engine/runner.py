@@ -6,19 +6,19 @@ V vocabulary, W positions of an image, D dim, S slots.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampler import Drawn, Sampler
 from accessory.engine.scheduler import Entry, StepPlan, StepResult
 from accessory.engine.sequence import Draw
+from accessory.launch.memory import room_for
 from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU, PAGE_SIZE, STEP_TOKENS_CPU, STEP_TOKENS_GPU
 from accessory.nn.cache import PagedCache, bytes_a_page
 from accessory.nn.decoder import Decoder
@@ -29,6 +29,8 @@ from accessory.parallel.mesh import Ranks
 from accessory.vision_config import IMAGE_ID
 
 LAST_DRAW = -2  # in place of a token id: what the slot drew last. It is not `IMAGE_ID`.
+# The parts of the free memory that a cache may take. The rest is for a step's tensors, and on a CPU for other programs.
+CACHE_OF_GPU, CACHE_OF_HOST = 0.9, 0.5
 # The columns of a decoding step's numbers (B, C). The page table follows.
 _TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _TABLE = range(6)
 
@@ -102,7 +104,8 @@ class Runner:
     """Runs steps of `decoder`. Every rank of a model has one, and they run the same steps.
 
     pages: of the cache. see: turns the pixels of images into the encoders' features; None for a text-only model.
-    vocab_size: of the tokenizer; larger ids are never drawn. The first rank draws for all.
+    vocab_size: of the tokenizer; larger ids are never drawn. explained: a context that says more of memory that runs
+    out in it. The first rank draws for all.
     """
 
     def __init__(
@@ -114,17 +117,20 @@ class Runner:
         vocab_size: int,
         see: Callable[[Sequence[Any]], Any] | None = None,
         ranks: Ranks | None = None,
+        explained: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.decoder, self._see = decoder.fuse(), see
+        self.decoder, self._see, self._explained = decoder.fuse(), see, explained
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.device = decoder.tok_embeddings.weight.device
         on_cpu = self.device.type == "cpu"
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
         self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu)
-        self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads)
+        with explained():
+            self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads)
         self._sampler = Sampler(max_running, vocab_size, self.device)
         self._last_S = torch.zeros(max_running, dtype=torch.int64, device=self.device)
-        self._table_SP = np.zeros((max_running, -(-max_seq_len // PAGE_SIZE)), dtype=np.int32)
+        longest = min(-(-max_seq_len // PAGE_SIZE), max(1, pages - 1))  # no sequence has more pages
+        self._table_SP = np.zeros((max_running, longest), dtype=np.int32)
         self._filled = [0] * max_running  # how many pages of each slot are in `_table_SP`
         # How many of the likeliest tokens each slot's request wants, of its answer and of its prompt.
         self._logprobs: list[int | None] = [None] * max_running
@@ -137,7 +143,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Step:
         """Start a step. On a GPU it may still be under way when this returns."""
-        entries = plan.entries
+        with self._explained():
+            return self._run(plan.entries)
+
+    def _run(self, entries: list[Entry]) -> Step:
         for entry in entries:
             self._take(entry)
         draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
@@ -316,6 +325,10 @@ class Runner:
     @torch.inference_mode()
     def score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
         """The logits (T, V) fp32 after each of the T tokens of each row. images: the pixels of each row's image."""
+        with self._explained():
+            return self._score(rows, images)
+
+    def _score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
         out: list[Tensor] = []
         together = self.decoder.args.max_batch_size
         for first in range(0, len(rows), together):
@@ -332,18 +345,13 @@ class Runner:
 
 
 def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None) -> int:
-    """How many of the `wanted` pages a cache can have in 90% of the memory that is free now, on every rank."""
-    device = decoder.tok_embeddings.weight.device
+    """How many of the `wanted` pages a cache can have, on every rank: in most of a GPU's free memory, or half a CPU's.
+
+    At least one: a scheduler then says what each request lacks.
+    """
+    room = room_for(decoder.tok_embeddings.weight.device, None if ranks is None else ranks.group)
+    if room is None:
+        return wanted
     size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    pages = min(wanted, int(0.9 * free) // size)
-    if ranks is not None:
-        shared = torch.tensor(pages, device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=ranks.group)
-        pages = int(shared)
-    return pages
-
-
-def _available_memory() -> int:
-    """Bytes that this process may still use on the host."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    part = CACHE_OF_GPU if room.on_gpu else CACHE_OF_HOST
+    return max(1, min(wanted, int(part * room.nbytes) // size))

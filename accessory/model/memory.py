@@ -1,4 +1,4 @@
-"""`ModelMemory`: asks the planner about a model that is to be loaded, and about each generation with it."""
+"""`ModelMemory`: asks the planner about a model that is to be loaded, and when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 import torch
 
 from accessory.launch.memory import Room, room_for
-from accessory.planner.fit import certain_bytes, check_fit, explain, explained
+from accessory.planner.fit import check_fit, explain, explained
 from accessory.planner.setup import Inference, Setup
-
-# A cache of fewer bytes is not asked about: ranks would wait for each other before each answer, for nothing.
-SMALL_CACHE = 2**28
 
 
 @dataclass(frozen=True)
@@ -32,15 +29,6 @@ class ModelMemory:
         """
         room = room_for(self.device, self.group)
         check_fit(self._setup(1, 1), room, likely=self._setup(1, max_seq_len))
-
-    def check_generation(self, batch: int, tokens: int, kept: int) -> None:
-        """InputError where weights and the cache of `batch` sequences of `tokens` tokens are more than a rank may take.
-
-        kept: bytes of a cache of an earlier generation, whose memory this one gets.
-        """
-        setup = self._setup(batch, tokens)
-        if certain_bytes(setup)["key/value cache"] - kept > SMALL_CACHE:
-            check_fit(setup, room_for(self.device, self.group, with_own=True))
 
     @contextmanager
     def explained(self, batch: int, tokens: int) -> Iterator[None]:

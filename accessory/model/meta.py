@@ -5,9 +5,10 @@ Its name and import path are LLaMA2-Accessory's. `TextModel` has what it does wi
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,15 +151,21 @@ class MetaModel(nn.Module, TextModel):
 
     def runner(self) -> Runner:
         """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has."""
-        wanted = self.args.max_batch_size * -(-self.max_seq_len // PAGE_SIZE) + 1
+        longest = -(-self.max_seq_len // PAGE_SIZE)
+        pages = fitting_pages(self.llma, self.args.max_batch_size * longest + 1, self._ranks)
         see = None if self.tower is None else self.encode_images
+        if (memory := self._memory) is None:
+            explained: Callable[[], AbstractContextManager[None]] = nullcontext
+        else:
+            explained = partial(memory.explained, max(1, (pages - 1) // longest), self.max_seq_len)
         return Runner(
             self.llma,
-            pages=fitting_pages(self.llma, wanted, self._ranks),
+            pages=pages,
             max_seq_len=self.max_seq_len,
             vocab_size=self.tokenizer.vocab_size,
             see=see,
             ranks=self._ranks,
+            explained=explained,
         )
 
     def encode_images(self, pixels: Sequence[Any]) -> Features:
@@ -246,5 +253,5 @@ class Lead:
         executor = self._model._engine().executor
         self._model._leads = False
         if isinstance(executor, GroupExecutor) and not executor.broken.is_set():
-            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no word
+            with suppress(RuntimeError):  # a rank that is gone needs no word
                 executor.tell(END, None, None)

@@ -17,6 +17,7 @@ from typing import Any
 from accessory.errors import AccessoryError, ConfigError, InputError, MemoryFullError, is_out_of_memory, one_line
 from accessory.formats import Quant
 from accessory.launch.memory import Room, gigabytes, room_for
+from accessory.planner.cache import cache_bytes
 from accessory.planner.cards import Card
 from accessory.planner.peak import HOLES, OUTSIDE, Estimate, estimate
 from accessory.planner.search import RESERVE, TRIED_FORMATS, TRIED_TP, smallest
@@ -40,9 +41,7 @@ def certain_bytes(setup: Setup) -> dict[str, int]:
         # At the end of a step all of them are there.
         terms = training_moments(setup, task)["the optimiser's step"]
         return {name: terms[name] for name in ("weights", "optimiser", "gradients")}
-    args = setup.args
-    tokens = 2 * setup.dense_bytes * args.n_layers * setup.kv_heads * args.head_dim * task.context
-    return {"weights": weight_bytes(setup), "key/value cache": task.batch * tokens}
+    return {"weights": weight_bytes(setup), "key/value cache": cache_bytes(setup)}
 
 
 def check_fit(setup: Setup, room: Room | None, *, likely: Setup | None = None) -> None:

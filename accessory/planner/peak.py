@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accessory.limits import QUANTIZED_AT_ONCE_GPU
+from accessory.limits import (
+    MAX_RUNNING_CPU,
+    MAX_RUNNING_GPU,
+    QUANTIZED_AT_ONCE_GPU,
+    STEP_TOKENS_CPU,
+    STEP_TOKENS_GPU,
+)
 from accessory.planner.activations import layer_sizes, prompt_peak
 from accessory.planner.cache import cache_bytes
 from accessory.planner.encoders import encoders_bytes, encoding_bytes, features_bytes
@@ -26,6 +32,9 @@ COLLECTIVES = 1_000_000_000
 FRAGMENTATION = 0.05
 # Bytes a number while a weight is quantised: in 16 and 32 bits, and as 64-bit places in nf4's table.
 QUANTIZING = 18
+
+# Bytes a logit while tokens are drawn from sorted logits: in 16 and 32 bits, with their ids, as weights and their sums.
+DRAWING = 48
 
 OUTSIDE, HOLES = "CUDA context, collectives", "holes in the allocator"
 # What stays from one moment to the next; everything else comes and goes.
@@ -66,19 +75,20 @@ def estimate(setup: Setup) -> Estimate:
 
 def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int]]:
     prompt = task.prompt if task.prompt is not None else task.context - 1
-    layer = layer_sizes(setup, task.batch * prompt)
-    weights = weight_bytes(setup)
+    on_gpu = setup.device == "cuda"
+    # A step computes at most so many tokens of prompts, and draws for at most so many sequences.
+    layer = layer_sizes(setup, min(task.batch * prompt, STEP_TOKENS_GPU if on_gpu else STEP_TOKENS_CPU))
+    logits = min(task.batch, MAX_RUNNING_GPU if on_gpu else MAX_RUNNING_CPU) * setup.args.vocab_size
+    held = {"weights": weight_bytes(setup), "key/value cache": cache_bytes(setup)}
     largest = max(g.rows * g.columns for g in tensor_groups(setup) if g.role == "product")
     at_once = min(QUANTIZED_AT_ONCE_GPU, largest)
-    # In 16 bits and in fp32; sampling sorts a copy.
-    logits = 4 * task.batch * setup.args.vocab_size * 2
     return {
-        "loading": {"weights": weights, "quantising": QUANTIZING * at_once if setup.quantized else 0},
+        "loading": {"weights": held["weights"], "quantising": QUANTIZING * at_once if setup.quantized else 0},
+        "drawing tokens": {**held, "logits": DRAWING * logits},
         "reading the prompt": {
-            "weights": weights,
-            "key/value cache": cache_bytes(setup),
+            **held,
             "activations": prompt_peak(layer, setup.quant.experts),
-            "logits": logits,
+            "logits": setup.dense_bytes * logits,
         },
     }
 

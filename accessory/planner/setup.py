@@ -91,11 +91,11 @@ class Setup:
 
     @property
     def images(self) -> int:
-        """Images that a rank encodes at once: one a sequence or row; in a packed row as many as have room."""
+        """Images that a rank encodes at once: one a step or row; in a packed row as many as have room."""
         if not self.views:
             return 0
         if isinstance(self.task, Inference):
-            return self.task.batch
+            return 1
         in_a_row = self.task.max_words // self.image_tokens if self.task.packing else 1
         return self.task.batch_size * max(1, in_a_row)
 

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_fit_and_what_would(planned):
     assert status == 1
     assert "8x7b: 46.7 B parameters, of which a token uses 12.75 B" in printed.out
     assert re.search(r"│ weights +│ 93\.41 │", printed.out)
-    assert re.search(r"│ key/value cache +│ +0\.54 │", printed.out)
+    assert re.search(r"│ key/value cache +│ +0\.55 │", printed.out)
     assert re.search(r"does not fit H100 with 84\.9 GB: 1\d\.\d GB too much", printed.out)
     assert re.search(r"│ +1 │ H100 │ int8 .*│ --quant int8 +│", printed.out)
     assert re.search(r"│ +2 │ H100 │ bf16 .*│ --n-gpus 2 +│", printed.out)
@@ -115,7 +115,7 @@ def test_json_says_the_same_in_bytes(as_json):
     found = as_json("8x7b", "--quant", "int8", "--card", "H100", "--context", 8192, "--prompt", 100)
     assert found["model"]["parameters"] == 46702792704
     assert found["gpu"]["terms"]["weights"] == 46872802304
-    assert found["gpu"]["terms"]["key/value cache"] == 8192 * 128 * 1024
+    assert found["gpu"]["terms"]["key/value cache"] == (8192 + 64) * 128 * 1024
     assert found["gpu"]["total"] == sum(found["gpu"]["terms"].values())
     assert found["fits"] is True
     assert found["margin"] == found["card"]["nbytes"] - found["gpu"]["total"]

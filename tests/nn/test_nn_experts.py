@@ -3,10 +3,17 @@
 import pytest
 import torch
 from helpers.adapted import feed_forward, random_kind
+from helpers.sizes import CUTTABLE
 
+from accessory.adapt.peft import adapter_specs_for, add_adapters
+from accessory.adapt.quant import quantize_skeleton
+from accessory.formats import FORMATS, Quant
+from accessory.limits import GRAPH_BUCKETS
+from accessory.nn.decoder import Decoder
 from accessory.nn.experts_base import BaseExperts
 from accessory.nn.experts_sparse import SparseExperts
 from accessory.nn.linear import Linear, PackedWeight
+from accessory.ops import dispatch, linear
 from accessory.ops.experts import grouped_experts
 from accessory.ops.linear import AdapterRows, Lora
 from accessory.ops.quantized import quantize
@@ -75,3 +82,48 @@ def test_several_adapters_stand_beside_a_linear():
         torch.testing.assert_close(y, w @ x_I)
     linear.set_adapters([])
     assert torch.equal(linear(x), x @ linear.weight.T)
+
+
+# --------------------------------------------------------------------------- graphs of decoding steps
+
+ADAPTERS = {
+    "none": {},
+    "LoRA": {"lora_rank": 16},
+    "LoRA of a rank without a grouped product": {"lora_rank": 4},
+    "LoRA of attention": {"lora_rank": 4, "lora_targets": ("wq", "wv")},
+    "LoRA of w2": {"lora_rank": 8, "lora_targets": ("w2",)},
+    "biases": {"bias_tuning": True},
+}
+
+
+@pytest.fixture
+def meta_is_an_h100(monkeypatch):
+    """The meta device passes for a card of compute capability 9.0 with Triton."""
+
+    def product(*args, **options):
+        found = dispatch_product(*args, **options)
+        return found._replace(device="cuda", capability=(9, 0), triton=True)
+
+    dispatch_product = dispatch.product
+    for module in (dispatch, linear):
+        monkeypatch.setattr(module, "product", product)
+    for kind in (torch.Tensor, PackedWeight):
+        monkeypatch.setattr(kind, "is_cuda", property(lambda weight: weight.device.type == "meta"))
+
+
+@pytest.mark.parametrize("quant", [None, *FORMATS])
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@torch.no_grad()
+def test_every_graph_of_every_network_runs_without_the_host(adapters, implementation, quant, meta_is_an_h100):
+    args = CUTTABLE.replace(n_layers=1, **ADAPTERS[adapters])
+    with torch.device("meta"):
+        decoder = Decoder(args, implementation)
+        add_adapters(decoder, adapter_specs_for(args))
+    decoder.cast(torch.bfloat16).compute_in(torch.bfloat16)
+    if quant is not None:
+        quantize_skeleton(decoder, Quant.parse(quant))
+    experts = decoder.layers[0].feed_forward.experts
+    for sequences in GRAPH_BUCKETS:
+        x_TD = torch.empty(sequences, args.dim, device="meta", dtype=torch.bfloat16)
+        assert experts.host_free(x_TD, torch.empty(sequences, 2, device="meta")), sequences

@@ -123,7 +123,7 @@ def test_encoding_is_the_largest_moment_before_a_small_network():
     small = Setup(args=TINY, task=Inference(batch=4, context=1600), views=5)
     found = estimate(small)
     assert found.moment == "looking at images"
-    assert found.terms["images"] == encoding_bytes(SPHINX, 4, 5)
+    assert found.terms["images"] == encoding_bytes(SPHINX, 1, 5)  # one image a step
     assert found.total > encoders_bytes(SPHINX) + found.terms["images"] + CONTEXT
 
 

@@ -8,7 +8,7 @@ from accessory.adapt.quant import quantize_skeleton
 from accessory.errors import InputError, MemoryFullError
 from accessory.formats import FORMATS
 from accessory.launch.memory import HOST, Room
-from accessory.nn.cache import ContiguousCache
+from accessory.nn.cache import PagedCache
 from accessory.nn.decoder import Decoder
 from accessory.planner.fit import certain_bytes, check_fit, explain, explained, explained_on, fits, what_fits
 from accessory.planner.peak import estimate
@@ -35,7 +35,7 @@ def test_what_is_certain_are_the_bytes_of_torch(implementation, dtype, quant):
     decoder.cast(dtype).compute_in(dtype)
     if quant is not None:
         quantize_skeleton(decoder, setup.quant)
-    cache = ContiguousCache(CUTTABLE, 3, 100, "meta", dtype)
+    cache = PagedCache(CUTTABLE, 3 * 2 + 1, "meta", dtype)
     held = [*decoder.parameters(), *decoder.buffers()]
     assert certain_bytes(setup) == {
         "weights": sum(tensor.nbytes for tensor in held),

@@ -51,7 +51,7 @@ def test_measured_training_steps(what, recomputing, implementation, measured):
 # benchmarks/README.md, "What accessory plan predicts": 2 layers of Mixtral-8x7B on one card of capability 9.0.
 @pytest.mark.parametrize(
     ("context", "measured"),
-    [(2048, 4.24), (4096, 5.00), (16384, 9.54)],
+    [(2048, 4.24), (4096, 5.00)],
 )
 def test_measured_prompts_in_fp8(context, measured):
     setup = running(TWO_LAYERS, "fp8", context=context, prompt=context - 48)
@@ -151,9 +151,6 @@ def test_more_to_run_never_takes_less(batch, context, more, quant, implementatio
 
     assert total(context=context + more) >= total()
     assert total(args=CUTTABLE.replace(n_layers=4)) > total()
-    largest = 64  # CUDA graphs round the cache up, but only for so many sequences
-    if tp > 1 or batch + more > largest >= batch:
-        return
     assert total(batch=batch + more) >= total()
 
 
