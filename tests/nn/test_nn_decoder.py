@@ -1,11 +1,10 @@
-"""The network against transformers' MixtralForCausalLM, and against itself with a cache, padding or packing."""
+"""The network against transformers' MixtralForCausalLM, and against itself with packing."""
 
 import pytest
 import torch
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 
 from accessory.config import ModelArgs, MoEArgs
-from accessory.nn.cache import ContiguousCache
 from accessory.nn.decoder import Decoder, init_weights
 
 
@@ -115,35 +114,10 @@ def decoder(implementation):
     return decoder.requires_grad_(False)
 
 
-def test_token_by_token_with_a_cache_is_the_whole_at_once(decoder):
+def test_logits_of_chosen_rows_are_those_of_all(decoder):
     tokens = torch.randint(0, 97, (2, 12))
-    whole = decoder(tokens).logits
-    cache = ContiguousCache(decoder.args, 2, 12, "cpu", torch.float32)
-    position = torch.arange(5).expand(2, 5)
-    cache.begin(position, fresh=True)
-    parts = [decoder(tokens[:, :5], position, cache=cache).logits]
-    for start, length in ((5, 1), (6, 3), (9, 1), (10, 2)):  # one token and several at once
-        position = torch.arange(start, start + length).expand(2, length)
-        cache.begin(position, extent=start + length)
-        parts.append(decoder(tokens[:, start : start + length], position, cache=cache).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_a_batch_may_stand_at_different_positions(decoder):
-    rows = [torch.randint(0, 97, (n,)) for n in (9, 4)]
-    cache = ContiguousCache(decoder.args, 2, 12, "cpu", torch.float32)
-    padded = torch.zeros(2, 8, dtype=torch.int64)
-    padded[0], padded[1, :3] = rows[0][:8], rows[1][:3]
-    position = torch.arange(8).expand(2, 8)
-    cache.begin(position, fresh=True)
-    first = decoder(padded, position, cache=cache, last_B=torch.tensor([7, 2])).logits
-    position = torch.tensor([[8], [3]])
-    cache.begin(position)
-    second = decoder(torch.stack([rows[0][8:], rows[1][3:]]), position, cache=cache).logits[:, 0]
-    for n, row in enumerate(rows):
-        alone = decoder(row[None]).logits[0]
-        torch.testing.assert_close(first[n], alone[-2], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(second[n], alone[-1], rtol=1e-4, atol=1e-5)
+    chosen = decoder(tokens, rows_N=torch.tensor([4, 23, 12])).logits
+    torch.testing.assert_close(chosen, decoder(tokens).logits.flatten(0, 1)[[4, 23, 12]], rtol=1e-5, atol=1e-6)
 
 
 def test_packed_documents_never_see_one_another(decoder):

@@ -11,8 +11,9 @@ from helpers.vision import random_pixels, random_tower, tiny_clip, tiny_sphinx
 from accessory.checkpoint.names import image_shapes
 from accessory.config import LlamaType, ModelArgs
 from accessory.data.image_tokens import insert_image_tokens
-from accessory.nn.cache import ContiguousCache
+from accessory.nn.cache import PagedCache
 from accessory.nn.decoder import Decoder, init_weights
+from accessory.ops.paged_attention import PagedBatch
 from accessory.parallel.local_shard import local_tensors
 from accessory.vision_config import IMAGE_ID, SPHINX
 
@@ -97,13 +98,15 @@ def test_with_a_cache_and_without():
     features = random_tower(vision).encode(random_pixels(vision, 1))
     row = torch.tensor([insert_image_tokens([1, 7, 9, 4, 2], vision.image_tokens(1), 1)])
     whole = decoder(row, images=features).logits
-    cache = ContiguousCache(ARGS, 1, row.shape[1], "cpu", torch.float32)
-    first = row.shape[1] - 2
-    positions = torch.arange(row.shape[1])[None]
-    cache.begin(positions[:, :first], fresh=True)
+    tokens = row.shape[1]
+    pages = list(range(1, 2 + tokens // 64))
+    cache = PagedCache(ARGS, 1 + len(pages), "cpu", torch.float32)
+    first = tokens - 2
+    positions = torch.arange(tokens)[None]
+    cache.begin(PagedBatch.of([(first, first, pages)]))
     parts = [decoder(row[:, :first], positions[:, :first], cache=cache, images=features).logits]
-    for t in range(first, row.shape[1]):
-        cache.begin(positions[:, t : t + 1])
+    for t in range(first, tokens):
+        cache.begin(PagedBatch.of([(1, t + 1, pages)]))
         parts.append(decoder(row[:, t : t + 1], positions[:, t : t + 1], cache=cache).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
