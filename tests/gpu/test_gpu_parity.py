@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.generating import answers, engine_over
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 
 from accessory.config import ModelArgs, MoEArgs
-from accessory.engine.generate import Generation
-from accessory.engine.graphs import DecodeGraphs
-from accessory.engine.sampling import Sampling
+from accessory.engine.runner import Runner
+from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.scheduler import Begin, Entry, StepPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,14 +74,6 @@ def record_experts(decoder):
     return chosen
 
 
-def run(decoder, prompts, n, **options):
-    rows = [[] for _ in prompts]
-    for step in Generation(decoder, prompts, max_gen_len=n, max_seq_len=2048, **options):
-        for row, token in zip(rows, step, strict=True):
-            row.append(token)
-    return rows
-
-
 PROMPTS = [[1, 5, 9], [1, 80, 3, 44, 2, 61, 17], [1, *range(100, 350)], [7]]
 
 
@@ -92,50 +85,48 @@ def test_fp32_greedy_text_is_that_of_transformers(implementation):
     for prompt in PROMPTS:
         ids = torch.tensor([prompt], device="cuda")
         theirs = oracle.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert run(decoder, [prompt], 40) == [theirs[0, len(prompt) :].tolist()]
+        assert answers(engine_over(decoder), [prompt], 40) == [theirs[0, len(prompt) :].tolist()]
 
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("batch", [1, 2, 4, 6])
 @torch.inference_mode()
 def test_graphs_give_what_the_plain_path_gives(implementation, batch):
-    """Sends the same tokens through both, from several lengths and across the border between two graphs."""
+    """Sends the same tokens through both, from several lengths, over page borders and beside rows of padding."""
     tensors = canonical_from_hf(decisive(hf_mixtral(sizes())))
     decoder = decoder_from_canonical(sizes(), implementation, tensors, torch.bfloat16).requires_grad_(False).cuda()
-    graphs = DecodeGraphs(decoder)
-    tokens = torch.randint(0, 512, (batch, 400), generator=torch.Generator().manual_seed(0)).cuda()
-    assert graphs.fits(batch)
+    runner = Runner(decoder, pages=50, max_seq_len=400, vocab_size=512)
+    tokens = torch.randint(0, 512, (batch, 400), generator=torch.Generator().manual_seed(0))
+    bucket = runner._graphs.bucket(batch)
+    assert bucket == (8 if batch == 6 else batch)
+    begin = Begin(SamplingParams(), (), (), frozenset(), -1, ())
     errors = []
-    for lengths in (
-        [250, 3, 90, 240, 1, 2],
-        [7, 8, 9, 10, 11, 12],
-    ):  # the second round uses the cache and graphs of the first again
-        length_B = torch.tensor(lengths[:batch], device="cuda")
-        cache = graphs.cache(batch, 400)
-        longest = max(lengths[:batch])
-        position = torch.arange(longest, device="cuda").expand(batch, longest)
-        cache.begin(position, fresh=True)
-        decoder(tokens[:, :longest], position, cache=cache)
+    # The second round takes the pages and graphs of the first again.
+    for lengths in ([250, 3, 90, 240, 1, 2], [7, 8, 9, 10, 11, 12]):
+        prompts = [
+            Entry(b, 0, tuple(tokens[b, :n].tolist()), tuple(range(1 + 7 * b, 8 + 7 * b)), None, begin)
+            for b, n in enumerate(lengths[:batch])
+        ]
+        runner.run(StepPlan(sorted(prompts, key=lambda entry: len(entry.ids) > 1))).result()
         for step in range(20):
-            token = tokens.gather(1, length_B[:, None])
-            graphed = graphs.step(token[:, 0], length_B, longest + step + 1)
-            for row in range(batch):
-                whole = decoder(tokens[row : row + 1, : length_B[row] + 1]).logits[0, -1]
-                errors.append(relative_error(graphed[row], whole))
-            length_B = length_B + 1
+            ends = [n + step for n in lengths[:batch]]
+            entries = [Entry(b, n, (int(tokens[b, n]),), (), None, None) for b, n in enumerate(ends)]
+            graphed_BV = runner._graphs.step(bucket, runner._numbers(entries))
+            for b, n in enumerate(ends):
+                whole_V = decoder(tokens[b : b + 1, : n + 1].cuda()).logits[0, -1]
+                errors.append(relative_error(graphed_BV[b], whole_V))
     # Kernels for many tokens and for few round differently. Sometimes that changes a router's choice.
     assert torch.tensor(errors).quantile(0.9) <= 2e-2
 
 
-def test_generation_with_graphs_repeats_and_ends_like_without():
+def test_generation_with_graphs_repeats_and_begins_like_without():
     tensors = canonical_from_hf(hf_mixtral(sizes(), std=0.2))
     decoder = decoder_from_canonical(sizes(), "sparse", tensors, torch.bfloat16).requires_grad_(False).cuda()
-    graphs = DecodeGraphs(decoder)
-    for sampling in (Sampling(), Sampling(1.0, 0.9, 3)):
-        first, second = (run(decoder, PROMPTS, 30, sampling=sampling, graphs=graphs) for _ in range(2))
+    for params in (SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)):
+        first, second = (answers(engine_over(decoder), PROMPTS, 30, params) for _ in range(2))
         assert first == second
         assert [len(row) for row in first] == [30] * 4
-        plain = run(decoder, PROMPTS, 30, sampling=sampling)
+        plain = answers(engine_over(decoder, graphs=False), PROMPTS, 30, params)
         assert [row[:2] for row in first] == [row[:2] for row in plain]
 
 
