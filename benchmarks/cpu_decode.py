@@ -70,7 +70,7 @@ def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str,
     import torch
     from transformers import MixtralForCausalLM
 
-    from accessory.engine.generate import Generation
+    from accessory.engine.sampling_params import SamplingParams
     from accessory.model.meta import MetaModel
 
     dtype = getattr(torch, name)
@@ -92,11 +92,12 @@ def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str,
         return (generate(tokens) - first) / (tokens - 1)
 
     def run_ours(kind: str) -> float:
-        stamps, out = [], []
-        for (token,) in Generation(ours[kind].llma, [ids], max_gen_len=tokens, max_seq_len=512):
-            stamps.append(time.perf_counter())
-            out.append(token)
-        texts[kind] = out
+        stamps: list[float] = []
+        params = SamplingParams(ignore_eos=True)
+        (answer,) = ours[kind].complete(
+            [ids], max_gen_len=tokens, params=params, on_step=lambda _: stamps.append(time.perf_counter())
+        )
+        texts[kind] = answer.token_ids
         return (stamps[-1] - stamps[0]) / (tokens - 1)
 
     times: dict[str, list[float]] = {"transformers": [], "base": [], "sparse": []}

@@ -19,18 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from engine_steps import decode, random_request, runner_over
 from gpu_quant import bytes_read, copy_rate, source
 
 from accessory.build import NetworkSpec, build
 from accessory.config import PRESETS, ModelArgs
 from accessory.engine.engine import Engine
 from accessory.engine.executor import END, Follower, GroupExecutor, LocalExecutor
-from accessory.engine.runner import Runner
-from accessory.engine.sampling_params import SamplingParams
-from accessory.engine.sequence import Sequence
 from accessory.formats import Quant
 from accessory.launch.process_group import join_launched
-from accessory.limits import PAGE_SIZE
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
 
@@ -54,14 +51,14 @@ def main() -> None:
     copy = copy_rate("cuda")
     if first:
         print(f"{size} × {torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s; torch {torch.__version__}; "
-              f"{args.n_layers} layers\n\n| format | what | ms | tokens/s | times the floor |\n|---|---|---|---|---|", flush=True)  # fmt: skip
+              f"{args.n_layers} layers\n")  # fmt: skip
+        print("| format | what | ms | tokens/s | times the floor |\n|---|---|---|---|---|", flush=True)
     for implementation in options.implementation:
         for format in options.formats:
             quant = Quant.parse(format) if format != "none" else None
             spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation=implementation, quant=quant)
             decoder = build(spec, DeviceMesh(model=ranks), device="cuda", dtype=torch.bfloat16)
-            runner = Runner(decoder, pages=options.cache // PAGE_SIZE + 1, max_seq_len=4096,
-                            vocab_size=args.vocab_size, ranks=ranks)  # fmt: skip
+            runner = runner_over(decoder, options.cache, ranks=ranks)
             if first:
                 executor = LocalExecutor(runner) if ranks is None else GroupExecutor(runner, ranks)
                 measure(
@@ -70,6 +67,7 @@ def main() -> None:
                 if isinstance(executor, GroupExecutor):
                     executor.tell(END, None, None)
             else:
+                assert ranks is not None
                 for _ in Follower(runner, ranks).follow():
                     pass
             del runner, decoder
@@ -82,29 +80,12 @@ def measure(
     engine: Engine, name: str, args: ModelArgs, quant: Quant | None, ranks: int, copy: float, options: Any
 ) -> None:
     for batch in options.batches:
-        times = decode(engine, args, batch, options)
-        seconds = statistics.median(times)
+        seconds = statistics.median(decode(engine, args.vocab_size, batch, options.prompt, options.tokens).seconds)
         floor = step_bytes(args, quant, batch, ranks, "base" in name, options.prompt + options.tokens / 2) / copy
-        print(f"| {name} | decode, batch {batch} | {seconds * 1e3:.2f} | {batch / seconds:.0f} | {seconds / floor:.2f} |", flush=True)  # fmt: skip
+        numbers = f"{seconds * 1e3:.2f} | {batch / seconds:.0f} | {seconds / floor:.2f}"
+        print(f"| {name} | decode, batch {batch} | {numbers} |", flush=True)
     if options.requests:
         throughput(engine, name, args, quant, ranks, copy, options)
-
-
-def decode(engine: Engine, args: ModelArgs, batch: int, options: Any) -> list[float]:
-    """Seconds of each step in which the whole batch decodes."""
-    times: list[float] = []
-    for round_ in range(2):
-        r = random.Random(round_)
-        for _ in range(batch):
-            ids = [r.randrange(3, args.vocab_size) for _ in range(options.prompt)]
-            engine.add(Sequence(ids, SamplingParams(), max_tokens=options.tokens))
-        last, drawn = time.perf_counter(), engine.scheduler.counts.drawn_tokens
-        while engine.step():
-            now = time.perf_counter()
-            if round_ and engine.scheduler.counts.drawn_tokens - drawn == batch:
-                times.append(now - last)
-            last, drawn = now, engine.scheduler.counts.drawn_tokens
-    return times[4:-4]
 
 
 def step_bytes(args: ModelArgs, quant: Quant | None, batch: int, ranks: int, base: bool, context: float) -> float:
@@ -133,8 +114,7 @@ def throughput(
     r = random.Random(0)
     requests = []
     for _ in range(options.requests):
-        ids = [r.randrange(3, args.vocab_size) for _ in range(r.randint(64, 1024))]
-        requests.append(Sequence(ids, SamplingParams(), max_tokens=r.randint(32, 512)))
+        requests.append(random_request(r, args.vocab_size, r.randint(64, 1024), r.randint(32, 512)))
     began, steps = time.perf_counter(), []
     for request in requests:
         engine.add(request)

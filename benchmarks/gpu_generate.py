@@ -18,10 +18,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from engine_steps import decode, engine_over, room_for
 
 from accessory.config import PRESETS, Implementation, ModelArgs
-from accessory.engine.generate import Generation
-from accessory.engine.graphs import DecodeGraphs
 from accessory.nn.decoder import Decoder, init_weights
 
 
@@ -76,26 +75,12 @@ def ours(
     torch.cuda.synchronize()
     print(f"| {implementation} | resident, GB | {torch.cuda.memory_allocated() / 1e9:.1f} | – | – |", flush=True)
     for batch in options.batch:
-        ids = torch.randint(0, args.vocab_size, (batch, options.prompt)).tolist()
-        graphs = DecodeGraphs(decoder)
-        kind = "graph" if graphs.fits(batch) else "eager"
-        times: list[float] = []
-        started = time.perf_counter()
-        for round_ in range(3):
-            steps = Generation(decoder, ids, max_gen_len=options.tokens, max_seq_len=4096, graphs=graphs)
-            last = None
-            for n, _ in enumerate(steps):
-                now = time.perf_counter()
-                if round_ == 0 and n == 1:
-                    ready = now - started
-                if round_ and n > 1:
-                    assert last is not None
-                    times.append(now - last)
-                last = now
-        seconds = statistics.median(times)
+        engine = engine_over(decoder, room_for(batch, options.prompt + options.tokens))
+        found = decode(engine, args.vocab_size, batch, options.prompt, options.tokens, rounds=3)
+        seconds, kind = statistics.median(found.seconds), "graph" if found.graph else "eager"
         report(implementation, f"decode, batch {batch}, {kind}", seconds, batch, decode_floor(args, batch, copy))
-        print(f"| {implementation} | second token of the first call after, s | {ready:.2f} | – | – |", flush=True)
-        del graphs, steps  # frees the cache too
+        print(f"| {implementation} | second token of the first call after, s | {found.ready:.2f} | – | – |", flush=True)
+        del engine  # frees the cache too
     for length in options.prefill:
         tokens = torch.randint(0, args.vocab_size, (1, length), device="cuda")
         rows_N = torch.zeros(1, dtype=torch.int64, device="cuda")

@@ -3,8 +3,8 @@
     python benchmarks/gpu_images.py [--quant int8] [--images 1 4] [--views 1 5] [--layers 32]
 
 Encoders are in bf16, and the network is quantised. The floor of encoding is its operations, which torch counts, divided
-by the measured bf16 matmul rate. Images are new in every run, so no features are cached; "again" is the same image a
-second time. Prints Markdown.
+by the measured bf16 matmul rate. Images are new in every run, so no features are cached; "again" is the same
+image in the same prompt: then pages of the key/value cache are shared too. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from functools import partial
 
 import torch
+from engine_steps import engine_over
 from gpu_quant import free, source, timed
 from gpu_train import matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +26,12 @@ from accessory.config import PRESETS, ModelArgs
 from accessory.data.batches import collate
 from accessory.data.dataset import Example
 from accessory.data.image_tokens import insert_image_tokens
-from accessory.engine.generate import Generation
+from accessory.engine.engine import Engine
+from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.sequence import ImageSpan
+from accessory.engine.sequence import Sequence as Request
 from accessory.formats import Quant
-from accessory.nn.decoder import Decoder
-from accessory.nn.vision import Features, VisionTower
+from accessory.nn.vision import VisionTower
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 from accessory.vision_config import SPHINX
@@ -96,24 +99,35 @@ def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) 
     )
     decoder = build(spec, device="cuda")
     row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
-    ids = torch.randint(3, args.vocab_size, (options.prompt,)).tolist()
-    placed = insert_image_tokens([1, *ids], SPHINX.image_tokens(tower.views), 1)
+    words = SPHINX.image_tokens(tower.views)
     images = pixels(tower, 8).cpu()
-    first(decoder, [1, *ids], None)
-    first(decoder, placed, tower.encode(images[:1]))
-    for what, image in (("new", images[1:2]), ("again", images[1:2]), ("another, new", images[2:3])):
+    engine = engine_over(decoder, 2**15, see=lambda several: tower.encode(torch.stack(list(several))))
+
+    def first(image: int | None, seed: int) -> tuple[int, float]:
+        """Positions and milliseconds of a first token. The same image and seed share pages with an earlier request."""
+        g = torch.Generator().manual_seed(seed)
+        text = [1, *torch.randint(3, args.vocab_size, (options.prompt,), generator=g).tolist()]
+        ids = text if image is None else insert_image_tokens(text, words, 1)
+        spans = [] if image is None else [ImageSpan(1, words, bytes([image]), images[image])]
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        first(decoder, placed, tower.encode(image))
-        row(f"first token, {len(placed)} positions, image {what}, ms", f"{(time.perf_counter() - began) * 1e3:.0f}")
-    torch.cuda.synchronize()
+        return len(ids), answer(engine, Request(ids, SamplingParams(), max_tokens=1, images=spans)) * 1e3
+
+    first(None, 0)
+    first(0, 0)
+    for what, image, seed in (("new", 1, 1), ("again, pages shared", 1, 1), ("another, new", 2, 2)):
+        positions, ms = first(image, seed)
+        row(f"first token, {positions} positions, image {what}, ms", f"{ms:.0f}")
+    positions, ms = first(None, 3)
+    row(f"first token, {positions} positions, no image, ms", f"{ms:.0f}")
+
+
+def answer(engine: Engine, request: Request) -> float:
+    """Seconds until the request has ended."""
     began = time.perf_counter()
-    first(decoder, [1, *ids], None)
-    row(f"first token, {len(ids) + 1} positions, no image, ms", f"{(time.perf_counter() - began) * 1e3:.0f}")
-
-
-def first(decoder: Decoder, ids: list[int], features: Features | None) -> None:
-    next(iter(Generation(decoder, [ids], max_gen_len=2, max_seq_len=4096, images=features)))
+    engine.add(request)
+    while not request.finished:
+        engine.step()
+    return time.perf_counter() - began
 
 
 def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:

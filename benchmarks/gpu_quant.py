@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from engine_steps import decode, engine_over, room_for
 from gpu_train import forward_flops, matmul_rate, random_batch
 
 from accessory.adapt.peft import adapter_specs_for, trainable_rule
@@ -31,8 +32,6 @@ from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import expected_shapes
 from accessory.config import PRESETS, LlamaType, ModelArgs
-from accessory.engine.generate import Generation
-from accessory.engine.graphs import DecodeGraphs
 from accessory.formats import Format, Quant
 from accessory.nn.decoder import Decoder
 from accessory.ops.dense_products import sort_by_expert
@@ -117,7 +116,7 @@ def inference(args: ModelArgs, format: str, options: argparse.Namespace, copy: f
     row(format, "resident, GB (the arithmetic)", f"{resident:.2f} ({wanted:.2f})", ratio=resident / wanted)
     row(format, "peak while loading, GB", f"{torch.cuda.max_memory_allocated() / 1e9:.2f}")
     for batch in options.batches:
-        decode(decoder, args, quant, format, batch, options, copy)
+        decoding(decoder, args, quant, format, batch, options, copy)
     tokens_BT = torch.randint(0, args.vocab_size, (1, options.prefill), device=options.device)
     rows_N = torch.zeros(1, dtype=torch.int64, device=options.device)
     with torch.inference_mode():
@@ -126,28 +125,16 @@ def inference(args: ModelArgs, format: str, options: argparse.Namespace, copy: f
     row(format, f"prompt of {options.prefill}, ms", f"{seconds * 1e3:.1f}", options.prefill / seconds, seconds / floor)
 
 
-def decode(
+def decoding(
     decoder: Decoder, args: ModelArgs, quant: Quant, format: str, batch: int, options: argparse.Namespace, copy: float
 ) -> None:
-    ids = torch.randint(0, args.vocab_size, (batch, options.prompt)).tolist()
-    graphs = DecodeGraphs(decoder)
-    times: list[float] = []
-    began, ready = time.perf_counter(), 0.0
-    for round_ in range(3):
-        last = None
-        for n, _ in enumerate(Generation(decoder, ids, max_gen_len=options.generated, max_seq_len=4096, graphs=graphs)):
-            now = time.perf_counter()
-            if round_ == 0 and n == 1:
-                ready = now - began
-            if round_ and n > 1 and last is not None:
-                times.append(now - last)
-            last = now
-    seconds = statistics.median(times)
+    engine = engine_over(decoder, room_for(batch, options.prompt + options.generated))
+    found = decode(engine, args.vocab_size, batch, options.prompt, options.generated, rounds=3)
+    seconds, kind = statistics.median(found.seconds), "graph" if found.graph else "eager"
     E, K = args.moe.num_experts, args.moe.num_experts_per_tok
     floor = bytes_read(args, quant, E * (1 - (1 - K / E) ** batch)) / copy
-    kind = "graph" if graphs.fits(batch) else "eager"
     row(format, f"decode, batch {batch}, {kind}, ms", f"{seconds * 1e3:.2f}", batch / seconds, seconds / floor)
-    row(format, f"second token of the first call after, batch {batch}, s", f"{ready:.2f}")
+    row(format, f"second token of the first call after, batch {batch}, s", f"{found.ready:.2f}")
 
 
 def bytes_read(args: ModelArgs, quant: Quant, experts: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from engine_steps import engine_over, random_request, room_for
 from torch import Tensor
 
 from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
 from accessory.adapt.quant import quantize_skeleton
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
-from accessory.engine.generate import Generation
-from accessory.engine.graphs import DecodeGraphs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.mesh import DeviceMesh
@@ -198,12 +198,11 @@ def inference(
         decoder = made(args, implementation, options.device, format, peft=False, train=False)
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        ids = torch.randint(0, args.vocab_size, (batch, prompt)).tolist()
-        graphs = DecodeGraphs(decoder)
-        steps = iter(Generation(decoder, ids, max_gen_len=context - prompt, max_seq_len=context, graphs=graphs))
-        for _, _ in zip(range(4), steps, strict=False):
+        engine, r = engine_over(decoder, room_for(batch, context), max_seq_len=context), random.Random(0)
+        requests = [engine.add(random_request(r, args.vocab_size, prompt, context - prompt)) for _ in range(batch)]
+        while any(request.answer_length < 4 for request in requests) and engine.step():
             pass
-        return decoder, graphs, steps
+        return engine
 
     name = f"{format or 'bf16'}, {implementation}, {batch} × {context} tokens, then decoding"
     return Case(name, partial(predicted_of, setup), run)

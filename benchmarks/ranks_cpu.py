@@ -54,11 +54,10 @@ def main() -> None:
 
 
 def measure(rank: int, size: int, store: str, folder: str, dtype: str, tokens: int, queue: Any) -> None:
-    from accessory.engine.generate import Generation
+    from accessory.engine.sampling_params import SamplingParams
     from accessory.model.meta import MetaModel
     from accessory.nn.attention import Attention
     from accessory.nn.experts import StackedExperts
-    from accessory.parallel.mesh import Ranks
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
@@ -73,22 +72,26 @@ def measure(rank: int, size: int, store: str, folder: str, dtype: str, tokens: i
     for module in model.modules():  # sums come after attention and after the experts
         if size > 1 and isinstance(module, Attention | StackedExperts) and module._forward_hooks:
             module.register_forward_hook(count)
-    for warm in (True, False):
-        ids, stamps, begin = [], [], (0.0, 0)
-        for step in Generation(model.llma, [PROMPT], max_gen_len=tokens, max_seq_len=512, ranks=Ranks.of(group)):
-            stamps.append(time.perf_counter())
-            ids.append(step[0])
-            if len(ids) == 1:
-                begin = (time.process_time(), calls)
-        if warm:
-            dist.barrier()
+    params, stamps = SamplingParams(ignore_eos=True), list[float]()
+
+    def run(n: int) -> tuple[list[int], float, int]:
+        """The answer's tokens, and the processor seconds and sums that it took on this rank."""
+        stamps.clear()
+        began, before = time.process_time(), calls
+        how = {"max_gen_len": n, "params": params, "on_step": lambda _: stamps.append(time.perf_counter())}
+        (answer,) = model.complete([PROMPT], **how)
+        return answer.token_ids, time.process_time() - began, calls - before
+
+    run(tokens)  # warms up
+    _, first, first_sums = run(1)
+    ids, processor, sums = run(tokens)
     n = tokens - 1
     queue.put(
         {
             "ids": ids,
             "steps": [b - a for a, b in itertools.pairwise(stamps)],
-            "processor": (time.process_time() - begin[0]) / n,
-            "sums": (calls - begin[1]) / n / model.args.n_layers,
+            "processor": (processor - first) / n,
+            "sums": (sums - first_sums) / n / model.args.n_layers,
         }
     )
     dist.barrier()
