@@ -129,6 +129,40 @@ def test_a_template(monkeypatch, tmp_path):
     assert tokenizer.decode([i for i, on in zip(ids, learn, strict=True) if on]) == "assistant> Ho\n"
 
 
+def test_a_sampling_parameter():
+    """The parameter forbids one token. Neither the runner nor the scheduler learns of it."""
+    from dataclasses import dataclass
+
+    from helpers.generating import answers, engine_over
+    from helpers.sizes import TINY
+
+    from accessory.engine.sampler import Sampler
+    from accessory.engine.sampling_params import SamplingParams
+    from accessory.nn.decoder import Decoder, init_weights
+
+    @dataclass(frozen=True, kw_only=True)
+    class Choosy(SamplingParams):
+        never: int | None = None
+
+    class Sampling(Sampler):
+        def start(self, slot, params, *rest):
+            super().start(slot, params, *rest)
+            if params.never is not None:
+                self._bias_S[slot] = {params.never: -torch.inf}
+
+    decoder = Decoder(TINY, "sparse")
+    init_weights(decoder, std=0.2)
+    engine = engine_over(decoder.requires_grad_(False))
+    runner = engine.executor.runner
+    runner._sampler = Sampling(runner.about.max_running, TINY.vocab_size, "cpu")
+    (free,) = answers(engine, [[1, 2, 3]], 4, Choosy())
+    (held,) = answers(engine, [[1, 2, 3]], 4, Choosy(never=free[0]))
+    logits_V = decoder(torch.tensor([[1, 2, 3]])).logits[0, -1]
+    assert free[0] == int(logits_V.argmax())
+    assert held[0] == int(logits_V.topk(2).indices[1])
+    assert free[0] not in held
+
+
 def test_a_field_of_a_recipe():
     from dataclasses import dataclass, fields
 
