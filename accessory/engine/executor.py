@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.engine.runner import Runner, Step
+from accessory.engine.runner import About, Runner, Step
 from accessory.engine.scheduler import StepPlan, StepResult
 from accessory.errors import AccessoryError, RankError
 from accessory.launch.rank_processes import GRACE, POLL, RankProcess, end_processes, who_ended
@@ -39,6 +39,10 @@ class StepHandle(Protocol):
 
 class Executor(Protocol):
     ahead: int  # steps that may be under way while the next one is planned
+
+    def load(self) -> About:
+        """Start the ranks if they do not run. As long as they live, the answer is the same object."""
+        ...
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Start a step. Steps run in the order of these calls."""
@@ -60,6 +64,9 @@ class LocalExecutor:
         self.runner = runner
         # On a CPU the host computes the step itself, so planning ahead would only waste the step after a stop.
         self.ahead = 1 if runner.device.type == "cuda" else 0
+
+    def load(self) -> About:
+        return self.runner.about
 
     def submit(self, plan: StepPlan) -> Step:
         return self.runner.run(plan)

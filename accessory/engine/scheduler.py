@@ -86,15 +86,18 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn. InputError where the whole pool could not hold it."""
-        need, there = _pages(len(sequence.ids) + sequence.max_tokens), self.pool.pages - 1
-        if need > there:
-            raise InputError(
-                f"prompt: {len(sequence.ids)} tokens and an answer of {sequence.max_tokens} need {need} pages of "
-                f"{PAGE_SIZE} tokens, but the cache has {there}"
-            )
+        self._check_room(sequence)
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+    def _check_room(self, sequence: Sequence) -> None:
+        need, there = _pages(sequence.prompt_length + sequence.max_tokens), self.pool.pages - 1
+        if need > there:
+            raise InputError(
+                f"prompt: {sequence.prompt_length} tokens and an answer of {sequence.max_tokens} need {need} pages of "
+                f"{PAGE_SIZE} tokens, but the cache has {there}"
+            )
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: BaseException | None = None) -> None:
         """End a sequence and give its pages back. Does nothing where it has ended."""
         if sequence.finished:
             return
@@ -258,13 +261,26 @@ class Scheduler:
             elif sequence.slot is not None:
                 self._publish(sequence)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End every sequence with an error: the ranks are gone, and so is what their pages held."""
         self._steps.clear()
         for sequence in [*self.running, *self.waiting]:
             self.finish(sequence, "error", error)
             sequence.pending = 0
         self.pool.forget()
+
+    def restart(self, pool: PagePool, error: Exception) -> None:
+        """The ranks are new, with new pages. Sequences that had begun end with an error; those that wait go on."""
+        waiting = [sequence for sequence in self.waiting if not sequence.put_back]
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.put_back)
+        self.fail(error)
+        self.pool = pool
+        for sequence in waiting:
+            self.waiting.append(sequence)
+            try:
+                self._check_room(sequence)
+            except InputError as too_long:
+                self.finish(sequence, "error", too_long)
 
 
 def _pages(tokens: int) -> int:

@@ -64,7 +64,7 @@ class Sequence:
     cached: int = field(init=False, default=0)  # prompt tokens that shared pages had computed already
     put_back: int = field(init=False, default=0)  # times it lost its pages
     finished: FinishReason | None = field(init=False, default=None)
-    error: Exception | None = field(init=False, default=None)
+    error: BaseException | None = field(init=False, default=None)
     drawn: deque[Draw] = field(init=False, default_factory=deque)  # not read by its caller yet
     prompt_logprobs: list[Draw | None] = field(init=False, default_factory=list)
     _digests: list[Digest] = field(init=False, default_factory=list)
