@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-emoji test test-all lint format types check bench clean
+.PHONY: help install demo demo-finetune demo-emoji test test-all test-long lint format types check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -30,9 +30,11 @@ test: .venv/.done  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile repeatable -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile repeatable -m 'not slow and not long'
 test-all: .venv/.done  ## the slow tests too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not long'
+test-long: .venv/.done  ## tests that take many minutes each: 20,000 random requests to the engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done
 	$(BIN)/ruff check .
 types: .venv/.done
