@@ -5,11 +5,11 @@ Several threads may ask at once. One of them makes the next step, for all reques
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from typing import Any
 
 from accessory.engine.executor import Executor, StepHandle
@@ -28,7 +28,6 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler, self.executor = scheduler, executor
-        self._about = executor.load()  # another object when the ranks are started anew
         self._turn = threading.RLock()
         self._under_way: deque[StepHandle] = deque()
 
@@ -60,38 +59,36 @@ class Engine:
 
         An error of the executor ends all requests with it: what their pages held is lost.
         """
-        with self._making():
+        with self._turn, self._all_end_with_an_error():
             plan = self.scheduler.plan()
             if plan is not None:
                 self._under_way.append(self.executor.submit(plan))
             if self._under_way and (plan is None or len(self._under_way) > self.executor.ahead):
-                self._finish_oldest()
+                self.scheduler.commit(self._under_way.popleft().result())
                 return True
             return plan is not None
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
-        """The logits after each token of the rows: see `Runner.score`. An error ends all requests, as in a step."""
-        with self._making():
-            while self._under_way:  # answers come in the order of the questions
-                self._finish_oldest()
+        """The logits after each token of the rows: see `Runner.score`."""
+        with self._turn, self._all_end_with_an_error():
+            while self._under_way:  # the executor's answers come in the order of its tasks
+                self.scheduler.commit(self._under_way.popleft().result())
             return self.executor.score(rows, images)
 
-    def _finish_oldest(self) -> None:
-        self.scheduler.commit(self._under_way.popleft().result())
-
-    @contextlib.contextmanager
-    def _making(self) -> Iterator[None]:
-        """This thread's turn to use the executor."""
+    def close(self, error: Exception) -> None:
+        """Let the other ranks go. All requests end with this error, because what their pages held is lost."""
         with self._turn:
-            try:
-                about = self.executor.load()
-                if about is not self._about:
-                    self._under_way.clear()
-                    self.scheduler.restart(PagePool(about.pages), RankError("the ranks were closed during the call"))
-                    self._about = about
-                yield
-            except BaseException as error:
+            if self.executor.close():
                 self._under_way.clear()
                 self.scheduler.fail(error)
-                self.executor.drop()
-                raise
+
+    @contextmanager
+    def _all_end_with_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._under_way.clear()
+            broken_off = RankError(f"a step was broken off ({type(error).__name__}) in another thread; ask again")
+            self.scheduler.fail(error if isinstance(error, Exception) else broken_off)
+            self.executor.drop()
+            raise

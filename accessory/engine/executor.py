@@ -7,30 +7,31 @@ ranks, which `follow`. `RankExecutor` is the driver of ranks that it starts itse
 from __future__ import annotations
 
 import contextlib
+import pickle
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.engine.runner import About, Runner, Step
+from accessory.engine.runner import Runner, Step
 from accessory.engine.scheduler import StepPlan, StepResult
-from accessory.errors import AccessoryError, RankError
+from accessory.errors import AccessoryError, RankError, one_line
 from accessory.launch.rank_processes import GRACE, POLL, RankProcess, end_processes, who_ended
 from accessory.parallel.mesh import Ranks, broadcast_object
 
 RUN, SCORE, ITEM, END = "run", "score", "item", "end"  # what a message to the ranks is
 DONE, REFUSED, FAILED = "done", "refused", "failed"  # what a rank answers its driver
 IDLE = timedelta(days=365)  # how long the ranks wait for the next message
+OUT_OF_STEP = "the ranks are out of step after a failure; start them again"
 
 
 class StepHandle(Protocol):
@@ -39,10 +40,6 @@ class StepHandle(Protocol):
 
 class Executor(Protocol):
     ahead: int  # steps that may be under way while the next one is planned
-
-    def load(self) -> About:
-        """Start the ranks if they do not run. As long as they live, the answer is the same object."""
-        ...
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Start a step. Steps run in the order of these calls."""
@@ -56,6 +53,10 @@ class Executor(Protocol):
         """Forget the steps whose results nobody will ask for, because something failed."""
         ...
 
+    def close(self) -> bool:
+        """Let the other ranks go. Returns whether that ends what the requests have computed."""
+        ...
+
 
 class LocalExecutor:
     """This process is the model's only rank."""
@@ -65,9 +66,6 @@ class LocalExecutor:
         # On a CPU the host computes the step itself, so planning ahead would only waste the step after a stop.
         self.ahead = 1 if runner.device.type == "cuda" else 0
 
-    def load(self) -> About:
-        return self.runner.about
-
     def submit(self, plan: StepPlan) -> Step:
         return self.runner.run(plan)
 
@@ -76,6 +74,9 @@ class LocalExecutor:
 
     def drop(self) -> None:
         pass
+
+    def close(self) -> bool:
+        return False
 
 
 # --------------------------------------------------------------------------- the ranks of a process group
@@ -103,8 +104,21 @@ class GroupExecutor(LocalExecutor):
     def drop(self) -> None:
         self.broken.set()
 
+    def close(self) -> bool:
+        self.end_call()
+        return True
+
     def tell(self, *message: Any) -> None:
+        if self.broken.is_set():
+            raise RankError(OUT_OF_STEP)
         broadcast_object(message, self._ranks)
+
+    def end_call(self, value: Any = None, error: Exception | None = None) -> None:
+        """Let the other ranks return from `follow` with this value or error. One that is gone needs no word."""
+        if error is not None and not isinstance(error, AccessoryError):
+            error = RankError(f"rank 0 failed: {_line(error)}")
+        with contextlib.suppress(RuntimeError):
+            broadcast_object((END, value, error, self.broken.is_set()), self._ranks)
 
 
 class Follower:
@@ -112,6 +126,7 @@ class Follower:
 
     def __init__(self, runner: Runner, ranks: Ranks) -> None:
         self.runner, self._ranks = runner, messages_between(ranks)
+        self.broken = threading.Event()
 
     def follow(self) -> Generator[Any, None, Any]:
         """Run the first rank's steps. Yields its items, and returns or raises what its call ends with."""
@@ -124,7 +139,9 @@ class Follower:
                 except GeneratorExit:
                     left = True
             elif kind == END:
-                value, error = said
+                value, error, broken = said
+                if broken:
+                    self.broken.set()
                 if error is not None:
                     raise error
                 return value
@@ -173,109 +190,160 @@ class RankExecutor:
         self._closed = False
         try:
             self._kept = self._start(self._ranks)
-            for rank in self._ranks:
-                rank.connection.send({**self._options, "progress": self._options.get("progress") and rank.number == 0})
-            self._about = self._hear("loading", self._load_timeout, len(self._ranks))
-        except OSError as error:
-            raise self._lost("loading") from error
-        except BaseException:
+            self._about = self._introduce()
+        except BaseException as error:
+            closed = self._closed
             self.end()
+            if closed and isinstance(error, RankError):  # the processes were killed while they started
+                raise RankError("the ranks were closed while loading") from error
             raise
+        # The scheduler's pages are numbers below this. Ranks that are started again must have as many.
+        self._options["pages"] = self._about.pages
         return self._about
 
+    def _introduce(self) -> Any:
+        try:
+            for rank in self._ranks:
+                rank.limit(self._step_timeout)
+                rank.connection.send({**self._options, "progress": self._options.get("progress") and rank.number == 0})
+        except OSError as error:
+            raise self._lost("loading", error) from error
+        return self._hear("loading", self._load_timeout, len(self._ranks))
+
     def submit(self, plan: StepPlan) -> Answer:
-        return self._ask(RUN, plan)
+        return self._ask("generating", RUN, plan)
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
-        return [torch.from_numpy(logits_TV) for logits_TV in self._ask(SCORE, rows, images).result()]
+        return [torch.from_numpy(logits_TV) for logits_TV in self._ask("scoring", SCORE, rows, images).result()]
 
     def drop(self) -> None:
         """Hear what is still to come, for a moment; end the ranks where it does not come."""
-        with contextlib.suppress(RankError):
-            while self._asked:
-                self.hear(GRACE)
+        try:
+            with contextlib.suppress(AccessoryError):
+                while self._asked:
+                    self.hear("generating", GRACE)
+        except BaseException:  # Ctrl-C again
+            self.end()
+            raise
 
-    def close(self) -> None:
-        """End the ranks, also while another thread waits for them: it notices."""
+    def stop(self) -> None:
+        """From any thread: kill the ranks. Whoever waits for them gets an error within `POLL` seconds.
+
+        Their connections stay open: closing what another thread reads could let it read another file. `close` follows.
+        """
         self._closed = True
-        self.end()
+        for rank in list(self._ranks):
+            rank.kill()
+
+    def close(self) -> bool:
+        """After `stop`: tidy up, unless a later call has started the ranks again."""
+        closed = self._closed
+        if closed:
+            self.end()
+        return closed
 
     def end(self) -> None:
         ranks, self._ranks, self._asked = self._ranks, [], 0
         end_processes(ranks)
         self._kept = None
 
-    def _ask(self, *message: Any) -> Answer:
+    def _ask(self, doing: str, *message: Any) -> Answer:
         self.load()
-        sent = ForkingPickler.dumps(message)
+        sent = pickle.dumps(message)  # not multiprocessing's way: it would send tensors through shared memory
         try:
             for rank in self._ranks:
                 rank.connection.send_bytes(sent)
         except OSError as error:
-            raise self._lost("a step") from error
+            raise self._lost(doing, error) from error
         except BaseException:  # Ctrl-C: some may have been asked, others not
             self.end()
             raise
         self._asked += 1
-        return Answer(self)
+        return Answer(self, doing)
 
-    def hear(self, patience: float | None = None) -> Any:
+    def hear(self, doing: str, patience: float | None = None) -> Any:
         """The first rank's next answer."""
-        value = self._hear("a step", self._step_timeout if patience is None else patience, 1)
+        value = self._hear(doing, self._step_timeout if patience is None else patience, 1)
         self._asked -= 1
         return value
 
     def _hear(self, doing: str, patience: float, answers: int) -> Any:
         """Wait until so many ranks have answered. Returns the first rank's answer."""
         value, until = None, time.monotonic() + patience
-        connections = {rank.connection: rank for rank in self._ranks}
+        silent = {rank.number for rank in self._ranks}
         while answers:
-            ready = wait(list(connections), timeout=POLL)
-            if not ready and time.monotonic() > until:
-                self.end()
-                silence = f"the ranks said nothing for {patience:.0f} s while {doing}"
-                raise RankError(f"{silence}; the next call starts them again")
-            for connection in ready:
-                rank = connections[connection]  # type: ignore[index]
-                try:
-                    kind, *said = rank.connection.recv()
-                except (EOFError, OSError) as error:
-                    raise self._lost(doing) from error
-                except BaseException:  # Ctrl-C in the middle of a message
-                    self.end()
-                    raise
+            spoken = self._receive(doing)
+            for number, (kind, *said) in spoken.items():
                 if kind != DONE:
-                    self.end()
-                    raise _failure(rank.number, kind, said, doing)
-                value = said[0] if rank.number == 0 else value
+                    raise self._failure({n: words for n, words in spoken.items() if words[0] != DONE}, doing)
+                value = said[0] if number == 0 else value
                 answers -= 1
+            silent -= spoken.keys()
+            if not spoken and time.monotonic() > until:
+                self.end()
+                who = f"ranks {', '.join(map(str, sorted(silent)))}" if len(silent) > 1 else f"rank {min(silent)}"
+                raise RankError(f"{who} said nothing for {patience:.0f} s while {doing}; the next call starts new ones")
         return value
 
-    def _lost(self, doing: str) -> RankError:
-        how = who_ended(self._ranks, GRACE) or "a rank closed its connection"
-        self.end()
+    def _receive(self, doing: str, but: Collection[int] = ()) -> dict[int, tuple[Any, ...]]:
+        """What ranks say within `POLL` seconds, by their numbers: one message each. but: those that say no more."""
         if self._closed:
+            raise self._lost(doing)
+        connections: dict[Any, int] = {rank.connection: rank.number for rank in self._ranks if rank.number not in but}
+        try:
+            ready = wait(list(connections), timeout=POLL)
+        except OSError as error:  # this thread's signal handler has closed the ranks
+            raise self._lost(doing, error) from error
+        try:
+            return {connections[connection]: connection.recv() for connection in ready}  # type: ignore[union-attr]
+        except (EOFError, OSError) as error:
+            raise self._lost(doing, error) from error
+        except BaseException:  # Ctrl-C in the middle of a message
+            self.end()
+            raise
+
+    def _failure(self, failures: dict[int, tuple[Any, ...]], doing: str) -> Exception:
+        """The error for ranks that say they failed. It waits for a moment: others may fail alike, or be the cause.
+
+        A user's error that the first rank meets too is raised as it is. A rank that died (`_lost`) is the cause of what
+        the others say.
+        """
+        until = time.monotonic() + GRACE
+        while len(failures) < len(self._ranks) and time.monotonic() < until:
+            if 0 in failures and failures[0][0] == REFUSED:
+                break
+            heard = self._receive(doing, but=failures)
+            failures |= {n: words for n, words in heard.items() if words[0] != DONE}
+        self.end()
+        if 0 in failures and failures[0][0] == REFUSED:
+            return failures[0][1]
+        number, (kind, *said) = min(failures.items(), key=lambda f: f[1][0] != REFUSED)
+        if kind == REFUSED:
+            return RankError(f"rank {number}, while {doing}: {said[0]}")
+        failed = RankError(f"rank {number} failed while {doing}: {said[0]}")
+        failed.__cause__ = Exception(said[1])
+        return failed
+
+    def _lost(self, doing: str, error: Exception | None = None) -> RankError:
+        if self._closed:
+            self.end()
             return RankError(f"the ranks were closed while {doing}")
-        return RankError(f"{how} while {doing}; the next call starts the ranks again")
+        if isinstance(error, BlockingIOError):
+            how = f"a rank took no message for {self._step_timeout:.0f} s"
+        else:
+            how = who_ended(self._ranks, GRACE) or "a rank closed its connection"
+        self.end()
+        return RankError(f"{how} while {doing}; the next call starts new ranks")
 
 
 class Answer:
     """What the first rank will answer."""
 
-    def __init__(self, executor: RankExecutor) -> None:
-        self._executor = executor
+    def __init__(self, executor: RankExecutor, doing: str) -> None:
+        self._executor, self._doing = executor, doing
 
     def result(self) -> Any:
-        return self._executor.hear()
-
-
-def _failure(number: int, kind: str, said: Sequence[Any], doing: str) -> Exception:
-    if kind == REFUSED and number == 0:
-        return said[0]
-    error = RankError(f"rank {number} failed while {doing}: {said[0]}")
-    if len(said) > 1:
-        error.__cause__ = Exception(said[1])
-    return error
+        return self._executor.hear(self._doing)
 
 
 def serve(connection: Connection, runner: Runner, first: bool) -> None:
@@ -309,14 +377,21 @@ def _answer(connection: Connection, answers: queue.SimpleQueue[Any]) -> None:
     while True:
         get = answers.get()
         try:
-            connection.send(get())
+            said = get()
         except Exception as error:
-            connection.send(failure_of(error))
+            said = failure_of(error)
+        try:
+            connection.send(said)
+        except OSError:  # the driver is gone
+            return
 
 
 def failure_of(error: Exception) -> tuple[Any, ...]:
     """An error as a message to the driver: a user's error itself, of any other a line and the trace."""
     if isinstance(error, AccessoryError):
         return (REFUSED, error)
-    line = str(error).splitlines()[0] if str(error) else ""
-    return (FAILED, f"{type(error).__name__}: {line}", traceback.format_exc())
+    return (FAILED, _line(error), traceback.format_exc())
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

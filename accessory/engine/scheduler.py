@@ -269,19 +269,6 @@ class Scheduler:
             sequence.pending = 0
         self.pool.forget()
 
-    def restart(self, pool: PagePool, error: Exception) -> None:
-        """The ranks are new, with new pages. Sequences that had begun end with an error; those that wait go on."""
-        waiting = [sequence for sequence in self.waiting if not sequence.put_back]
-        self.waiting = deque(sequence for sequence in self.waiting if sequence.put_back)
-        self.fail(error)
-        self.pool = pool
-        for sequence in waiting:
-            self.waiting.append(sequence)
-            try:
-                self._check_room(sequence)
-            except InputError as too_long:
-                self.finish(sequence, "error", too_long)
-
 
 def _pages(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE)

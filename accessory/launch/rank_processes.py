@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,13 @@ class RankProcess:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(asdict(place)).encode() + b"\n")
             self._process.stdin.flush()  # stays open: its end tells the rank that the driver is gone
+
+    def limit(self, seconds: float) -> None:
+        """Let a message that does not move for so long fail with BlockingIOError, instead of waiting for ever."""
+        wait = struct.pack("ll", min(int(seconds), 10**6), int(seconds % 1 * 1e6))
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                end.setsockopt(socket.SOL_SOCKET, option, wait)
 
     def kill(self) -> None:
         if self._process.poll() is None:

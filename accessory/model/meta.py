@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from accessory.build import build, build_tower
 from accessory.config import ModelArgs
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.engine.engine import Engine
-from accessory.engine.executor import END, ITEM, Follower, GroupExecutor, LocalExecutor
+from accessory.engine.executor import ITEM, OUT_OF_STEP, Follower, GroupExecutor, LocalExecutor
 from accessory.engine.runner import Runner, fitting_pages
-from accessory.errors import AccessoryError, InputError
+from accessory.errors import InputError, RankError
 from accessory.launch.gpus import default_device
 from accessory.limits import PAGE_SIZE
 from accessory.model.loading import Loading, PathLike
@@ -67,7 +67,7 @@ class MetaModel(nn.Module, TextModel):
             self.image_processor = ImageProcessor(tower.args, tower.views, image_transform)
         self._making = threading.Lock()
         self._made: Engine | Follower | None = None
-        self._calling: int | None = None  # the thread whose call the other ranks follow
+        self._calls, self._calling = 0, 0  # calls that all ranks are in, and the thread that makes them
         self._leads = False
 
     @property
@@ -149,10 +149,13 @@ class MetaModel(nn.Module, TextModel):
 
     # ----------------------------------------------------------------- the engine
 
-    def runner(self) -> Runner:
-        """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has."""
+    def runner(self, pages: int | None = None) -> Runner:
+        """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has.
+
+        pages: a cache of exactly so many pages, as ranks need that are started again.
+        """
         longest = -(-self.max_seq_len // PAGE_SIZE)
-        pages = fitting_pages(self.llma, self.args.max_batch_size * longest + 1, self._ranks)
+        pages = pages or fitting_pages(self.llma, self.args.max_batch_size * longest + 1, self._ranks)
         see = None if self.tower is None else self.encode_images
         if (memory := self._memory) is None:
             explained: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -196,30 +199,38 @@ class MetaModel(nn.Module, TextModel):
         if self._ranks is None or self._leads:
             return (yield from work)
         made = self._engine_or_follower()
-        if isinstance(made, Follower):
-            return (yield from made.follow())
-        if self._calling not in (None, threading.get_ident()):
-            raise InputError("mp_group: the ranks are in a call of another thread; make one call after the other")
-        self._calling = threading.get_ident()
-        assert isinstance(made.executor, GroupExecutor)
-        tell = made.executor.tell
+        broken = made.broken if isinstance(made, Follower) else self.broken
+        with self._making:
+            if broken.is_set():
+                raise RankError(OUT_OF_STEP)
+            if self._calls and self._calling != threading.get_ident():
+                raise InputError("mp_group: the ranks are in a call of another thread; make one call after the other")
+            self._calling = threading.get_ident()
+            self._calls += 1
+        try:
+            return (yield from made.follow() if isinstance(made, Follower) else self._lead_through(made, work))
+        finally:
+            self._calls -= 1
+
+    def _lead_through(self, engine: Engine, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+        """On the first rank: do the work, and tell the others its items and how it ends."""
+        executor = engine.executor
+        assert isinstance(executor, GroupExecutor)
         try:
             while True:
                 item = next(work)
-                tell(ITEM, item)
+                executor.tell(ITEM, item)
                 yield item
         except StopIteration as end:
-            tell(END, end.value, None)
+            executor.end_call(end.value)
             return end.value
-        except AccessoryError as error:
-            tell(END, None, error)
-            raise
         except GeneratorExit:  # the reader of a stream left
             work.close()
-            tell(END, None, None)
+            executor.end_call()
             raise
-        finally:
-            self._calling = None
+        except Exception as error:
+            executor.end_call(error=error)
+            raise
 
     @property
     def broken(self) -> threading.Event:
@@ -250,8 +261,5 @@ class Lead:
         return self._model
 
     def __exit__(self, *_: object) -> None:
-        executor = self._model._engine().executor
         self._model._leads = False
-        if isinstance(executor, GroupExecutor) and not executor.broken.is_set():
-            with suppress(RuntimeError):  # a rank that is gone needs no word
-                executor.tell(END, None, None)
+        self._model._engine().close(RankError("the ranks were closed while generating"))

@@ -20,7 +20,7 @@ import torch
 from accessory.arguments import check_port
 from accessory.engine.engine import Engine
 from accessory.engine.executor import RankExecutor
-from accessory.errors import InputError
+from accessory.errors import InputError, RankError
 from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.process_group import host_store
 from accessory.launch.rank_processes import LOOPBACK, RankProcess, start_processes
@@ -87,14 +87,18 @@ class MultiGpuWrapper(TextModel):
             step_timeout=step_timeout,
         )
         _opened.add(self)
+        self._made: Engine | None = None
         self._made = Engine.of(self._ranks, self._ranks.load())
 
     def _engine(self) -> Engine:
+        assert self._made is not None
         return self._made
 
     def close(self) -> None:
         """End the ranks, also in the middle of another thread's call. A later call starts them again."""
-        self._ranks.close()
+        self._ranks.stop()
+        if self._made is not None:
+            self._made.close(RankError("the ranks were closed while generating"))
 
     def __enter__(self) -> MultiGpuWrapper:
         return self
@@ -104,7 +108,7 @@ class MultiGpuWrapper(TextModel):
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self._ranks.close()
+            self.close()
 
 
 _opened: weakref.WeakSet[MultiGpuWrapper] = weakref.WeakSet()

@@ -48,7 +48,8 @@ def _load(place: Place, options: dict[str, Any]) -> Any:
     if not cuda:
         torch.set_num_threads(place.threads)
     group = join_store(place.host, place.port, place.rank, place.size, cuda=cuda)
-    return MetaModel.from_pretrained(**options, mp_group=group).runner()
+    pages = options.pop("pages", None)
+    return MetaModel.from_pretrained(**options, mp_group=group).runner(pages)
 
 
 if __name__ == "__main__":

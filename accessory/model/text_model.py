@@ -278,6 +278,7 @@ class TextModel:
         finally:
             for writing in at_once.values():
                 engine.finish(writing.request)
+                writing.answer.finish_reason = "abort"
 
     def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
         """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""
@@ -292,7 +293,10 @@ class TextModel:
             # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
-            ids = [int(i) for i in prompt]
+            try:
+                ids = [int(i) for i in prompt]
+            except (TypeError, ValueError) as error:
+                raise InputError(f"prompts[{row}]: got {prompt!r:.60}, but a prompt is text or token ids") from error
         if not ids:
             raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")
         if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
