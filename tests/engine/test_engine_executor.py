@@ -186,7 +186,7 @@ def test_a_rank_that_died_is_named_not_the_one_that_misses_it():
 
 def test_an_error_that_all_ranks_meet_is_raised_as_it_is():
     refused = (REFUSED, InputError("the folder"))
-    with pytest.raises(InputError, match="^the folder$"):
+    with pytest.raises(InputError, match=r"^the folder$"):
         Driver(({(LOADING, 0): refused}, {(LOADING, 0): refused})).engine()
 
 
@@ -256,7 +256,7 @@ def test_closed_while_loading():
     driver = Driver(({}, {(LOADING, 0): SILENT}))
     driver.executor._load_timeout = 60
     threading.Timer(0.1, driver.executor.stop).start()
-    with pytest.raises(RankError, match="^the ranks were closed while loading$"):
+    with pytest.raises(RankError, match=r"^the ranks were closed while loading$"):
         driver.engine()
     assert all(rank.released for rank in driver.started[0])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.distributed import run_ranks
+from helpers.rank_kills import kill_in_step
 from helpers.seeing import ARGS, seeing_tensors, write_seeing
 from helpers.vision import random_tower, tiny_clip, tiny_sphinx
 from PIL import Image
@@ -16,7 +17,7 @@ from accessory.convert.info import info
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.convert.verify import verify
 from accessory.data.transform import get_transform
-from accessory.errors import CheckpointError, ConfigError, InputError
+from accessory.errors import CheckpointError, ConfigError, InputError, RankError
 from accessory.formats import Quant
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
@@ -174,11 +175,10 @@ def test_ranks_see_alike(folder, model, path, world):
 
 
 @pytest.mark.slow
-def test_a_wrapper_of_ranks_takes_images(folder, model, path):
+def test_a_wrapper_of_ranks_takes_images(folder, model, path, monkeypatch):
     images = [picture(), None, model.image_processor.open(path)]
     options = {"with_visual": True, "dtype": torch.float32, "device": "cpu", "max_seq_len": 64}
     with MultiGpuWrapper(folder, gpus=2, **options) as wrapper:
-        assert wrapper.sees
         assert wrapper.image_words == model.image_words
         assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
         streamed = list(wrapper.stream_generate(PROMPTS[0], str(path), **GENERATE))
@@ -186,6 +186,13 @@ def test_a_wrapper_of_ranks_takes_images(folder, model, path):
         with pytest.raises(InputError, match=r"no/such\.png"):
             wrapper.generate(PROMPTS[:1], ["no/such.png"], **GENERATE)
         assert wrapper.generate(PROMPTS[:1], **GENERATE) == model.generate(PROMPTS[:1], **GENERATE)
+        logits = wrapper.compute_logits(PROMPTS[:1], images[:1])[0]
+        equal(logits, model.compute_logits(PROMPTS[:1], images[:1])[0])
+        kill_in_step(wrapper, monkeypatch, 1)  # the step that encodes an image
+        with pytest.raises(RankError, match="rank 1 was ended by signal 9 while generating"):
+            wrapper.generate(PROMPTS, [picture(3), None, None], **GENERATE)
+        monkeypatch.undo()
+        assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
 
 
 def test_quantized_and_in_16_bits(folder, path):

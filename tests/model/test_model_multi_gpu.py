@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from helpers.random_models import write_speaking
+from helpers.rank_kills import kill_in_step, rank_of
 from helpers.sizes import SPEAKING
 
 from accessory.convert.convert import convert
@@ -67,10 +68,6 @@ def _no_test_hangs():
 
 def rank_processes():
     return [p for p in psutil.Process().children(recursive=True) if "rank_worker" in " ".join(p.cmdline())]
-
-
-def rank_of(wrapper, number):
-    return wrapper._ranks._ranks[number]
 
 
 def gone(processes, patience=SOON):
@@ -202,6 +199,33 @@ def test_a_killed_rank_is_one_error_and_the_next_call_works(wrapper, expected, v
             pass
     assert time.monotonic() - started < SOON
     assert "\n" not in str(error.value)
+    assert gone(before)
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+
+
+def score(wrapper):
+    return wrapper.evaluate_examples([PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [
+        pytest.param(lambda wrapper: wrapper.generate([PROMPT], **LONG), 1, id="prompt", marks=pytest.mark.slow),
+        pytest.param(lambda wrapper: wrapper.generate([[5] * 4000], max_gen_len=4), 2, id="chunk of a long prompt"),
+        pytest.param(score, 1, id="scoring", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_killed_in_a_step_of_any_kind(wrapper, expected, monkeypatch, call, step):
+    """The rank gets the step and is killed in it. Decoding is above, loading below, images are in test_model_images."""
+    wrapper.generate(["A"], max_gen_len=2)  # starts the ranks where an earlier test ended them
+    before = rank_processes()
+    steps = kill_in_step(wrapper, monkeypatch, step)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 was ended by signal 9 while (generating|scoring); the next call"):
+        call(wrapper)
+    assert time.monotonic() - started < SOON
+    assert len(steps) == step
+    monkeypatch.undo()
     assert gone(before)
     assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
 
