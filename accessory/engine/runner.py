@@ -56,7 +56,7 @@ class Step:
             self._ready.synchronize()
         draws = [] if self._drawn is None else _draws(self._drawn, self._asked)
         judged = {n: _draws(rows, [most] * len(rows.token_B)) for n, (rows, most) in self._scored.items()}
-        return StepResult(draws, judged)  # type: ignore[arg-type]
+        return StepResult(draws, judged)
 
 
 def _to_host(drawn: Drawn) -> Drawn:
@@ -129,7 +129,7 @@ class Runner:
             self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads)
         self._sampler = Sampler(max_running, vocab_size, self.device)
         self._last_S = torch.zeros(max_running, dtype=torch.int64, device=self.device)
-        longest = min(-(-max_seq_len // PAGE_SIZE), max(1, pages - 1))  # no sequence has more pages
+        longest = min(-(-max_seq_len // PAGE_SIZE), pages - 1)  # no sequence has more pages
         self._table_SP = np.zeros((max_running, longest), dtype=np.int32)
         self._filled = [0] * max_running  # how many pages of each slot are in `_table_SP`
         # How many of the likeliest tokens each slot's request wants, of its answer and of its prompt.
@@ -277,8 +277,8 @@ class Runner:
         ends = [int(query_C[n + 1]) - 1 for n in draws]
         judged = [range(query_C[n], query_C[n] + len(entries[n].targets)) for n in scores]
         rows_R = self._upload(np.array([*ends, *(row for rows in judged for row in rows)], dtype=np.int64))
-        tokens = [self._upload(a) for a in (token_N, position_N, slot_N)]
-        logits_RV = self._logits(*tokens, batch, rows_R, self._seen(entries))
+        token, position, slot = (self._upload(numbers_N) for numbers_N in (token_N, position_N, slot_N))
+        logits_RV = self._logits(token, position, slot, batch, rows_R, self._seen(entries))
         scored, at = {}, len(ends)
         for n in scores:
             ids_T, most = self._upload(np.array(entries[n].targets)), self._prompt_logprobs[entries[n].slot]
@@ -347,11 +347,11 @@ class Runner:
 def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None) -> int:
     """How many of the `wanted` pages a cache can have, on every rank: in most of a GPU's free memory, or half a CPU's.
 
-    At least one: a scheduler then says what each request lacks.
+    At least two, page 0 and one more: a scheduler then says what each request lacks.
     """
     room = room_for(decoder.tok_embeddings.weight.device, None if ranks is None else ranks.group)
     if room is None:
         return wanted
     size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in)
     part = CACHE_OF_GPU if room.on_gpu else CACHE_OF_HOST
-    return max(1, min(wanted, int(part * room.nbytes) // size))
+    return max(2, min(wanted, int(part * room.nbytes) // size))

@@ -51,10 +51,10 @@ class StepPlan(NamedTuple):
 
 class StepResult(NamedTuple):
     """draws: of the entries that draw, in their order; None where the logits were not finite. scored: by the entry's
-    number, what was asked for of its prompt."""
+    number, what was asked for of its prompt; None for image tokens."""
 
     draws: list[Draw | None]
-    scored: dict[int, list[Draw]]
+    scored: dict[int, list[Draw | None]]
 
 
 @dataclass

@@ -19,7 +19,8 @@ from accessory.limits import PAGE_SIZE
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class ImageSpan(NamedTuple):
+@dataclass(frozen=True)
+class ImageSpan:
     """An image of a prompt: its tokens are `count` positions from `start` on."""
 
     start: int
@@ -66,7 +67,7 @@ class Sequence:
     finished: FinishReason | None = field(init=False, default=None)
     error: BaseException | None = field(init=False, default=None)
     drawn: deque[Draw] = field(init=False, default_factory=deque)  # not read by its caller yet
-    prompt_logprobs: list[Draw | None] = field(init=False, default_factory=list)
+    prompt_logprobs: list[Draw | None] = field(init=False, default_factory=list)  # None for image tokens
     _digests: list[Digest] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:

@@ -52,10 +52,10 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None  # of the tokens, natural logarithm
     top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each place
-    prompt_logprobs: list[float] | None = None  # of the prompt's tokens after the first
+    prompt_logprobs: list[float | None] | None = None  # of the prompt's tokens after the first; None for image tokens
     cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
     finish_reason: FinishReason | None = None  # None while it is written
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Writing:
@@ -83,7 +83,7 @@ class Writing:
             answer.finish_reason = "stop" if self._scanner.stopped else request.finished
             answer.error, answer.cached_tokens = request.error, request.cached
             if request.params.prompt_logprobs is not None:
-                answer.prompt_logprobs = [draw.logprob for draw in request.prompt_logprobs]  # type: ignore[misc]
+                answer.prompt_logprobs = [draw and draw.logprob for draw in request.prompt_logprobs]
         return new
 
     def _note(self, draw: Draw) -> None:

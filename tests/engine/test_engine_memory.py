@@ -26,7 +26,7 @@ def decoder():
         (Room(40 * PAGE, HOST), 20),
         (Room(40 * PAGE, "a GPU"), 36),
         (Room(1000 * PAGE, HOST), 100),
-        (Room(0, HOST), 1),
+        (Room(0, HOST), 2),
         (None, 100),
     ],
 )

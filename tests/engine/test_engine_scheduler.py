@@ -17,7 +17,7 @@ from accessory.limits import PAGE_SIZE
 
 
 class Network:
-    """Stands for the network: a token follows from all ids before it. It keeps what each page holds, as a cache does."""
+    """Stands for the network: a token follows from all ids before it. It keeps what each page holds, as caches do."""
 
     def __init__(self, slots: int) -> None:
         self.ids = [[] for _ in range(slots)]  # of each slot's page table: page numbers
