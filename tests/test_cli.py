@@ -276,6 +276,7 @@ def test_a_request_that_the_cache_cannot_hold_is_refused_before_a_step(monkeypat
 
     page = 2 * ARGS.n_layers * 64 * ARGS.n_kv_heads * ARGS.head_dim * 2  # bf16
     monkeypatch.setattr("accessory.engine.runner.room_for", lambda *_: Room(20 * page, HOST))
+    monkeypatch.setattr("accessory.model.memory.ModelMemory.step_bytes", lambda *_: 0)
     monkeypatch.setattr("accessory.nn.decoder.Decoder.forward", None)
     (tmp_path / "long.json").write_text('{"max_seq_len": 1000000000000}')  # else so long a context is refused before
     ask = ["generate", str(folder), "--prompt", "a", "--max-seq-len", "1000000000000", "--device", "cpu",

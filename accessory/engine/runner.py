@@ -29,7 +29,7 @@ from accessory.parallel.mesh import Ranks
 from accessory.vision_config import IMAGE_ID
 
 LAST_DRAW = -2  # in place of a token id: what the slot drew last. It is not `IMAGE_ID`.
-# The parts of the free memory that a cache may take. The rest is for a step's tensors, and on a CPU for other programs.
+# The parts of the free memory that a cache may take. The rest is for what no plan knows, on a CPU for other programs.
 CACHE_OF_GPU, CACHE_OF_HOST = 0.9, 0.5
 # The columns of a decoding step's numbers (B, C). The page table follows.
 _TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _TABLE = range(6)
@@ -344,14 +344,15 @@ class Runner:
         return out
 
 
-def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None) -> int:
+def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None, beside: int = 0) -> int:
     """How many of the `wanted` pages a cache can have, on every rank: in most of a GPU's free memory, or half a CPU's.
 
-    At least two, page 0 and one more: a scheduler then says what each request lacks.
+    beside: bytes that stay free for a step's tensors. At least two pages, page 0 and one more: a scheduler then says
+    what each request lacks.
     """
     room = room_for(decoder.tok_embeddings.weight.device, None if ranks is None else ranks.group)
     if room is None:
         return wanted
     size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in)
     part = CACHE_OF_GPU if room.on_gpu else CACHE_OF_HOST
-    return max(2, min(wanted, int(part * room.nbytes) // size))
+    return max(2, min(wanted, int(part * (room.nbytes - beside)) // size))

@@ -11,6 +11,7 @@ import torch
 
 from accessory.launch.memory import Room, room_for
 from accessory.planner.fit import check_fit, explain, explained
+from accessory.planner.peak import estimate
 from accessory.planner.setup import Inference, Setup
 
 
@@ -29,6 +30,10 @@ class ModelMemory:
         """
         room = room_for(self.device, self.group)
         check_fit(self._setup(1, 1), room, likely=self._setup(1, max_seq_len))
+
+    def step_bytes(self, max_seq_len: int) -> int:
+        """What the largest step with a prompt of `max_seq_len` takes beside weights and cache."""
+        return estimate(self._setup(1, max_seq_len)).passing
 
     @contextmanager
     def explained(self, batch: int, tokens: int) -> Iterator[None]:

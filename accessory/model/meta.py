@@ -155,11 +155,12 @@ class MetaModel(nn.Module, TextModel):
         pages: a cache of exactly so many pages, as ranks need that are started again.
         """
         longest = -(-self.max_seq_len // PAGE_SIZE)
-        pages = pages or fitting_pages(self.llma, self.args.max_batch_size * longest + 1, self._ranks)
-        see = None if self.tower is None else self.encode_images
-        if (memory := self._memory) is None:
-            explained: Callable[[], AbstractContextManager[None]] = nullcontext
-        else:
+        wanted = self.args.max_batch_size * longest + 1
+        memory, see = self._memory, None if self.tower is None else self.encode_images
+        beside = 0 if memory is None else memory.step_bytes(self.max_seq_len)
+        pages = pages or fitting_pages(self.llma, wanted, self._ranks, beside)
+        explained: Callable[[], AbstractContextManager[None]] = nullcontext
+        if memory is not None:
             explained = partial(memory.explained, max(1, (pages - 1) // longest), self.max_seq_len)
         return Runner(
             self.llma,

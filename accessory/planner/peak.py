@@ -57,6 +57,11 @@ class Estimate:
     def total(self) -> int:
         return sum(self.terms.values())
 
+    @property
+    def passing(self) -> int:
+        """What torch's allocator takes beside all that stays from one moment to the next."""
+        return sum(n for name, n in self.terms.items() if name not in (*LASTING, OUTSIDE))
+
 
 def estimate(setup: Setup) -> Estimate:
     """ConfigError names the field and both numbers where the network cannot be quantised so."""

@@ -35,6 +35,12 @@ def test_the_cache_takes_a_part_of_what_is_free(decoder, room, pages, monkeypatc
     assert fitting_pages(decoder, 100, None) == pages
 
 
+def test_a_steps_tensors_have_room_beside_the_cache(decoder, monkeypatch):
+    monkeypatch.setattr("accessory.engine.runner.room_for", lambda device, group: Room(40 * PAGE, HOST))
+    assert fitting_pages(decoder, 100, None, beside=20 * PAGE) == 10
+    assert fitting_pages(decoder, 100, None, beside=60 * PAGE) == 2
+
+
 def test_memory_that_runs_out_is_explained_in_every_step(decoder, monkeypatch):
     runner = Runner(
         decoder, pages=2, max_seq_len=64, vocab_size=64, explained=lambda: explained_on("cpu", "a step", "ask for less")
