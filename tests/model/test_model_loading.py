@@ -10,6 +10,8 @@ import torch
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
+from accessory.engine.executor import RankExecutor
+from accessory.engine.runner import About
 from accessory.errors import AccessoryError
 from accessory.launch.rank_processes import RankProcess
 from accessory.model.loading import Loading
@@ -98,7 +100,7 @@ def test_no_rank_starts_for_what_cannot_work(folder, given, message, no_ranks):
 
 def test_more_ranks_than_cores_are_warned_of(folder, monkeypatch, caplog):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    monkeypatch.setattr(MultiGpuWrapper, "_start", lambda self: None)
+    monkeypatch.setattr(RankExecutor, "load", lambda self: About(2, 1, 1, on_cpu=True))
     with caplog.at_level(logging.WARNING):
         MultiGpuWrapper(folder, gpus=2, device="cpu")
     assert "2 ranks share 1 cores" in caplog.text
