@@ -64,7 +64,12 @@ class Writing:
     def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
         self.request, self._stop_ids = request, tokenizer.stop_ids
         self._decoder, self._scanner = StreamDecoder(tokenizer, text_ids), StopScanner(stops)
-        self.answer = Completion(request.prompt_length)
+        wanted = request.params.logprobs
+        self.answer = Completion(
+            request.prompt_length,
+            logprobs=None if wanted is None else [],
+            top_logprobs=[] if wanted else None,
+        )
 
     def take(self, end: Callable[[Request], None]) -> str:
         """Take what the engine has drawn. Returns the new final text. end: tells the engine that a stop text came."""
@@ -73,7 +78,8 @@ class Writing:
             draw = request.drawn.popleft()
             self._note(draw)
             new += self._scanner.push("" if draw.token in self._stop_ids else self._decoder.push(draw.token))
-            if not request.drawn and request.finished in ("stop", "length") and not self._scanner.stopped:
+            # `finished` is read first: another thread's step sets it after it has added the last token.
+            if request.finished in ("stop", "length") and not request.drawn and not self._scanner.stopped:
                 new += self._scanner.push(self._decoder.flush())
                 new += "" if self._scanner.stopped else self._scanner.flush()
         if self._scanner.stopped:
@@ -89,10 +95,10 @@ class Writing:
     def _note(self, draw: Draw) -> None:
         answer = self.answer
         answer.token_ids.append(draw.token)
-        if draw.logprob is not None:
-            answer.logprobs = [*(answer.logprobs or ()), draw.logprob]
-        if draw.top is not None:
-            answer.top_logprobs = [*(answer.top_logprobs or ()), draw.top]
+        if answer.logprobs is not None and draw.logprob is not None:
+            answer.logprobs.append(draw.logprob)
+        if answer.top_logprobs is not None and draw.top is not None:
+            answer.top_logprobs.append(draw.top)
 
 
 class TextModel:
@@ -278,7 +284,7 @@ class TextModel:
         finally:
             for writing in at_once.values():
                 engine.finish(writing.request)
-                writing.answer.finish_reason = "abort"
+                writing.answer.finish_reason = writing.answer.finish_reason or "abort"
 
     def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
         """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""

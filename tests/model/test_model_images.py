@@ -17,6 +17,7 @@ from accessory.convert.info import info
 from accessory.convert.quantize import quantize_checkpoint
 from accessory.convert.verify import verify
 from accessory.data.transform import get_transform
+from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import CheckpointError, ConfigError, InputError, RankError
 from accessory.formats import Quant
 from accessory.model.meta import MetaModel
@@ -90,6 +91,36 @@ def test_the_last_logits_say_what_is_generated(model, path):
             written.append(int(model.compute_logits([ids + written], [image])[0][-1].argmax()))
         assert model.tokenizer.decode(ids + written).startswith(model.tokenizer.decode(ids) + text)
         assert list(model.stream_generate(prompt, image, **GENERATE))[-1] == {"text": text, "end_of_content": True}
+
+
+@pytest.mark.parametrize("budget", [7, 13, 512])
+def test_requests_with_images_come_in_chunks(model, path, monkeypatch, budget):
+    """Steps of seven tokens end within an image, whose tokens take ten positions."""
+    images = [picture(), path, None]
+    alone = [model.generate([p], [i], **GENERATE)[0] for p, i in zip(PROMPTS, images, strict=True)]
+    engine = model._engine()
+    monkeypatch.setattr(engine.scheduler, "budget", budget)
+    steps, submit = [], engine.executor.submit
+
+    def counted(plan):
+        steps.append(sum(1 if entry.ids is None else len(entry.ids) for entry in plan.entries))
+        return submit(plan)
+
+    monkeypatch.setattr(engine.executor, "submit", counted)
+    engine.scheduler.pool.forget()
+    assert model.generate(PROMPTS, images, **GENERATE) == alone
+    assert max(steps) <= budget
+    assert len(steps) > (GENERATE["max_gen_len"] + 3 if budget == 7 else 8)
+
+
+def test_a_prompts_log_probabilities_pass_over_its_image(model, path):
+    params = SamplingParams(prompt_logprobs=0)
+    (answer,) = model.complete(PROMPTS[:1], [path], 4, params)
+    logits_TV = model.compute_logits(PROMPTS[:1], [path])[0]
+    ids = model.tokenizer.encode(PROMPTS[0], bos=True)
+    expected = logits_TV.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+    assert answer.prompt_logprobs[:10] == [None] * 10
+    assert answer.prompt_logprobs[10:] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["path", "text path", "picture", "tensor", "batch tensor"])
