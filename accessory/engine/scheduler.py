@@ -101,7 +101,8 @@ class Scheduler:
         """End a sequence and give its pages back. Does nothing where it has ended."""
         if sequence.finished:
             return
-        sequence.finished, sequence.error = reason, error
+        # The error comes first: another thread may read it as soon as the sequence has ended.
+        sequence.error, sequence.finished = error, reason
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:

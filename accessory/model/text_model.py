@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -300,8 +301,8 @@ class TextModel:
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
         else:
             try:
-                ids = [int(i) for i in prompt]
-            except (TypeError, ValueError) as error:
+                ids = [index(i) for i in prompt]
+            except TypeError as error:
                 raise InputError(f"prompts[{row}]: got {prompt!r:.60}, but a prompt is text or token ids") from error
         if not ids:
             raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import checkpoints as make
@@ -135,6 +136,12 @@ def test_end_of_sequence_ends_the_text(model, monkeypatch):
     assert model.generate([PROMPT], max_gen_len=12) == [expected]
 
 
+def test_token_ids_may_be_arrays(model):
+    ids = model.tokenizer.encode(PROMPT, bos=True)
+    for given in (torch.tensor(ids), np.array(ids, dtype=np.int32), tuple(ids)):
+        assert model.generate([given], max_gen_len=3) == model.generate([ids], max_gen_len=3)
+
+
 def test_one_bos_never_two(model):
     for prompt in (PROMPT, "<s>" + PROMPT, "<s> [INST] Hi [/INST]"):
         ids = model._prompt_ids(prompt, 0, 8)
@@ -193,6 +200,8 @@ def test_config_files_win_and_disagreement_names_the_field(folders, tmp_path):
         (lambda m: m.generate([[1, 32000]], max_gen_len=4), "32000"),
         (lambda m: m.generate([PROMPT], max_gen_len=4, additional_stop_symbols=[""]), "stop"),
         (lambda m: m.generate([PROMPT], images=torch.zeros(1, 3, 224, 224)), "images"),
+        (lambda m: m.generate([None], max_gen_len=4), r"prompts\[0\]: got a NoneType"),
+        (lambda m: m.generate([[1], [1, 2.5]], max_gen_len=4), r"prompts\[1\]: got a list; .* whole numbers"),
         (lambda m: next(m.stream_generate("", max_gen_len=4)), r"prompts\[0\]"),
     ],
 )
