@@ -74,28 +74,34 @@ def recipe_section() -> str:
     return "\n".join(lines)
 
 
-def api_section(module: str, class_name: str, methods: list[str]) -> str:
-    """The signatures and docstrings of some methods of a class, as they stand in the source."""
-    source = (ROOT / module).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    tree = ast.parse(source)
-    class_node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+def api_section(title: str, classes: dict[str, str], methods: list[str]) -> str:
+    """The signatures and docstrings of some methods of an API, as they stand in the source.
+
+    classes: the file of each class that has some of the methods.
+    """
     out = []
-    for node in class_node.body:
-        if isinstance(node, ast.FunctionDef) and node.name in methods:
-            text = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
-            out += [f"### {class_name}.{node.name}", "", "```python", textwrap.dedent(text), "```", ""]
+    for class_name, module in classes.items():
+        source = (ROOT / module).read_text(encoding="utf-8")
+        lines = source.splitlines()
+        tree = ast.parse(source)
+        class_node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+        for node in class_node.body:
+            if isinstance(node, ast.FunctionDef) and node.name in methods:
+                text = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
+                out += [f"### {title}.{node.name}", "", "```python", textwrap.dedent(text), "```", ""]
     return "\n".join(out).rstrip()
 
 
 def generated() -> dict[str, str]:
     """Each generated part of the page, by name."""
     commands = "\n\n".join(command_section(name, parser) for name, parser in command_parsers().items())
-    methods = ["from_pretrained", "generate", "stream_generate", "compute_logits", "evaluate_examples"]
+    classes = {"MetaModel": "accessory/model/meta.py", "TextModel": "accessory/model/text_model.py"}
+    written = ["generate", "stream_generate", "complete", "stream"]
+    methods = ["from_pretrained", *written, "compute_logits", "evaluate_examples"]
     return {
         "commands": commands,
         "recipe": recipe_section(),
-        "MetaModel": api_section("accessory/model/meta.py", "MetaModel", methods),
+        "MetaModel": api_section("MetaModel", classes, methods),
     }
 
 

@@ -167,7 +167,8 @@ def test_the_reference_names_every_option_and_method():
         shown = set(re.findall(r"^\| `(--[\w-]+)", section, re.MULTILINE))
         assert shown == {a.option_strings[0] for a in parser._actions if a.option_strings} - {"-h"}
         assert all(row.split("|")[2].strip() for row in section.splitlines() if row.startswith("| `")), name
-    for method in ("from_pretrained", "generate", "stream_generate", "compute_logits", "evaluate_examples"):
+    written = ("generate", "stream_generate", "complete", "stream")
+    for method in ("from_pretrained", *written, "compute_logits", "evaluate_examples"):
         assert f"### MetaModel.{method}\n" in page
 
 
