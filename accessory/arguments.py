@@ -5,7 +5,6 @@ Only the standard library is imported here, so that a command refuses a value be
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,20 +29,6 @@ def is_whole(value: object) -> bool:
 def check_seed(seed: Any, name: str = "seed") -> None:
     if not is_whole(seed) or not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"{name}: got {seed!r:.60}, but it must be a whole number from 0 to 2^63 - 1")
-
-
-def check_sampling(temperature: Any, top_p: Any, seed: Any, named: Named = str) -> None:
-    """Check how tokens are drawn. `seed` may be None."""
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not real or not math.isfinite(value):
-            raise InputError(f"{named(name)}: got {value!r:.60}, but it must be a finite number")
-    if temperature < 0:
-        raise InputError(f"{named('temperature')}: got {temperature}, but it must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise InputError(f"{named('top_p')}: got {top_p}, but it must be greater than 0 and at most 1")
-    if seed is not None:
-        check_seed(seed, named("seed"))
 
 
 def check_max_seq_len(max_seq_len: Any, named: Named = str) -> None:

@@ -217,6 +217,8 @@ def _parser() -> Parser:
         action="store_true",
         help="one JSON object a prompt; with --stream, before it one a piece",
     )
+    about = "with --json: log-probabilities of the answer's tokens, and of the N likeliest ones"
+    generate.add_argument("--logprobs", type=int, metavar="N", help=about)
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
     add_model_options(chat)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from accessory import arguments as rules
+from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError
 
 LARGEST = 2**63 - 1
@@ -14,22 +15,20 @@ LARGEST = 2**63 - 1
 @pytest.mark.parametrize("seed", [0, 7, LARGEST, np.int64(5)])
 def test_whole_numbers_of_63_bits_are_seeds(seed):
     rules.check_seed(seed)
-    rules.check_sampling(1.0, 0.9, seed)
+    assert SamplingParams(seed=seed).seed == seed
 
 
 @pytest.mark.parametrize("seed", [-1, LARGEST + 1, 10**22, True, 1.0, "3", float("nan"), [1]])
 def test_nothing_else_is_a_seed(seed):
-    for check in (lambda: rules.check_seed(seed), lambda: rules.check_sampling(1.0, 0.9, seed)):
-        with pytest.raises(InputError, match=r"^seed: got [^\n]*, but it must be a whole number from 0 to 2\^63 - 1$"):
-            check()
+    for check, also in ((rules.check_seed, ""), (lambda seed: SamplingParams(seed=seed), ", or None")):
+        says = rf"^seed: got [^\n]*, but it must be a whole number from 0 to 2\^63 - 1{also}$"
+        with pytest.raises(InputError, match=says):
+            check(seed)
 
 
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (lambda: rules.check_sampling(float("inf"), 1, None, rules.option_of), "--temperature: got inf, but"),
-        (lambda: rules.check_sampling(True, 1, None), "temperature: got True, but"),
-        (lambda: rules.check_sampling(0, 2, None, rules.option_of), "--top-p: got 2, but it must be greater than 0"),
         (lambda: rules.check_max_gen_len(True, 9), "max_gen_len: got True, but"),
         (lambda: rules.check_max_gen_len(9, 9, rules.option_of), "--max-gen-len: got 9, but it must be a whole number "
          "from 1 to --max-seq-len - 1 = 8"),

@@ -23,6 +23,7 @@ from accessory.data.conversation import Conversation
 from accessory.data.image_tokens import refuse_tags, without_tag
 from accessory.data.images import open_image
 from accessory.data.templates import get_template
+from accessory.data.tokenizer import Tokenizer
 from accessory.errors import AccessoryError, InputError
 from accessory.launch.environment import launch_of
 from accessory.launch.gpus import check_device, count_ranks
@@ -30,6 +31,7 @@ from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.options import loading_arguments
+from accessory.model.text_model import Completion
 from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
@@ -66,44 +68,64 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
         stops, tidy = [*template.stop_strings, *stops], template.reply
     how = {
         "max_gen_len": options.max_gen_len,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
+        "params": options.sampling,
         "additional_stop_symbols": stops,
-        "seed": options.seed,
     }
     if options.stream:
-        stream = model.stream_generate(asked[0], images[0] if images else None, **how)
-        texts = [_show(stream, tidy, _print_piece if options.json else _print_text)]
+        stream = model.stream(asked[0], images[0] if images else None, **how)
+        answers = [_show(stream, tidy, _print_piece if options.json else _print_text)]
         if not options.json:
             print()
             return 0
         stopped = False
     else:
-        whole, stopped = _write(model, asked, images or None, how)
-        texts = [*map(tidy, whole)]
-    for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+        answers, stopped = _write(model, asked, images or None, how)
+    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         if options.json:
             image = {"image": options.image[n - 1]} if images else {}
-            print(json.dumps({"prompt": prompt, **image, "text": text}, ensure_ascii=False))
+            told = {"prompt": prompt, **image, **_told(answer, tidy, model.tokenizer)}
+            print(json.dumps(told, ensure_ascii=False))
         else:
             if len(prompts) > 1:
                 last = (prompt.splitlines() or [""])[-1]
                 print(f"# {n}/{len(prompts)}: {last[:70]}")
-            print(text)
+            print(tidy(answer.text))
     if stopped:
         raise KeyboardInterrupt
     return 0
 
 
-def _write(model: Any, asked: list[Any], images: list[Any] | None, how: dict[str, Any]) -> tuple[list[str], bool]:
-    """The texts, and whether Ctrl-C stopped them. A terminal shows how many tokens the longest one has."""
+def _told(answer: Completion, tidy: Callable[[str], str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a line of JSON says of an answer."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": tokenizer.decode([token]), "logprob": logprob}
+
+    told = {
+        "text": tidy(answer.text),
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.logprobs is not None:
+        tokens = [one(*pair) for pair in zip(answer.token_ids, answer.logprobs, strict=True)]
+        for token, top in zip(tokens, answer.top_logprobs or (), strict=False):
+            token["top"] = [one(*pair) for pair in top.items()]
+        told["logprobs"] = tokens
+    return told
+
+
+def _write(
+    model: Any, asked: list[Any], images: list[Any] | None, how: dict[str, Any]
+) -> tuple[list[Completion], bool]:
+    """The answers, and whether Ctrl-C stopped them. A terminal shows how many tokens the longest one has."""
     bar = progress_bar(how["max_gen_len"], "writing", sys.stderr.isatty(), unit=" tokens")
     if launch_of() is not None:  # the launcher ends all ranks
         with bar:
-            return model.generate(asked, images, **how, on_step=lambda n: bar.update(n - bar.n)), False
+            return model.complete(asked, images, **how, on_step=lambda n: bar.update(n - bar.n)), False
     with bar, _first_ctrl_c() as stopped:
         told = {"cancelled": stopped.is_set, "on_step": lambda n: bar.update(n - bar.n)}
-        return model.generate(asked, images, **how, **told), stopped.is_set()
+        return model.complete(asked, images, **how, **told), stopped.is_set()
 
 
 @contextmanager
@@ -194,20 +216,18 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
         if not text:
             continue
         conversation.add("user", text if seen is None else without_tag(text))
-        answer = ""
         try:
-            answer = _show(
-                model.stream_generate(
+            said = _show(
+                model.stream(
                     conversation.prompt_ids(model.tokenizer),
                     image=None if seen is None else seen.picture,
                     max_gen_len=options.max_gen_len,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
+                    params=options.sampling,
                     additional_stop_symbols=[*template.stop_strings, *options.stop],
-                    seed=options.seed,
                 ),
                 template.reply,
             )
+            answer = template.reply(said.text)
         except KeyboardInterrupt:  # stops this answer, not the chat; half an answer would confuse the next one
             print("\n(stopped; the round is forgotten)")
             conversation.messages.pop()
@@ -260,14 +280,16 @@ def _print_piece(piece: str) -> None:
         print(json.dumps({"piece": piece}, ensure_ascii=False), flush=True)
 
 
-def _show(stream: Any, tidy: Callable[[str], str], write: Callable[[str], None] = _print_text) -> str:
-    """Write a stream as it grows. Returns the whole text."""
-    shown = whole = ""
-    for item in stream:
-        whole = tidy(item["text"])
+def _show(
+    stream: Iterator[Completion], tidy: Callable[[str], str], write: Callable[[str], None] = _print_text
+) -> Completion:
+    """Write a stream as it grows. Returns the whole answer."""
+    shown = ""
+    for answer in stream:
+        whole = tidy(answer.text)
         write(whole[len(shown) :])
         shown = whole
-    return whole
+    return answer
 
 
 def _visual(options: argparse.Namespace) -> bool:

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import argparse
 
-from accessory.arguments import check_max_gen_len, check_max_seq_len, check_sampling, check_stops, option_of
+from accessory.arguments import check_max_gen_len, check_max_seq_len, check_stops, option_of
+from accessory.engine.sampling_params import SamplingParams
+from accessory.errors import InputError
 from accessory.model.options import add_image_transform, add_option
 
+# The fields of `SamplingParams` that are options. `logprobs` is one of `generate` only.
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "logprobs",
+)  # fmt: skip
 MAX_GEN_LEN = 512  # tokens of an answer, where nothing else is said
 
 
@@ -29,6 +36,15 @@ def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
     add_option(command, "max_gen_len", type=int, metavar="N", help=help_)
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     add_option(command, "top_p", type=float, default=0.95, metavar="X", help="nucleus of sampling (default: 0.95)")
+    add_option(command, "top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: 0, all)")
+    help_ = "only tokens at least X times as likely as the likeliest (default: 0)"
+    add_option(command, "min_p", type=float, default=0.0, metavar="X", help=help_)
+    help_ = "more than 1 makes tokens of prompt and answer less likely (default: 1)"
+    add_option(command, "repetition_penalty", type=float, default=1.0, metavar="X", help=help_)
+    help_ = "subtracted from the logits of tokens that the answer has (default: 0)"
+    add_option(command, "presence_penalty", type=float, default=0.0, metavar="X", help=help_)
+    help_ = "the same, each time that the answer has the token (default: 0)"
+    add_option(command, "frequency_penalty", type=float, default=0.0, metavar="X", help=help_)
     command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
@@ -39,5 +55,12 @@ def check_text_options(options: argparse.Namespace) -> None:
     if options.max_gen_len is None:
         options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)
     check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
-    check_sampling(options.temperature, options.top_p, options.seed, option_of)
     check_stops(options.stop, option_of)
+    given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
+    try:
+        options.sampling = SamplingParams(**given)
+    except InputError as error:
+        name, said = str(error).split(":", 1)
+        raise InputError(f"{option_of(name)}:{said}") from error
+    if options.sampling.logprobs is not None and not options.json:
+        raise InputError("--logprobs: they come in the lines of --json; give --json too")

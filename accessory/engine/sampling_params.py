@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from accessory.arguments import is_whole
 from accessory.errors import InputError
 
 # At most so many best tokens can be asked for. It bounds what one step returns.
@@ -51,6 +53,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._check_number("temperature", 0, math.inf, "0 (greedy) or a greater number")
         self._check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number greater than 0 and at most 1")
+        object.__setattr__(self, "top_p", float(self.top_p))
         self._check_int("top_k", -1, None, "a whole number: -1 or 0 (all tokens) or more")
         self._check_number("min_p", 0, 1, "a number from 0 to 1")
         self._check_number("repetition_penalty", 0.01, 100, "a number from 0.01 to 100 (1: none)")
@@ -88,7 +91,7 @@ class SamplingParams:
             return
         self._check(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping from token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not (_is_int(token) and token >= 0):
+            if not (is_whole(token) and token >= 0):
                 raise InputError(f"logit_bias: got the token {token!r}, but it must be a whole number: 0 or more")
             if not (_is_number(bias) and -100 <= bias <= 100):
                 raise InputError(
@@ -99,22 +102,20 @@ class SamplingParams:
     def _check_number(self, name: str, low: float, high: float, wanted: str) -> None:
         value = getattr(self, name)
         self._check(_is_number(value) and low <= value <= high, name, wanted)
+        object.__setattr__(self, name, float(value))
 
     def _check_int(self, name: str, low: int, high: int | None, wanted: str) -> None:
         value = getattr(self, name)
-        self._check(_is_int(value) and low <= value and (high is None or value <= high), name, wanted)
+        self._check(is_whole(value) and low <= value and (high is None or value <= high), name, wanted)
+        object.__setattr__(self, name, int(value))  # it may be one of numpy's
 
     def _check(self, condition: bool, name: str, wanted: str) -> None:
         if not condition:
-            raise InputError(f"{name}: got {getattr(self, name)!r}, but it must be {wanted}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+            raise InputError(f"{name}: got {getattr(self, name)!r:.60}, but it must be {wanted}")
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that a float can hold: NaN and infinity are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Whether it is a number that a float can hold: NaN and infinity are none. numpy's numbers are such too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return abs(value) <= sys.float_info.max
+    return bool(abs(value) <= sys.float_info.max)

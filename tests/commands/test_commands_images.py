@@ -19,7 +19,7 @@ from helpers.seeing import write_seeing
 from accessory.cli import main
 from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
-from accessory.model.meta import MetaModel
+from accessory.model.meta import Completion, MetaModel
 
 PROMPT = "What is it?"
 HOW = ["--dtype", "fp32", "--device", "cpu", "--max-seq-len", "128"]
@@ -175,13 +175,13 @@ def chat(seeing, model, here, capsys, monkeypatch):
 
         def recorded(self, prompt, image=None, **how):
             asked.append((self.tokenizer.decode(prompt), None if image is None else image.size))
-            yield {"text": " Yes", "end_of_content": True}
+            yield Completion(1, " Yes")
 
         def loaded(pretrained_path, **how):
             assert how.get("with_visual", False) is bool(options)
             return model
 
-        monkeypatch.setattr(MetaModel, "stream_generate", recorded)
+        monkeypatch.setattr(MetaModel, "stream", recorded)
         monkeypatch.setattr(MetaModel, "from_pretrained", loaded)
         assert main(["chat", str(seeing), *options]) == 0
         return capsys.readouterr().out, asked

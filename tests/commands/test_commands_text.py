@@ -74,10 +74,36 @@ def test_lines_and_json(generate, model, monkeypatch):
     standard_input(monkeypatch, f"{PROMPT}\n\nZwei Wörter\n")
     lines = generate("--lines", "--json", "--max-gen-len", "4").splitlines()
     texts = model.generate([PROMPT, "Zwei Wörter"], max_gen_len=4)
+    how = {"tokens": 4, "finish_reason": "length"}
+    asked = [len(model.tokenizer.encode(prompt, bos=True)) for prompt in (PROMPT, "Zwei Wörter")]
     assert [json.loads(line) for line in lines] == [
-        {"prompt": PROMPT, "text": texts[0]},
-        {"prompt": "Zwei Wörter", "text": texts[1]},
+        {"prompt": PROMPT, "text": texts[0], "prompt_tokens": asked[0], **how},
+        {"prompt": "Zwei Wörter", "text": texts[1], "prompt_tokens": asked[1], **how},
     ]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_log_probabilities_come_with_the_tokens(generate, model, stream):
+    words = ["--prompt", PROMPT, "--max-gen-len", "4", "--json", "--logprobs", "2", *stream]
+    told = json.loads(generate(*words).splitlines()[-1])["logprobs"]
+    prompt = model.tokenizer.encode(PROMPT, bos=True)
+    ids = [token["id"] for token in told]
+    logits_TV = model.compute_logits([prompt + ids])[0][len(prompt) - 1 : -1]
+    for token, logprobs_V in zip(told, logits_TV.log_softmax(-1), strict=True):
+        assert token["token"] == model.tokenizer.decode([token["id"]])
+        best = logprobs_V.topk(2)
+        assert [top["id"] for top in token["top"]] == best.indices.tolist()
+        assert [top["logprob"] for top in token["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert token["logprob"] == pytest.approx(logprobs_V[token["id"]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("option", ["--top-k=1", "--min_p=1", "--repetition-penalty=100", "--presence_penalty=2"])
+def test_every_option_of_sampling_reaches_the_model(generate, model, option):
+    name, value = option.removeprefix("--").replace("-", "_").split("=")
+    how = {"max_gen_len": 12, "temperature": 2.0, "seed": 3, name: int(value)}
+    out = generate("--prompt", PROMPT, "--max-gen-len", "12", "--temperature", "2", "--seed", "3", option)
+    assert out == model.generate([PROMPT], **how)[0] + "\n"
+    assert out != generate("--prompt", PROMPT, "--max-gen-len", "12", "--temperature", "2", "--seed", "3")
 
 
 @pytest.mark.parametrize("name", ["alpaca", "default", "mistral", "chatml"])
@@ -90,7 +116,7 @@ def test_prompts_are_messages_in_a_template(generate, model, name):
     texts = map(template.reply, model.generate(asked, max_gen_len=12, additional_stop_symbols=stops))
     words = ["--template", name, "--system", "Be brief.", "--max-gen-len", "12", "--stop", "xx"]
     told = [json.loads(line) for line in generate("--prompt", "One", "--prompt", "Two", *words, "--json").splitlines()]
-    assert told == [{"prompt": p, "text": t} for p, t in zip(("One", "Two"), texts, strict=True)]
+    assert [(t["prompt"], t["text"]) for t in told] == [*zip(("One", "Two"), texts, strict=True)]
     assert generate("--prompt", "Two", *words, "--stream") == told[1]["text"] + "\n"
 
 
@@ -145,12 +171,12 @@ def test_a_terminal_shows_how_many_tokens_there_are(folder, capsys, monkeypatch)
         "accessory.commands.text.progress_bar", lambda *args, **how: seen.append(args) or progress_bar(*args, **how)
     )
     steps = []
-    write = MetaModel.generate
+    write = MetaModel.complete
 
     def counted(self, *args, on_step, **how):
         return write(self, *args, on_step=lambda n: (steps.append(n), on_step(n)), **how)
 
-    monkeypatch.setattr(MetaModel, "generate", counted)
+    monkeypatch.setattr(MetaModel, "complete", counted)
     command = ["generate", str(folder), "--dtype", "fp32", "--max_seq_len", "128", "--prompt", PROMPT, "--prompt", "A"]
     assert main([*command, "--max-gen-len", "4"]) == 0
     assert seen == [(4, "writing", True)]
@@ -193,16 +219,16 @@ def chat(folder, model, capsys, monkeypatch):
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, list[str]]:
         standard_input(monkeypatch, "".join(line + "\n" for line in lines))
         prompts = []
-        stream = MetaModel.stream_generate
+        stream = MetaModel.stream
 
         def recorded(self, prompt, **how):
             prompts.append(self.tokenizer.decode(prompt))
             return stream(self, prompt, **how)
 
-        monkeypatch.setattr(MetaModel, "stream_generate", recorded)
+        monkeypatch.setattr(MetaModel, "stream", recorded)
         monkeypatch.setattr(MetaModel, "from_pretrained", lambda *args, **how: model)
         status = main(["chat", str(folder), "--max-gen-len", "3", *options])
-        monkeypatch.setattr(MetaModel, "stream_generate", stream)
+        monkeypatch.setattr(MetaModel, "stream", stream)
         return status, capsys.readouterr().out, prompts
 
     return run
