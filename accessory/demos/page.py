@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, str]  # keys: role, content; the first one may have image, a path
 Upload = dict[str, Any]  # Gradio's description of a file; has the key path
+AT_ONCE = 32  # answers; Gradio has a thread for each, and 8 more for all the rest
 SHOW_EVERY = 0.05  # seconds; drawing the page for every token would slow a fast model down
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 CPP = re.compile(r"^([ >]*```)(?:cpp|c\+\+)(?=\s)", re.MULTILINE | re.IGNORECASE)
@@ -94,8 +95,8 @@ def import_gradio() -> Any:
 class Page:
     """The built page (`blocks`) and its current answers.
 
-    The model writes one answer at a time; other visitors wait in a queue. An answer ends early when its visitor presses
-    Stop or leaves.
+    The model writes the answers of `AT_ONCE` visitors at once; others wait in a queue. An answer ends early when its
+    visitor presses Stop or leaves.
     """
 
     def __init__(self, demo: Demo, model: Any, about_model: str, max_seq_len: int) -> None:
@@ -193,7 +194,7 @@ class Page:
         )  # fmt: skip
         begun.then(
             self._answer, [self.history, *fields], view,
-            concurrency_limit=1, concurrency_id="model", show_progress="hidden", api_visibility="private",
+            concurrency_limit=AT_ONCE, concurrency_id="model", show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         self._on(self.stop.click, self._stop, None, None)
         self._on(self.undo.click, self._undo, [self.history], view)
@@ -313,7 +314,7 @@ class Page:
                     yield text
             yield text
         finally:
-            stream.close()  # also when the visitor has left, so that the model can answer the next one
+            stream.close()  # also when the visitor has left, so that the model works for the others alone
 
     def _warn(self, problem: Exception | str, image: str | None) -> None:
         """Show a note of one line. Gradio's own error would replace the dialogue by the word "Error"."""

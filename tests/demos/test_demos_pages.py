@@ -303,18 +303,17 @@ def test_whoever_stops_or_leaves_frees_the_model(visit, come, name):
 
 
 @needs_browser
-def test_a_second_visitor_waits_for_the_first(visit, come):
-    first, second = come("single"), visit("single")
-    first.set("max_gen_len", LONG)
-    first.ask("Tell me all", wait="Writing")
-    second.set("max_gen_len", 4)
-    second.ask("And me?", wait="Waiting for the model")
-    second.press("stop")  # also works while the request waits
-    first.press("stop")
-    first.status("Stopped after")
-    second.status("Stopped after")
-    assert second.answer() == ""
-    second.ask("And me?")
+@pytest.mark.parametrize("name", ["single", "wrapped", "ranks"])
+def test_two_visitors_are_answered_at_once(come, name):
+    first, second = come(name), come(name)
+    for visitor in (first, second):
+        visitor.set("max_gen_len", LONG)
+        visitor.ask("Tell me all", wait="Writing")
+    for _ in range(2):
+        for visitor in (first, second):
+            visitor.grows()
+    for visitor in (first, second):
+        visitor.leave()
 
 
 # --------------------------------------------------------------------------- beginning and ending

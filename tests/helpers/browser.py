@@ -168,6 +168,12 @@ class Visitor:
         """The answer on a page of single turns."""
         return self.page.input_value("#output textarea")
 
+    def grows(self) -> None:
+        """Wait until more text has been written than now."""
+        length = "(document.querySelector('#output textarea')?.value ?? "
+        length += "document.querySelector('#output').textContent).length"
+        self.page.wait_for_function(f"{length} > {self.page.evaluate(length)}")
+
     def rounds(self) -> list[tuple[str, str]]:
         """(who, text) of each message of a dialogue, the text as Markdown shows it. Images are left out."""
         shown = self.page.locator("#output [data-testid=user], #output [data-testid=bot]").all()
