@@ -70,6 +70,17 @@ def test_who_ended_says_which_and_by_what(start):
     assert time.monotonic() - started < 5
 
 
+def test_a_rank_that_takes_no_message_does_not_hold_up_the_driver(start):
+    """It is stopped, and the message is larger than what the system keeps for it."""
+    ranks = start(ECHO)
+    ranks[1].limit(0.2)
+    os.kill(ranks[1]._process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(BlockingIOError):
+        ranks[1].connection.send_bytes(bytes(10**7))
+    assert time.monotonic() - started < 5
+
+
 def test_ranks_end_when_the_driver_lets_go(start):
     ranks = start(ECHO)
     alive = processes(ranks)
