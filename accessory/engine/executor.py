@@ -7,7 +7,6 @@ ranks, which `follow`. `RankExecutor` is the driver of ranks that it starts itse
 from __future__ import annotations
 
 import contextlib
-import pickle
 import queue
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import torch
@@ -249,7 +249,7 @@ class RankExecutor:
 
     def _ask(self, doing: str, *message: Any) -> Answer:
         self.load()
-        sent = pickle.dumps(message)  # not multiprocessing's way: it would send tensors through shared memory
+        sent = ForkingPickler.dumps(message)
         try:
             for rank in self._ranks:
                 rank.connection.send_bytes(sent)
