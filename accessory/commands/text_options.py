@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 
 from accessory.arguments import check_max_gen_len, check_max_seq_len, check_stops, option_of
-from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError
 from accessory.model.options import add_image_transform, add_option
 
@@ -51,6 +50,8 @@ def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
 
 def check_text_options(options: argparse.Namespace) -> None:
     """Fill in what was left out. InputError for a value that the model would refuse, before anything is loaded."""
+    from accessory.engine.sampling_params import SamplingParams  # here, because `--help` reads this file
+
     check_max_seq_len(options.max_seq_len, option_of)
     if options.max_gen_len is None:
         options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)

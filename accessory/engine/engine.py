@@ -5,6 +5,7 @@ Several threads may ask at once. One of them makes the next step, for all reques
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -89,6 +90,18 @@ class Engine:
         except BaseException as error:
             self._under_way.clear()
             broken_off = RankError(f"a step was broken off ({type(error).__name__}) in another thread; ask again")
-            self.scheduler.fail(error if isinstance(error, Exception) else broken_off)
+            self.scheduler.fail(told_again(error) if isinstance(error, Exception) else broken_off)
             self.executor.drop()
             raise
+
+
+def told_again(error: Exception) -> Exception:
+    """A copy of an error, for another caller.
+
+    The error itself holds the frames of its call, and these hold requests. Kept in a request, it would keep a model
+    alive that was dropped.
+    """
+    try:
+        return copy.copy(error)
+    except Exception:  # one whose arguments are not those of its class
+        return RankError(f"{type(error).__name__}: {error}")

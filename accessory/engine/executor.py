@@ -295,7 +295,7 @@ class RankExecutor:
         except OSError as error:  # this thread's signal handler has closed the ranks
             raise self._lost(doing, error) from error
         try:
-            return {connections[connection]: connection.recv() for connection in ready}  # type: ignore[union-attr]
+            return {number: connection.recv() for connection, number in connections.items() if connection in ready}
         except (EOFError, OSError) as error:
             raise self._lost(doing, error) from error
         except BaseException:  # Ctrl-C in the middle of a message

@@ -21,7 +21,7 @@ from accessory.config import ModelArgs
 from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.data.image_tokens import insert_image_tokens
 from accessory.data.tokenizer import Tokenizer
-from accessory.engine.engine import Engine
+from accessory.engine.engine import Engine, told_again
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import Draw, FinishReason, ImageSpan
 from accessory.engine.sequence import Sequence as Request
@@ -280,7 +280,7 @@ class TextModel:
                     if writing.answer.finish_reason is not None:
                         del at_once[number]
                         if writing.answer.error is not None:
-                            raise writing.answer.error
+                            raise told_again(writing.answer.error)
                     yield number, writing, new
         finally:
             for writing in at_once.values():
@@ -303,7 +303,10 @@ class TextModel:
             try:
                 ids = [index(i) for i in prompt]
             except TypeError as error:
-                raise InputError(f"prompts[{row}]: got {prompt!r:.60}, but a prompt is text or token ids") from error
+                got = type(prompt).__name__
+                raise InputError(
+                    f"prompts[{row}]: got a {got}; give a string, or token ids as whole numbers"
+                ) from error
         if not ids:
             raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")
         if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:

@@ -33,7 +33,7 @@ from accessory.engine.engine import Engine
 from accessory.engine.executor import LocalExecutor
 from accessory.engine.runner import Step
 from accessory.engine.sampling_params import SamplingParams
-from accessory.errors import InputError, NonFiniteError, RankError
+from accessory.errors import InputError, NonFiniteError
 from accessory.limits import PAGE_SIZE
 
 IMPLEMENTATIONS = ["base", "sparse"]
@@ -250,42 +250,6 @@ def test_an_error_while_scoring_ends_all_requests(runner, monkeypatch):
         engine.score([[1]], [None])
     assert isinstance(request.error, ZeroDivisionError)
     assert answers(engine, [Wish([1] * 100)])[0].cached == 0
-    check_empty(engine)
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_new_ranks_have_no_pages_of_the_old_ones(runner, singles, ahead):
-    """`MultiGpuWrapper.close` ends the ranks at any time, and the next step starts them again."""
-
-    class Anew(LocalExecutor):
-        about = runner.about
-
-        def load(self):
-            return self.about
-
-    wishes, expected = singles
-    engine = tiny_engine(runner, slots=3, budget=150)
-    engine = Engine(engine.scheduler, executor := Anew(runner))
-    executor.ahead = ahead
-    requests = [engine.add(wish.request()) for wish in wishes[:9]]
-    for _ in range(4):
-        engine.step()
-    begun = [request for request in requests if request.slot is not None]
-    ended = [request for request in requests if request.finished]
-    waiting = engine.add(Wish([1] * 600, 100).request())  # 11 pages, which the new ranks do not have
-    for pool in (runner.cache.k, runner.cache.v):
-        pool.fill_(torch.nan)
-    executor.about = runner.about._replace(pages=9)
-    step_to_the_end(engine)
-    assert begun
-    for request, single in zip(requests, expected, strict=False):
-        if request in begun:
-            assert isinstance(request.error, RankError)
-        else:
-            assert request in ended or request.finished in ("stop", "length")
-            check_against(request, single)
-    assert isinstance(waiting.error, InputError)
-    assert engine.scheduler.pool.pages == 9
     check_empty(engine)
 
 

@@ -139,6 +139,7 @@ ACTS = [
 @pytest.mark.parametrize("step", [0, 1, 3])  # in a chunk of the prompt, in its last chunk, while decoding
 def test_a_step_that_fails_is_one_error_and_the_next_call_works(step, number, act, error, says, ahead):
     script = ({}, {})
+    script[0][RUN, step] = SILENT  # where it misses the other rank
     script[number][RUN, step] = act
     driver = Driver(script, ahead=ahead)
     engine = driver.engine()
@@ -166,6 +167,7 @@ def test_loading_that_fails_is_one_error(number, act, error, says):
 def test_scoring_that_fails_ends_requests_under_way_too(number, act, error, says):
     """What the pages held is gone with the ranks: no other request may go on."""
     script = ({}, {})
+    script[0][SCORE, 0] = SILENT  # where it misses the other rank
     script[number][SCORE, 0] = act
     driver = Driver(script)
     engine = driver.engine()
