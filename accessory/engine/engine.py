@@ -95,7 +95,7 @@ class Engine:
             raise
 
 
-def told_again(error: Exception) -> Exception:
+def told_again(error: BaseException) -> BaseException:
     """A copy of an error, for another caller.
 
     The error itself holds the frames of its call, and these hold requests. Kept in a request, it would keep a model

@@ -289,13 +289,13 @@ class RankExecutor:
         """What ranks say within `POLL` seconds, by their numbers: one message each. but: those that say no more."""
         if self._closed:
             raise self._lost(doing)
-        connections: dict[Any, int] = {rank.connection: rank.number for rank in self._ranks if rank.number not in but}
+        numbers: dict[Any, int] = {rank.connection: rank.number for rank in self._ranks if rank.number not in but}
         try:
-            ready = wait(list(connections), timeout=POLL)
+            ready: list[Any] = wait(list(numbers), timeout=POLL)
         except OSError as error:  # this thread's signal handler has closed the ranks
             raise self._lost(doing, error) from error
         try:
-            return {number: connection.recv() for connection, number in connections.items() if connection in ready}
+            return {numbers[connection]: connection.recv() for connection in ready}
         except (EOFError, OSError) as error:
             raise self._lost(doing, error) from error
         except BaseException:  # Ctrl-C in the middle of a message

@@ -7,6 +7,7 @@ import numbers
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from accessory.arguments import is_whole
 from accessory.errors import InputError
@@ -114,8 +115,7 @@ class SamplingParams:
             raise InputError(f"{name}: got {getattr(self, name)!r:.60}, but it must be {wanted}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether it is a number that a float can hold: NaN and infinity are none. numpy's numbers are such too."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return bool(abs(value) <= sys.float_info.max)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= sys.float_info.max)

@@ -31,10 +31,13 @@ LOADING, DIES, SILENT = "loading", "dies", "silent"
 
 
 class Rank:
-    """Stands for a RankProcess. `script` maps (kind of message, its number) to what the rank does then."""
+    """Stands for a RankProcess. `script` maps (kind of message, its number) to what the rank does then.
 
-    def __init__(self, number: int, script: dict[Any, Any]) -> None:
-        self.number, self._script = number, script
+    computed: the second rank's part of each step. As in a real step, the first one answers only once it has that.
+    """
+
+    def __init__(self, number: int, script: dict[Any, Any], computed: threading.Semaphore) -> None:
+        self.number, self._script, self._computed = number, script, computed
         self.connection, self._mine = Pipe()
         self.alive, self.released = True, False
         self._thread = threading.Thread(target=self._live, daemon=True)
@@ -57,10 +60,14 @@ class Rank:
                     self._mine.send(act)
                 elif kind == LOADING:
                     self._mine.send((DONE, ABOUT))
-                elif self.number == 0 and kind == RUN:
+                elif self.number == 1:
+                    self._computed.release()
+                elif not self._computed.acquire(timeout=5):
+                    continue
+                elif kind == RUN:
                     draws = [Draw(7) for entry in message[1].entries if entry.draw is not None]
                     self._mine.send((DONE, StepResult(draws, {})))
-                elif self.number == 0:
+                else:
                     self._mine.send((DONE, []))
         except (EOFError, OSError):
             self.alive = False
@@ -97,7 +104,8 @@ class Driver:
 
     def _start(self, ranks: list[Rank]) -> object:
         script = self._scripts.pop(0) if self._scripts else ({}, {})
-        ranks += [Rank(n, script[n]) for n in (0, 1)]
+        computed = threading.Semaphore(0)
+        ranks += [Rank(n, script[n], computed) for n in (0, 1)]
         self.started.append(list(ranks))
         return object()
 
@@ -139,7 +147,6 @@ ACTS = [
 @pytest.mark.parametrize("step", [0, 1, 3])  # in a chunk of the prompt, in its last chunk, while decoding
 def test_a_step_that_fails_is_one_error_and_the_next_call_works(step, number, act, error, says, ahead):
     script = ({}, {})
-    script[0][RUN, step] = SILENT  # where it misses the other rank
     script[number][RUN, step] = act
     driver = Driver(script, ahead=ahead)
     engine = driver.engine()
@@ -167,7 +174,6 @@ def test_loading_that_fails_is_one_error(number, act, error, says):
 def test_scoring_that_fails_ends_requests_under_way_too(number, act, error, says):
     """What the pages held is gone with the ranks: no other request may go on."""
     script = ({}, {})
-    script[0][SCORE, 0] = SILENT  # where it misses the other rank
     script[number][SCORE, 0] = act
     driver = Driver(script)
     engine = driver.engine()
