@@ -25,7 +25,7 @@ from gpu_quant import bytes_read, copy_rate, source
 from accessory.build import NetworkSpec, build
 from accessory.config import PRESETS, ModelArgs
 from accessory.engine.engine import Engine
-from accessory.engine.executor import END, Follower, GroupExecutor, LocalExecutor
+from accessory.engine.executor import Follower, GroupExecutor, LocalExecutor
 from accessory.formats import Quant
 from accessory.launch.process_group import join_launched
 from accessory.parallel.mesh import DeviceMesh, Ranks
@@ -65,7 +65,7 @@ def main() -> None:
                     Engine.of(executor, runner.about), f"{implementation} {format}", args, quant, size, copy, options
                 )
                 if isinstance(executor, GroupExecutor):
-                    executor.tell(END, None, None)
+                    executor.end_call()
             else:
                 assert ranks is not None
                 for _ in Follower(runner, ranks).follow():
