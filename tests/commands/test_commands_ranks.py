@@ -56,12 +56,11 @@ def test_ctrl_c_with_ranks_prints_what_there_is(folder, tmp_path):
     script = (
         "import signal, sys\nfrom accessory.cli import main\nfrom accessory.model.text_model import TextModel\n"
         "complete = TextModel.complete\n"
-        "def interrupted(self, *args):\n"
-        "    *args, on_step = args\n"
+        "def interrupted(self, *args, on_step, **how):\n"
         "    def note(n):\n"
         "        if n == 2: signal.raise_signal(signal.SIGINT)\n"
         "        on_step(n)\n"
-        "    return complete(self, *args, note)\n"
+        "    return complete(self, *args, on_step=note, **how)\n"
         "TextModel.complete = interrupted\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

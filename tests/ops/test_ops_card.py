@@ -64,6 +64,7 @@ def test_every_launcher_of_the_package_does():
     found = {f"{p.stem}.{n}": on for p in KERNELS for n, on in functions_that_launch(ast.parse(p.read_text())).items()}
     assert set(found) == {
         "decode_experts.decode_experts", "packed.dequantize", "packed.linear", "packed.decode_experts",
-        "packed_grouped.product", "packed_grouped.gradient",
+        "packed_grouped.product", "packed_grouped.gradient", "grouped.product", "low_rank.up_terms",
+        "low_rank.down_terms", "low_rank.add_row_by_row", "paged_attention.attention", "paged_attention.write_pages",
     }  # fmt: skip
     assert all(found.values()), found

@@ -129,6 +129,7 @@ def _present(tensor: Tensor | None, stand_in: Tensor | None) -> Tensor:
     return found.contiguous()
 
 
+@on_its_card
 def up_terms(
     x_TD: Tensor, w1: Weight, w3: Weight, expert_TK: Tensor, first: int, adapter_T: Tensor | None
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -141,6 +142,7 @@ def up_terms(
     return (low_NR, *tensors, _present(adapter_T, expert_TK)), constants
 
 
+@on_its_card
 def down_terms(
     h_NF: Tensor, w2: Weight, expert_TK: Tensor, first: int, adapter_T: Tensor | None
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
