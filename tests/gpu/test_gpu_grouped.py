@@ -111,7 +111,7 @@ def test_experts_in_a_graph_are_the_loop_on_a_cpu(dtype, bound, adapted, kind, f
         weight.copy_(torch.rand(tokens, 2, generator=g))
         expert.copy_(torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(tokens)]))
         graph.replay()
-        want = oracle(x.cpu().double(), weight.cpu().double(), expert.cpu())
+        want = oracle(x.cpu().double(), weight.cpu(), expert.cpu())
         assert relative(got, want) <= 3 * bound
 
 
@@ -142,7 +142,7 @@ def test_several_adapters_in_a_graph(dtype, bound, kind, tokens):
     for seed in range(3):
         adapter.copy_(torch.randint(-1, 3, (tokens,), generator=torch.Generator().manual_seed(seed)))
         graph.replay()
-        want = oracle(x.cpu().double(), weight.cpu().double(), expert.cpu(), AdapterRows(adapter.cpu(), 3))
+        want = oracle(x.cpu().double(), weight.cpu(), expert.cpu(), AdapterRows(adapter.cpu(), 3))
         assert relative(got, want) <= 3 * bound
 
 
