@@ -142,5 +142,7 @@ def same_pages(got: Pages, want: Pages, *, exact: bool) -> None:
         known = ~b.isnan()
         if not got.k_PSGd.is_cuda:
             known &= b.abs().log2().frac() != 0
-        assert (a[known] == b[known]).float().mean() >= 0.99
+        other = a[known] != b[known]
+        assert other.sum() <= max(2, 0.01 * other.numel()), name  # a page with a single new token has few numbers
+        assert ((a[known] - b[known]).abs() <= b[known].abs() / 8 + 2**-9).all(), name  # a neighbour: 3 bits, or 2^-9
         assert ((a - b).abs() <= b.abs() / 8 + 2**-9)[known].all()
