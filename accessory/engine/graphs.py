@@ -62,13 +62,14 @@ class DecodeGraphs:
     def _capture(self, input_BC: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running a step several
         # times is harmless: it writes the same keys to the same slots.
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._forward(input_BC)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # A stream of its own, because torch's default one belongs to the card of the process's first capture.
         # thread_local: another thread, as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
             logits_BV = self._forward(input_BC)
         return graph, input_BC, logits_BV

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,6 +124,9 @@ class Runner:
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.device = decoder.tok_embeddings.weight.device
         on_cpu = self.device.type == "cpu"
+        # Streams, events and captures belong to a thread's current card, which need not be the network's.
+        self._on_card: Callable[[], AbstractContextManager[Any]]
+        self._on_card = nullcontext if on_cpu else partial(torch.cuda.device, self.device)
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
         self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu)
         with explained():
@@ -143,7 +147,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Step:
         """Start a step. On a GPU it may still be under way when this returns."""
-        with self._explained():
+        with self._explained(), self._on_card():
             return self._run(plan.entries)
 
     def _run(self, entries: list[Entry]) -> Step:
@@ -325,7 +329,7 @@ class Runner:
     @torch.inference_mode()
     def score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
         """The logits (T, V) fp32 after each of the T tokens of each row. images: the pixels of each row's image."""
-        with self._explained():
+        with self._explained(), self._on_card():
             return self._score(rows, images)
 
     def _score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
