@@ -12,6 +12,7 @@ also times so many requests with prompts of 64 to 1,024 tokens and answers of 32
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -70,7 +71,8 @@ def main() -> None:
                 assert ranks is not None
                 for _ in Follower(runner, ranks).follow():
                     pass
-            del runner, decoder
+            executor = runner = decoder = None  # the next format needs the memory
+            gc.collect()
             torch.cuda.empty_cache()
     if group is not None:
         dist.barrier()
