@@ -202,9 +202,12 @@ class Page:
         if self.demo.chat:  # Gradio's dialogue has its own clear button
             self._on(self.output.clear, self._clear, None, view)
         if self.image is not None:
-            gr.on(  # in a queue, because `gr.Warning` needs one
+            # In a queue, because `gr.Warning` needs one. "always_last": otherwise Gradio drops an image that is chosen
+            # while it still handles the removal of the one before.
+            gr.on(
                 [self.image.upload, self.image.clear], self._look, [self.history, self.image], view,
                 concurrency_limit=2, show_progress="hidden", api_visibility="private", preprocess=False,
+                trigger_mode="always_last",
             )  # fmt: skip
 
     def _on(self, event: Any, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
