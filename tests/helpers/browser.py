@@ -124,11 +124,13 @@ class Visitor:
         self.page.fill(f"#{field} input, #{field} textarea", str(value))
 
     def choose(self, field: str, option: str) -> None:
-        # A click in the list is certain. Enter chooses nothing while the page has not filtered the list.
+        # The event itself, not a click, because the list moves while it opens. Enter would choose nothing while the
+        # page has not filtered the list.
         chooser = self.page.locator(f"#{field} input")
         chooser.click()
-        self.page.get_by_role("option", name=option, exact=True).click()
+        self.page.get_by_role("option", name=option, exact=True).dispatch_event("mousedown", {"bubbles": True})
         self.expect(chooser).to_have_value(option)
+        chooser.blur()
 
     def options(self, field: str) -> list[str]:
         self.page.click(f"#{field} input")
