@@ -23,7 +23,7 @@ import torch.distributed as dist
 from engine_steps import decode, random_request, runner_over
 from gpu_quant import bytes_read, copy_rate, source
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.config import PRESETS, ModelArgs
 from accessory.engine.engine import Engine
 from accessory.engine.executor import Follower, GroupExecutor, LocalExecutor

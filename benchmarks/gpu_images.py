@@ -20,7 +20,7 @@ from gpu_train import matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.adapt.peft import trainable_rule
-from accessory.build import NetworkSpec, TrainingSpec, build
+from accessory.build.network import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.names import image_shapes
 from accessory.config import PRESETS, ModelArgs
 from accessory.data.batches import collate

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.save import write_checkpoint

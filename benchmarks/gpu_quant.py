@@ -27,7 +27,7 @@ from engine_steps import decode, engine_over, room_for
 from gpu_train import forward_flops, matmul_rate, random_batch
 
 from accessory.adapt.peft import adapter_specs_for, trainable_rule
-from accessory.build import NetworkSpec, TrainingSpec, build
+from accessory.build.network import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.names import expected_shapes

@@ -215,7 +215,7 @@ def loading(args: ModelArgs, options: argparse.Namespace, format: str) -> Case:
     def run() -> Any:
         from gpu_quant import source
 
-        from accessory.build import NetworkSpec, build
+        from accessory.build.network import NetworkSpec, build
 
         quant = Quant.parse(format)
         spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation="sparse", quant=quant)

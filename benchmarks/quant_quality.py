@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.config import LlamaType, ModelArgs, MoEArgs

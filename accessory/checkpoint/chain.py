@@ -39,21 +39,34 @@ def open_chain(
             raise CheckpointError(f"{folder}: {IS_PEFT}")
     checkpoints = [open_checkpoint(folders[0], config_files)]
     for folder in folders[1:]:
-        # A save of trained tensors may have no configuration; then that of the first folder applies.
-        own = _configs_in(folder) or _configs_in(folders[0])
-        checkpoint = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
-        for name in _SIZES:
-            given, wanted = getattr(checkpoint.args, name), getattr(checkpoints[0].args, name)
-            if given != wanted:
-                raise CheckpointError(f"{folder}: {name}: got {given}, but {folders[0]} has {wanted}: another model's")
-        checkpoints.append(checkpoint)
-    for number, checkpoint in enumerate(checkpoints[1:], start=1):
-        problem = _other_base(checkpoint, checkpoints[:number])
-        if problem and refuse_other_base:
-            raise CheckpointError(f"{problem}; give the model that it was trained on, or --allow-other-base")
-        if problem and not (dist.is_initialized() and dist.get_rank() > 0):
-            log.warning("%s", problem)
+        checkpoints.append(open_over(checkpoints, folder, config_files, refuse_other_base=refuse_other_base))
     return checkpoints
+
+
+def open_over(
+    below: Sequence[Checkpoint],
+    folder: Path,
+    config_files: Sequence[str | Path] = (),
+    *,
+    refuse_other_base: bool = False,
+) -> Checkpoint:
+    """Open a folder to load it over the checkpoints `below`. It raises and warns as `open_chain` does."""
+    if (folder / PEFT_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: {IS_PEFT}")
+    first = below[0]
+    # A save of trained tensors may have no configuration; then that of the first folder applies.
+    own = _configs_in(folder) or _configs_in(first.path)
+    checkpoint = open_checkpoint(folder, [*own, *config_files], allow_partial=True)
+    for name in _SIZES:
+        given, wanted = getattr(checkpoint.args, name), getattr(first.args, name)
+        if given != wanted:
+            raise CheckpointError(f"{folder}: {name}: got {given}, but {first.path} has {wanted}: another model's")
+    problem = _other_base(checkpoint, below)
+    if problem and refuse_other_base:
+        raise CheckpointError(f"{problem}; give the model that it was trained on, or --allow-other-base")
+    if problem and not (dist.is_initialized() and dist.get_rank() > 0):
+        log.warning("%s", problem)
+    return checkpoint
 
 
 def trained_on(below: Sequence[Checkpoint], own: Collection[str]) -> TrainedOn:

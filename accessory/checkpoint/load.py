@@ -49,12 +49,12 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, Lazy], where: str) -> 
 
 
 def fill(decoder: Decoder, tensors: Mapping[str, Lazy], *, progress: bool = False) -> None:
-    """Copy every tensor, or the local shard of it, into its parameter.
+    """Copy every tensor, or the local shard of it, into its parameter. Parameters on the meta device get none.
 
     Several threads copy, because copies release Python's lock and overlap with reading. Tensors that must be quantised
     follow one after the other, so that only one at a time is in memory in 16 bits.
     """
-    places = list(local_tensors(decoder))
+    places = [shard for shard in local_tensors(decoder) if not getattr(shard.tensor, "is_meta", False)]
     copied = [shard for shard in places if _lies_as_wanted(tensors[shard.name], shard)]
     arriving = [shard for shard in places if not _lies_as_wanted(tensors[shard.name], shard)]
     total = sum(shard.tensor.nbytes for shard in places)

@@ -24,6 +24,7 @@ from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU, PAGE_SIZE, STEP_T
 from accessory.nn.cache import PagedCache, bytes_a_page
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
+from accessory.ops.linear import AdapterRows
 from accessory.ops.paged_attention import PagedBatch, Span
 from accessory.parallel.collectives import broadcast
 from accessory.parallel.mesh import Ranks
@@ -33,7 +34,7 @@ LAST_DRAW = -2  # in place of a token id: what the slot drew last. It is not `IM
 # The parts of the free memory that a cache may take. The rest is for what no plan knows, on a CPU for other programs.
 CACHE_OF_GPU, CACHE_OF_HOST = 0.9, 0.5
 # The columns of a decoding step's numbers (B, C). The page table follows.
-_TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _TABLE = range(6)
+_TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _ADAPTER, _TABLE = range(7)
 
 
 class Step:
@@ -139,9 +140,10 @@ class Runner:
         # How many of the likeliest tokens each slot's request wants, of its answer and of its prompt.
         self._logprobs: list[int | None] = [None] * max_running
         self._prompt_logprobs = [0] * max_running
+        self._adapter_S = np.full(max_running, -1)
         self._images: dict[int, list[tuple[int, Tensor]]] = {}  # by slot: first position, embeddings (W, D)
         padding_C = np.zeros(_TABLE + self._table_SP.shape[1], dtype=np.int32)
-        padding_C[_LENGTH] = 1
+        padding_C[_LENGTH], padding_C[_ADAPTER] = 1, -1
         self._graphs = DecodeGraphs(self._decode, self._host_free, padding_C, self.device, max_running)
 
     @torch.inference_mode()
@@ -156,13 +158,14 @@ class Runner:
         draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
         scores = [n for n, entry in enumerate(entries) if entry.targets]
         single = all(entry.ids is None or len(entry.ids) == 1 for entry in entries)
-        bucket = self._graphs.bucket(len(entries)) if single and not scores else None
+        adapted = any(self._adapter_S[entry.slot] >= 0 for entry in entries)
+        bucket = self._graphs.bucket(len(entries), adapted) if single and not scores else None
         if bucket is not None:
-            logits_RV = self._graphs.step(bucket, self._numbers(entries))
+            logits_RV = self._graphs.step(bucket, self._numbers(entries), adapted)
             logits_RV = logits_RV[: len(entries)] if len(draws) == len(entries) else logits_RV[draws]
             scored: dict[int, tuple[Drawn, int]] = {}
         else:
-            logits_RV, scored = self._forward(entries, draws, scores)
+            logits_RV, scored = self._forward(entries, draws, scores, adapted)
         drawing = [entries[n] for n in draws]
         asked = [self._logprobs[entry.slot] for entry in drawing]
         return Step(self._draw(drawing, logits_RV), asked, scored, self.device)
@@ -172,7 +175,7 @@ class Runner:
         slot = entry.slot
         if entry.begin is not None:
             begin = entry.begin
-            self._filled[slot], params = 0, begin.params
+            self._filled[slot], self._adapter_S[slot], params = 0, begin.adapter, begin.params
             self._logprobs[slot], self._prompt_logprobs[slot] = params.logprobs, params.prompt_logprobs or 0
             self._sampler.start(slot, params, begin.prompt, begin.answer, begin.stop_ids)
             self._images.pop(slot, None)
@@ -216,6 +219,7 @@ class Runner:
         numbers_BC[:, _WRITE] = self._write(slot_B, position_B)
         numbers_BC[:, _SLOT] = slot_B
         numbers_BC[:, _LENGTH] = position_B + 1
+        numbers_BC[:, _ADAPTER] = self._adapter_S[slot_B]
         numbers_BC[:, _TABLE:] = self._table_SP[slot_B]
         return numbers_BC
 
@@ -223,8 +227,11 @@ class Runner:
         """Where the keys and values of these positions go: page · PAGE_SIZE + place in the page."""
         return self._table_SP[slot_N, position_N // PAGE_SIZE] * PAGE_SIZE + position_N % PAGE_SIZE
 
-    def _decode(self, numbers_BC: Tensor) -> Tensor:
-        """Logits (B, V) of a step in which each sequence brings one token. A graph records it."""
+    def _decode(self, numbers_BC: Tensor, adapted: bool) -> Tensor:
+        """Logits (B, V) of a step in which each sequence brings one token. A graph records it.
+
+        adapted: whether a row takes one of the adapters.
+        """
         B = len(numbers_BC)
         batch = PagedBatch(
             slot_N=numbers_BC[:, _WRITE].long(),
@@ -235,21 +242,22 @@ class Runner:
             longest=0,
             longest_length=self._table_SP.shape[1] * PAGE_SIZE,
         )
-        return self._logits(numbers_BC[:, _TOKEN], numbers_BC[:, _POSITION], numbers_BC[:, _SLOT], batch)
+        adapter_B = numbers_BC[:, _ADAPTER].long() if adapted else None
+        return self._logits(numbers_BC[:, _TOKEN], numbers_BC[:, _POSITION], numbers_BC[:, _SLOT], batch, adapter_B)
 
-    def _host_free(self, sequences: int) -> bool:
+    def _host_free(self, sequences: int, adapted: bool) -> bool:
         """Whether so many tokens pass through the experts without the host learning the routing."""
         experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
         args = self.decoder.args
         with torch.inference_mode():
             x_TD = torch.empty(sequences, args.dim, device=self.device, dtype=self.decoder.products_in)
             expert_TK = torch.empty(sequences, args.moe.num_experts_per_tok, device="meta")
-            return experts.host_free(x_TD, expert_TK)
+            return experts.host_free(x_TD, expert_TK, adapted)
 
     # ----------------------------------------------------------------- any step
 
     def _forward(
-        self, entries: list[Entry], draws: list[int], scores: list[int]
+        self, entries: list[Entry], draws: list[int], scores: list[int], adapted: bool
     ) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
         """The logits (R, V) after the last tokens of the entries `draws`, and all positions of `scores` judged."""
         count_B = np.array([1 if entry.ids is None else len(entry.ids) for entry in entries])
@@ -282,7 +290,8 @@ class Runner:
         judged = [range(query_C[n], query_C[n] + len(entries[n].targets)) for n in scores]
         rows_R = self._upload(np.array([*ends, *(row for rows in judged for row in rows)], dtype=np.int64))
         token, position, slot = (self._upload(numbers_N) for numbers_N in (token_N, position_N, slot_N))
-        logits_RV = self._logits(token, position, slot, batch, rows_R, self._seen(entries))
+        adapter_N = self._upload(self._adapter_S[slot_N]) if adapted else None
+        logits_RV = self._logits(token, position, slot, batch, adapter_N, rows_R, self._seen(entries))
         scored, at = {}, len(ends)
         for n in scores:
             ids_T, most = self._upload(np.array(entries[n].targets)), self._prompt_logprobs[entries[n].slot]
@@ -310,13 +319,19 @@ class Runner:
         position_N: Tensor,
         slot_N: Tensor,
         batch: PagedBatch,
+        adapter_N: Tensor | None,
         rows_R: Tensor | None = None,
         seen_WD: Tensor | None = None,
     ) -> Tensor:
         token_N = torch.where(token_N == LAST_DRAW, self._last_S[slot_N.long()], token_N)
         self.cache.begin(batch)
         return self.decoder(
-            token_N.long()[None], position_N.long()[None], cache=self.cache, rows_N=rows_R, images=seen_WD
+            token_N.long()[None],
+            position_N.long()[None],
+            cache=self.cache,
+            rows_N=rows_R,
+            images=seen_WD,
+            adapters=None if adapter_N is None else AdapterRows(adapter_N, self.decoder.adapters),
         ).logits.flatten(0, -2)
 
     def _upload(self, numbers: np.ndarray, dtype: Any = np.int64) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from accessory.arguments import check_max_seq_len
-from accessory.build import NetworkSpec
-from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
+from accessory.build.adapters import check_adapters
+from accessory.build.network import NetworkSpec
+from accessory.checkpoint.chain import chained_args, chained_quant, open_chain, open_over
 from accessory.checkpoint.hub import resolve
 from accessory.config import LlamaType
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PathLike = str | Path
 MAX_SEQ_LEN = 4096  # the default
+NO_ADAPTER = "none"  # in place of an adapter's name
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,7 @@ class Loading:
     quant_attention: str | None = None
     quant_output: str | None = None
     image_transform: str = IMAGE_TRANSFORMS[0]
+    adapters: Any = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class Loading:
         if not self.pretrained_path:
             raise InputError("pretrained_path: got an empty list, but at least one folder is needed")
         self.llama_config = [] if self.llama_config is None else _paths("llama_config", self.llama_config)
+        self.adapters = _named_paths("adapters", self.adapters)
         if self.tokenizer_path is not None:
             _check_path("tokenizer_path", self.tokenizer_path)
         if self.llama_type:
@@ -77,6 +81,7 @@ class Loading:
     def fetch(self) -> None:
         """Download what has to be downloaded, so that several ranks do not download it into the same place."""
         self.pretrained_path = [Path(resolve(path)) for path in self.pretrained_path]
+        self.adapters = {name: Path(resolve(path)) for name, path in self.adapters.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments of `MetaModel.from_pretrained` again."""
@@ -101,7 +106,12 @@ class Loading:
             implementation=kind.implementation,
             quant=chained_quant(checkpoints, self._quant),
             image_views=views if self.with_visual else 0,
+            adapters={
+                name: open_over(checkpoints, Path(resolve(path)), self.llama_config)
+                for name, path in self.adapters.items()
+            },
         )
+        check_adapters(spec)
         check_vocabulary(tokenizer, args.vocab_size)
         _check_positions(self.max_seq_len, args.max_seq_len)
         if ranks > 1:
@@ -129,6 +139,18 @@ def _paths(name: str, given: Any) -> list[PathLike]:
     for path in given:
         _check_path(name, path)
     return list(given)
+
+
+def _named_paths(name: str, given: Any) -> dict[str, PathLike]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name}: got {given!r:.60}, but it must be a mapping of names to folders")
+    for key, path in given.items():
+        if not isinstance(key, str) or not key.strip() or key == NO_ADAPTER:
+            raise InputError(f"{name}: got the name {key!r:.60}, but it must be a text other than {NO_ADAPTER!r}")
+        _check_path(f"{name}: {key}", path)
+    return dict(given)
 
 
 def _check_path(name: str, path: Any) -> None:

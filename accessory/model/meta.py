@@ -6,7 +6,7 @@ Its name and import path are LLaMA2-Accessory's. `TextModel` has what it does wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accessory.build import build, build_tower
+from accessory.build.adapters import adapter_roots, stand_adapters
+from accessory.build.network import build, build_tower
 from accessory.config import ModelArgs
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.engine.engine import Engine
@@ -42,7 +43,8 @@ class MetaModel(nn.Module, TextModel):
 
     max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
     tower: the image encoders; None for text alone. image_transform: how an image becomes a square. memory: what the
-    planner is asked about the model; without it, memory that runs out is not explained.
+    planner is asked about the model; without it, memory that runs out is not explained. adapters: digests by the names
+    of the adapters that stand beside the decoder's weights.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class MetaModel(nn.Module, TextModel):
         tower: VisionTower | None = None,
         image_transform: str = "padded_resize",
         memory: ModelMemory | None = None,
+        adapters: Mapping[str, bytes] | None = None,
     ) -> None:
         super().__init__()
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+        self.adapters = dict(adapters or {})
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.tower, self._memory = tower, memory
         self.image_processor = None
@@ -95,6 +99,7 @@ class MetaModel(nn.Module, TextModel):
         quant_attention: str | None = None,
         quant_output: str | None = None,
         image_transform: str = "padded_resize",
+        adapters: Mapping[str, PathLike] | None = None,
         progress: bool = False,
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
@@ -112,6 +117,8 @@ class MetaModel(nn.Module, TextModel):
         Without it, such a model takes text only. Encoders whose weights the folders lack are loaded from the place
         that the configuration names. image_transform: how an image becomes a square, see
         `data.transform.get_transform`.
+        adapters: folders of adapters by name; a request names the one that it takes, or none. They may hold LoRA of any
+        rank, biases, norms and routers, and stand beside the weights of any format.
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
@@ -132,6 +139,7 @@ class MetaModel(nn.Module, TextModel):
             quant_attention=quant_attention,
             quant_output=quant_output,
             image_transform=image_transform,
+            adapters=adapters,
         )
         ranks = None if mp_group is None else Ranks.of(mp_group)
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
@@ -143,9 +151,10 @@ class MetaModel(nn.Module, TextModel):
         memory.check_loading(max_seq_len)
         with memory.explained(1, max_seq_len):
             llma = build(spec, mesh, **where, progress=progress)
+            stand_adapters(llma, spec, mesh, dtype=asked.dtype)
             if with_visual:
                 tower = build_tower(spec, **where, progress=progress)
-        return cls(llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory)
+        return cls(llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory, adapter_roots(spec))
 
     # ----------------------------------------------------------------- the engine
 

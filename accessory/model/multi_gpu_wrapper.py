@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from accessory.arguments import check_port
+from accessory.build.adapters import adapter_roots
 from accessory.engine.engine import Engine
 from accessory.engine.executor import RankExecutor
 from accessory.errors import InputError, RankError
@@ -68,6 +69,7 @@ class MultiGpuWrapper(TextModel):
         asked.fetch()
         spec, self.tokenizer = asked.open(self.size)  # what is wrong shows here, before any rank starts
         self.args, self.max_seq_len, self.image_processor = spec.args, asked.max_seq_len, None
+        self.adapters = adapter_roots(spec)
         if asked.with_visual:
             from accessory.model.image_processor import ImageProcessor
 

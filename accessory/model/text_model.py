@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from operator import index
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images
 
 log = logging.getLogger(__name__)
+
+Adapter = str | None  # the name of a loaded adapter
 
 # Requests of one call that the engine has at once. A call with more adds them as others end.
 AT_ONCE = 512
@@ -103,15 +105,17 @@ class Writing:
 
 
 class TextModel:
-    """Generates and scores text. A subclass gives the four attributes and `_engine`.
+    """Generates and scores text. A subclass gives the five attributes and `_engine`.
 
-    `image_processor` is None for a text-only model.
+    `image_processor` is None for a text-only model. `adapters`: a digest of the content of each adapter that requests
+    may name; its place is its number.
     """
 
     tokenizer: Tokenizer
     max_seq_len: int
     args: ModelArgs
     image_processor: ImageProcessor | None
+    adapters: Mapping[str, bytes]
 
     def _engine(self) -> Engine:
         raise NotImplementedError
@@ -134,6 +138,7 @@ class TextModel:
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
         on_step: Callable[[int], None] | None = None,
+        adapter: Adapter | Sequence[Adapter] = None,
         **sampling: Any,
     ) -> list[str]:
         """The text that the model writes after each prompt. A prompt is a string, or token ids, which are not changed.
@@ -147,7 +152,8 @@ class TextModel:
         tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
         `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
         a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after
-        each step with the tokens of the longest text.
+        each step with the tokens of the longest text. adapter: the name of one of the adapters that the model was
+        loaded with, for all prompts, or one for each; None: none.
 
         sampling: the other fields of `SamplingParams`: top_k, min_p, repetition_penalty and so on. With a seed, equal
         prompts of one call are answered as copies 0, 1, 2 … of one request, which draw other numbers.
@@ -155,7 +161,8 @@ class TextModel:
         Several threads may call at once; the engine answers them together.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, **sampling)
-        completions = self.complete(prompts, images, max_gen_len, params, additional_stop_symbols, cancelled, on_step)
+        completions = self.complete(prompts, images, max_gen_len, params, additional_stop_symbols, cancelled, on_step,
+                                    adapter)  # fmt: skip
         return [completion.text for completion in completions]
 
     def stream_generate(
@@ -168,6 +175,7 @@ class TextModel:
         additional_stop_symbols: Iterable[str] = (),
         seed: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        adapter: Adapter = None,
         **sampling: Any,
     ) -> Iterator[StreamItem]:
         """Yield the answer while it is written. Each item has all text so far; the last one has `end_of_content` set.
@@ -175,7 +183,7 @@ class TextModel:
         Text appears only when it is final: never half a character, never part of a stop symbol.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, **sampling)
-        for answer in self.stream(prompt, image, max_gen_len, params, additional_stop_symbols, cancelled):
+        for answer in self.stream(prompt, image, max_gen_len, params, additional_stop_symbols, cancelled, adapter):
             if answer.finish_reason is None:
                 yield {"text": answer.text, "end_of_content": False}
         yield {"text": answer.text, "end_of_content": True}
@@ -188,13 +196,14 @@ class TextModel:
         params: SamplingParams | None = None,
         additional_stop_symbols: Iterable[str] = (),
         cancelled: Callable[[], bool] | None = None,
+        adapter: Adapter = None,
     ) -> Iterator[Completion]:
         """Yield the answer whenever its text has grown, and once it has ended: the same object each time."""
         images = None if image is None else [image]
 
         def states() -> Generator[Completion]:
             (writing,) = self._requests(
-                [prompt], images, max_gen_len, params or SamplingParams(), additional_stop_symbols
+                [prompt], images, max_gen_len, params or SamplingParams(), additional_stop_symbols, adapter
             )
             for _, _, new in self._read([writing], cancelled):
                 if new and writing.answer.finish_reason is None:
@@ -212,12 +221,15 @@ class TextModel:
         additional_stop_symbols: Iterable[str] = (),
         cancelled: Callable[[], bool] | None = None,
         on_step: Callable[[int], None] | None = None,
+        adapter: Adapter | Sequence[Adapter] = None,
     ) -> list[Completion]:
         """As `generate`, with all that is known of each answer: tokens, why it ended, log-probabilities."""
         count_prompts(prompts)
 
         def all_of_them() -> Generator[Any, None, list[Completion]]:
-            writings = self._requests(prompts, images, max_gen_len, params or SamplingParams(), additional_stop_symbols)
+            writings = self._requests(
+                prompts, images, max_gen_len, params or SamplingParams(), additional_stop_symbols, adapter
+            )
             longest = 0
             for _, writing, _ in self._read(writings, cancelled):
                 if on_step is not None and len(writing.answer.token_ids) > longest:
@@ -234,6 +246,7 @@ class TextModel:
         max_gen_len: int,
         params: SamplingParams,
         stops: Iterable[str],
+        adapter: Adapter | Sequence[Adapter] = None,
     ) -> list[Writing]:
         """A request for each prompt. Raises InputError for what cannot be answered, before any is computed."""
         stops = [stops] if isinstance(stops, str) else list(stops)
@@ -241,6 +254,7 @@ class TextModel:
         params.check_vocabulary(self.tokenizer.vocab_size)
         prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
         counts = image_token_counts(self.image_processor, pixels)
+        chosen = self._adapters(adapter, len(prompts))
         copies: Counter[tuple[int, ...]] = Counter()
         made = []
         for row, (prompt, image, count) in enumerate(zip(prompts, pixels, counts, strict=True)):
@@ -255,9 +269,22 @@ class TextModel:
                 mine = replace(params, copy=params.copy + copies[tuple(ids)])
                 copies[tuple(ids)] += 1
             stop_ids = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
-            request = Request(ids, mine, max_gen_len, stop_ids, spans)
+            number, root = chosen[row]
+            request = Request(ids, mine, max_gen_len, stop_ids, spans, adapter=number, root=root)
             made.append(Writing(request, self.tokenizer, text_ids, stops))
         return made
+
+    def _adapters(self, adapter: Adapter | Sequence[Adapter], prompts: int) -> list[tuple[int, bytes]]:
+        """The number and the digest of each prompt's adapter."""
+        names = [adapter] * prompts if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != prompts:
+            raise InputError(f"adapter: got {len(names)} for {prompts} prompts; give one for each, or one for all")
+        numbers = {name: (number, root) for number, (name, root) in enumerate(self.adapters.items())}
+        for name in names:
+            if name is not None and name not in numbers:
+                known = f"loaded: {', '.join(numbers)}" if numbers else "the model was loaded without adapters"
+                raise InputError(f"adapter: got {name!r:.60}, but {known}")
+        return [(-1, b"") if name is None else numbers[name] for name in names]
 
     def _read(
         self, writings: Sequence[Writing], cancelled: Callable[[], bool] | None = None

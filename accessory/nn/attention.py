@@ -15,7 +15,7 @@ from accessory.nn.cache import PagedCache
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
 from accessory.ops.attention import Documents, attention
-from accessory.ops.linear import linear
+from accessory.ops.linear import AdapterRows, linear
 from accessory.ops.rope import apply_rope
 
 
@@ -36,7 +36,9 @@ class Attention(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
     def fuse(self) -> None:
-        if all(w.weights().plain and isinstance(w.weight, Tensor) for w in (self.wq, self.wk, self.wv)):
+        if all(
+            w.weights().without_adapters().plain and isinstance(w.weight, Tensor) for w in (self.wq, self.wk, self.wv)
+        ):
             self.fused.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
 
     def forward(
@@ -45,16 +47,18 @@ class Attention(nn.Module):
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
         cache: PagedCache | None,
+        adapters: AdapterRows | None = None,
     ) -> Tensor:
+        """adapters: the adapter of each of the B·T tokens, where there are several; None: no token takes one."""
         x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
-        q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD)
+        q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD, adapters)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
         if cache is not None:
-            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None])
-        return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2))
+            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None], adapters)
+        return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2), adapters)
 
-    def _project(self, x_BTD: Tensor) -> Sequence[Tensor]:
-        if self.fused.tensor is not None and not torch.is_grad_enabled():
+    def _project(self, x_BTD: Tensor, adapters: AdapterRows | None) -> Sequence[Tensor]:
+        if self.fused.tensor is not None and adapters is None and not torch.is_grad_enabled():
             heads_BTHd = linear(x_BTD, self.fused.tensor).unflatten(-1, (-1, self.head_dim))
             return heads_BTHd.split([w.weight.shape[0] // self.head_dim for w in (self.wq, self.wk, self.wv)], dim=2)
-        return [w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]
+        return [w(x_BTD, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]

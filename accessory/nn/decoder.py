@@ -20,6 +20,7 @@ from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.nn.multimodal import ImageTokens, place
 from accessory.ops.attention import Documents, has_varlen
+from accessory.ops.linear import AdapterRows
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
 
@@ -64,9 +65,12 @@ class Layer(nn.Module):
         cache: PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
+        adapters: AdapterRows | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_BT1c, mask_BTS, cache)
-        y_TD, stats = self.feed_forward(self.ffn_norm(x_BTD).flatten(0, 1), counted_T, statistics)
+        y_BTD = self.attention_norm(x_BTD, adapters)
+        x_BTD = x_BTD + self.attention(y_BTD, rotation_BT1c, mask_BTS, cache, adapters)
+        y_TD = self.ffn_norm(x_BTD, adapters).flatten(0, 1)
+        y_TD, stats = self.feed_forward(y_TD, counted_T, statistics, adapters)
         return x_BTD + y_TD.view_as(x_BTD), stats
 
 
@@ -87,6 +91,7 @@ class Decoder(ImageTokens):
         if sees:
             self.add_images(args.sees_with, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
+        self.adapters = 0  # how many stand beside the weights, of which each token takes one or none
         # For each parameter: the whole shape, and the offsets of this rank's part. `parallelize` fills it.
         self.local_shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         # A plain attribute instead of a buffer: args determine the frequencies, and a cast must not round them.
@@ -139,6 +144,7 @@ class Decoder(ImageTokens):
         statistics: bool = False,
         rows_N: Tensor | None = None,
         images: Features | Tensor | None = None,
+        adapters: AdapterRows | None = None,
     ) -> DecoderOutput:
         """Run `tokens_BT` (int64).
 
@@ -148,7 +154,8 @@ class Decoder(ImageTokens):
         each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
         them. rows_N: return the logits of these rows of the flattened batch only, (N, V). images: the encoders'
         features, or their image tokens. These replace the positions with `IMAGE_ID`, in the order of the flattened
-        batch; there must be as many as such positions.
+        batch; there must be as many as such positions. adapters: which of several adapters each token of the flattened
+        batch takes; None: no token takes one.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -168,11 +175,13 @@ class Decoder(ImageTokens):
             x_BTD = place(x_BTD, tokens_BT, seen_ND)
         router = []
         for layer in self.layers:
-            x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics)
+            x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics, adapters)
             if stats is not None:
                 router.append(stats)
         x = x_BTD if rows_N is None else x_BTD.flatten(0, 1)[rows_N]
-        return DecoderOutput(self.output(self.norm(x).to(self.products_in)), router)
+        if adapters is not None and rows_N is not None:
+            adapters = adapters[rows_N]
+        return DecoderOutput(self.output(self.norm(x, adapters).to(self.products_in), adapters), router)
 
 
 def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
-from accessory.ops.linear import AdapterRows, Lora, Weight
+from accessory.ops.linear import AdapterRows, LinearAdapter, Weight
 
 
 class StackedExperts(nn.Module):
@@ -40,8 +40,7 @@ class StackedExperts(nn.Module):
         for kind in ("w1", "w2", "w3"):
             for part in ("bias", "lora_a", "lora_b"):
                 self.register_parameter(f"{kind}_{part}", None)
-        # Several adapters of a kind: lora_a (A·E, r, in), lora_b (A·E, out, r), scale_A.
-        self.adapters: dict[str, Sequence[Tensor]] = {}
+        self.adapters: dict[str, Weight] = {}  # several beside the stack of a kind; their weight is this stack
         self.lora_scale, self.bias_factor = 1.0, 1.0
         self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
@@ -60,52 +59,56 @@ class StackedExperts(nn.Module):
         dtype = torch.float32 if isinstance(weight, PackedWeight) else weight.dtype
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
-    def set_adapters(self, kind: str, adapters: Sequence[Lora | None]) -> None:
+    def set_adapters(self, kind: str, adapters: Sequence[LinearAdapter | None]) -> None:
         """Stand several adapters beside the stack `kind`, in place of those before; None: one without a part here.
 
         They stay where they are when the module is moved or cast.
         """
         self.adapters.pop(kind, None)
-        if any(lora is not None for lora in adapters):
-            self.adapters[kind] = self.weights(kind).with_adapters(adapters).stacks()
+        beside = self.weights(kind).with_adapters(adapters)
+        if beside.several:
+            self.adapters[kind] = beside
 
     def weights(self, kind: str) -> Weight:
         """The stack `kind` ("w1", "w2", "w3") with its bias and its LoRA adapters."""
         bias, lora_a, lora_b = (getattr(self, f"{kind}_{part}") for part in ("bias", "lora_a", "lora_b"))
         if bias is not None and kind == "w2" and self.bias_factor != 1.0:
             bias = bias * self.bias_factor
-        w = Weight(product_of(getattr(self, kind)), bias, lora_a, lora_b, self.lora_scale)
+        weight = product_of(getattr(self, kind))
         if kind in self.adapters:
-            lora_a, lora_b, scale_A = self.adapters[kind]
-            w = w._replace(lora_a=lora_a, lora_b=lora_b, scale_A=scale_A)
-        return w
+            return self.adapters[kind]._replace(weight=weight, bias=bias)
+        return Weight(weight, bias, lora_a, lora_b, self.lora_scale)
 
-    def all_weights(self) -> tuple[Weight, Weight, Weight]:
-        """w1, w2 and w3."""
-        return self.weights("w1"), self.weights("w2"), self.weights("w3")
+    def all_weights(self, adapted: bool = True) -> tuple[Weight, Weight, Weight]:
+        """w1, w2 and w3. adapted: with their several adapters, if they have them."""
+        w1, w2, w3 = self.weights("w1"), self.weights("w2"), self.weights("w3")
+        return (w1, w2, w3) if adapted else (w1.without_adapters(), w2.without_adapters(), w3.without_adapters())
 
     def fuse(self) -> None:
-        plain = all(w.plain for w in self.all_weights())
+        plain = all(w.plain for w in self.all_weights(adapted=False))
         if plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
             self.fused.refresh([self.w1, self.w3])
 
     def forward(
         self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None = None
     ) -> Tensor:
-        """adapters: the adapter of each token, where there are several."""
+        """adapters: the adapter of each token, where there are several; None: no token takes one."""
         x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
-        w1, w2, w3 = self.all_weights()
+        w1, w2, w3 = self.all_weights(adapters is not None)
         w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
-        kernel = decode_kernel(x_TD, w1, expert_TK.numel(), fused=w13 is not None)
+        kernel = decode_kernel(x_TD, (w1, w2, w3), expert_TK.numel(), fused=w13 is not None)
         if kernel is not None:
             return decode_experts(
                 kernel, x_TD, w1, w2, w3, weight_TK, expert_TK, first=self.first, w13_EGD=w13, adapters=adapters
             )
         return self.grouped(x_TD, weight_TK, expert_TK, adapters)
 
-    def host_free(self, x_TD: Tensor, expert_TK: Tensor) -> bool:
-        """Whether a GPU runs this without the host learning the routing. A CUDA graph needs that."""
-        return x_TD.is_cuda and runs_host_free(x_TD, *self.all_weights(), expert_TK.numel())
+    def host_free(self, x_TD: Tensor, expert_TK: Tensor, adapted: bool) -> bool:
+        """Whether a GPU runs this without the host learning the routing. A CUDA graph needs that.
+
+        adapted: whether tokens take one of several adapters.
+        """
+        return x_TD.is_cuda and runs_host_free(x_TD, *self.all_weights(adapted), expert_TK.numel())
 
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
         """Each implementation's computation for prompts, batches and training. Returns the same as `forward`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.formats import Format
-from accessory.ops.linear import AdapterRows, Lora, Weight, linear
+from accessory.ops.linear import AdapterRows, LinearAdapter, Weight, linear
 from accessory.ops.norm import rms_norm
 from accessory.ops.quantized import Packed, packed_shapes
 
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         self.bias_factor = 1.0
         self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
-        self.adapters: Sequence[Tensor] | None = None  # of several: lora_a (A, r, in), lora_b (A, out, r), scale_A
+        self.adapters: Weight | None = None  # several, of which each row takes one; their weight is this one's
 
     def add_bias(self) -> None:
         dtype = self.weight.dtype if isinstance(self.weight, nn.Parameter) else torch.float32
@@ -77,27 +77,26 @@ class Linear(nn.Module):
             self.lora_b = Linear(rank, self.weight.shape[0]).to(dtype)
         self.lora_scale = scale
 
-    def set_adapters(self, adapters: Sequence[Lora | None]) -> None:
+    def set_adapters(self, adapters: Sequence[LinearAdapter | None]) -> None:
         """Stand several adapters beside the weight, in place of those before; None: one without a part here.
 
         They stay where they are when the module is moved or cast.
         """
-        several = any(lora is not None for lora in adapters)
-        self.adapters = self.weights().with_adapters(adapters).stacks() if several else None
+        beside = self.weights().with_adapters(adapters)
+        self.adapters = beside if beside.several else None
 
     def weights(self) -> Weight:
         """The weight with its bias and its LoRA adapters."""
         bias = self.bias if self.bias is None or self.bias_factor == 1.0 else self.bias * self.bias_factor
         weight = product_of(self.weight)
         if self.adapters is not None:
-            lora_a, lora_b, scale_A = self.adapters
-            return Weight(weight, bias, lora_a, lora_b, scale_A=scale_A)
+            return self.adapters._replace(weight=weight, bias=bias)
         if self.lora_a is None or self.lora_b is None:
             return Weight(weight, bias)
         return Weight(weight, bias, self.lora_a.weight, self.lora_b.weight, self.lora_scale)
 
     def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
-        """adapters: the adapter of each of x's rows, where there are several."""
+        """adapters: the adapter of each of x's rows, where there are several; None: no row takes one."""
         return linear(x, self.weights(), adapters=adapters)
 
 
@@ -108,6 +107,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.adapters: Tensor | None = None  # (1 + A, dim) fp32: the weight, and that of each of several adapters
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.float(), self.eps)
+    def set_adapters(self, weights: Sequence[Tensor | None]) -> None:
+        """Have a weight of its own for each of several adapters; None: one that keeps this one."""
+        own = self.weight.detach().float()
+        changed = any(weight is not None for weight in weights)
+        self.adapters = torch.stack([own, *(own if w is None else w.float() for w in weights)]) if changed else None
+
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """adapters: the adapter of each of x's rows, where there are several; None: no row takes one."""
+        if self.adapters is None or adapters is None:
+            return rms_norm(x, self.weight.float(), self.eps)
+        weight_ND = self.adapters[adapters.number_N + 1]
+        return rms_norm(x, torch.ones_like(self.adapters[0]), self.eps) * weight_ND.view(x.shape)

@@ -172,12 +172,13 @@ def choose(product: Product) -> Kernel:
     return kernel
 
 
-def host_free(decode: Product, grouped: Iterable[Product]) -> bool:
+def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
     """Whether a layer's experts run without the host learning which tokens they got. A CUDA graph needs that.
 
-    decode: the "decode" product. grouped: all grouped products, which run where no kernel computes `decode`.
+    decode: the "decode" product; None: there is none. grouped: all grouped products, which run where no kernel computes
+    `decode`.
     """
-    kernel = find(decode)
+    kernel = None if decode is None else find(decode)
     return kernel.host_free if kernel is not None else all(choose(p).host_free for p in grouped)
 
 

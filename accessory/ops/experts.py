@@ -65,19 +65,29 @@ def _stack(weight: Tensor | Packed | Weight) -> Tensor | Packed:
     return weight.weight if isinstance(weight, Weight) else weight
 
 
-def decode_kernel(x_TD: Tensor, w1_EFD: Weight, pairs: int, *, fused: bool) -> dispatch.Kernel | None:
-    """The kernel that computes `pairs` (token, expert) pairs and reads the weights in place.
+def decode_kernel(
+    x_TD: Tensor, weights: tuple[Weight, Weight, Weight], pairs: int, *, fused: bool
+) -> dispatch.Kernel | None:
+    """The kernel that computes `pairs` (token, expert) pairs and reads the weights w1, w2 and w3 in place.
 
     None means: use grouped products instead. fused: whether w1 and w3 are in one tensor, and all weights plain.
     """
+    w1_EFD = weights[0]
+    if _beside_decoding(weights):
+        return None
     return dispatch.find(dispatch.product("decode", x_TD, w1_EFD.weight, pairs, fused=fused))
 
 
 def runs_host_free(x_TD: Tensor, w1_EFD: Weight, w2_EDF: Weight, w3_EFD: Weight, pairs: int) -> bool:
     """Whether a step of `pairs` pairs runs without the host learning the routing. A CUDA graph needs that."""
-    decode = dispatch.product("decode", x_TD, w1_EFD.weight, pairs)
     weights = (w1_EFD, w2_EDF, w3_EFD)
+    decode = None if _beside_decoding(weights) else dispatch.product("decode", x_TD, w1_EFD.weight, pairs)
     return dispatch.host_free(decode, [p for w in weights for p in grouped_products(x_TD, w, pairs)])
+
+
+def _beside_decoding(weights: tuple[Weight, ...]) -> bool:
+    """Whether something stands beside the weights that kernels for pairs do not add: biases of several adapters."""
+    return any(w.bias_SO is not None for w in weights)
 
 
 def decode_experts(

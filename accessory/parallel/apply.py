@@ -92,8 +92,8 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
 
     def copy_to_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # The routing weights too: each rank computes only its experts' part of their gradient.
-        x_TD, weight_TK, expert_TK = inputs
-        return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), expert_TK
+        x_TD, weight_TK, *rest = inputs
+        return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), *rest
 
     decoder.tok_embeddings.register_forward_hook(gathered)
     decoder.output.register_forward_pre_hook(copy_first)

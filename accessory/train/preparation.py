@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accessory.build import outline
+from accessory.build.network import outline
 from accessory.checkpoint.hub import is_remote
 from accessory.data.records import read_meta
 from accessory.data.templates import get_template

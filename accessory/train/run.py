@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from accessory.build import build, build_tower
+from accessory.build.network import build, build_tower
 from accessory.counts import spell_parameters
 from accessory.errors import MissingExtraError
 from accessory.launch.gpus import check_device, default_device

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accessory.adapt.peft import adapter_specs_for, trainable_rule
-from accessory.build import NetworkSpec, TrainingSpec
+from accessory.build.network import NetworkSpec, TrainingSpec
 from accessory.checkpoint.chain import chained_args, chained_quant, open_chain
 from accessory.checkpoint.folder import Checkpoint
 from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs

@@ -6,7 +6,7 @@ from helpers.distributed import run_ranks
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import CUTTABLE
 
-from accessory.build import NetworkSpec, TrainingSpec, build
+from accessory.build.network import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.lazy import Constant
 from accessory.config import LlamaType, ModelArgs

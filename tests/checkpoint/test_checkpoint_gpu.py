@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.checkpoints import random_tensors, write_accessory
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint import copying
 from accessory.checkpoint.files import read_pickle
 from accessory.checkpoint.folder import open_checkpoint

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.checkpoint.lazy import Constant, Stored
 from accessory.checkpoint.packed import Quantized

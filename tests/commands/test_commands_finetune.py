@@ -141,7 +141,7 @@ def test_the_same_is_refused_before_the_first_step(made, fields, capsys, monkeyp
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "trackio" else find_spec(n, *a))
     monkeypatch.setattr("accessory.commands.finetune.run_under_torchrun", lambda *_, **__: pytest.fail("started ranks"))
-    monkeypatch.setattr("accessory.build.fill", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("accessory.build.network.fill", lambda *_, **__: pytest.fail("loaded weights"))
     changes = [change.format(tmp=tmp_path) for change in REFUSED[name][0]]
     message = REFUSED[name][1].format(tmp=tmp_path)
     options = {"dry run": ["--dry-run", "--n-gpus", "2"], "driver of ranks": ["--n-gpus", "2"], "run": []}[how]

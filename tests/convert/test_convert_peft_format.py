@@ -11,7 +11,7 @@ from helpers.checkpoints import ARGS
 from helpers.random_models import canonical_from_hf, hf_mixtral
 from safetensors.torch import load_file, save_file
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.chain import chained_args, open_chain, trained_on
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.merge import merge

@@ -20,10 +20,13 @@ from helpers.traffic import (
     check_empty,
     log_softmax_of,
     random_wishes,
+    rich_decoder,
+    rich_runner,
     step_to_the_end,
     tiny_decoder,
     tiny_engine,
     tiny_runner,
+    with_adapters_and_images,
     written,
 )
 from hypothesis import given, settings
@@ -55,6 +58,20 @@ def singles(runner):
     """Wishes of all kinds, and what each gets alone."""
     wishes = random_wishes(random.Random(1), 48)
     return wishes, alone(runner, wishes)
+
+
+@pytest.fixture(scope="module", params=[*IMPLEMENTATIONS, "int8"])
+def rich(request):
+    return rich_runner(rich_decoder(request.param))
+
+
+@pytest.fixture(scope="module")
+def rich_singles(rich):
+    r = random.Random(2)
+    wishes = with_adapters_and_images(r, random_wishes(r, 32))
+    assert {wish.adapter for wish in wishes} == {-1, 0, 1}
+    assert {len(wish.images) for wish in wishes} == {0, 1}
+    return wishes, alone(rich, wishes)
 
 
 def theirs(oracle, prompt, n):
@@ -91,6 +108,16 @@ def test_log_probabilities_are_transformers_log_softmax(runner, oracle, budget):
 @given(st.data())
 def test_each_request_gets_what_it_gets_alone(runner, singles, data):
     """Late arrivals, bursts, chunks, a pool that is too small, shared beginnings, callers that leave."""
+    random_traffic(runner, singles, data)
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_with_adapters_images_and_quantised_weights_too(rich, rich_singles, data):
+    random_traffic(rich, rich_singles, data)
+
+
+def random_traffic(runner, singles, data):
     seed, ahead = data.draw(st.integers(0, 2**32)), data.draw(st.integers(0, 1))
     r, (wishes, expected) = random.Random(seed), singles
     engine = tiny_engine(

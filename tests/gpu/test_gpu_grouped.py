@@ -12,7 +12,7 @@ from accessory.nn.experts_base import BaseExperts
 from accessory.nn.experts_sparse import SparseExperts
 from accessory.ops import dispatch
 from accessory.ops.dense_products import grouped_loop, sort_by_expert
-from accessory.ops.linear import AdapterRows, Lora
+from accessory.ops.linear import AdapterRows, LinearAdapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,7 +102,7 @@ def test_experts_in_a_graph_are_the_loop_on_a_cpu(dtype, bound, adapted, kind, f
     there = here.cuda()
     x = torch.zeros(tokens, 512, device="cuda", dtype=dtype)
     weight, expert = torch.zeros(tokens, 2, device="cuda"), torch.zeros(tokens, 2, dtype=torch.int64, device="cuda")
-    assert there.host_free(x, expert)
+    assert there.host_free(x, expert, adapted=False)
     expert[:, 1] = 1
     graph, got = captured(lambda: there(x, weight, expert))
     for seed in range(3):
@@ -124,20 +124,26 @@ def test_several_adapters_in_a_graph(dtype, bound, kind, tokens):
     g = torch.Generator().manual_seed(1)
 
     def lora(rank, out, into):
-        return Lora(torch.randn(E, rank, into, generator=g) * 0.05, torch.randn(E, out, rank, generator=g) * 0.05, 2.0)
+        return LinearAdapter(
+            torch.randn(E, rank, into, generator=g) * 0.05, torch.randn(E, out, rank, generator=g) * 0.05, 2.0
+        )
 
     sizes = {"w1": (768, 512), "w2": (512, 768), "w3": (768, 512)}
     loras = {name: [lora(4, *s), None if name == "w1" else lora(16, *s), lora(7, *s)] for name, s in sizes.items()}
     there, oracle = experts_of(kind, dtype, False).cuda(), experts_of(kind, dtype, False).double()
     for name, several in loras.items():
-        rounded = [None if a is None else Lora(a.a.to(dtype), a.b.to(dtype), a.scale) for a in several]
-        there.set_adapters(name, [None if a is None else Lora(a.a.cuda(), a.b.cuda(), a.scale) for a in rounded])
-        oracle.set_adapters(name, [None if a is None else Lora(a.a.double(), a.b.double(), a.scale) for a in rounded])
+        rounded = [None if a is None else LinearAdapter(a.a.to(dtype), a.b.to(dtype), a.scale) for a in several]
+        there.set_adapters(
+            name, [None if a is None else LinearAdapter(a.a.cuda(), a.b.cuda(), a.scale) for a in rounded]
+        )
+        oracle.set_adapters(
+            name, [None if a is None else LinearAdapter(a.a.double(), a.b.double(), a.scale) for a in rounded]
+        )
     x = torch.randn(tokens, 512, generator=g).to("cuda", dtype)
     weight = torch.rand(tokens, 2, generator=g).cuda()
     expert = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(tokens)]).cuda()
     adapter = torch.full((tokens,), -1, device="cuda")
-    assert there.host_free(x, expert)
+    assert there.host_free(x, expert, adapted=True)
     graph, got = captured(lambda: there(x, weight, expert, AdapterRows(adapter, 3)))
     for seed in range(3):
         adapter.copy_(torch.randint(-1, 3, (tokens,), generator=torch.Generator().manual_seed(seed)))

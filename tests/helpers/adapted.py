@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from accessory.ops.linear import Lora, Weight
+from accessory.ops.linear import LinearAdapter, Weight
 from accessory.ops.quantized import Packed, dequantize
 
 
@@ -16,7 +16,7 @@ class Kind(NamedTuple):
 
     weight: Tensor | Packed
     bias: Tensor | None
-    adapters: list[Lora | None]
+    adapters: list[LinearAdapter | None]
 
     def of_expert(self, e: int, adapter: int) -> tuple[Tensor, Tensor | float]:
         """(weight with the adapter merged in, bias), fp64."""
@@ -34,7 +34,9 @@ class Kind(NamedTuple):
 
         weight = cut(self.weight) if isinstance(self.weight, Tensor) else self.weight.map(cut)
         whole = Weight(weight, None if self.bias is None else cut(self.bias))
-        loras = [None if lora is None else Lora(cut(lora.a), cut(lora.b), lora.scale) for lora in self.adapters]
+        loras = [
+            None if lora is None else LinearAdapter(cut(lora.a), cut(lora.b), lora.scale) for lora in self.adapters
+        ]
         if several:
             return whole.with_adapters(loras)
         if not loras or loras[0] is None:
@@ -51,7 +53,7 @@ def random_kind(
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * 0.2).to(dtype)
 
-    adapters = [Lora(draw(E, r, I), draw(E, O, r), 0.5 + n) if r else None for n, r in enumerate(ranks)]
+    adapters = [LinearAdapter(draw(E, r, I), draw(E, O, r), 0.5 + n) if r else None for n, r in enumerate(ranks)]
     return Kind(weight, draw(E, O) if bias else None, adapters)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.chain import chained_args, open_chain
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.config import Implementation

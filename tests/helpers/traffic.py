@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from accessory.adapt.quant import quantize_skeleton
+from accessory.checkpoint.lazy import Constant
+from accessory.checkpoint.load import fill
+from accessory.checkpoint.names import image_shapes
 from accessory.config import Implementation, ModelArgs
 from accessory.engine.engine import Engine
 from accessory.engine.executor import LocalExecutor
@@ -17,11 +21,18 @@ from accessory.engine.pages import PagePool
 from accessory.engine.runner import Runner
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.scheduler import Scheduler
-from accessory.engine.sequence import Draw
+from accessory.engine.sequence import Draw, ImageSpan
 from accessory.engine.sequence import Sequence as Request
+from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
+from accessory.nn.linear import Linear, RMSNorm
+from accessory.nn.vision import Features
+from accessory.ops.linear import LinearAdapter
+from accessory.vision_config import IMAGE_ID
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import TINY
+from helpers.vision import tiny_clip
 
 ARGS = TINY.replace(vocab_size=97, max_seq_len=320)
 PAGES = 65  # of a runner's cache
@@ -34,15 +45,86 @@ class Wish(NamedTuple):
     max_tokens: int = 20
     params: SamplingParams = SamplingParams()
     stop_ids: frozenset[int] = frozenset()
+    adapter: int = -1
+    images: tuple[ImageSpan, ...] = ()
 
     def request(self) -> Request:
-        return Request(list(self.ids), self.params, self.max_tokens, self.stop_ids)
+        root = b"" if self.adapter < 0 else bytes([self.adapter])
+        return Request(
+            list(self.ids), self.params, self.max_tokens, self.stop_ids, self.images, adapter=self.adapter, root=root
+        )
 
 
 def tiny_decoder(implementation: Implementation, args: ModelArgs = ARGS, std: float = 0.2) -> Decoder:
     return decoder_from_canonical(args, implementation, canonical_from_hf(hf_mixtral(args, std=std))).requires_grad_(
         False
     )
+
+
+def rich_decoder(kind: str) -> Decoder:
+    """A network that has everything at once: image tokens, two adapters to choose from, and int8 weights if `kind` is
+    that, else an implementation."""
+    implementation: Implementation = "base" if kind == "base" else "sparse"
+    args = ARGS.replace(vision=tiny_clip())
+    tensors = canonical_from_hf(hf_mixtral(args, std=0.2))
+    generator = torch.Generator().manual_seed(1)
+    tensors |= {name: torch.randn(shape, generator=generator) for name, shape in image_shapes(args).items()}
+    decoder = Decoder(args, implementation, sees=True).cast(torch.float32).compute_in(torch.float32)
+    decoder.eval().requires_grad_(False)
+    if kind == "int8":
+        quantize_skeleton(decoder, Quant.parse("int8"))
+    fill(decoder, {name: Constant(tensor) for name, tensor in tensors.items()})
+    stand_random_adapters(decoder, generator)
+    return decoder
+
+
+def stand_random_adapters(decoder: Decoder, generator: torch.Generator) -> None:
+    """Two: one of rank 3 beside every linear and expert, one of rank 1 beside some, with biases and norms."""
+
+    def part(*shape: int, number: int) -> LinearAdapter:
+        *stack, out_features, in_features = shape
+        rank = 3 if number == 0 else 1
+        a, b, bias = (
+            torch.randn(*stack, *size, generator=generator) * 0.3
+            for size in ((rank, in_features), (out_features, rank), (out_features,))
+        )
+        return LinearAdapter(a, b, 0.5 + number, bias if number else None)
+
+    for name, module in decoder.named_modules():
+        if isinstance(module, StackedExperts):
+            for kind in ("w1", "w2", "w3"):
+                shape = tuple(getattr(module, kind).shape)
+                module.set_adapters(kind, [part(*shape, number=0), None if kind == "w1" else part(*shape, number=1)])
+        elif isinstance(module, Linear):
+            shape = tuple(module.weight.shape)
+            module.set_adapters([part(*shape, number=0), None if name.endswith("wk") else part(*shape, number=1)])
+        elif isinstance(module, RMSNorm):
+            module.set_adapters([None, 1 + 0.3 * torch.randn(module.weight.shape, generator=generator)])
+    decoder.adapters = 2
+
+
+def rich_runner(decoder: Decoder) -> Runner:
+    """A runner to which an image is its encoders' features."""
+    return tiny_runner(decoder, see=lambda pixels: Features(torch.stack(list(pixels)), None))
+
+
+def random_image(r: random.Random, start: int) -> ImageSpan:
+    """One of three images: 5 tokens of 32 channels; with start and end it takes 7 positions."""
+    number = r.randrange(3)
+    pixels = torch.randn(5, 32, generator=torch.Generator().manual_seed(number))
+    return ImageSpan(start, 7, bytes([number]), pixels)
+
+
+def with_adapters_and_images(r: random.Random, wishes: Sequence[Wish]) -> list[Wish]:
+    """Some of the wishes name an adapter, some begin with an image."""
+    out = []
+    for wish in wishes:
+        adapter = r.choice((-1, 0, 1))
+        if r.random() < 0.4:
+            ids = [wish.ids[0], *[IMAGE_ID] * 7, *wish.ids[1:]]
+            wish = wish._replace(ids=ids, images=(random_image(r, 1),))
+        out.append(wish._replace(adapter=adapter))
+    return out
 
 
 def tiny_runner(decoder: Decoder, **options: Any) -> Runner:
@@ -152,8 +234,8 @@ def check_against(request: Request, single: Request) -> None:
 
 
 def same_draw(ours: Draw | None, theirs: Draw | None, bound: float = 1e-4) -> bool:
-    assert ours is not None
-    assert theirs is not None
+    if ours is None or theirs is None:  # image tokens have no log-probability
+        return ours is theirs
     if ours.token != theirs.token or (ours.logprob is None) != (theirs.logprob is None):
         return False
     if ours.logprob is None or theirs.logprob is None:

@@ -105,7 +105,7 @@ def make_decoder(
 ) -> Any:
     """The oracle's network, loaded by the project's own code and cut by `mesh`."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
-    from accessory.build import NetworkSpec, TrainingSpec, build
+    from accessory.build.network import NetworkSpec, TrainingSpec, build
     from accessory.checkpoint.folder import Checkpoint
     from accessory.checkpoint.lazy import Constant
     from accessory.config import LlamaType

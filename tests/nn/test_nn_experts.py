@@ -15,7 +15,7 @@ from accessory.nn.experts_sparse import SparseExperts
 from accessory.nn.linear import Linear, PackedWeight
 from accessory.ops import dispatch, linear
 from accessory.ops.experts import grouped_experts
-from accessory.ops.linear import AdapterRows, Lora
+from accessory.ops.linear import AdapterRows, LinearAdapter
 from accessory.ops.quantized import quantize
 
 
@@ -73,7 +73,7 @@ def test_several_adapters_stand_beside_experts(kind, tokens):
 def test_several_adapters_stand_beside_a_linear():
     linear = Linear(6, 5).requires_grad_(False)
     torch.nn.init.normal_(linear.weight)
-    loras = [Lora(torch.randn(r, 6), torch.randn(5, r), 2.0) for r in (1, 3)]
+    loras = [LinearAdapter(torch.randn(r, 6), torch.randn(5, r), 2.0) for r in (1, 3)]
     x = torch.randn(1, 3, 6)
     linear.set_adapters(loras)
     got = linear(x, AdapterRows(torch.tensor([1, -1, 0]), 2))
@@ -126,4 +126,4 @@ def test_every_graph_of_every_network_runs_without_the_host(adapters, implementa
     experts = decoder.layers[0].feed_forward.experts
     for sequences in GRAPH_BUCKETS:
         x_TD = torch.empty(sequences, args.dim, device="meta", dtype=torch.bfloat16)
-        assert experts.host_free(x_TD, torch.empty(sequences, 2, device="meta")), sequences
+        assert experts.host_free(x_TD, torch.empty(sequences, 2, device="meta"), adapted=False), sequences

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from accessory.ops.dense_products import grouped_loop, sort_by_expert
 from accessory.ops.experts import combine, decode_experts_fused, grouped_experts, swiglu
-from accessory.ops.linear import AdapterRows, Lora, Weight, linear
+from accessory.ops.linear import AdapterRows, LinearAdapter, Weight, linear
 
 
 def by_definition(x_TD, w1, w2, w3, weight_TK, expert_TK):
@@ -153,7 +153,8 @@ def test_each_row_of_a_linear_has_its_own_adapter(rows, ranks, seed):
     g = torch.Generator().manual_seed(seed)
     x, w, bias = torch.randn(rows, 2, 6, generator=g), torch.randn(9, 6, generator=g), torch.randn(9, generator=g)
     loras = [
-        Lora(torch.randn(r, 6, generator=g), torch.randn(9, r, generator=g), 0.5 + r) if r else None for r in ranks
+        LinearAdapter(torch.randn(r, 6, generator=g), torch.randn(9, r, generator=g), 0.5 + r) if r else None
+        for r in ranks
     ]
     adapter = torch.randint(-1, len(ranks), (rows * 2,), generator=g)
     got = linear(x, Weight(w, bias).with_adapters(loras), adapters=AdapterRows(adapter, len(ranks)))

@@ -44,6 +44,7 @@ class NetworkSpec:
     implementation: Implementation
     quant: Quant | None = None  # formats of quantised weights; None: no weight is quantised
     image_views: int = 0  # views of an image; 0: the network takes text alone
+    adapters: Mapping[str, Checkpoint] = field(default_factory=dict)  # by name, for requests to choose from
 
     def planned(
         self, task: Inference | Training, *, tp: int, dp: int, device: torch.device | str, dtype: torch.dtype

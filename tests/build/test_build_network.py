@@ -3,7 +3,7 @@
 import torch
 from helpers.checkpoints import ARGS, random_tensors, write_hf
 
-from accessory.build import NetworkSpec, build
+from accessory.build.network import NetworkSpec, build
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
