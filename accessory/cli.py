@@ -45,6 +45,8 @@ def _check_paths(options: argparse.Namespace) -> None:
 
     if getattr(options, "image", None):  # images are looked at before the model, and that takes torch
         return
+    for _, path in getattr(options, "adapter", None) or []:
+        check_there(path)
     for name in READ:
         given = getattr(options, name, None) or []
         for path in [given] if isinstance(given, str) else given:
@@ -210,7 +212,7 @@ def _parser() -> Parser:
     generate.add_argument("--system", metavar="TEXT", help="a system message before each, with --template")
     generate.add_argument("--lines", action="store_true", help="every line of --prompt-file or stdin is a prompt")
     add_image_arguments(generate, several=True)
-    add_sampling_arguments(generate)
+    add_sampling_arguments(generate, several=True)
     generate.add_argument("--stream", action="store_true", help="show the text while it is written")
     generate.add_argument(
         "--json",
@@ -227,7 +229,7 @@ def _parser() -> Parser:
     )
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_arguments(chat, several=False)
-    add_sampling_arguments(chat)
+    add_sampling_arguments(chat, several=False)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")

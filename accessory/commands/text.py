@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from accessory.commands.text_options import chosen_adapters
 from accessory.data.conversation import Conversation
 from accessory.data.image_tokens import refuse_tags, without_tag
 from accessory.data.images import open_image
@@ -31,7 +32,7 @@ from accessory.launch.process_group import join_launched
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.options import loading_arguments
-from accessory.model.text_model import Completion
+from accessory.model.writing import Completion
 from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
@@ -48,11 +49,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.system is not None and options.template is None:
         raise InputError("--system: a system message is part of a dialogue; give the --template that writes it too")
     images = _images(options.image, len(prompts)) if first else []
+    adapters = chosen_adapters(options, len(prompts)) if first else []
     with open_model(options) as model:
-        return 0 if model is None else _print_answers(options, model, prompts, images)
+        return 0 if model is None else _print_answers(options, model, prompts, images, adapters)
 
 
-def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any]) -> int:
+def _print_answers(
+    options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any], adapters: list[str | None]
+) -> int:
     asked: list[Any] = prompts
     stops = options.stop
     tidy: Callable[[str], str] = str
@@ -72,14 +76,14 @@ def _print_answers(options: argparse.Namespace, model: Any, prompts: list[str], 
         "additional_stop_symbols": stops,
     }
     if options.stream:
-        stream = model.stream(asked[0], images[0] if images else None, **how)
+        stream = model.stream(asked[0], images[0] if images else None, adapter=adapters[0], **how)
         answers = [_show(stream, tidy, _print_piece if options.json else _print_text)]
         if not options.json:
             print()
             return 0
         stopped = False
     else:
-        answers, stopped = _write(model, asked, images or None, how)
+        answers, stopped = _write(model, asked, images or None, {**how, "adapter": adapters})
     for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         if options.json:
             image = {"image": options.image[n - 1]} if images else {}
@@ -224,6 +228,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
                     max_gen_len=options.max_gen_len,
                     params=options.sampling,
                     additional_stop_symbols=[*template.stop_strings, *options.stop],
+                    adapter=chosen_adapters(options, 1)[0],
                 ),
                 template.reply,
             )

@@ -9,7 +9,7 @@ import argparse
 
 from accessory.arguments import check_max_gen_len, check_max_seq_len, check_stops, option_of
 from accessory.errors import InputError
-from accessory.model.options import add_image_transform, add_option
+from accessory.model.options import NO_ADAPTER, add_image_transform, add_option
 
 # The fields of `SamplingParams` that are options. `logprobs` is one of `generate` only.
 SAMPLING = (
@@ -30,7 +30,8 @@ def add_image_arguments(command: argparse.ArgumentParser, several: bool) -> None
     add_option(command, "with_visual", action="store_true", help="load what the model sees with; --image does too")
 
 
-def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(command: argparse.ArgumentParser, several: bool) -> None:
+    """Declare how an answer is written. several: there may be several prompts, each with an adapter of its own."""
     help_ = "tokens an answer may have (default: 512, at most half of --max-seq-len)"
     add_option(command, "max_gen_len", type=int, metavar="N", help=help_)
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
@@ -45,7 +46,33 @@ def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
     help_ = "the same, each time that the answer has the token (default: 0)"
     add_option(command, "frequency_penalty", type=float, default=0.0, metavar="X", help=help_)
     command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat")
+    help_ = "the name of one given by --adapter"
+    if several:
+        help_ += ", for all prompts, or one each in their order; none for none"
+        add_option(command, "use_adapter", action="append", metavar="NAME", help=help_)
+    else:
+        add_option(command, "use_adapter", metavar="NAME", help=help_)
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+
+
+def chosen_adapters(options: argparse.Namespace, prompts: int) -> list[str | None]:
+    """The name of each prompt's adapter. InputError where there are neither one nor as many as prompts."""
+    names = [options.use_adapter] if isinstance(options.use_adapter, str) else options.use_adapter or [NO_ADAPTER]
+    if len(names) not in (1, prompts):
+        raise InputError(f"--use-adapter: got {len(names)} for {prompts} prompts; give one each, or one for all")
+    names = names * prompts if len(names) == 1 else names
+    return [None if name == NO_ADAPTER else name for name in names]
+
+
+def _check_adapters(options: argparse.Namespace) -> None:
+    given = [name for name, _ in options.adapter or ()]
+    if NO_ADAPTER in given:
+        raise InputError(f"--adapter: got the name {NO_ADAPTER}, which stands for no adapter; give another one")
+    used = [options.use_adapter] if isinstance(options.use_adapter, str) else options.use_adapter or []
+    for name in used:
+        if name not in (*given, NO_ADAPTER):
+            known = f"it must be {' or '.join((*given, NO_ADAPTER))}" if given else "there is no --adapter NAME=PATH"
+            raise InputError(f"--use-adapter: got {name!r}, but {known}")
 
 
 def check_text_options(options: argparse.Namespace) -> None:
@@ -57,6 +84,7 @@ def check_text_options(options: argparse.Namespace) -> None:
         options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)
     check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
     check_stops(options.stop, option_of)
+    _check_adapters(options)
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
     try:
         options.sampling = SamplingParams(**given)

@@ -202,12 +202,11 @@ class Page:
         if self.demo.chat:  # Gradio's dialogue has its own clear button
             self._on(self.output.clear, self._clear, None, view)
         if self.image is not None:
-            # In a queue, because `gr.Warning` needs one. "always_last": otherwise Gradio drops an image that is chosen
-            # while it still handles the removal of the one before.
+            # In a queue, because `gr.Warning` needs one. "always_last": Gradio drops no image that follows quickly.
             gr.on(
                 [self.image.upload, self.image.clear], self._look, [self.history, self.image], view,
-                concurrency_limit=2, show_progress="hidden", api_visibility="private", preprocess=False,
-                trigger_mode="always_last",
+                concurrency_limit=2, trigger_mode="always_last", show_progress="hidden", api_visibility="private",
+                preprocess=False,
             )  # fmt: skip
 
     def _on(self, event: Any, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
@@ -389,10 +388,7 @@ def _reply(text: str) -> Message:
 
 
 def _markdown(text: str) -> str:
-    """Text for the dialogue: Markdown without HTML, so that `a<b` and `<tag>` appear unchanged.
-
-    C++ is coloured as C, because Gradio 6.31 shows nothing of a message with C++ in it.
-    """
+    """Markdown without HTML, so that `a<b` and `<tag>` appear unchanged. C++ is coloured as C: Gradio 6.31 drops it."""
     parts = CODE.split(text)
     parts[::2] = [_plain(part) for part in parts[::2]]
     return CPP.sub(r"\1c", "".join(parts))

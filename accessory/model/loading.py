@@ -25,14 +25,13 @@ from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
 from accessory.launch.gpus import check_device
 from accessory.limits import EXTRAPOLATION
-from accessory.model.options import IMAGE_TRANSFORMS, torch_dtype
+from accessory.model.options import IMAGE_TRANSFORMS, NO_ADAPTER, torch_dtype
 from accessory.parallel.sharding import check_ranks
 
 log = logging.getLogger(__name__)
 
 PathLike = str | Path
 MAX_SEQ_LEN = 4096  # the default
-NO_ADAPTER = "none"  # in place of an adapter's name
 
 
 @dataclass(kw_only=True)

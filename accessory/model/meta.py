@@ -26,7 +26,8 @@ from accessory.launch.gpus import default_device
 from accessory.limits import PAGE_SIZE
 from accessory.model.loading import Loading, PathLike
 from accessory.model.memory import ModelMemory
-from accessory.model.text_model import Completion, StreamItem, TextModel
+from accessory.model.text_model import TextModel
+from accessory.model.writing import Completion, StreamItem
 from accessory.nn.decoder import Decoder
 from accessory.parallel.images import encode_shared
 from accessory.parallel.mesh import DeviceMesh, Ranks

@@ -16,6 +16,7 @@ from accessory.launch.gpus import check_device
 
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 QUANT = (*FORMATS, "none")
+NO_ADAPTER = "none"  # in place of an adapter's name
 IMAGE_TRANSFORMS = ("padded_resize", "resized_center_crop")
 
 
@@ -55,6 +56,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) ->
         add_option(parser, "device", help="default: cuda where there is one, else cpu")
         about = "ranks that hold the model together; on a CPU, processes"
         add_option(parser, "n_gpus", type=int, metavar="N", help=about)
+        about = "an adapter to choose from, by name; may be given several times"
+        add_option(parser, "adapter", type=named_folder, action="append", metavar="NAME=PATH", help=about)
     add_option(parser, "gpu_ids", type=int, nargs="+", metavar="ID", help="which GPUs, one a rank")
     about = "where the ranks meet, unless the launcher says it" if demo else "where the ranks of --n-gpus meet"
     add_option(parser, "master_addr", metavar="HOST", help=about)
@@ -85,6 +88,14 @@ def add_image_transform(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_folder(text: str) -> tuple[str, str]:
+    """Parse the value of an option that names a folder."""
+    name, between, path = text.partition("=")
+    if not between or not name.strip() or not path:
+        raise argparse.ArgumentTypeError(f"got {text!r}, but it must be NAME=PATH")
+    return name, path
+
+
 def port_number(text: str) -> int:
     """Parse the value of an option for a port."""
     if not text.isdigit() or int(text) > LARGEST_PORT:
@@ -106,6 +117,11 @@ def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict
     arguments |= {"quant": options.quant or False, "dtype": torch_dtype(options.dtype), "progress": True}
     if "device" in options:
         arguments["device"] = check_device(options.device)
+    if getattr(options, "adapter", None):
+        given = [name for name, _ in options.adapter]
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            raise InputError(f"--adapter: got the name {twice!r} twice; give each folder a name of its own")
+        arguments["adapters"] = dict(options.adapter)
     if with_visual:
         arguments |= {"with_visual": True, "image_transform": options.image_transform}
     return arguments

@@ -8,26 +8,26 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from operator import index
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accessory.arguments import check_max_gen_len, check_stops
 from accessory.config import ModelArgs
-from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.data.image_tokens import insert_image_tokens
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.engine import Engine, told_again
 from accessory.engine.sampling_params import SamplingParams
-from accessory.engine.sequence import Draw, FinishReason, ImageSpan
+from accessory.engine.sequence import ImageSpan
 from accessory.engine.sequence import Sequence as Request
 from accessory.errors import InputError
 from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
 from accessory.model.scoring import Scorer
+from accessory.model.writing import Completion, StreamItem, Writing
 from accessory.vision_config import IMAGE_ID
 
 if TYPE_CHECKING:
@@ -39,69 +39,6 @@ Adapter = str | None  # the name of a loaded adapter
 
 # Requests of one call that the engine has at once. A call with more adds them as others end.
 AT_ONCE = 512
-
-
-class StreamItem(TypedDict):
-    text: str  # everything generated so far
-    end_of_content: bool  # true for the last item only
-
-
-@dataclass
-class Completion:
-    """An answer, while it is written and when it is done."""
-
-    prompt_tokens: int
-    text: str = ""  # what is final: never half a character, never part of a stop text
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] | None = None  # of the tokens, natural logarithm
-    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each place
-    prompt_logprobs: list[float | None] | None = None  # of the prompt's tokens after the first; None for image tokens
-    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
-    finish_reason: FinishReason | None = None  # None while it is written
-    error: BaseException | None = None
-
-
-class Writing:
-    """One request's answer: drawn tokens in, final text out."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
-        self.request, self._stop_ids = request, tokenizer.stop_ids
-        self._decoder, self._scanner = StreamDecoder(tokenizer, text_ids), StopScanner(stops)
-        wanted = request.params.logprobs
-        self.answer = Completion(
-            request.prompt_length,
-            logprobs=None if wanted is None else [],
-            top_logprobs=[] if wanted else None,
-        )
-
-    def take(self, end: Callable[[Request], None]) -> str:
-        """Take what the engine has drawn. Returns the new final text. end: tells the engine that a stop text came."""
-        new, request, answer = "", self.request, self.answer
-        while request.drawn and not self._scanner.stopped:
-            draw = request.drawn.popleft()
-            self._note(draw)
-            new += self._scanner.push("" if draw.token in self._stop_ids else self._decoder.push(draw.token))
-            # `finished` is read first: another thread's step sets it after it has added the last token.
-            if request.finished in ("stop", "length") and not request.drawn and not self._scanner.stopped:
-                new += self._scanner.push(self._decoder.flush())
-                new += "" if self._scanner.stopped else self._scanner.flush()
-        if self._scanner.stopped:
-            end(request)
-        answer.text += new
-        if (request.finished and not request.drawn) or self._scanner.stopped:
-            answer.finish_reason = "stop" if self._scanner.stopped else request.finished
-            answer.error, answer.cached_tokens = request.error, request.cached
-            if request.params.prompt_logprobs is not None:
-                answer.prompt_logprobs = [draw and draw.logprob for draw in request.prompt_logprobs]
-        return new
-
-    def _note(self, draw: Draw) -> None:
-        answer = self.answer
-        answer.token_ids.append(draw.token)
-        if answer.logprobs is not None and draw.logprob is not None:
-            answer.logprobs.append(draw.logprob)
-        if answer.top_logprobs is not None and draw.top is not None:
-            answer.top_logprobs.append(draw.top)
 
 
 class TextModel:

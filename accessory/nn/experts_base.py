@@ -20,9 +20,10 @@ class BaseExperts(StackedExperts):
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
         # The loop below would wait for the GPU.
         if adapters is not None or (x_TD.is_cuda and not torch.is_grad_enabled()):
-            return grouped_experts(x_TD, *self.all_weights(adapters is not None), weight_TK, expert_TK, self.first, adapters)
+            weights = self.all_weights(adapters is not None)
+            return grouped_experts(x_TD, *weights, weight_TK, expert_TK, self.first, adapters)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        w1, w2, w3 = (w.unbind() for w in self.all_weights(adapters is not None))
+        w1, w2, w3 = (w.unbind() for w in self.all_weights(adapted=False))
         for e, pair_n in enumerate(self._visits(expert_TK)):
             # While gradients are recorded, an expert without tokens runs on an empty input. Its gradient is then zero
             # instead of None.

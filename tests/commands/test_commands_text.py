@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from helpers.adapters import peft_args, random_adapter, save_adapter
 from helpers.command_line import convert_to_base, program, standard_input, write_hf
 
 from accessory.cli import main
@@ -48,6 +49,21 @@ def generate(folder, capsys):
 
 
 # --------------------------------------------------------------------------- generate
+
+
+def test_each_prompt_may_have_its_adapter(generate, folder, tmp_path):
+    args = MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=128).args
+    for name, seed in (("a", 1), ("b", 2)):
+        save_adapter(tmp_path / name, random_adapter(args, std=0.3, seed=seed), peft_args(args))
+    named = [f"--adapter={name}={tmp_path / name}" for name in "ab"]
+    how = {"dtype": torch.float32, "device": "cpu", "max_seq_len": 128}
+    models = (MetaModel.from_pretrained(path, **how) for path in (folder, [folder, tmp_path / "b"]))
+    plain, with_b = (model.generate([PROMPT], max_gen_len=8)[0] for model in models)
+    used = [part for name in ("none", "b") for part in ("--prompt", PROMPT, "--use-adapter", name)]
+    out = generate(*named, *used, "--max-gen-len", "8", "--json")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [plain, with_b]
+    assert plain != with_b
+    assert generate(*named, *used[:2], "--use-adapter=b", "--max-gen-len", "8") == with_b + "\n"
 
 
 def test_generate_prints_what_the_model_writes(generate, model):

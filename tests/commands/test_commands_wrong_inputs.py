@@ -152,6 +152,9 @@ hf --n-gpus 0 | hf --n-gpus 3 --device cpu | hf --n-gpus 99 --device cpu
 hf --n-gpus 2 --device cpu --master-addr nosuchhost.invalid | hf --quant int9 | hf --quant int4 --device cpu
 hf --dtype fp64 | hf --seed -1 | hf --seed 99999999999999999999999 | hf --seed 1.5 | hf --max-seq-len 1
 hf --max-seq-len 100000000 | hf --master-port 99999999 | hf --master-port -4 | hf --template nope | hf --promt y
+hf --adapter hf | hf --adapter =hf | hf --adapter a= | hf --adapter a=nowhere | hf --adapter a=hf --adapter a=hf
+hf --adapter none=hf | hf --use-adapter a | hf --adapter a=hf --use-adapter b
+hf --adapter a=hf --use-adapter a --use-adapter a --use-adapter a
 """
 OTHERS = """
 genrate hf | generate | generate hf --prompt-file empty | generate hf --prompt-file latin.txt

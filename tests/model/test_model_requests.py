@@ -16,7 +16,7 @@ from accessory.engine.sequence import Draw
 from accessory.engine.sequence import Sequence as Request
 from accessory.errors import InputError
 from accessory.model.meta import MetaModel
-from accessory.model.text_model import Writing
+from accessory.model.writing import Writing
 
 PROMPT = "The best programming language in the world is"
 N = 16

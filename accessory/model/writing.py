@@ -1,0 +1,75 @@
+"""A request's answer while it is written: drawn tokens in, final text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from accessory.data.detokenizer import StopScanner, StreamDecoder
+from accessory.data.tokenizer import Tokenizer
+from accessory.engine.sequence import Draw, FinishReason
+from accessory.engine.sequence import Sequence as Request
+
+
+class StreamItem(TypedDict):
+    text: str  # everything generated so far
+    end_of_content: bool  # true for the last item only
+
+
+@dataclass
+class Completion:
+    """An answer, while it is written and when it is done."""
+
+    prompt_tokens: int
+    text: str = ""  # what is final: never half a character, never part of a stop text
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None  # of the tokens, natural logarithm
+    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each place
+    prompt_logprobs: list[float | None] | None = None  # of the prompt's tokens after the first; None for image tokens
+    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
+    finish_reason: FinishReason | None = None  # None while it is written
+    error: BaseException | None = None
+
+
+class Writing:
+    """One request's answer: drawn tokens in, final text out."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
+        self.request, self._stop_ids = request, tokenizer.stop_ids
+        self._decoder, self._scanner = StreamDecoder(tokenizer, text_ids), StopScanner(stops)
+        wanted = request.params.logprobs
+        self.answer = Completion(
+            request.prompt_length,
+            logprobs=None if wanted is None else [],
+            top_logprobs=[] if wanted else None,
+        )
+
+    def take(self, end: Callable[[Request], None]) -> str:
+        """Take what the engine has drawn. Returns the new final text. end: tells the engine that a stop text came."""
+        new, request, answer = "", self.request, self.answer
+        while request.drawn and not self._scanner.stopped:
+            draw = request.drawn.popleft()
+            self._note(draw)
+            new += self._scanner.push("" if draw.token in self._stop_ids else self._decoder.push(draw.token))
+            # `finished` is read first: another thread's step sets it after it has added the last token.
+            if request.finished in ("stop", "length") and not request.drawn and not self._scanner.stopped:
+                new += self._scanner.push(self._decoder.flush())
+                new += "" if self._scanner.stopped else self._scanner.flush()
+        if self._scanner.stopped:
+            end(request)
+        answer.text += new
+        if (request.finished and not request.drawn) or self._scanner.stopped:
+            answer.finish_reason = "stop" if self._scanner.stopped else request.finished
+            answer.error, answer.cached_tokens = request.error, request.cached
+            if request.params.prompt_logprobs is not None:
+                answer.prompt_logprobs = [draw and draw.logprob for draw in request.prompt_logprobs]
+        return new
+
+    def _note(self, draw: Draw) -> None:
+        answer = self.answer
+        answer.token_ids.append(draw.token)
+        if answer.logprobs is not None and draw.logprob is not None:
+            answer.logprobs.append(draw.logprob)
+        if answer.top_logprobs is not None and draw.top is not None:
+            answer.top_logprobs.append(draw.top)
