@@ -5,14 +5,17 @@ Only the standard library is imported here, so that a command refuses a value be
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from accessory.errors import InputError
+from accessory.formats import CACHE_DTYPES
 from accessory.limits import LARGEST_SEED
 
 LARGEST_PORT = 65535
+FREE = "free"  # as `cache_gb`: most of what is free beside the largest step
 Named = Callable[[str], str]  # from the name of an argument to the name that the user knows
 
 
@@ -52,6 +55,25 @@ def check_stops(stops: Iterable[Any], named: Named = str) -> None:
             raise InputError(
                 f"{named('stop')}: got {stop!r:.60}, but a stop string must be text of at least one character"
             )
+
+
+def check_cache_dtype(cache_dtype: Any) -> None:
+    if cache_dtype is not None and not (isinstance(cache_dtype, str) and cache_dtype in CACHE_DTYPES):
+        raise InputError(
+            f"cache_dtype: got {cache_dtype!r:.60}, but it must be {' or '.join(CACHE_DTYPES)}, or None: the dtype of "
+            "the products"
+        )
+
+
+def check_cache_gb(cache_gb: Any, named: Named = str) -> None:
+    if cache_gb is None or (isinstance(cache_gb, str) and cache_gb == FREE):
+        return
+    real = isinstance(cache_gb, numbers.Real) and not isinstance(cache_gb, bool)
+    if not (real and 0 < cache_gb < math.inf):
+        raise InputError(
+            f"{named('cache_gb')}: got {cache_gb!r:.60}, but it must be a number of GB above 0, or {FREE!r}: most of "
+            "what is free"
+        )
 
 
 def check_port(port: Any, name: str) -> None:

@@ -16,6 +16,9 @@ from accessory.limits import PAGE_SIZE
 
 Format = Literal["int8", "fp8", "int4", "nf4", "nf4-dq"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+# The key/value cache's numbers, where they are not those of the products.
+CacheDtype = Literal["fp8"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
 DEFAULT: Format = "nf4"  # what `quant=True` means, as in the original
 PARTS = ("experts", "attention", "output")
 DOUBLE_QUANTIZATION_BLOCK = 256  # how many of its scales nf4-dq scales together

@@ -96,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--memory: got {options.memory:g}, but it must be a number of GB above 0")
     if options.card is not None and options.memory is not None:
         raise InputError("--card, --memory: both say how large a card is; give one of them")
-    inference = ("batch", "context", "prompt")
+    inference = ("batch", "context", "prompt", "cache_dtype")
     training = ("lora_rank", "batch_size", "max_words", "accum_iter", "dp", "data_parallel", "checkpointing")
     wrong = dict.fromkeys(training, "is for --finetune")
     if options.finetune is not None:
@@ -167,7 +167,9 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             raise InputError(
                 f"--prompt: got {options.prompt}, but it must be less than --context {context}, prompt and answer"
             )
-        task = Inference(batch=options.batch or 1, context=context, prompt=options.prompt)
+        task = Inference(
+            batch=options.batch or 1, context=context, prompt=options.prompt, cache_dtype=options.cache_dtype
+        )
     else:
         if options.finetune == "full":
             if quant != Quant():
@@ -251,7 +253,7 @@ def describe(setup: Setup) -> dict[str, Any]:
     }
     task = setup.task
     if isinstance(task, Inference):
-        return out | {"batch": task.batch, "context": task.context, "prompt": task.prompt}
+        return out | vars(task)
     rank = setup.args.lora_rank if task.kind == "lora" else None
     return out | {
         "finetune": "qlora" if task.kind == "lora" and setup.quantized else task.kind,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from accessory.model.options import add_option, add_quant_options
+from accessory.model.options import add_cache_dtype, add_option, add_quant_options
 
 
 def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--implementation", choices=("base", "sparse"), help="default: PATH's, else sparse")
     add_quant_options(plan, "nf4, nf4-dq, int4, int8, fp8 (PATH's)")
     add_option(plan, "image_views", type=int, choices=(0, 1, 5), help="of images among the text (PATH's)")
+    add_cache_dtype(plan, "those of the weights")
     plan.add_argument("--batch", type=int, metavar="B", help="to run it: sequences at once (1)")
     plan.add_argument("--context", type=int, metavar="T", help="tokens of prompt and answer (4096)")
     plan.add_argument("--prompt", type=int, metavar="P", help="tokens of the prompt (default: all but one)")

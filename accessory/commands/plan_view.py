@@ -88,6 +88,7 @@ def how(setup: Setup) -> str:
         words += [f"--quant {quant.experts or 'none'}"] if setup.quantized else []
         if quant != _usual(quant.experts):
             words.append(f"--quant-attention {quant.attention or 'none'} --quant-output {quant.output or 'none'}")
+        words += [f"--cache-dtype {task.cache_dtype}"] if task.cache_dtype else []
         return " ".join(words) or "–"
     words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
     words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
@@ -121,6 +122,8 @@ def setup_line(setup: Setup) -> str:
     parts = [f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}", setup.implementation, f"weights {formats_of(setup.quant)}"]
     if setup.tp > 1:
         parts.insert(1, f"{setup.tp} hold the model together")
+    if isinstance(setup.task, Inference) and setup.task.cache_dtype:
+        parts.append(f"keys and values {setup.task.cache_dtype}")
     if isinstance(setup.task, Training):
         if setup.dp > 1:
             parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")

@@ -25,7 +25,7 @@ from accessory.nn.cache import PagedCache, bytes_a_page
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.ops.linear import AdapterRows
-from accessory.ops.paged_attention import PagedBatch, Span
+from accessory.ops.paged_attention import PagedBatch, Span, runs_host_free
 from accessory.parallel.collectives import broadcast
 from accessory.parallel.mesh import Ranks
 from accessory.vision_config import IMAGE_ID
@@ -105,9 +105,9 @@ class About(NamedTuple):
 class Runner:
     """Runs steps of `decoder`. Every rank of a model has one, and they run the same steps.
 
-    pages: of the cache. see: turns the pixels of images into the encoders' features; None for a text-only model.
-    vocab_size: of the tokenizer; larger ids are never drawn. explained: a context that says more of memory that runs
-    out in it. The first rank draws for all.
+    pages: of the cache. fp8: whether they hold fp8 numbers. see: turns the pixels of images into the encoders'
+    features; None for a text-only model. vocab_size: of the tokenizer; larger ids are never drawn. explained: a context
+    that says more of memory that runs out in it. The first rank draws for all.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Runner:
         pages: int,
         max_seq_len: int,
         vocab_size: int,
+        fp8: bool = False,
         see: Callable[[Sequence[Any]], Any] | None = None,
         ranks: Ranks | None = None,
         explained: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -131,7 +132,7 @@ class Runner:
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
         self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu)
         with explained():
-            self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads)
+            self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads, fp8)
         self._sampler = Sampler(max_running, vocab_size, self.device)
         self._last_S = torch.zeros(max_running, dtype=torch.int64, device=self.device)
         longest = min(-(-max_seq_len // PAGE_SIZE), pages - 1)  # no sequence has more pages
@@ -246,7 +247,9 @@ class Runner:
         return self._logits(numbers_BC[:, _TOKEN], numbers_BC[:, _POSITION], numbers_BC[:, _SLOT], batch, adapter_B)
 
     def _host_free(self, sequences: int, adapted: bool) -> bool:
-        """Whether so many tokens pass through the experts without the host learning the routing."""
+        """Whether so many tokens pass through attention and experts without the host learning lengths and routing."""
+        if not runs_host_free(self.device, self.decoder.products_in, self.cache.fp8):
+            return False
         experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
         args = self.decoder.args
         with torch.inference_mode():
@@ -363,15 +366,18 @@ class Runner:
         return out
 
 
-def fitting_pages(decoder: Decoder, wanted: int, ranks: Ranks | None, beside: int = 0) -> int:
+def fitting_pages(
+    decoder: Decoder, wanted: int, ranks: Ranks | None, beside: int = 0, *, fp8: bool = False, more: bool = False
+) -> int:
     """How many of the `wanted` pages a cache can have, on every rank: in most of a GPU's free memory, or half a CPU's.
 
-    beside: bytes that stay free for a step's tensors. At least two pages, page 0 and one more: a scheduler then says
-    what each request lacks.
+    beside: bytes that stay free for a step's tensors. more: take all pages that fit, where the system says how many. At
+    least two pages, page 0 and one more: a scheduler then says what each request lacks.
     """
     room = room_for(decoder.tok_embeddings.weight.device, None if ranks is None else ranks.group)
     if room is None:
         return wanted
-    size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in)
+    size = bytes_a_page(decoder.args, decoder.kv_heads, decoder.products_in, fp8)
     part = CACHE_OF_GPU if room.on_gpu else CACHE_OF_HOST
-    return max(2, min(wanted, int(part * (room.nbytes - beside)) // size))
+    fitting = int(part * (room.nbytes - beside)) // size
+    return max(2, fitting if more else min(wanted, fitting))

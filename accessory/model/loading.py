@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accessory.arguments import check_max_seq_len
+from accessory.arguments import check_cache_dtype, check_cache_gb, check_max_seq_len
 from accessory.build.adapters import check_adapters
 from accessory.build.network import NetworkSpec
 from accessory.checkpoint.chain import chained_args, chained_quant, open_chain, open_over
@@ -55,6 +55,8 @@ class Loading:
     quant_output: str | None = None
     image_transform: str = IMAGE_TRANSFORMS[0]
     adapters: Any = None
+    cache_dtype: Any = None
+    cache_gb: Any = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class Loading:
             known = " or ".join(IMAGE_TRANSFORMS)
             raise InputError(f"image_transform: got {self.image_transform!r:.60}, but it must be {known}")
         check_max_seq_len(self.max_seq_len)
+        check_cache_dtype(self.cache_dtype)
+        check_cache_gb(self.cache_gb)
         self.dtype = torch_dtype(self.dtype) or torch.bfloat16
         self.device = check_device(self.device, "device")
         self._quant = Quant.parse(self.quant, self.quant_attention, self.quant_output)

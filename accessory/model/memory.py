@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from accessory.launch.memory import Room, room_for
-from accessory.planner.fit import check_fit, explain, explained
+from accessory.planner.fit import check_cache, check_fit, explain, explained
 from accessory.planner.peak import estimate
 from accessory.planner.setup import Inference, Setup
 
@@ -23,12 +23,14 @@ class ModelMemory:
     device: torch.device
     group: Any = None
 
-    def check_loading(self, max_seq_len: int) -> None:
-        """InputError where the weights and a cache of one token are more than a rank may take. Every rank must call it.
+    def check_loading(self, max_seq_len: int, cache_gb: float | str | None = None) -> None:
+        """InputError where the weights and a cache of one token, or of `cache_gb`, are more than a rank may take.
 
-        Warns where one sequence of `max_seq_len` tokens probably needs more.
+        Warns where one sequence of `max_seq_len` tokens probably needs more. Every rank must call it.
         """
         room = room_for(self.device, self.group)
+        if cache_gb is not None and not isinstance(cache_gb, str):
+            check_cache(self.setup, cache_gb, room)
         check_fit(self._setup(1, 1), room, likely=self._setup(1, max_seq_len))
 
     def step_bytes(self, max_seq_len: int) -> int:
@@ -51,4 +53,6 @@ class ModelMemory:
         return room and room.shared_by(self.setup.tp)
 
     def _setup(self, batch: int, tokens: int) -> Setup:
-        return replace(self.setup, task=Inference(batch=batch, context=max(2, tokens)))
+        task = self.setup.task
+        assert isinstance(task, Inference)
+        return replace(self.setup, task=replace(task, batch=batch, context=max(2, tokens)))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from accessory.arguments import FREE, check_cache_dtype, check_cache_gb
 from accessory.build.adapters import adapter_roots, stand_adapters
 from accessory.build.network import build, build_tower
 from accessory.config import ModelArgs
@@ -21,16 +22,20 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.engine.engine import Engine
 from accessory.engine.executor import ITEM, OUT_OF_STEP, Follower, GroupExecutor, LocalExecutor
 from accessory.engine.runner import Runner, fitting_pages
+from accessory.engine.worst_step import worst_step_bytes
 from accessory.errors import InputError, RankError
+from accessory.formats import CacheDtype
 from accessory.launch.gpus import default_device
 from accessory.limits import PAGE_SIZE
 from accessory.model.loading import Loading, PathLike
 from accessory.model.memory import ModelMemory
 from accessory.model.text_model import TextModel
 from accessory.model.writing import Completion, StreamItem
+from accessory.nn.cache import bytes_a_page
 from accessory.nn.decoder import Decoder
 from accessory.parallel.images import encode_shared
 from accessory.parallel.mesh import DeviceMesh, Ranks
+from accessory.planner.cache import pages_in
 from accessory.planner.setup import Inference
 
 if TYPE_CHECKING:
@@ -45,7 +50,7 @@ class MetaModel(nn.Module, TextModel):
     max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
     tower: the image encoders; None for text alone. image_transform: how an image becomes a square. memory: what the
     planner is asked about the model; without it, memory that runs out is not explained. adapters: digests by the names
-    of the adapters that stand beside the decoder's weights.
+    of the adapters that stand beside the decoder's weights. cache_dtype, cache_gb: see `from_pretrained`.
     """
 
     def __init__(
@@ -58,13 +63,18 @@ class MetaModel(nn.Module, TextModel):
         image_transform: str = "padded_resize",
         memory: ModelMemory | None = None,
         adapters: Mapping[str, bytes] | None = None,
+        cache_dtype: CacheDtype | None = None,
+        cache_gb: float | str | None = None,
     ) -> None:
         super().__init__()
+        check_cache_dtype(cache_dtype)
+        check_cache_gb(cache_gb)
         check_vocabulary(tokenizer, llma.args.vocab_size)
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self.adapters = dict(adapters or {})
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.tower, self._memory = tower, memory
+        self._fp8, self._cache_gb = cache_dtype == "fp8", cache_gb
         self.image_processor = None
         if tower is not None:
             from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
@@ -101,6 +111,8 @@ class MetaModel(nn.Module, TextModel):
         quant_output: str | None = None,
         image_transform: str = "padded_resize",
         adapters: Mapping[str, PathLike] | None = None,
+        cache_dtype: CacheDtype | None = None,
+        cache_gb: float | str | None = None,
         progress: bool = False,
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
@@ -120,6 +132,11 @@ class MetaModel(nn.Module, TextModel):
         `data.transform.get_transform`.
         adapters: folders of adapters by name; a request names the one that it takes, or none. They may hold LoRA of any
         rank, biases, norms and routers, and stand beside the weights of any format.
+        cache_dtype: "fp8" keeps keys and values in about half the memory of 16 bits, rounded to 4 significant bits. By
+        default they have the dtype of the products.
+        cache_gb: GB (10⁹ bytes) of the cache of keys and values, on each rank. By default it has room for
+        `max_batch_size` (of the configuration) answers of `max_seq_len`, or what memory has. "free": 90 % of what a GPU
+        has free beside the largest step, which is measured; half of what a CPU has.
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
@@ -141,46 +158,67 @@ class MetaModel(nn.Module, TextModel):
             quant_output=quant_output,
             image_transform=image_transform,
             adapters=adapters,
+            cache_dtype=cache_dtype,
+            cache_gb=cache_gb,
         )
         ranks = None if mp_group is None else Ranks.of(mp_group)
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
         where = {"device": asked.device or default_device(), "dtype": asked.dtype}
         progress = progress and (ranks is None or ranks.rank == 0)
         mesh, tower = DeviceMesh(model=ranks), None
-        planned = spec.planned(Inference(), tp=mesh.model_size, dp=1, **where)
+        planned = spec.planned(Inference(cache_dtype=cache_dtype), tp=mesh.model_size, dp=1, **where)
         memory = ModelMemory(planned, torch.device(where["device"]), mp_group)
-        memory.check_loading(max_seq_len)
+        memory.check_loading(max_seq_len, cache_gb)
         with memory.explained(1, max_seq_len):
             llma = build(spec, mesh, **where, progress=progress)
             stand_adapters(llma, spec, mesh, dtype=asked.dtype)
             if with_visual:
                 tower = build_tower(spec, **where, progress=progress)
-        return cls(llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory, adapter_roots(spec))
+        return cls(
+            llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory, adapter_roots(spec),
+            cache_dtype, cache_gb,
+        )  # fmt: skip
 
     # ----------------------------------------------------------------- the engine
 
     def runner(self, pages: int | None = None) -> Runner:
-        """A runner of this rank, with a cache for `max_batch_size` sequences of `max_seq_len`, or what memory has.
+        """A runner of this rank, with the cache that `from_pretrained` was asked for. Every rank must call this.
 
         pages: a cache of exactly so many pages, as ranks need that are started again.
         """
-        longest = -(-self.max_seq_len // PAGE_SIZE)
-        wanted = self.args.max_batch_size * longest + 1
+        pages = pages or self._pages()
         memory, see = self._memory, None if self.tower is None else self.encode_images
-        beside = 0 if memory is None else memory.step_bytes(self.max_seq_len)
-        pages = pages or fitting_pages(self.llma, wanted, self._ranks, beside)
         explained: Callable[[], AbstractContextManager[None]] = nullcontext
         if memory is not None:
-            explained = partial(memory.explained, max(1, (pages - 1) // longest), self.max_seq_len)
+            explained = partial(memory.explained, max(1, (pages - 1) // self._longest), self.max_seq_len)
         return Runner(
             self.llma,
             pages=pages,
             max_seq_len=self.max_seq_len,
             vocab_size=self.tokenizer.vocab_size,
+            fp8=self._fp8,
             see=see,
             ranks=self._ranks,
             explained=explained,
         )
+
+    @property
+    def _longest(self) -> int:
+        """Pages of a sequence of `max_seq_len`."""
+        return -(-self.max_seq_len // PAGE_SIZE)
+
+    def _pages(self) -> int:
+        """Pages of the cache."""
+        llma, free = self.llma, self._cache_gb == FREE
+        if self._cache_gb is not None and not isinstance(self._cache_gb, str):
+            return pages_in(self._cache_gb, bytes_a_page(llma.args, llma.kv_heads, llma.products_in, self._fp8))
+        beside = 0 if self._memory is None else self._memory.step_bytes(self.max_seq_len)
+        if free and self.device.type == "cuda":
+            measured = worst_step_bytes(self.runner, self.max_seq_len, self._ranks)
+            # No image is in the measured steps. The estimate knows how much encoding takes.
+            beside = measured if self.tower is None else max(measured, beside)
+        wanted = self.args.max_batch_size * self._longest + 1
+        return fitting_pages(llma, wanted, self._ranks, beside, fp8=self._fp8, more=free)
 
     def encode_images(self, pixels: Sequence[Any]) -> Features:
         """The features of images of (3, P, P) pixels. The ranks of a group share the work, so all must call it."""

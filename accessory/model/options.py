@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from accessory.arguments import LARGEST_PORT
+from accessory.arguments import FREE, LARGEST_PORT, check_cache_gb
 from accessory.config import SHORT_DTYPES
 from accessory.errors import InputError
-from accessory.formats import FORMATS
+from accessory.formats import CACHE_DTYPES, FORMATS
 from accessory.launch.gpus import check_device
 
 DTYPES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
@@ -47,6 +47,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) ->
     add_option(parser, "max_seq_len", type=int, default=4096, metavar="N", help=about)
     about = "bf16 (the default), fp16, fp32"
     add_option(parser, "dtype", choices=DTYPES, default="bf16", metavar="TYPE", help=about)
+    add_cache_dtype(parser, "those of --dtype")
+    about = "memory for keys and values on each rank, or free: most of what is free"
+    add_option(parser, "cache_gb", type=cache_size, metavar="GB", help=about)
     if demo:
         about = "while loading: nf4 (alone), nf4-dq, int4, int8, fp8"
         add_option(parser, "quant", nargs="?", const=True, help=about)
@@ -76,6 +79,12 @@ def _add_quant_parts(parser: argparse.ArgumentParser, **how: Any) -> None:
     add_option(parser, "quant_output", metavar="FORMAT", help="or none: the head", **how)
 
 
+def add_cache_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declare the option for the numbers of keys and values. default: says in words what they are without it."""
+    about = f"fp8: keys and values take half the memory (default: {default})"
+    add_option(parser, "cache_dtype", choices=CACHE_DTYPES, metavar="TYPE", help=about)
+
+
 def add_image_transform(parser: argparse.ArgumentParser) -> None:
     """Declare the option that says how an image becomes the square that encoders take."""
     add_option(
@@ -103,6 +112,16 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def cache_size(text: str) -> float | str:
+    """Parse the value of --cache-gb."""
+    try:
+        size = text if text == FREE else float(text)
+        check_cache_gb(size)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, but it must be a number of GB above 0, or {FREE}") from error
+    return size
+
+
 # --------------------------------------------------------------------------- from options to arguments
 
 
@@ -111,8 +130,8 @@ def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict
 
     with_visual: load the image encoders too. InputError for a device that does not exist.
     """
-    formats = ("quant_attention", "quant_output")
-    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *formats)
+    more = ("quant_attention", "quant_output", "cache_dtype", "cache_gb")
+    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *more)
     arguments = {name: getattr(options, name) for name in names}
     arguments |= {"quant": options.quant or False, "dtype": torch_dtype(options.dtype), "progress": True}
     if "device" in options:

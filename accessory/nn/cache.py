@@ -18,8 +18,11 @@ class PagedCache:
     """Pages of 64 tokens that any sequence may own: k and v of (layers, P, 64, G, d).
 
     Who owns which page is the engine's business. It announces each forward pass with `begin`. In the pass the tokens of
-    all sequences are one row, (1, N), in the order of the batch. A pool of `fp8` numbers has a scale for each token and
-    head, takes about half the memory of 16 bits, and rounds keys and values to 4 significant bits.
+    all sequences are one row, (1, N), in the order of the batch.
+
+    A pool of `fp8` numbers (e4m3) has an fp32 scale for each key and each value of a head: its largest number divided
+    by 448. It takes about half the memory of 16 bits, and rounds to 4 significant bits. All queries see rounded keys
+    and values, also those of the same step.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class PagedCache:
         stored = torch.float8_e4m3fn if fp8 else dtype
         # Empty: nothing reads a slot beyond a sequence's length, and a CPU's memory is taken only as pages are written.
         self.k, self.v = (torch.empty(shape, device=device, dtype=stored) for _ in range(2))
-        pools = [self.k, self.v]
+        self.fp8, pools = fp8, [self.k, self.v]
         if fp8:
             pools += [torch.empty(shape[:-1], device=device, dtype=torch.float32) for _ in range(2)]
         self._layers = [Pages(*layer) for layer in zip(*pools, strict=True)]

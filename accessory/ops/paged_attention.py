@@ -111,6 +111,11 @@ def _kernel(op: dispatch.Op, device: torch.device, dtype: torch.dtype, fp8: bool
     return dispatch.choose(dispatch.over_pages(op, device, dtype, fp8)).load()
 
 
+def runs_host_free(device: torch.device, dtype: torch.dtype, fp8: bool) -> bool:
+    """Whether `paged_attention` reads lengths and pages on the device alone. A CUDA graph needs that."""
+    return dispatch.choose(dispatch.over_pages("attention", device, dtype, fp8)).host_free
+
+
 def write_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
     """Write the keys and values of new tokens to their slots, rounded to fp8 where the pool is."""
     write: Write = _kernel("write_pages", k_NGd.device, k_NGd.dtype, pages.fp8)

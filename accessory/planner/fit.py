@@ -17,7 +17,7 @@ from typing import Any
 from accessory.errors import AccessoryError, ConfigError, InputError, MemoryFullError, is_out_of_memory, one_line
 from accessory.formats import Quant
 from accessory.launch.memory import Room, gigabytes, room_for
-from accessory.planner.cache import cache_bytes
+from accessory.planner.cache import bytes_a_page, cache_bytes, pages_in
 from accessory.planner.cards import Card
 from accessory.planner.peak import HOLES, OUTSIDE, Estimate, estimate
 from accessory.planner.search import RESERVE, TRIED_FORMATS, TRIED_TP, smallest
@@ -59,6 +59,17 @@ def check_fit(setup: Setup, room: Room | None, *, likely: Setup | None = None) -
     if room.on_gpu and (estimated := estimate(likely)).allocated > room.nbytes:
         asked = _asked(likely, _inside(estimated), "takes about")
         log.warning("memory: %s, %s; %s", asked, _there_is(setup, room), what_fits(likely, room))
+
+
+def check_cache(setup: Setup, cache_gb: float, room: Room | None) -> None:
+    """InputError where a cache of so many GB on each rank has no page, or certainly does not fit beside the weights."""
+    page, weights = bytes_a_page(setup), weight_bytes(setup)
+    wanted = page * pages_in(cache_gb, page)
+    if room is not None and weights + wanted > MARGIN * room.nbytes:
+        raise InputError(
+            f"cache_gb: got {cache_gb:g}, but {room}{_each(setup)}, of which the weights take {gigabytes(weights)}; "
+            f"give less than {gigabytes(max(0, room.nbytes - weights))}, or leave it out"
+        )
 
 
 @contextmanager
@@ -109,7 +120,11 @@ def _asked(setup: Setup, terms: dict[str, int], takes: str = "takes at least") -
 
 
 def _there_is(setup: Setup, room: Room) -> str:
-    return f"and {room}" + (" for each" if setup.gpus > 1 else "")
+    return f"and {room}{_each(setup)}"
+
+
+def _each(setup: Setup) -> str:
+    return " for each" if setup.gpus > 1 else ""
 
 
 def what_fits(setup: Setup, room: Room) -> str:
@@ -158,6 +173,8 @@ def _changes(setup: Setup, room: Room) -> Iterator[tuple[str, Setup]]:
         yield from _first_that_fits(quantized, room)
     if room.on_gpu:  # ranks that share one machine's CPU share its memory too
         yield from _first_that_fits(_with_more_gpus(setup), room)
+    if isinstance(setup.task, Inference) and setup.task.cache_dtype is None:
+        yield from _first_that_fits([("cache_dtype fp8", _with(setup, cache_dtype="fp8"))], room)
 
 
 def _changes_of_training(setup: Setup, task: Training, room: Room) -> Iterator[tuple[str, Setup]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from accessory.config import Implementation, ModelArgs
-from accessory.formats import Quant
+from accessory.formats import CacheDtype, Quant
 from accessory.parallel.sharding import attention_mode, check_ranks
 
 # "lora" over quantised weights is QLoRA. "mm_stage1" trains only the projections of image features.
@@ -33,6 +33,7 @@ class Inference:
     batch: int = 1
     context: int = 4096
     prompt: int | None = None  # tokens of the prompt; None: all of `context` but one
+    cache_dtype: CacheDtype | None = None  # of keys and values; None: as dense numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,15 @@ def test_json_says_the_same_in_bytes(as_json):
     assert found["disk"] == {"model": 93405585408}
 
 
+def test_keys_and_values_in_fp8(as_json, planned):
+    found = as_json("8x7b", "--quant", "int8", "--card", "H100", "--context", 8192, "--cache-dtype", "fp8")
+    assert found["gpu"]["terms"]["key/value cache"] == (8192 + 64) * 128 * 1024 * (128 + 4) // 256
+    assert found["setup"]["cache_dtype"] == "fp8"
+    _, printed = planned("8x7b", "--card", "H100", "--cache-dtype", "fp8")
+    assert "keys and values fp8" in printed.out
+    assert "--cache-dtype fp8" in printed.out
+
+
 def test_json_of_a_finetune(as_json):
     found = as_json("8x7b", "--finetune", "qlora", "--memory", 80, "--max-words", 2048, "--batch-size", 1)
     assert found["setup"]["finetune"] == "qlora"
@@ -224,6 +233,7 @@ def test_how_gpus_become_ranks(as_json, words, ranks):
         (("8x7b", "--dp", 2), "--dp: is for --finetune"),
         (("8x7b", "--checkpointing"), "--checkpointing: is for --finetune"),
         (("8x7b", "--finetune", "lora", "--context", 9), "--context: is for running a model"),
+        (("8x7b", "--finetune", "lora", "--cache-dtype", "fp8"), "--cache-dtype: is for running a model"),
         (("8x7b", "--finetune", "full", "--quant", "nf4"), "--quant: --finetune full keeps weights in 16 bits"),
         (("8x7b", "--finetune", "lora", "--quant", "nf4"), "use qlora for nf4"),
         (("8x7b", "--finetune", "qlora", "--quant", "none"), "use --finetune lora"),

@@ -61,6 +61,14 @@ WRONG = [
     ({"quant": 7}, "quant: got 7"),
     ({"quant": ["int8"]}, "quant: got ['int8']"),
     ({"quant_attention": "int3"}, "quant_attention: got 'int3'"),
+    ({"cache_dtype": "bf16"}, "cache_dtype: got 'bf16'"),
+    ({"cache_dtype": torch.float8_e4m3fn}, "cache_dtype: got torch.float8"),
+    ({"cache_gb": 0}, "cache_gb: got 0"),
+    ({"cache_gb": -1.5}, "cache_gb: got -1.5"),
+    ({"cache_gb": float("nan")}, "cache_gb: got nan"),
+    ({"cache_gb": float("inf")}, "cache_gb: got inf"),
+    ({"cache_gb": True}, "cache_gb: got True"),
+    ({"cache_gb": "all"}, "cache_gb: got 'all'"),
 ]
 
 

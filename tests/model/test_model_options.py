@@ -22,11 +22,12 @@ from accessory.model.options import (
     torch_dtype,
 )
 
-GIVEN = "--llama_type mixtral --llama-config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 --quant int8".split()
+GIVEN = "--llama_type mixtral --llama-config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 --quant int8 "
+GIVEN = [*GIVEN.split(), "--cache-dtype", "fp8", "--cache_gb", "1.5"]
 EXPECTED = {
     "pretrained_path": ["a", "b"], "llama_type": "mixtral", "llama_config": ["c", "d"], "tokenizer_path": "t",
     "max_seq_len": 9, "dtype": torch.float16, "quant": "int8", "quant_attention": None, "quant_output": None,
-    "progress": True,
+    "cache_dtype": "fp8", "cache_gb": 1.5, "progress": True,
 }  # fmt: skip
 
 
@@ -74,6 +75,14 @@ def test_the_names_are_those_that_the_code_behind_them_knows():
     assert set(IMAGE_TRANSFORMS) < set(TRANSFORMS)
     assert [torch_dtype(name) for name in DTYPES] == 2 * [torch.bfloat16, torch.float16, torch.float32]
     assert torch_dtype(None) is None
+
+
+@pytest.mark.parametrize("size", ["nan", "-1", "0", "inf", "x", ""])
+def test_a_cache_of_no_size_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        parsed([f"--cache-gb={size}"], demo=False)
+    assert f"got {size!r}, but it must be a number of GB above 0, or free" in capsys.readouterr().err
+    assert parsed(["--cache-gb", "free"], demo=False).cache_gb == "free"
 
 
 @pytest.mark.parametrize("port", ["70000", "-1", "x"])

@@ -10,7 +10,16 @@ from accessory.formats import FORMATS
 from accessory.launch.memory import HOST, Room
 from accessory.nn.cache import PagedCache
 from accessory.nn.decoder import Decoder
-from accessory.planner.fit import certain_bytes, check_fit, explain, explained, explained_on, fits, what_fits
+from accessory.planner.fit import (
+    certain_bytes,
+    check_cache,
+    check_fit,
+    explain,
+    explained,
+    explained_on,
+    fits,
+    what_fits,
+)
 from accessory.planner.peak import estimate
 
 LORA = BIG.replace(lora_rank=100_000)
@@ -67,6 +76,7 @@ def test_training_takes_a_weight_a_gradient_and_two_moments_for_certain():
                 "16 such GPUs (1 model-parallel × 16 data-parallel), checkpointing, data_parallel fsdp would fit",
             ],
         ),
+        (running(context=2048, batch=100, quant="int4"), host(45), ["at once", "cache_dtype fp8 would fit"]),
         (running(context=2), host(1), ["no single change is enough: `accessory plan`"]),
     ],
 )
@@ -75,6 +85,14 @@ def test_what_cannot_fit_is_refused_and_something_else_proposed(setup, room, wor
         check_fit(setup, room)
     assert "\n" not in str(error.value)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+def test_a_given_cache_must_fit_beside_the_weights():
+    check_cache(running(quant="int4"), 55, GPU)
+    check_cache(running(), 10**6, None)
+    said = r"^cache_gb: got 80, but .*H100.* has 84\.9 GB, of which the weights take 24\.8 GB; give less than 60\.1 GB"
+    with pytest.raises(InputError, match=said):
+        check_cache(running(quant="int4"), 80, GPU)
 
 
 @pytest.mark.parametrize("setup", [running(CUTTABLE), finetuning(CUTTABLE), running(CUTTABLE, "int4", tp=2)])
