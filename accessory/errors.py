@@ -22,6 +22,10 @@ class InputError(AccessoryError, ValueError):
     """A prompt, a sampling parameter or another run-time argument cannot be used."""
 
 
+class BusyError(AccessoryError, RuntimeError):
+    """Too many requests wait already; the message says how many. The same request may be answered later."""
+
+
 class NonFiniteError(AccessoryError, ArithmeticError):
     """What a network computed is not a number, or infinite; the message names the likely cause."""
 

@@ -50,6 +50,9 @@ GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Sequences that run at once, and the most tokens of a step.
 MAX_RUNNING_CPU, MAX_RUNNING_GPU = 32, 256
 STEP_TOKENS_CPU, STEP_TOKENS_GPU = 512, 4096
+# Requests that wait at once. A waiting request is only its ids, but the last of so many waits until 32 times as many as
+# a GPU runs at once have been answered: a caller had better hear so. Not measured.
+MAX_WAITING = 8192
 
 # Numbers of a sum over the GPUs of one host up to which every rank reads all parts itself, and up to which ranks sum a
 # slice each. Larger sums take NCCL.

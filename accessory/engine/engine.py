@@ -19,6 +19,7 @@ from accessory.engine.runner import About
 from accessory.engine.scheduler import Scheduler
 from accessory.engine.sequence import Sequence
 from accessory.errors import RankError
+from accessory.limits import MAX_WAITING
 
 
 class Engine:
@@ -33,13 +34,17 @@ class Engine:
         self._under_way: deque[StepHandle] = deque()
 
     @classmethod
-    def of(cls, executor: Executor, about: About) -> Engine:
-        """An engine for ranks that say this of themselves."""
+    def of(cls, executor: Executor, about: About, max_waiting: int = MAX_WAITING) -> Engine:
+        """An engine for ranks that say this of themselves. max_waiting: the most requests that wait at once."""
         pool = PagePool(about.pages)
-        return cls(Scheduler(pool, about.max_running, about.step_tokens, whole=about.on_cpu), executor)
+        scheduler = Scheduler(pool, about.max_running, about.step_tokens, whole=about.on_cpu, max_waiting=max_waiting)
+        return cls(scheduler, executor)
 
     def add(self, sequence: Sequence) -> Sequence:
-        """Let a request wait for its turn. InputError where the cache could never hold it."""
+        """Let a request wait for its turn.
+
+        InputError where it can never be answered. BusyError where as many wait as may; nothing else changes then.
+        """
         with self._turn:
             self.scheduler.add(sequence)
         return sequence

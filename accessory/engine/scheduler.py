@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from accessory.engine.pages import PagePool
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import Draw, FinishReason, Sequence
-from accessory.errors import InputError, NonFiniteError
-from accessory.limits import PAGE_SIZE
+from accessory.errors import BusyError, InputError, NonFiniteError
+from accessory.limits import MAX_WAITING, PAGE_SIZE
 
 NOT_FINITE = "the logits are not finite: broken weights (see `accessory verify`), or fp16 where bf16 is needed"
 
@@ -70,12 +70,14 @@ class Counts:
 @dataclass
 class Scheduler:
     """pool: the pages. max_running: sequences that run at once. budget: the most tokens of a step. whole: a sequence
-    gets the pages of its longest answer at once where there are enough, so that they lie side by side."""
+    gets the pages of its longest answer at once where there are enough, so that they lie side by side. max_waiting:
+    requests that wait at once, besides those that were put back."""
 
     pool: PagePool
     max_running: int
     budget: int
     whole: bool = False
+    max_waiting: int = MAX_WAITING
     waiting: deque[Sequence] = field(init=False, default_factory=deque)
     running: list[Sequence] = field(init=False, default_factory=list)  # in the order in which they began
     counts: Counts = field(init=False, default_factory=Counts)
@@ -85,8 +87,11 @@ class Scheduler:
         self._steps: deque[list[tuple[Sequence, Entry]]] = deque()  # planned, and not committed
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn. InputError where the whole pool could not hold it."""
+        """Let a sequence wait for its turn. InputError where the whole pool could not hold it, BusyError where as many
+        wait as may."""
         self._check_room(sequence)
+        if len(self.waiting) >= self.max_waiting:
+            raise BusyError(f"busy: {len(self.waiting):,} requests wait already, the most that may; ask again later")
         self.waiting.append(sequence)
 
     def _check_room(self, sequence: Sequence) -> None:

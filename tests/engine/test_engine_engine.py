@@ -36,7 +36,7 @@ from accessory.engine.engine import Engine
 from accessory.engine.executor import LocalExecutor
 from accessory.engine.runner import Step
 from accessory.engine.sampling_params import SamplingParams
-from accessory.errors import InputError, NonFiniteError
+from accessory.errors import BusyError, InputError, NonFiniteError
 from accessory.limits import PAGE_SIZE
 
 IMPLEMENTATIONS = ["base", "sparse"]
@@ -204,6 +204,42 @@ def test_a_request_longer_than_the_pool_is_refused(runner):
     check_empty(engine)
 
 
+def test_of_ten_thousand_requests_those_that_may_not_wait_are_refused_and_the_others_answered(runner):
+    wishes = [Wish([1, n % 7], 1) for n in range(10_000)]
+    expected = [written(request) for request in alone(runner, wishes[:7])]
+    engine = tiny_engine(runner)
+    accepted, refused = [], []
+    for wish in wishes:
+        try:
+            accepted.append(engine.add(wish.request()))
+        except BusyError as error:
+            refused.append(str(error))
+    assert refused == ["busy: 8,192 requests wait already, the most that may; ask again later"] * 1808
+    assert engine.scheduler.pool.free == PAGES - 1
+    engine.step()
+    engine.add(wishes[0].request())  # there is room again
+    step_to_the_end(engine)
+    assert all(request.finished == "length" for request in accepted)
+    assert [written(request) for request in accepted] == [expected[n % 7] for n in range(8192)]
+    check_empty(engine)
+
+
+def test_those_that_were_put_back_may_wait_beside_the_most_that_may(runner, singles):
+    wishes, expected = singles
+    engine = tiny_engine(runner, pages=8, slots=8, budget=50, whole=False)
+    engine.scheduler.max_waiting = 2
+    requests = []
+    for wish in wishes:
+        while len(engine.scheduler.waiting) >= 2:
+            engine.step()
+        requests.append(engine.add(wish.request()))
+    step_to_the_end(engine)
+    assert engine.scheduler.counts.put_back > 3
+    for request, single in zip(requests, expected, strict=True):
+        check_against(request, single)
+    check_empty(engine)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("when", ["submitted", "awaited"])
 def test_an_error_of_the_runner_ends_all_requests_and_no_later_one(runner, singles, monkeypatch, when, ahead):
@@ -284,6 +320,8 @@ def test_an_engine_has_what_its_runner_says(runner):
     engine = Engine.of(LocalExecutor(runner), runner.about)
     assert engine.scheduler.pool.pages == PAGES
     assert (engine.scheduler.max_running, engine.scheduler.budget, engine.scheduler.whole) == (32, 512, True)
+    assert engine.scheduler.max_waiting == 8192
+    assert Engine.of(LocalExecutor(runner), runner.about, max_waiting=3).scheduler.max_waiting == 3
 
 
 def test_the_callers_grad_mode_is_left_alone(runner):

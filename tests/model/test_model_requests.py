@@ -184,6 +184,12 @@ def test_threads_stream_at_once_and_each_gets_its_text(model):
     check_empty(model._engine())
 
 
+def test_a_call_with_more_prompts_than_may_wait_is_answered(model, monkeypatch):
+    monkeypatch.setattr("accessory.model.text_model.AT_ONCE", 3)
+    monkeypatch.setattr(model._engine().scheduler, "max_waiting", 3)
+    assert model.generate([PROMPT] * 10, max_gen_len=4) == model.generate([PROMPT], max_gen_len=4) * 10
+
+
 def test_a_reader_that_leaves_or_cancels_frees_its_pages(model):
     stream = model.stream_generate(PROMPT, max_gen_len=60)
     next(stream)
