@@ -65,14 +65,13 @@ def check_cache_dtype(cache_dtype: Any) -> None:
         )
 
 
-def check_cache_gb(cache_gb: Any, named: Named = str) -> None:
+def check_cache_gb(cache_gb: Any) -> None:
     if cache_gb is None or (isinstance(cache_gb, str) and cache_gb == FREE):
         return
     real = isinstance(cache_gb, numbers.Real) and not isinstance(cache_gb, bool)
     if not (real and 0 < cache_gb < math.inf):
         raise InputError(
-            f"{named('cache_gb')}: got {cache_gb!r:.60}, but it must be a number of GB above 0, or {FREE!r}: most of "
-            "what is free"
+            f"cache_gb: got {cache_gb!r:.60}, but it must be a number of GB above 0, or {FREE!r}: most of what is free"
         )
 
 

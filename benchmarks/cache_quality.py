@@ -1,7 +1,6 @@
 """Measures the quality that a key/value cache in fp8 costs.
 
-    accessory demo --out demo
-    python benchmarks/cache_quality.py demo/base
+    make demo && python benchmarks/cache_quality.py demo-model/base
 
 The text is Python's own help (pydoc_data), in rows of 512 tokens. The engine judges every token, given those before it,
 in steps of at most 128 tokens. It also continues the beginnings of the rows greedily. With a cache in fp8 every query

@@ -32,7 +32,7 @@ def small_card():
 def test_a_pool_of_all_that_is_free_leaves_room_for_the_worst_step(tmp_path, cache_dtype, small_card, monkeypatch):
     if cache_dtype and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("kernels for fp8 need a newer card")
-    write_speaking(tmp_path, SPEAKING)
+    write_speaking(tmp_path, SPEAKING.replace(dim=128, hidden_dim=224, n_heads=8, n_kv_heads=2, head_dim=16))
     rooms = []
 
     def small_room(device, group=None, **how):
