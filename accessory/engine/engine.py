@@ -37,7 +37,14 @@ class Engine:
     def of(cls, executor: Executor, about: About, max_waiting: int = MAX_WAITING) -> Engine:
         """An engine for ranks that say this of themselves. max_waiting: the most requests that wait at once."""
         pool = PagePool(about.pages)
-        scheduler = Scheduler(pool, about.max_running, about.step_tokens, whole=about.on_cpu, max_waiting=max_waiting)
+        scheduler = Scheduler(
+            pool,
+            about.max_running,
+            about.step_tokens,
+            whole=about.on_cpu,
+            max_waiting=max_waiting,
+            longest=about.max_seq_len,
+        )
         return cls(scheduler, executor)
 
     def add(self, sequence: Sequence) -> Sequence:

@@ -100,6 +100,7 @@ class About(NamedTuple):
     max_running: int  # sequences that run at once
     step_tokens: int  # the most tokens of a step
     on_cpu: bool
+    max_seq_len: int | None = None
 
 
 class Runner:
@@ -130,7 +131,7 @@ class Runner:
         self._on_card: Callable[[], AbstractContextManager[Any]]
         self._on_card = nullcontext if on_cpu else partial(torch.cuda.device, self.device)
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
-        self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu)
+        self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu, max_seq_len)
         with explained():
             self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads, fp8)
         self._sampler = Sampler(max_running, vocab_size, self.device)

@@ -71,13 +71,15 @@ class Counts:
 class Scheduler:
     """pool: the pages. max_running: sequences that run at once. budget: the most tokens of a step. whole: a sequence
     gets the pages of its longest answer at once where there are enough, so that they lie side by side. max_waiting:
-    requests that wait at once, besides those that were put back."""
+    requests that wait at once, besides those that were put back. longest: the most tokens of a sequence, prompt and
+    answer together; None where only the pool limits them."""
 
     pool: PagePool
     max_running: int
     budget: int
     whole: bool = False
     max_waiting: int = MAX_WAITING
+    longest: int | None = None
     waiting: deque[Sequence] = field(init=False, default_factory=deque)
     running: list[Sequence] = field(init=False, default_factory=list)  # in the order in which they began
     counts: Counts = field(init=False, default_factory=Counts)
@@ -87,20 +89,21 @@ class Scheduler:
         self._steps: deque[list[tuple[Sequence, Entry]]] = deque()  # planned, and not committed
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn. InputError where the whole pool could not hold it, BusyError where as many
-        wait as may."""
+        """Let a sequence wait for its turn. InputError where it is too long for the context or the pool, BusyError
+        where as many wait as may."""
         self._check_room(sequence)
         if len(self.waiting) >= self.max_waiting:
             raise BusyError(f"busy: {len(self.waiting):,} requests wait already, the most that may; ask again later")
         self.waiting.append(sequence)
 
     def _check_room(self, sequence: Sequence) -> None:
-        need, there = _pages(sequence.prompt_length + sequence.max_tokens), self.pool.pages - 1
+        tokens = sequence.prompt_length + sequence.max_tokens
+        asked = f"prompt: {sequence.prompt_length} tokens and an answer of {sequence.max_tokens}"
+        if self.longest is not None and tokens > self.longest:
+            raise InputError(f"{asked} are {tokens}, but max_seq_len is {self.longest}")
+        need, there = _pages(tokens), self.pool.pages - 1
         if need > there:
-            raise InputError(
-                f"prompt: {sequence.prompt_length} tokens and an answer of {sequence.max_tokens} need {need} pages of "
-                f"{PAGE_SIZE} tokens, but the cache has {there}"
-            )
+            raise InputError(f"{asked} need {need} pages of {PAGE_SIZE} tokens, but the cache has {there}")
 
     def finish(self, sequence: Sequence, reason: FinishReason, error: BaseException | None = None) -> None:
         """End a sequence and give its pages back. Does nothing where it has ended."""
@@ -122,7 +125,9 @@ class Scheduler:
             tokens = min(sequence.todo, self.budget - sum(chosen.values()))
             if tokens > 0 and sequence.slot is not None and self._grow(sequence, tokens, chosen):
                 chosen[sequence] = tokens
-        planned = [(sequence, self._entry(sequence, tokens)) for sequence, tokens in chosen.items()]
+        planned: list[tuple[Sequence, Entry]] = []
+        for sequence, tokens in chosen.items():
+            self._take(sequence, tokens, planned)
         left, sees = self.budget - sum(chosen.values()), False
         while self.waiting and left > 0 and self._slots:
             sequence = self.waiting[0]
@@ -130,9 +135,9 @@ class Scheduler:
             if sequence.pending or (sees and sequence.images) or not self._begin(sequence, left):
                 break
             tokens = min(sequence.todo, left)
-            planned.append((sequence, self._entry(sequence, tokens)))
-            left -= tokens
-            sees = sees or bool(sequence.images)
+            if self._take(sequence, tokens, planned):
+                left -= tokens
+                sees = sees or bool(sequence.images)
         if not planned:
             return None
         # Sequences with one token come first: attention computes them together, and a graph consists of such only.
@@ -204,12 +209,25 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _entry(self, sequence: Sequence, tokens: int) -> Entry:
+    def _take(self, sequence: Sequence, tokens: int, planned: list[tuple[Sequence, Entry]]) -> bool:
+        """Plan a sequence's part of the step. Where its mask raises, it ends with that error; returns False."""
+        mask, draws = None, sequence.computed + tokens == len(sequence.ids) + sequence.pending
+        if draws and sequence.mask is not None:
+            try:
+                mask = sequence.mask(sequence.ids[sequence.prompt_length :])
+            except Exception as error:
+                # Without its traceback, whose frames hold the scheduler.
+                self.finish(sequence, "error", error.with_traceback(None))
+                return False
+        planned.append((sequence, self._entry(sequence, tokens, draws, mask)))
+        return True
+
+    def _entry(self, sequence: Sequence, tokens: int, draws: bool, mask: bytes | None) -> Entry:
         """A sequence's part of the step. From now on its tokens count as computed."""
         assert sequence.slot is not None
         start, known = sequence.computed, len(sequence.ids)
         sequence.computed = end = start + tokens
-        draw = sequence.answer_length + sequence.pending if end == known + sequence.pending else None
+        draw = sequence.answer_length + sequence.pending if draws else None
         ids = None if start >= known else tuple(sequence.ids[start:end])
         begin = None
         if sequence.told is None:
@@ -224,7 +242,6 @@ class Scheduler:
             )
         pages = tuple(sequence.pages[sequence.told or 0 :])
         sequence.told = len(sequence.pages)
-        mask = sequence.mask(sequence.ids[sequence.prompt_length :]) if draw is not None and sequence.mask else None
         scored = sequence.params.prompt_logprobs is not None
         targets = tuple(sequence.ids[start + 1 : min(end + 1, sequence.prompt_length)]) if scored else ()
         if draw is not None:

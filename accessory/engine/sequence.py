@@ -43,7 +43,7 @@ class Sequence:
 
     root: the digest of all that its keys and values depend on besides ids and images: weights and adapter.
     mask: called with the answer so far, before each draw; returns the tokens that may be drawn, a bit each, most
-    significant first, or None for all. Grammars use it.
+    significant first, or None for all. Where it raises, the request ends with that error. Grammars use it.
     """
 
     ids: list[int]  # prompt, then answer

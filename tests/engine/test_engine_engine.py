@@ -204,6 +204,66 @@ def test_a_request_longer_than_the_pool_is_refused(runner):
     check_empty(engine)
 
 
+def test_a_request_longer_than_the_context_is_refused_and_the_others_go_on(runner):
+    """Although the cache has room for it: no page table would."""
+    engine = Engine.of(LocalExecutor(runner), runner.about)
+    other = engine.add(Wish([1, 5, 9], 20).request())
+    engine.step()
+    with pytest.raises(InputError, match=r"^prompt: 300 tokens and an answer of 21 are 321, but max_seq_len is 320$"):
+        engine.add(Wish([1] * 300, 21).request())
+    longest = engine.add(Wish([1] * 300, 20).request())
+    step_to_the_end(engine)
+    assert [other.finished, longest.finished] == ["length", "length"]
+    check_empty(engine)
+
+
+class Grammar:
+    """A mask that allows all tokens, and raises after so many tokens of the answer."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, answer: list[int]) -> bytes | None:
+        if len(answer) >= self.after:
+            raise KeyError("no such rule")
+        return None
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("slots", [32, 2])
+def test_a_mask_that_raises_ends_its_request_only(runner, singles, ahead, slots):
+    """At the first token, in the middle of an answer, and after another sequence was put back for it."""
+    wishes, expected = singles
+    engine = tiny_engine(runner, pages=8, slots=slots, budget=50, whole=False, ahead=ahead)
+    good, bad = [], []
+    for n, wish in enumerate(wishes[:16]):
+        request = Wish([1, n, *range(n)], 20).request()
+        request.mask = Grammar(after=(0, 0, 1, 7)[n % 4])
+        bad.append(engine.add(request))
+        good.append(engine.add(wish.request()))
+    step_to_the_end(engine)
+    for n, request in enumerate(bad):
+        assert (request.finished, str(request.error)) == ("error", "'no such rule'")
+        assert request.error.__traceback__ is None
+        assert len(written(request)) == (0, 0, 1, 7)[n % 4]
+    for request, single in zip(good, expected, strict=False):
+        check_against(request, single)
+    check_empty(engine)
+
+
+def test_masks_that_raise_leave_no_request_waiting(runner):
+    """The step in which all running sequences end begins the waiting ones."""
+    engine = tiny_engine(runner, slots=2)
+    requests = [Wish([1, n], 3).request() for n in range(7)]
+    for request in requests[:6]:
+        request.mask = Grammar(after=0)
+    for request in requests:
+        engine.add(request)
+    step_to_the_end(engine)
+    assert [request.finished for request in requests] == ["error"] * 6 + ["length"]
+    check_empty(engine)
+
+
 def test_of_ten_thousand_requests_those_that_may_not_wait_are_refused_and_the_others_answered(runner):
     wishes = [Wish([1, n % 7], 1) for n in range(10_000)]
     expected = [written(request) for request in alone(runner, wishes[:7])]
