@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -82,6 +83,36 @@ def test_every_rank_gets_what_the_first_one_gets(folder):
     assert first["items"][-1]["text"] == alone.generate([PROMPT], max_gen_len=12)[0]
     assert first["beside"] == alone.generate(["A"], max_gen_len=4)
     assert first["scores"] == pytest.approx(alone.evaluate_examples([PROMPT])["ppl"], rel=1e-4)
+
+
+BAD = 31999  # a token whose logits are not finite
+
+
+def with_bad_token(rank, world, folder):
+    model = MetaModel.from_pretrained(folder, mp_group=dist.group.WORLD, **HOW)
+    with torch.no_grad():
+        model.llma.tok_embeddings.weight[BAD] = torch.nan
+    if rank:
+        model.follow()
+        return None
+    with model.lead():
+        stream = model.stream_generate(PROMPT, max_gen_len=40)
+        next(stream)
+        bad = [
+            outcome(partial(model.generate, [[1, BAD, 7]], max_gen_len=4, temperature=t, seed=1)) for t in (0.0, 1.0)
+        ]
+        return bad, list(stream)[-1]["text"], model.generate(["A"], max_gen_len=4), model._engine().scheduler.pool.free
+
+
+def test_logits_that_are_not_finite_end_their_request_only(folder):
+    (bad, good, after, free), _ = run_ranks(with_bad_token, 2, folder)
+    assert all(said.startswith("NonFiniteError: the logits are not finite") for said in bad)
+    alone = MetaModel.from_pretrained(folder, **HOW)
+    with torch.no_grad():
+        alone.llma.tok_embeddings.weight[BAD] = torch.nan
+    assert good == alone.generate([PROMPT], max_gen_len=40)[0]
+    assert after == alone.generate(["A"], max_gen_len=4)
+    assert free == alone._engine().scheduler.pool.pages - 1
 
 
 def led(rank, world, folder):

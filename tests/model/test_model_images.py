@@ -1,8 +1,10 @@
 """`MetaModel` with images: from folders in the original's names and ours, alone and on several ranks."""
 
 import json
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers.distributed import run_ranks
@@ -219,9 +221,13 @@ def test_a_wrapper_of_ranks_takes_images(folder, model, path, monkeypatch):
         assert wrapper.generate(PROMPTS[:1], **GENERATE) == model.generate(PROMPTS[:1], **GENERATE)
         logits = wrapper.compute_logits(PROMPTS[:1], images[:1])[0]
         equal(logits, model.compute_logits(PROMPTS[:1], images[:1])[0])
+        ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks._ranks]
         kill_in_step(wrapper, monkeypatch, 1)  # the step that encodes an image
+        started = time.monotonic()
         with pytest.raises(RankError, match="rank 1 was ended by signal 9 while generating"):
             wrapper.generate(PROMPTS, [picture(3), None, None], **GENERATE)
+        assert time.monotonic() - started < 10
+        assert not psutil.wait_procs(ranks, timeout=10)[1]
         monkeypatch.undo()
         assert wrapper.generate(PROMPTS, images, **GENERATE) == model.generate(PROMPTS, images, **GENERATE)
 

@@ -184,6 +184,28 @@ def test_threads_stream_at_once_and_each_gets_its_text(model):
     check_empty(model._engine())
 
 
+def test_what_callers_raise_ends_their_own_requests_only(model):
+    """A stream that is read, beside readers and functions of callers that raise."""
+    expected = model.generate([PROMPT], max_gen_len=40)[0]
+    stream = model.stream_generate(PROMPT, max_gen_len=40)
+    next(stream)
+
+    def out_of_luck(*_):
+        raise RuntimeError("out of luck")
+
+    for given in ({"on_step": out_of_luck}, {"cancelled": out_of_luck}):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            model.generate(["A", "B"], max_gen_len=30, **given)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        list(map(out_of_luck, model.stream_generate("A", max_gen_len=30)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accessory.data.detokenizer.StopScanner.push", out_of_luck)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            model.generate(["A", "B"], max_gen_len=30)
+    assert list(stream)[-1]["text"] == expected
+    check_empty(model._engine())
+
+
 def test_a_call_with_more_prompts_than_may_wait_is_answered(model, monkeypatch):
     monkeypatch.setattr("accessory.model.text_model.AT_ONCE", 3)
     monkeypatch.setattr(model._engine().scheduler, "max_waiting", 3)
