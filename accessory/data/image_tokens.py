@@ -28,23 +28,25 @@ def insert_image_tokens(ids: Sequence[int], count: int, bos_id: int | None) -> l
     return [*ids[:start], *[IMAGE_ID] * count, *ids[start:]]
 
 
-def refuse_tags(prompts: Sequence[Any], images: Sequence[Any], of: str = "prompt") -> None:
-    """Raise InputError for a prompt that speaks of an image while `images` holds None for it.
+def refuse_tag(prompt: Any, image: Any, name: str) -> None:
+    """Raise InputError for a prompt, called `name`, that speaks of an image while `image` is None."""
+    if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
+        raise InputError(f"{name}: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
 
-    of: what the message calls a prompt.
+
+def remove_tag(prompt: Any, image: Any, name: str) -> Any:
+    """A text without its tags and the white space behind each. Token ids stay as they are.
+
+    Raises what `refuse_tag` raises.
     """
-    for n, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        if image is None and isinstance(prompt, str) and IMAGE_TAG in prompt:
-            raise InputError(f"{of}s[{n}]: speaks of an {IMAGE_TAG}, but images has none for it; give it one")
+    refuse_tag(prompt, image, name)
+    return _TAG_AND_SPACE.sub("", prompt) if isinstance(prompt, str) else prompt
 
 
 def remove_tags(prompts: Sequence[Any], images: Sequence[Any], of: str = "prompt") -> list[Any]:
-    """Texts without their tags and the white space behind each. Prompts of token ids stay as they are.
-
-    Raises what `refuse_tags` raises.
-    """
-    refuse_tags(prompts, images, of)
-    return [_TAG_AND_SPACE.sub("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    """Each prompt as `remove_tag` gives it. of: what messages call a prompt."""
+    pairs = zip(prompts, images, strict=True)
+    return [remove_tag(prompt, image, f"{of}s[{n}]") for n, (prompt, image) in enumerate(pairs)]
 
 
 def without_tag(text: str) -> str:

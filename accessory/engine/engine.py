@@ -56,6 +56,10 @@ class Engine:
             self.scheduler.add(sequence)
         return sequence
 
+    def check(self, sequence: Sequence) -> None:
+        """InputError where the cache could never hold a request: what `add` would raise."""
+        self.scheduler.check_room(sequence)
+
     def finish(self, sequence: Sequence, *, stopped: bool = False) -> None:
         """End a request, at a stop text (`stopped`) or because nobody wants the rest. Its pages are free at once."""
         with self._turn:

@@ -89,14 +89,14 @@ class Scheduler:
         self._steps: deque[list[tuple[Sequence, Entry]]] = deque()  # planned, and not committed
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn. InputError where it is too long for the context or the pool, BusyError
-        where as many wait as may."""
-        self._check_room(sequence)
+        """Let a sequence wait for its turn. Raises as `check_room` does, and BusyError where as many wait as may."""
+        self.check_room(sequence)
         if len(self.waiting) >= self.max_waiting:
             raise BusyError(f"busy: {len(self.waiting):,} requests wait already, the most that may; ask again later")
         self.waiting.append(sequence)
 
-    def _check_room(self, sequence: Sequence) -> None:
+    def check_room(self, sequence: Sequence) -> None:
+        """InputError where a sequence is too long for the context or the pool."""
         tokens = sequence.prompt_length + sequence.max_tokens
         asked = f"prompt: {sequence.prompt_length} tokens and an answer of {sequence.max_tokens}"
         if self.longest is not None and tokens > self.longest:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from accessory.data.image_tokens import remove_tags
+from accessory.data.image_tokens import remove_tag, remove_tags
 from accessory.errors import InputError
 
 if TYPE_CHECKING:
-    from accessory.model.image_processor import ImageProcessor, Images
+    from accessory.model.image_processor import Image, ImageProcessor, Images
 
 Prompt = str | Sequence[int]
 Pixels = list[Tensor | None]  # (3, P, P) fp32 for each prompt, None for one without an image
@@ -44,6 +44,18 @@ def open_images(
         return prompts, none
     pixels = none if images is None else image_processor.open_all(images, len(prompts), of)
     return remove_tags(prompts, pixels, of), pixels
+
+
+def open_prompt(
+    image_processor: ImageProcessor | None, prompt: Prompt, image: Image | None, name: str
+) -> tuple[Prompt, Tensor | None]:
+    """As `open_images`, for one prompt, which messages call `name`."""
+    if image_processor is None:
+        if image is not None:
+            raise InputError(f"{name}: has an image, but this model is text only; load it with with_visual=True")
+        return prompt, None
+    pixels = None if image is None else image_processor.open(image, f"{name}: image")
+    return remove_tag(prompt, pixels, name), pixels
 
 
 def image_token_counts(image_processor: ImageProcessor | None, pixels: Pixels) -> list[int]:

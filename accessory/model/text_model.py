@@ -24,10 +24,10 @@ from accessory.engine.engine import Engine, told_again
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import ImageSpan
 from accessory.engine.sequence import Sequence as Request
-from accessory.errors import InputError
-from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images
+from accessory.errors import AccessoryError, InputError
+from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images, open_prompt
 from accessory.model.scoring import Scorer
-from accessory.model.writing import Completion, StreamItem, Writing
+from accessory.model.writing import Completion, StreamItem, TextRequest, Writing
 from accessory.vision_config import IMAGE_ID
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ Adapter = str | None  # the name of a loaded adapter
 
 # Requests of one call that the engine has at once. A call with more adds them as others end.
 AT_ONCE = 512
+# Requests from the first one that has not ended to the last one that has begun. A caller that wants the answers in
+# their order keeps at most so many.
+AHEAD = 4 * AT_ONCE
 
 
 class TextModel:
@@ -143,6 +146,7 @@ class TextModel:
                 [prompt], images, max_gen_len, params or SamplingParams(), additional_stop_symbols, adapter
             )
             for _, _, new in self._read([writing], cancelled):
+                writing.answer.raise_error()
                 if new and writing.answer.finish_reason is None:
                     yield writing.answer
             yield writing.answer
@@ -169,12 +173,49 @@ class TextModel:
             )
             longest = 0
             for _, writing, _ in self._read(writings, cancelled):
+                writing.answer.raise_error()
                 if on_step is not None and len(writing.answer.token_ids) > longest:
                     on_step(longest := len(writing.answer.token_ids))
             return [writing.answer for writing in writings]
             yield
 
         return _outcome(self._together(all_of_them()))
+
+    def answers(
+        self,
+        requests: Iterable[TextRequest | AccessoryError],
+        cancelled: Callable[[], bool] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (number, answer) of each request when it ends, in whatever order.
+
+        requests: of `accessory.model.writing.TextRequest`, each with a prompt, an image and settings. One is taken when
+        there is room for it among those that go on, so there may be more than memory holds. One that cannot be answered
+        gets a `Completion` with its `error`, and the others go on. An error in place of a request is taken too: its
+        caller could not make one. `on_step` is called whenever an answer has grown, with the number of its new tokens.
+        When `cancelled` returns true, what is not answered then is not yielded.
+        """
+
+        def writings() -> Iterator[Writing]:
+            for request in requests:
+                try:
+                    if isinstance(request, AccessoryError):
+                        raise request
+                    prompt, pixels = open_prompt(self.image_processor, request.prompt, request.image, request.name)
+                    writing = self._writing(replace(request, prompt=prompt), pixels)
+                    self._engine().check(writing.request)
+                except AccessoryError as error:
+                    writing = Writing.refused(told_again(error), self.tokenizer)
+                yield writing
+
+        def ended() -> Generator[tuple[int, Completion]]:
+            for number, writing, _ in self._read(writings(), cancelled):
+                if on_step is not None and writing.taken:
+                    on_step(writing.taken)
+                if writing.answer.finish_reason is not None:
+                    yield number, writing.answer
+
+        yield from self._together(ended())
 
     def _requests(
         self,
@@ -187,53 +228,71 @@ class TextModel:
     ) -> list[Writing]:
         """A request for each prompt. Raises InputError for what cannot be answered, before any is computed."""
         stops = [stops] if isinstance(stops, str) else list(stops)
-        check_stops(stops)
-        params.check_vocabulary(self.tokenizer.vocab_size)
         prompts, pixels = open_images(self.image_processor, prompts, images, "prompt")
-        counts = image_token_counts(self.image_processor, pixels)
-        chosen = self._adapters(adapter, len(prompts))
+        names = self._adapter_names(adapter, len(prompts))
         copies: Counter[tuple[int, ...]] = Counter()
         made = []
-        for row, (prompt, image, count) in enumerate(zip(prompts, pixels, counts, strict=True)):
-            text_ids = self._prompt_ids(prompt, row, max_gen_len, count)
-            ids = insert_image_tokens(text_ids, count, self.tokenizer.bos_id)
-            spans = [] if image is None else [_span(ids, count, image)]
-            # Without a seed, one comes from torch's generator, which torch.manual_seed sets.
-            mine = params
-            if params.temperature and params.seed is None:
-                mine = params.with_seed(int(torch.randint(2**62, ())))
-            elif params.temperature:
-                mine = replace(params, copy=params.copy + copies[tuple(ids)])
-                copies[tuple(ids)] += 1
-            stop_ids = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
-            number, root = chosen[row]
-            request = Request(ids, mine, max_gen_len, stop_ids, spans, adapter=number, root=root)
-            made.append(Writing(request, self.tokenizer, text_ids, stops))
+        for row, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
+            asked = TextRequest(prompt, None, max_gen_len, params, stops, f"prompts[{row}]", names[row])
+            writing = self._writing(asked, image)
+            if params.temperature and params.seed is not None:
+                request, ids = writing.request, tuple(writing.request.ids)
+                request.params = replace(params, copy=params.copy + copies[ids])
+                copies[ids] += 1
+            made.append(writing)
+        for writing in made:
+            self._engine().check(writing.request)
         return made
 
-    def _adapters(self, adapter: Adapter | Sequence[Adapter], prompts: int) -> list[tuple[int, bytes]]:
-        """The number and the digest of each prompt's adapter."""
+    def _writing(self, asked: TextRequest, image: Tensor | None) -> Writing:
+        """What is asked, as a request to the engine. image: the pixels of its image, which is open."""
+        check_stops(asked.stops)
+        asked.params.check_vocabulary(self.tokenizer.vocab_size)
+        (count,) = image_token_counts(self.image_processor, [image])
+        text_ids = self._prompt_ids(asked.prompt, asked.name, asked.max_gen_len, count)
+        ids = insert_image_tokens(text_ids, count, self.tokenizer.bos_id)
+        spans = [] if image is None else [_span(ids, count, image)]
+        # Without a seed, one comes from torch's generator, which torch.manual_seed sets.
+        params = asked.params
+        if params.temperature and params.seed is None:
+            params = params.with_seed(int(torch.randint(2**62, ())))
+        stop_ids = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
+        number, root = self._adapter(asked.adapter)
+        request = Request(ids, params, asked.max_gen_len, stop_ids, spans, adapter=number, root=root)
+        return Writing(request, self.tokenizer, text_ids, asked.stops)
+
+    def _adapter_names(self, adapter: Adapter | Sequence[Adapter], prompts: int) -> list[Adapter]:
+        """The name of each prompt's adapter."""
         names = [adapter] * prompts if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != prompts:
             raise InputError(f"adapter: got {len(names)} for {prompts} prompts; give one for each, or one for all")
-        numbers = {name: (number, root) for number, (name, root) in enumerate(self.adapters.items())}
-        for name in names:
-            if name is not None and name not in numbers:
-                known = f"loaded: {', '.join(numbers)}" if numbers else "the model was loaded without adapters"
-                raise InputError(f"adapter: got {name!r:.60}, but {known}")
-        return [(-1, b"") if name is None else numbers[name] for name in names]
+        return names
+
+    def _adapter(self, name: Adapter) -> tuple[int, bytes]:
+        """The number and the digest of a request's adapter."""
+        if name is None:
+            return -1, b""
+        if name not in self.adapters:
+            known = f"loaded: {', '.join(self.adapters)}" if self.adapters else "the model was loaded without adapters"
+            raise InputError(f"adapter: got {name!r:.60}, but {known}")
+        return list(self.adapters).index(name), self.adapters[name]
 
     def _read(
-        self, writings: Sequence[Writing], cancelled: Callable[[], bool] | None = None
+        self, writings: Iterable[Writing], cancelled: Callable[[], bool] | None = None
     ) -> Iterator[tuple[int, Writing, str]]:
-        """Yield (number, writing, new text) whenever an answer has grown. Raises the first error of an answer."""
-        engine, left = self._engine(), iter(enumerate(writings))
-        at_once: dict[int, Writing] = {}
+        """Yield (number, writing, new text) whenever an answer has grown, and when it has ended, also in an error."""
+        engine, left = self._engine(), iter(writings)
+        at_once: dict[int, Writing] = {}  # by number, so the first one is the oldest
+        begun = 0
         try:
             while True:
-                while len(at_once) < AT_ONCE and (more := next(left, None)) is not None:
-                    engine.add(more[1].request)
-                    at_once[more[0]] = more[1]
+                while len(at_once) < AT_ONCE and begun - next(iter(at_once), begun) < AHEAD:
+                    if (writing := next(left, None)) is None:
+                        break
+                    if not writing.request.finished:
+                        engine.add(writing.request)
+                    at_once[begun] = writing
+                    begun += 1
                 if not at_once or (cancelled is not None and cancelled()):
                     return
                 engine.advance([writing.request for writing in at_once.values()])
@@ -243,8 +302,6 @@ class TextModel:
                     new = writing.take(lambda request: engine.finish(request, stopped=True))
                     if writing.answer.finish_reason is not None:
                         del at_once[number]
-                        if writing.answer.error is not None:
-                            raise told_again(writing.answer.error)
                     yield number, writing, new
         finally:
             for writing in at_once.values():
@@ -255,11 +312,11 @@ class TextModel:
         """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""
         return (yield from work)
 
-    def _prompt_ids(self, prompt: Prompt, row: int, max_gen_len: int, image_tokens: int = 0) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, name: str, max_gen_len: int, image_tokens: int = 0) -> list[int]:
         """A prompt's token ids, without its image tokens. The beginning is cut if it leaves no room for the answer."""
         if isinstance(prompt, str):
             if not prompt:
-                raise InputError(f"prompts[{row}]: is empty; give at least one character")
+                raise InputError(f"{name}: is empty; give at least one character")
             # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
             # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
@@ -268,25 +325,23 @@ class TextModel:
                 ids = [index(i) for i in prompt]
             except TypeError as error:
                 got = type(prompt).__name__
-                raise InputError(
-                    f"prompts[{row}]: got a {got}; give a string, or token ids as whole numbers"
-                ) from error
+                raise InputError(f"{name}: got a {got}; give a string, or token ids as whole numbers") from error
         if not ids:
-            raise InputError(f"prompts[{row}]: has no tokens; a prompt needs at least one")
+            raise InputError(f"{name}: has no tokens; a prompt needs at least one")
         if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
             last = self.args.vocab_size - 1
-            raise InputError(f"prompts[{row}]: token ids must lie in 0 … {last} (vocab_size = {last + 1})")
+            raise InputError(f"{name}: token ids must lie in 0 … {last} (vocab_size = {last + 1})")
         check_max_gen_len(max_gen_len, self.max_seq_len)
         room = self.max_seq_len - max_gen_len - image_tokens
         if image_tokens and room < 2:
             raise InputError(
-                f"prompts[{row}]: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
+                f"{name}: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
                 f"leaves no room in max_seq_len = {self.max_seq_len}; give at least {image_tokens + max_gen_len + 2}"
             )
         if len(ids) > room:
             log.warning(
-                "prompts[%d]: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
-                row, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
+                "%s: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
+                name, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
             )  # fmt: skip
             begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
             ids = ids[:begins] + ids[len(ids) - room + begins :]

@@ -1,15 +1,21 @@
-"""A request's answer while it is written: drawn tokens in, final text out."""
+"""A request of text, and its answer while it is written: `TextRequest`, `Completion`, and `Writing` between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from accessory.data.detokenizer import StopScanner, StreamDecoder
 from accessory.data.tokenizer import Tokenizer
+from accessory.engine.engine import told_again
+from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import Draw, FinishReason
 from accessory.engine.sequence import Sequence as Request
+from accessory.model.prompts import Prompt
+
+if TYPE_CHECKING:
+    from accessory.model.image_processor import Image
 
 
 class StreamItem(TypedDict):
@@ -31,9 +37,33 @@ class Completion:
     finish_reason: FinishReason | None = None  # None while it is written
     error: BaseException | None = None
 
+    def raise_error(self) -> None:
+        """Raise the error that it ended with, if any: a copy, see `told_again`."""
+        if self.error is not None:
+            raise told_again(self.error)
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A prompt, and how it is to be answered.
+
+    prompt: a string, or token ids. image: as one of `generate`'s images. params, stops: how its tokens are drawn, and
+    the texts that end it. name: what messages call the prompt. adapter: the name of one that the model was loaded with.
+    """
+
+    prompt: Prompt
+    image: Image | None = None
+    max_gen_len: int = 512
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stops: Sequence[str] = ()
+    name: str = "prompt"
+    adapter: str | None = None
+
 
 class Writing:
-    """One request's answer: drawn tokens in, final text out."""
+    """One request's answer: drawn tokens in, final text out. `taken` tokens came with the last `take`."""
+
+    taken = 0
 
     def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
         self.request, self._stop_ids = request, tokenizer.stop_ids
@@ -45,9 +75,17 @@ class Writing:
             top_logprobs=[] if wanted else None,
         )
 
+    @classmethod
+    def refused(cls, error: BaseException, tokenizer: Tokenizer) -> Writing:
+        """The answer to a request that cannot be made: it has ended with this error."""
+        request = Request([], SamplingParams(), 0)
+        request.error, request.finished = error, "error"
+        return cls(request, tokenizer, [], ())
+
     def take(self, end: Callable[[Request], None]) -> str:
         """Take what the engine has drawn. Returns the new final text. end: tells the engine that a stop text came."""
         new, request, answer = "", self.request, self.answer
+        before = len(answer.token_ids)
         while request.drawn and not self._scanner.stopped:
             draw = request.drawn.popleft()
             self._note(draw)
@@ -59,6 +97,7 @@ class Writing:
         if self._scanner.stopped:
             end(request)
         answer.text += new
+        self.taken = len(answer.token_ids) - before
         if (request.finished and not request.drawn) or self._scanner.stopped:
             answer.finish_reason = "stop" if self._scanner.stopped else request.finished
             answer.error, answer.cached_tokens = request.error, request.cached

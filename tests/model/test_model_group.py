@@ -14,6 +14,7 @@ from helpers.sizes import SPEAKING
 
 from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
+from accessory.model.writing import TextRequest
 
 ARGS = SPEAKING.replace(n_layers=1, max_seq_len=512)
 PROMPT = "The best programming language in the world is"
@@ -64,6 +65,8 @@ def calls(rank, world, folder):
     found["beside"] = model.generate(["A"], max_gen_len=4)
     found["items"] += half_read
     found["scores"] = model.evaluate_examples([PROMPT])["ppl"]
+    wanted = [] if rank else [TextRequest(PROMPT, max_gen_len=4), TextRequest(""), TextRequest("A", max_gen_len=4)]
+    found["answers"] = {n: (answer.text, str(answer.error)) for n, answer in model.answers(wanted)}
     found["sampled"] = model.generate([PROMPT], max_gen_len=8, temperature=1.0)
     return found
 
@@ -82,6 +85,11 @@ def test_every_rank_gets_what_the_first_one_gets(folder):
     )
     assert first["items"][-1]["text"] == alone.generate([PROMPT], max_gen_len=12)[0]
     assert first["beside"] == alone.generate(["A"], max_gen_len=4)
+    assert first["answers"] == {
+        0: (four[0], "None"),
+        1: ("", "prompt: is empty; give at least one character"),
+        2: (first["beside"][0], "None"),
+    }
     assert first["scores"] == pytest.approx(alone.evaluate_examples([PROMPT])["ppl"], rel=1e-4)
 
 

@@ -144,7 +144,7 @@ def test_token_ids_may_be_arrays(model):
 
 def test_one_bos_never_two(model):
     for prompt in (PROMPT, "<s>" + PROMPT, "<s> [INST] Hi [/INST]"):
-        ids = model._prompt_ids(prompt, 0, 8)
+        ids = model._prompt_ids(prompt, "prompt", 8)
         assert ids[0] == model.tokenizer.bos_id
         assert ids.count(model.tokenizer.bos_id) == 1
 
