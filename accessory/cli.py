@@ -58,7 +58,7 @@ def _check_paths(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     check_text_options(options)
-    from accessory.commands.text import generate
+    from accessory.commands.generate import generate
 
     return generate(options)
 
@@ -211,6 +211,8 @@ def _parser() -> Parser:
     )
     generate.add_argument("--system", metavar="TEXT", help="a system message before each, with --template")
     generate.add_argument("--lines", action="store_true", help="every line of --prompt-file or stdin is a prompt")
+    about = "with --lines: a line of JSON a prompt, as it ends; run again, it goes on where it stopped"
+    generate.add_argument("--out", metavar="FILE", help=about)
     add_image_arguments(generate, several=True)
     add_sampling_arguments(generate, several=True)
     generate.add_argument("--stream", action="store_true", help="show the text while it is written")

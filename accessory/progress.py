@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _TERMINAL, _LOG = (0.1, 0.3), (15.0, 15.0)
 
 
-def progress_bar(total: int, what: str, shown: bool = True, *, unit: str = "B") -> tqdm:
+def progress_bar(total: int, what: str, shown: bool = True, *, unit: str = "B", done: int = 0) -> tqdm:
     """A progress bar on standard error, with rate and remaining time. Bytes are shown in kB, MB and GB.
 
     Of several processes, only the first one (RANK 0) shows it. A terminal redraws the line; a log gets a new line now
@@ -24,6 +24,7 @@ def progress_bar(total: int, what: str, shown: bool = True, *, unit: str = "B") 
     interval, delay = _TERMINAL if sys.stderr.isatty() else _LOG
     return tqdm(
         total=total,
+        initial=done,
         desc=what,
         unit=unit,
         unit_scale=unit == "B",

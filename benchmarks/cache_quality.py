@@ -55,7 +55,7 @@ def measured(options: argparse.Namespace, dtype: str, cache: str | None) -> tupl
     ids = model.tokenizer.encode(text[: options.tokens * 8], bos=False)[: options.tokens // LENGTH * LENGTH]
     assert len(ids) >= LENGTH, "--tokens: too few, or more than the text has"
     rows = [ids[n : n + LENGTH] for n in range(0, len(ids), LENGTH)]
-    engine = model._engine()
+    engine = model.engine()
     engine.scheduler.budget = BUDGET
     judged = [engine.add(Sequence(row, SamplingParams(prompt_logprobs=1), 1)) for row in rows]
     continued = [engine.add(Sequence(row[:BEGINNING], SamplingParams(), ANSWER)) for row in rows]

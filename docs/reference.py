@@ -96,7 +96,7 @@ def generated() -> dict[str, str]:
     """Each generated part of the page, by name."""
     commands = "\n\n".join(command_section(name, parser) for name, parser in command_parsers().items())
     classes = {"MetaModel": "accessory/model/meta.py", "TextModel": "accessory/model/text_model.py"}
-    written = ["generate", "stream_generate", "complete", "stream"]
+    written = ["generate", "stream_generate", "complete", "stream", "answers"]
     methods = ["from_pretrained", *written, "compute_logits", "evaluate_examples"]
     return {
         "commands": commands,

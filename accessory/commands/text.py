@@ -7,24 +7,22 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from accessory.commands.text_options import chosen_adapters
+from accessory.commands.answering import Asking, first_ctrl_c, print_answer
+from accessory.commands.prompts import NO_IMAGE, Ask
+from accessory.commands.text_options import named_adapters
 from accessory.data.conversation import Conversation
-from accessory.data.image_tokens import refuse_tags, without_tag
+from accessory.data.image_tokens import without_tag
 from accessory.data.images import open_image
 from accessory.data.templates import get_template
-from accessory.data.tokenizer import Tokenizer
 from accessory.errors import AccessoryError, InputError
 from accessory.launch.environment import launch_of
 from accessory.launch.gpus import check_device, count_ranks
@@ -36,87 +34,42 @@ from accessory.model.writing import Completion
 from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
-NO_IMAGE = ("none", "-")
 
-
-def generate(options: argparse.Namespace) -> int:
-    """Continue the prompts and print the texts. Under a launcher, only the first rank reads and prints."""
-    launch = launch_of()
-    first = launch is None or launch.rank == 0
-    prompts = _prompts(options) if first else []
-    if options.stream and len(prompts) > 1:
-        raise InputError(f"--stream: got {len(prompts)} prompts, but only one can be streamed")
-    if options.system is not None and options.template is None:
-        raise InputError("--system: a system message is part of a dialogue; give the --template that writes it too")
-    images = _images(options.image, len(prompts)) if first else []
-    adapters = chosen_adapters(options, len(prompts)) if first else []
+def print_answers(options: argparse.Namespace, asks: list[Ask]) -> int:
+    """Answer some prompts together and print the texts. On a launcher's other ranks, there are none."""
+    images = [None if ask.image is None else open_image(ask.image) for ask in asks]  # before the model takes minutes
     with open_model(options) as model:
-        return 0 if model is None else _print_answers(options, model, prompts, images, adapters)
+        return 0 if model is None else _print_answers(options, model, asks, images)
 
 
-def _print_answers(
-    options: argparse.Namespace, model: Any, prompts: list[str], images: list[Any], adapters: list[str | None]
-) -> int:
-    asked: list[Any] = prompts
-    stops = options.stop
-    tidy: Callable[[str], str] = str
-    if options.template is not None:
-        template = get_template(options.template, model.tokenizer)
-        if _visual(options):
-            refuse_tags(prompts, images or [None] * len(prompts))
-            prompts_said = [without_tag(prompt) for prompt in prompts]
-        else:  # for a text-only model, an image tag is plain text
-            prompts_said = prompts
-        talks = [Conversation(template, options.system).add("user", text) for text in prompts_said]
-        asked = [talk.prompt_ids(model.tokenizer) for talk in talks]
-        stops, tidy = [*template.stop_strings, *stops], template.reply
+def _print_answers(options: argparse.Namespace, model: Any, asks: list[Ask], images: list[Any]) -> int:
+    asking = Asking(options, model)
+    requests = [asking.request(ask) for ask in asks]
     how = {
         "max_gen_len": options.max_gen_len,
         "params": options.sampling,
-        "additional_stop_symbols": stops,
+        "additional_stop_symbols": requests[0].stops,
     }
     if options.stream:
-        stream = model.stream(asked[0], images[0] if images else None, adapter=adapters[0], **how)
-        answers = [_show(stream, tidy, _print_piece if options.json else _print_text)]
+        stream = model.stream(requests[0].prompt, images[0], adapter=requests[0].adapter, **how)
+        answers = [_show(stream, asking.tidy(asks[0]), _print_piece if options.json else _print_text)]
         if not options.json:
             print()
             return 0
         stopped = False
     else:
-        answers, stopped = _write(model, asked, images or None, {**how, "adapter": adapters})
-    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
-        if options.json:
-            image = {"image": options.image[n - 1]} if images else {}
-            told = {"prompt": prompt, **image, **_told(answer, tidy, model.tokenizer)}
-            print(json.dumps(told, ensure_ascii=False))
-        else:
-            if len(prompts) > 1:
-                last = (prompt.splitlines() or [""])[-1]
-                print(f"# {n}/{len(prompts)}: {last[:70]}")
-            print(tidy(answer.text))
+        seen = images if any(image is not None for image in images) else None
+        answers, stopped = _write(
+            model,
+            [request.prompt for request in requests],
+            seen,
+            {**how, "adapter": [request.adapter for request in requests]},
+        )
+    for number, (ask, answer) in enumerate(zip(asks, answers, strict=True), start=1):
+        print_answer(options, asking, number, len(asks), ask, answer)
     if stopped:
         raise KeyboardInterrupt
     return 0
-
-
-def _told(answer: Completion, tidy: Callable[[str], str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a line of JSON says of an answer."""
-
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        return {"id": token, "token": tokenizer.decode([token]), "logprob": logprob}
-
-    told = {
-        "text": tidy(answer.text),
-        "prompt_tokens": answer.prompt_tokens,
-        "tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-    }
-    if answer.logprobs is not None:
-        tokens = [one(*pair) for pair in zip(answer.token_ids, answer.logprobs, strict=True)]
-        for token, top in zip(tokens, answer.top_logprobs or (), strict=False):
-            token["top"] = [one(*pair) for pair in top.items()]
-        told["logprobs"] = tokens
-    return told
 
 
 def _write(
@@ -127,56 +80,9 @@ def _write(
     if launch_of() is not None:  # the launcher ends all ranks
         with bar:
             return model.complete(asked, images, **how, on_step=lambda n: bar.update(n - bar.n)), False
-    with bar, _first_ctrl_c() as stopped:
+    with bar, first_ctrl_c() as stopped:
         told = {"cancelled": stopped.is_set, "on_step": lambda n: bar.update(n - bar.n)}
         return model.complete(asked, images, **how, **told), stopped.is_set()
-
-
-@contextmanager
-def _first_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, while the context is open; the next one raises KeyboardInterrupt."""
-    pressed, before = threading.Event(), signal.getsignal(signal.SIGINT)
-
-    def note(*_: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        pressed.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    files = list(options.prompt_file)
-    if not prompts and not files:
-        if sys.stdin.isatty():
-            raise InputError("--prompt: missing; give --prompt TEXT, --prompt-file FILE, or text on standard input")
-        files = ["-"]
-    for name in files:
-        try:
-            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        # The newline at the end of a text file is not part of the prompt: models continue worse after it.
-        prompts += [line for line in text.splitlines() if line] if options.lines else [text.removesuffix("\n")]
-    if not prompts:
-        raise InputError("--lines: the input has no line with text")
-    if "" in prompts and options.template is None:
-        raise InputError(f"prompts[{prompts.index('')}]: is empty; give at least one character")
-    return prompts
-
-
-def _images(names: list[str], count: int) -> list[Any]:
-    """Open one image per prompt, before the model takes minutes to load. The list is empty without any image."""
-    if names and len(names) != count:
-        raise InputError(
-            f"--image: got {len(names)} for {count} prompts; give one each, in their order, and none for those without"
-        )
-    images = [None if name in NO_IMAGE else open_image(os.path.expanduser(name)) for name in names]
-    return images if any(image is not None for image in images) else []
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -228,7 +134,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
                     max_gen_len=options.max_gen_len,
                     params=options.sampling,
                     additional_stop_symbols=[*template.stop_strings, *options.stop],
-                    adapter=chosen_adapters(options, 1)[0],
+                    adapter=named_adapters(options)[0],
                 ),
                 template.reply,
             )

@@ -55,12 +55,9 @@ def add_sampling_arguments(command: argparse.ArgumentParser, several: bool) -> N
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
 
-def chosen_adapters(options: argparse.Namespace, prompts: int) -> list[str | None]:
-    """The name of each prompt's adapter. InputError where there are neither one nor as many as prompts."""
+def named_adapters(options: argparse.Namespace) -> list[str | None]:
+    """The adapters that --use-adapter names: one for all prompts, or one each."""
     names = [options.use_adapter] if isinstance(options.use_adapter, str) else options.use_adapter or [NO_ADAPTER]
-    if len(names) not in (1, prompts):
-        raise InputError(f"--use-adapter: got {len(names)} for {prompts} prompts; give one each, or one for all")
-    names = names * prompts if len(names) == 1 else names
     return [None if name == NO_ADAPTER else name for name in names]
 
 
@@ -91,5 +88,5 @@ def check_text_options(options: argparse.Namespace) -> None:
     except InputError as error:
         name, said = str(error).split(":", 1)
         raise InputError(f"{option_of(name)}:{said}") from error
-    if options.sampling.logprobs is not None and not options.json:
-        raise InputError("--logprobs: they come in the lines of --json; give --json too")
+    if options.sampling.logprobs is not None and not (options.json or options.out):
+        raise InputError("--logprobs: they come in the lines of --json; give --json too, or --lines with --out")

@@ -54,7 +54,7 @@ def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
     entries = meta.get("META") if isinstance(meta, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{where}: expected META, a list of files, each with path and type")
-    _known(meta, ("META",), where)
+    refuse_unknown(meta, ("META",), where)
     return [_source(entry, f"{where}: META[{n}]", beside) for n, entry in enumerate(entries)]
 
 
@@ -71,7 +71,7 @@ def read_yaml(path: str | Path) -> Any:
 def _source(entry: Any, where: str, beside: Path) -> Source:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: got {entry!r}, but it must have path and type")
-    _known(entry, _KEYS, where)
+    refuse_unknown(entry, _KEYS, where)
     for key in ("path", "type", "root", "preprocess"):
         if not isinstance(entry.get(key, ""), str | None):
             raise ConfigError(f"{where}: {key}: got {entry[key]!r}, but it must be text")
@@ -91,17 +91,18 @@ def _source(entry: Any, where: str, beside: Path) -> Source:
         raise ConfigError(f"{where}: ratio: got {ratio!r}, but it must be above 0 and at most 1")
     preprocess = entry.get("preprocess")
     if preprocess is not None:
-        _known([preprocess], PREPROCESSES, f"{where}: preprocess", "value")
+        refuse_unknown([preprocess], PREPROCESSES, f"{where}: preprocess", "value")
     # YAML reads `None` as text, but null and a bare "prompt_type:" as no value. All three mean the prompt called None.
     prompt_type = str(entry["prompt_type"]) if "prompt_type" in entry else None
     if prompt_type is not None:
-        _known([prompt_type], SYSTEM_PROMPTS, f"{where}: prompt_type", "value")
+        refuse_unknown([prompt_type], SYSTEM_PROMPTS, f"{where}: prompt_type", "value")
     return Source(
         path, entry.get("type") or "text", float(ratio), entry.get("root") or "", preprocess or None, prompt_type
     )
 
 
-def _known(given: Any, known: tuple[str, ...], where: str, what: str = "key") -> None:
+def refuse_unknown(given: Any, known: tuple[str, ...], where: str, what: str = "key") -> None:
+    """ConfigError for the first of the given words that is not known, with the one that was meant."""
     for key in given:
         if key not in known:
             plain = {name.lower(): name for name in known}

@@ -236,7 +236,7 @@ class MetaModel(nn.Module, TextModel):
                     self._made = Engine.of(executor, runner.about)
             return self._made
 
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
         engine = self._engine_or_follower()
         assert isinstance(engine, Engine), "a rank that follows asks for nothing"
         return engine
@@ -284,7 +284,7 @@ class MetaModel(nn.Module, TextModel):
     @property
     def broken(self) -> threading.Event:
         """Set on the first of several ranks after a failure that the other ranks may not share."""
-        executor = self._engine().executor
+        executor = self.engine().executor
         return executor.broken if isinstance(executor, GroupExecutor) else threading.Event()
 
     def follow(self) -> None:
@@ -311,4 +311,4 @@ class Lead:
 
     def __exit__(self, *_: object) -> None:
         self._model._leads = False
-        self._model._engine().close(RankError("the ranks were closed while generating"))
+        self._model.engine().close(RankError("the ranks were closed while generating"))

@@ -92,7 +92,7 @@ class MultiGpuWrapper(TextModel):
         self._made: Engine | None = None
         self._made = Engine.of(self._ranks, self._ranks.load())
 
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
         assert self._made is not None
         return self._made
 

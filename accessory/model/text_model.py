@@ -9,26 +9,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
-from operator import index
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from accessory.arguments import check_max_gen_len, check_stops
 from accessory.config import ModelArgs
-from accessory.data.image_tokens import insert_image_tokens
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.engine import Engine, told_again
 from accessory.engine.sampling_params import SamplingParams
-from accessory.engine.sequence import ImageSpan
-from accessory.engine.sequence import Sequence as Request
 from accessory.errors import AccessoryError, InputError
-from accessory.model.prompts import Prompt, count_prompts, image_token_counts, open_images, open_prompt
+from accessory.model.prompts import Prompt, count_prompts, open_images
+from accessory.model.requests import RequestMaker
 from accessory.model.scoring import Scorer
 from accessory.model.writing import Completion, StreamItem, TextRequest, Writing
-from accessory.vision_config import IMAGE_ID
 
 if TYPE_CHECKING:
     from accessory.model.image_processor import Image, ImageProcessor, Images
@@ -45,7 +38,7 @@ AHEAD = 4 * AT_ONCE
 
 
 class TextModel:
-    """Generates and scores text. A subclass gives the five attributes and `_engine`.
+    """Generates and scores text. A subclass gives the five attributes and `engine`.
 
     `image_processor` is None for a text-only model. `adapters`: a digest of the content of each adapter that requests
     may name; its place is its number.
@@ -57,7 +50,7 @@ class TextModel:
     image_processor: ImageProcessor | None
     adapters: Mapping[str, bytes]
 
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
         raise NotImplementedError
 
     @property
@@ -201,9 +194,8 @@ class TextModel:
                 try:
                     if isinstance(request, AccessoryError):
                         raise request
-                    prompt, pixels = open_prompt(self.image_processor, request.prompt, request.image, request.name)
-                    writing = self._writing(replace(request, prompt=prompt), pixels)
-                    self._engine().check(writing.request)
+                    writing = self.writing(request)
+                    self.engine().check(writing.request)
                 except AccessoryError as error:
                     writing = Writing.refused(told_again(error), self.tokenizer)
                 yield writing
@@ -234,32 +226,24 @@ class TextModel:
         made = []
         for row, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
             asked = TextRequest(prompt, None, max_gen_len, params, stops, f"prompts[{row}]", names[row])
-            writing = self._writing(asked, image)
+            writing = self._maker().make(asked, image)
             if params.temperature and params.seed is not None:
                 request, ids = writing.request, tuple(writing.request.ids)
                 request.params = replace(params, copy=params.copy + copies[ids])
                 copies[ids] += 1
             made.append(writing)
         for writing in made:
-            self._engine().check(writing.request)
+            self.engine().check(writing.request)
         return made
 
-    def _writing(self, asked: TextRequest, image: Tensor | None) -> Writing:
-        """What is asked, as a request to the engine. image: the pixels of its image, which is open."""
-        check_stops(asked.stops)
-        asked.params.check_vocabulary(self.tokenizer.vocab_size)
-        (count,) = image_token_counts(self.image_processor, [image])
-        text_ids = self._prompt_ids(asked.prompt, asked.name, asked.max_gen_len, count)
-        ids = insert_image_tokens(text_ids, count, self.tokenizer.bos_id)
-        spans = [] if image is None else [_span(ids, count, image)]
-        # Without a seed, one comes from torch's generator, which torch.manual_seed sets.
-        params = asked.params
-        if params.temperature and params.seed is None:
-            params = params.with_seed(int(torch.randint(2**62, ())))
-        stop_ids = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
-        number, root = self._adapter(asked.adapter)
-        request = Request(ids, params, asked.max_gen_len, stop_ids, spans, adapter=number, root=root)
-        return Writing(request, self.tokenizer, text_ids, asked.stops)
+    def writing(self, asked: TextRequest) -> Writing:
+        """A request that the engine can take, and its answer. Raises InputError for what cannot be answered."""
+        return self._maker().open(asked)
+
+    def _maker(self) -> RequestMaker:
+        return RequestMaker(
+            self.tokenizer, self.args.vocab_size, self.max_seq_len, self.image_processor, list(self.adapters.items())
+        )
 
     def _adapter_names(self, adapter: Adapter | Sequence[Adapter], prompts: int) -> list[Adapter]:
         """The name of each prompt's adapter."""
@@ -268,20 +252,11 @@ class TextModel:
             raise InputError(f"adapter: got {len(names)} for {prompts} prompts; give one for each, or one for all")
         return names
 
-    def _adapter(self, name: Adapter) -> tuple[int, bytes]:
-        """The number and the digest of a request's adapter."""
-        if name is None:
-            return -1, b""
-        if name not in self.adapters:
-            known = f"loaded: {', '.join(self.adapters)}" if self.adapters else "the model was loaded without adapters"
-            raise InputError(f"adapter: got {name!r:.60}, but {known}")
-        return list(self.adapters).index(name), self.adapters[name]
-
     def _read(
         self, writings: Iterable[Writing], cancelled: Callable[[], bool] | None = None
     ) -> Iterator[tuple[int, Writing, str]]:
         """Yield (number, writing, new text) whenever an answer has grown, and when it has ended, also in an error."""
-        engine, left = self._engine(), iter(writings)
+        engine, left = self.engine(), iter(writings)
         at_once: dict[int, Writing] = {}  # by number, so the first one is the oldest
         begun = 0
         try:
@@ -311,41 +286,6 @@ class TextModel:
     def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
         """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""
         return (yield from work)
-
-    def _prompt_ids(self, prompt: Prompt, name: str, max_gen_len: int, image_tokens: int = 0) -> list[int]:
-        """A prompt's token ids, without its image tokens. The beginning is cut if it leaves no room for the answer."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InputError(f"{name}: is empty; give at least one character")
-            # The caller wrote the whole prompt, so control strings in it become control tokens, as in transformers.
-            # Chat messages of users go through `data.conversation`, which keeps such strings as plain characters.
-            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=True)
-        else:
-            try:
-                ids = [index(i) for i in prompt]
-            except TypeError as error:
-                got = type(prompt).__name__
-                raise InputError(f"{name}: got a {got}; give a string, or token ids as whole numbers") from error
-        if not ids:
-            raise InputError(f"{name}: has no tokens; a prompt needs at least one")
-        if not 0 <= min(ids) <= max(ids) < self.args.vocab_size:
-            last = self.args.vocab_size - 1
-            raise InputError(f"{name}: token ids must lie in 0 … {last} (vocab_size = {last + 1})")
-        check_max_gen_len(max_gen_len, self.max_seq_len)
-        room = self.max_seq_len - max_gen_len - image_tokens
-        if image_tokens and room < 2:
-            raise InputError(
-                f"{name}: its image takes {image_tokens} positions, and with max_gen_len = {max_gen_len} that "
-                f"leaves no room in max_seq_len = {self.max_seq_len}; give at least {image_tokens + max_gen_len + 2}"
-            )
-        if len(ids) > room:
-            log.warning(
-                "%s: %d tokens leave no room for max_gen_len = %d in max_seq_len = %d; the first %d are cut",
-                name, len(ids) + image_tokens, max_gen_len, self.max_seq_len, len(ids) - room,
-            )  # fmt: skip
-            begins = 1 if ids[0] == self.tokenizer.bos_id and room > 1 else 0
-            ids = ids[:begins] + ids[len(ids) - room + begins :]
-        return ids
 
     # ----------------------------------------------------------------- scoring
 
@@ -380,17 +320,12 @@ class TextModel:
     def _scored(self, ask: Callable[[Scorer], Any]) -> Any:
         def work() -> Generator[Any, None, Any]:
             scorer = Scorer(
-                self._engine().score, self.tokenizer, self.args.vocab_size, self.max_seq_len, self.image_processor
+                self.engine().score, self.tokenizer, self.args.vocab_size, self.max_seq_len, self.image_processor
             )
             return ask(scorer)
             yield
 
         return _outcome(self._together(work()))
-
-
-def _span(ids: Sequence[int], count: int, pixels: Tensor) -> ImageSpan:
-    content = blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
-    return ImageSpan(ids.index(IMAGE_ID), count, content, pixels.numpy())
 
 
 def _outcome(work: Generator[Any, None, Any]) -> Any:

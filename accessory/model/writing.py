@@ -33,6 +33,7 @@ class Completion:
     logprobs: list[float] | None = None  # of the tokens, natural logarithm
     top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each place
     prompt_logprobs: list[float | None] | None = None  # of the prompt's tokens after the first; None for image tokens
+    prompt_top_logprobs: list[dict[int, float]] | None = None  # of the likeliest tokens at each of these places
     cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
     finish_reason: FinishReason | None = None  # None while it is written
     error: BaseException | None = None
@@ -49,6 +50,7 @@ class TextRequest:
 
     prompt: a string, or token ids. image: as one of `generate`'s images. params, stops: how its tokens are drawn, and
     the texts that end it. name: what messages call the prompt. adapter: the name of one that the model was loaded with.
+    stop_token_ids: tokens that end it too. mask: says which tokens may be drawn, as a `Sequence`'s.
     """
 
     prompt: Prompt
@@ -58,6 +60,8 @@ class TextRequest:
     stops: Sequence[str] = ()
     name: str = "prompt"
     adapter: str | None = None
+    stop_token_ids: Sequence[int] = ()
+    mask: Callable[[list[int]], bytes | None] | None = None
 
 
 class Writing:
@@ -103,6 +107,7 @@ class Writing:
             answer.error, answer.cached_tokens = request.error, request.cached
             if request.params.prompt_logprobs is not None:
                 answer.prompt_logprobs = [draw and draw.logprob for draw in request.prompt_logprobs]
+                answer.prompt_top_logprobs = [(draw and draw.top) or {} for draw in request.prompt_logprobs]
         return new
 
     def _note(self, draw: Draw) -> None:

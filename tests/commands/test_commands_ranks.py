@@ -1,5 +1,6 @@
 """`accessory generate` on two ranks, started in any way: prints the text of one process once."""
 
+import json
 import os
 import socket
 import subprocess
@@ -127,3 +128,21 @@ def test_ranks_that_make_no_sense_say_so(folder, capsys):
 
     assert main(["generate", str(folder), "--prompt", PROMPT, *HOW, "--n-gpus", "0"]) == 1
     assert "gpus: got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["our own", "torchrun"])
+def test_a_file_is_answered_and_gone_on_with(folder, expected, tmp_path, launcher):
+    alone = MetaModel.from_pretrained(folder, dtype=torch.float32, max_seq_len=64, device="cpu")
+    asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text(f'{{"prompt": "{PROMPT}"}}\n{{"prompt": ""}}\n{{"prompt": "Two", "max_gen_len": 9}}\n')
+    words = ["generate", folder, *HOW, "--prompt-file", asked, "--lines", "--out", out]
+    for kept in (0, 1, 3):  # lines that are there already
+        out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:kept]) if kept else b"")
+        command = [sys.executable, "-m", "accessory", *words, "--n-gpus", "2"]
+        done = run(torchrun(*words) if launcher == "torchrun" else command)
+        assert done.stderr.count("1 of 3 prompts could not be answered") == 1
+        first, failed, last = map(json.loads, out.read_text().splitlines())
+        assert first["text"] + "\n" == expected
+        assert list(failed) == ["prompt", "error"]
+        assert last["text"] == alone.generate(["Two"], max_gen_len=9)[0]

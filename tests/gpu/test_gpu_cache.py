@@ -46,7 +46,7 @@ def test_a_pool_of_all_that_is_free_leaves_room_for_the_worst_step(tmp_path, cac
     how = {"device": "cuda", "max_seq_len": 512, "cache_dtype": cache_dtype, "cache_gb": "free"}
     model = MetaModel.from_pretrained(tmp_path, **how)
     expected = model.generate(["The best"], max_gen_len=8)  # makes the pool
-    runner = model._engine().executor.runner
+    runner = model.engine().executor.runner
     layers = runner.cache._layers
     scales = [t for layer in layers for t in (layer.k_scale_PSG, layer.v_scale_PSG) if t is not None]
     pool = runner.cache.k.nbytes + runner.cache.v.nbytes + sum(t.nbytes for t in scales)
@@ -54,7 +54,7 @@ def test_a_pool_of_all_that_is_free_leaves_room_for_the_worst_step(tmp_path, cac
     for _ in range(2):
         for plan in worst_steps(runner.about, 512):
             runner.run(plan).result()
-    model._engine().scheduler.pool.forget()  # the worst steps wrote to pages that had content
+    model.engine().scheduler.pool.forget()  # the worst steps wrote to pages that had content
     assert model.generate(["The best"], max_gen_len=8) == expected
 
 

@@ -69,12 +69,12 @@ def test_each_gets_what_it_gets_alone_and_an_error_is_an_answer(narrow):
         assert (answers[n].finish_reason, answers[n].text) == ("error", "")
         assert isinstance(answers[n].error, InputError)
         assert said in str(answers[n].error)
-    check_empty(narrow._engine())
+    check_empty(narrow.engine())
 
 
 def test_a_request_that_is_not_finite_leaves_the_others(model, monkeypatch):
     """The second request's first draw is told as one of no finite logits."""
-    commit = model._engine().scheduler.commit
+    commit = model.engine().scheduler.commit
 
     def spoilt(result):
         if len(result.draws) == 3:
@@ -82,7 +82,7 @@ def test_a_request_that_is_not_finite_leaves_the_others(model, monkeypatch):
             monkeypatch.undo()
         commit(result)
 
-    monkeypatch.setattr(model._engine().scheduler, "commit", spoilt)
+    monkeypatch.setattr(model.engine().scheduler, "commit", spoilt)
     answers = dict(model.answers(TextRequest(prompt, max_gen_len=4) for prompt in ("One", "Two", "Three")))
     assert [type(answers[n].error) for n in range(3)] == [type(None), NonFiniteError, type(None)]
     assert [answers[n].text for n in (0, 2)] == model.generate(["One", "Three"], max_gen_len=4)
@@ -92,7 +92,7 @@ def test_requests_are_taken_as_others_end(model, monkeypatch):
     """At most AT_ONCE are in the engine, and at most AHEAD have begun behind the oldest one that goes on."""
     monkeypatch.setattr(text_model, "AT_ONCE", 4)
     monkeypatch.setattr(text_model, "AHEAD", 6)
-    scheduler, most, taken, ended, ahead = model._engine().scheduler, 0, 0, set(), 0
+    scheduler, most, taken, ended, ahead = model.engine().scheduler, 0, 0, set(), 0
 
     def requests():
         nonlocal taken, most, ahead
@@ -129,7 +129,7 @@ def test_who_leaves_frees_the_pages(model, leave):
     else:
         with suppress(ValueError):
             assert [number for number, _ in answers] == [0]
-    check_empty(model._engine())
+    check_empty(model.engine())
 
 
 def test_on_step_tells_every_token_once(model):
@@ -146,4 +146,4 @@ def test_complete_refuses_what_the_cache_cannot_hold_before_a_step(narrow, monke
         InputError, match="141 tokens and an answer of 4 need 3 pages of 64 tokens, but the cache has 2"
     ):
         narrow.complete(["One", "Two", [1, *range(300, 440)]], max_gen_len=4)
-    check_empty(narrow._engine())
+    check_empty(narrow.engine())

@@ -32,7 +32,7 @@ def load(folder, **how):
 
 
 def pages(model):
-    return model._engine().scheduler.pool.pages
+    return model.engine().scheduler.pool.pages
 
 
 def test_by_default_a_cache_has_room_for_max_batch_size_answers(folder):
@@ -47,7 +47,7 @@ def test_a_given_size_is_the_pools(folder):
     assert cache.k.nbytes + cache.v.nbytes == 9 * PAGE
     assert pages(load(folder, cache_gb=900 * PAGE / 1e9)) == 900  # more than `max_batch_size` needs
     assert model.generate([PROMPT] * 12, max_gen_len=8) == load(folder).generate([PROMPT] * 12, max_gen_len=8)
-    check_empty(model._engine())
+    check_empty(model.engine())
 
 
 def test_what_a_small_cache_cannot_hold_is_refused_and_the_rest_answered(folder):
@@ -79,7 +79,7 @@ def test_keys_and_values_in_fp8(folder, dtype):
     assert pages(model) == pages(exact)
 
     def logprobs(model, budget):
-        model._engine().scheduler.budget = budget
+        model.engine().scheduler.budget = budget
         (answer,) = model.complete([PROMPT], max_gen_len=8, params=SCORED)
         return torch.tensor(answer.prompt_logprobs), answer.token_ids
 

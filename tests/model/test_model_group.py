@@ -109,7 +109,7 @@ def with_bad_token(rank, world, folder):
         bad = [
             outcome(partial(model.generate, [[1, BAD, 7]], max_gen_len=4, temperature=t, seed=1)) for t in (0.0, 1.0)
         ]
-        return bad, list(stream)[-1]["text"], model.generate(["A"], max_gen_len=4), model._engine().scheduler.pool.free
+        return bad, list(stream)[-1]["text"], model.generate(["A"], max_gen_len=4), model.engine().scheduler.pool.free
 
 
 def test_logits_that_are_not_finite_end_their_request_only(folder):
@@ -120,7 +120,7 @@ def test_logits_that_are_not_finite_end_their_request_only(folder):
         alone.llma.tok_embeddings.weight[BAD] = torch.nan
     assert good == alone.generate([PROMPT], max_gen_len=40)[0]
     assert after == alone.generate(["A"], max_gen_len=4)
-    assert free == alone._engine().scheduler.pool.pages - 1
+    assert free == alone.engine().scheduler.pool.pages - 1
 
 
 def led(rank, world, folder):

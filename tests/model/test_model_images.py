@@ -100,7 +100,7 @@ def test_requests_with_images_come_in_chunks(model, path, monkeypatch, budget):
     """Steps of seven tokens end within an image, whose tokens take ten positions."""
     images = [picture(), path, None]
     alone = [model.generate([p], [i], **GENERATE)[0] for p, i in zip(PROMPTS, images, strict=True)]
-    engine = model._engine()
+    engine = model.engine()
     monkeypatch.setattr(engine.scheduler, "budget", budget)
     steps, submit = [], engine.executor.submit
 

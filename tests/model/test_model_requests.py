@@ -181,7 +181,7 @@ def test_threads_stream_at_once_and_each_gets_its_text(model):
         thread.join(120)
     assert [texts[-1] for texts in got] == expected
     assert min(map(len, got)) > 1  # in pieces: how many depends on whose turn it is
-    check_empty(model._engine())
+    check_empty(model.engine())
 
 
 def test_what_callers_raise_ends_their_own_requests_only(model):
@@ -203,12 +203,12 @@ def test_what_callers_raise_ends_their_own_requests_only(model):
         with pytest.raises(RuntimeError, match="out of luck"):
             model.generate(["A", "B"], max_gen_len=30)
     assert list(stream)[-1]["text"] == expected
-    check_empty(model._engine())
+    check_empty(model.engine())
 
 
 def test_a_call_with_more_prompts_than_may_wait_is_answered(model, monkeypatch):
     monkeypatch.setattr("accessory.model.text_model.AT_ONCE", 3)
-    monkeypatch.setattr(model._engine().scheduler, "max_waiting", 3)
+    monkeypatch.setattr(model.engine().scheduler, "max_waiting", 3)
     assert model.generate([PROMPT] * 10, max_gen_len=4) == model.generate([PROMPT], max_gen_len=4) * 10
 
 
@@ -216,7 +216,7 @@ def test_a_reader_that_leaves_or_cancels_frees_its_pages(model):
     stream = model.stream_generate(PROMPT, max_gen_len=60)
     next(stream)
     stream.close()
-    check_empty(model._engine())
+    check_empty(model.engine())
     calls = iter(range(100))
     answers = model.complete([PROMPT, "A"], max_gen_len=60, cancelled=lambda: next(calls) >= 5)
     assert [answer.finish_reason for answer in answers] == ["abort", "abort"]
@@ -224,7 +224,7 @@ def test_a_reader_that_leaves_or_cancels_frees_its_pages(model):
     items = list(model.stream_generate(PROMPT, max_gen_len=60, cancelled=lambda: next(calls) >= 20))
     assert [item["end_of_content"] for item in items] == [False] * (len(items) - 1) + [True]
     assert all(a["text"] != b["text"] for a, b in itertools.pairwise(items[:-1]))
-    check_empty(model._engine())
+    check_empty(model.engine())
 
 
 def test_a_last_token_that_comes_while_an_answer_is_read_is_not_lost(model):
