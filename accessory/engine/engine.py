@@ -60,6 +60,20 @@ class Engine:
         """InputError where the cache could never hold a request: what `add` would raise."""
         self.scheduler.check_room(sequence)
 
+    def add_all(self, sequences: Many[Sequence]) -> None:
+        """As `add`, of all of them or, where one is refused, of none."""
+        with self._turn:
+            self.scheduler.check_queue(len(sequences))
+            for sequence in sequences:
+                self.scheduler.check_room(sequence)
+            for sequence in sequences:
+                self.scheduler.add(sequence)
+
+    def recover(self) -> None:
+        """Start ranks again that have died, instead of with the next step."""
+        with self._turn:
+            self.executor.recover()
+
     def finish(self, sequence: Sequence, *, stopped: bool = False) -> None:
         """End a request, at a stop text (`stopped`) or because nobody wants the rest. Its pages are free at once."""
         with self._turn:

@@ -91,9 +91,15 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn. Raises as `check_room` does, and BusyError where as many wait as may."""
         self.check_room(sequence)
-        if len(self.waiting) >= self.max_waiting:
-            raise BusyError(f"busy: {len(self.waiting):,} requests wait already, the most that may; ask again later")
+        self.check_queue(1)
         self.waiting.append(sequence)
+
+    def check_queue(self, more: int) -> None:
+        """BusyError where so many more may not wait."""
+        if len(self.waiting) + more > self.max_waiting:
+            raise BusyError(
+                f"busy: {len(self.waiting):,} requests wait already, and {self.max_waiting:,} may; ask again later"
+            )
 
     def check_room(self, sequence: Sequence) -> None:
         """InputError where a sequence is too long for the context or the pool."""

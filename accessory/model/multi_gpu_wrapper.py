@@ -20,7 +20,7 @@ import torch
 from accessory.arguments import check_port
 from accessory.build.adapters import adapter_roots
 from accessory.engine.engine import Engine
-from accessory.engine.executor import RankExecutor
+from accessory.engine.rank_executor import RankExecutor
 from accessory.errors import InputError, RankError
 from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.process_group import host_store

@@ -27,7 +27,7 @@ def main() -> None:
 
 def work(connection: Connection, place: Place) -> None:
     options = connection.recv()
-    from accessory.engine.executor import DONE, failure_of, serve
+    from accessory.engine.rank_executor import DONE, failure_of, serve
 
     try:
         runner = _load(place, options)

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from accessory.engine import executor as module
+from accessory.engine import rank_executor as module
 from accessory.engine.engine import Engine
-from accessory.engine.executor import DONE, FAILED, REFUSED, RUN, SCORE, RankExecutor
+from accessory.engine.executor import RUN, SCORE
+from accessory.engine.rank_executor import DONE, FAILED, REFUSED, RankExecutor
 from accessory.engine.runner import About
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.scheduler import StepResult
