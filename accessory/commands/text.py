@@ -9,14 +9,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from accessory.commands.answering import Asking, first_ctrl_c, print_answer
+from accessory.commands.opening import open_model
 from accessory.commands.prompts import NO_IMAGE, Ask
 from accessory.commands.text_options import named_adapters
 from accessory.data.conversation import Conversation
@@ -25,20 +22,14 @@ from accessory.data.images import open_image
 from accessory.data.templates import get_template
 from accessory.errors import AccessoryError, InputError
 from accessory.launch.environment import launch_of
-from accessory.launch.gpus import check_device, count_ranks
-from accessory.launch.process_group import join_launched
-from accessory.model.meta import MetaModel
-from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
-from accessory.model.options import loading_arguments
 from accessory.model.writing import Completion
-from accessory.parallel.mesh import Ranks
 from accessory.progress import progress_bar
 
 
 def print_answers(options: argparse.Namespace, asks: list[Ask]) -> int:
     """Answer some prompts together and print the texts. On a launcher's other ranks, there are none."""
     images = [None if ask.image is None else open_image(ask.image) for ask in asks]  # before the model takes minutes
-    with open_model(options) as model:
+    with open_model(options, needs_encoders(options)) as model:
         return 0 if model is None else _print_answers(options, model, asks, images)
 
 
@@ -90,7 +81,7 @@ def chat(options: argparse.Namespace) -> int:
     if launch_of() is not None:
         raise InputError("chat: started as one of several ranks, which share no terminal; use --n-gpus N instead")
     seen = _see(options.image, visual=True) if options.image else None
-    with open_model(options) as model:
+    with open_model(options, needs_encoders(options)) as model:
         assert model is not None
         return _talk(options, model, seen)
 
@@ -99,7 +90,7 @@ def _talk(options: argparse.Namespace, model: Any, seen: _Seen | None) -> int:
     template = get_template(options.template, model.tokenizer)
     conversation = Conversation(template, options.system)
     fixed = len(conversation.messages)
-    visual = _visual(options)
+    visual = needs_encoders(options)
     print(
         f"Template {template.name}. /undo takes the last round back, /clear all; "
         f"{'/image PATH begins a dialogue about an image; ' if visual else ''}/quit or Ctrl-D ends."
@@ -203,44 +194,7 @@ def _show(
     return answer
 
 
-def _visual(options: argparse.Namespace) -> bool:
+def needs_encoders(options: argparse.Namespace) -> bool:
     """Whether the image encoders must be loaded."""
     images = [options.image] if isinstance(options.image, str) else options.image or []
     return options.with_visual or any(name not in NO_IMAGE for name in images)
-
-
-@contextmanager
-def open_model(options: argparse.Namespace) -> Iterator[MetaModel | MultiGpuWrapper | None]:
-    """Load the model that the options name: on a launcher's ranks, on `--n-gpus` ranks started here, or in this
-    process."""
-    loading = loading_arguments(options, with_visual=_visual(options))
-    asked = options.n_gpus is not None or options.gpu_ids is not None
-    if launch_of() is not None:
-        if asked:
-            raise InputError("--n-gpus: this process is one of several that a launcher started; leave it out")
-        group = join_launched()
-        assert group is not None
-        try:
-            model = MetaModel.from_pretrained(**loading, mp_group=group)
-            if Ranks.of(group).rank:
-                model.follow()
-                yield None
-            else:
-                with model.lead():
-                    yield model
-        finally:
-            dist.destroy_process_group()
-    elif asked and _count_ranks(options) > 1:
-        where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
-        with MultiGpuWrapper(**loading, gpus=options.n_gpus, **where) as wrapper:
-            yield wrapper
-    else:
-        if options.gpu_ids:
-            loading["device"] = check_device(options.gpu_ids[0], "--gpu-ids")
-        yield MetaModel.from_pretrained(**loading)
-
-
-def _count_ranks(options: argparse.Namespace) -> int:
-    cuda = torch.cuda.is_available() and options.device != "cpu"
-    shown = torch.cuda.device_count() if cuda else None
-    return count_ranks(options.n_gpus, options.gpu_ids, shown=shown, n_field="--n-gpus", ids_field="--gpu-ids")

@@ -22,6 +22,7 @@ from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
 from accessory.model import text_model
 from accessory.model.meta import MetaModel
+from accessory.model.requests import RequestMaker
 from accessory.nn.decoder import Decoder
 from accessory.progress import progress_bar
 
@@ -66,7 +67,7 @@ def answer(folder, here, capsys):
 def loaded(monkeypatch):
     """Which models were loaded, and how many requests were made, while the test ran."""
     seen = {"models": 0, "requests": 0}
-    load, make = MetaModel.from_pretrained.__func__, MetaModel._writing
+    load, make = MetaModel.from_pretrained.__func__, RequestMaker.make
 
     def counted_load(cls, *args, **how):
         seen["models"] += 1
@@ -77,7 +78,7 @@ def loaded(monkeypatch):
         return make(self, *args)
 
     monkeypatch.setattr(MetaModel, "from_pretrained", classmethod(counted_load))
-    monkeypatch.setattr(MetaModel, "_writing", counted_make)
+    monkeypatch.setattr(RequestMaker, "make", counted_make)
     return seen
 
 
@@ -226,7 +227,7 @@ def test_what_is_answered_already_loads_no_model(answer, here, monkeypatch, laun
     """Under a launcher the other ranks wait for the first one, which therefore joins them."""
     answer()
     joined = []
-    monkeypatch.setattr("accessory.commands.text.open_model", lambda options: joined.append(1) or 1 / 0)
+    monkeypatch.setattr("accessory.commands.opening.open_model", lambda *_: joined.append(1) or 1 / 0)
     if launched:
         monkeypatch.setattr("accessory.commands.generate.launch_of", lambda: type("Launch", (), {"rank": 0}))
         with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import torch
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
-from accessory.engine.executor import RankExecutor
+from accessory.engine.rank_executor import RankExecutor
 from accessory.engine.runner import About
 from accessory.errors import AccessoryError
 from accessory.launch.rank_processes import RankProcess

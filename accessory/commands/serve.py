@@ -1,0 +1,98 @@
+"""`accessory serve`: OpenAI's API over a model, on one rank or several."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from accessory.commands.opening import open_model
+from accessory.data.templates import get_template
+from accessory.errors import InputError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit status."""
+    try:
+        from accessory.server.running import listen
+    except ImportError as error:
+        raise MissingExtraError(
+            f"accessory serve needs {error.name}: pip install 'mixtral-accessory[serve]'"
+        ) from error
+    key = read_key(options)
+    name = options.served_model_name or Path(options.pretrained_path[-1]).resolve().name
+    if name in dict(options.adapter or ()):
+        raise InputError(
+            f"--adapter: got the name {name!r}, which is the model's; give another, or --served-model-name"
+        )
+    try:
+        listening = listen(options.host, options.port)
+    except OSError as error:
+        raise InputError(f"--port: {options.host}:{options.port} cannot be used ({error.strerror})") from error
+    if key is None and not is_loopback(options.host):
+        log.warning(
+            "--host %s: anybody who reaches this machine may ask; give --api-key-file to guard it", options.host
+        )
+    with listening, open_model(options, options.with_visual) as model:
+        if model is not None:  # None: a rank that follows
+            _serve(options, model, name, key, listening)
+    return 0
+
+
+def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, listening: Any) -> None:
+    from accessory.server.answers import EngineThread
+    from accessory.server.app import make_app
+    from accessory.server.metrics import Metrics
+    from accessory.server.running import run
+    from accessory.server.service import Limits, Service
+
+    metrics = Metrics()
+    thread = EngineThread(model, metrics)
+    metrics.watch(thread.engine.scheduler)
+    template = get_template(options.template, model.tokenizer)
+    limits = Limits(hosts=frozenset(options.image_host))
+    service = Service(model, thread, name=name, template=template, limits=limits)
+    app = make_app(service, api_key=key, most_bytes=options.max_body_mb * 2**20)
+    host, port = listening.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    try:
+        run(
+            app,
+            listening,
+            patience=options.shutdown_timeout,
+            ready=lambda: print(f"{name} answers at http://{where}:{port}/v1; Ctrl-C ends", flush=True),
+        )
+    finally:
+        thread.close()
+
+
+def read_key(options: argparse.Namespace) -> str | None:
+    """The key that clients must send: of --api-key-file, --api-key, or ACCESSORY_API_KEY; None: no key."""
+    key: str | None
+    if options.api_key_file is not None:
+        key = Path(options.api_key_file).read_text(encoding="utf-8").strip()
+        named = f"--api-key-file: {options.api_key_file}"
+    elif options.api_key is not None:
+        key, named = options.api_key, "--api-key"
+    else:
+        key, named = os.environ.get("ACCESSORY_API_KEY"), "ACCESSORY_API_KEY"
+        if key is None:
+            return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{named}: the key must be a word of printable ASCII characters")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

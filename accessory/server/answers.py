@@ -1,0 +1,166 @@
+"""The thread that makes the engine's steps, and what it hands to the event loop: pieces of answers.
+
+Handlers of requests run in an event loop, which must never wait for a step. They submit requests and read pieces. A
+reader that is slow, or gone, holds up nobody: pieces wait for it, no more of them than its answer may have tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from accessory.engine.engine import Engine
+from accessory.engine.sequence import FinishReason
+from accessory.errors import RankError
+from accessory.model.text_model import TextModel
+from accessory.model.writing import Completion, TextRequest, Writing
+from accessory.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """What an answer grew by. The tokens may be ahead of the text: half a character, or the beginning of a stop."""
+
+    text: str
+    tokens: range  # their numbers in the answer
+    finish_reason: FinishReason | None
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request's answer on its way to one reader in the event loop."""
+
+    writing: Writing
+    loop: asyncio.AbstractEventLoop
+    since: float = field(default_factory=time.monotonic)
+    last: float | None = None  # when its last token came
+    _pieces: deque[Piece] = field(default_factory=deque)
+    _grown: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def completion(self) -> Completion:
+        return self.writing.answer
+
+    def put(self, piece: Piece) -> None:
+        """From the engine's thread."""
+        self._pieces.append(piece)
+        try:
+            self.loop.call_soon_threadsafe(self._grown.set)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            log.debug("an answer's reader is gone")
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces until the answer has ended. Raises the error that it ended with."""
+        while True:
+            await self._grown.wait()
+            self._grown.clear()
+            while self._pieces:
+                piece = self._pieces.popleft()
+                if piece.finish_reason is not None:
+                    self.completion.raise_error()
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+
+    async def whole(self) -> Completion:
+        """Wait for its end. Raises the error that it ended with."""
+        async for _ in self.pieces():
+            pass
+        return self.completion
+
+
+class EngineThread:
+    """Makes steps while there are answers to write. `failure` is what is wrong with the ranks, None while they run."""
+
+    def __init__(self, model: TextModel, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
+        self.engine: Engine = model.engine()
+        self.failure: str | None = None
+        self._open: dict[Answer, None] = {}
+        self._awake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[TextRequest], loop: asyncio.AbstractEventLoop) -> list[Answer]:
+        """Let requests wait for their turn, all or none. Reads images and encodes text, so no event loop may call it.
+
+        Raises InputError for what cannot be answered, and BusyError where the queue is full.
+        """
+        answers = [Answer(self.model.writing(request), loop) for request in requests]
+        self.engine.add_all([answer.writing.request for answer in answers])
+        with self._awake:
+            self._open.update(dict.fromkeys(answers))
+            self._awake.notify()
+        return answers
+
+    def leave(self, answers: Sequence[Answer]) -> None:
+        """Nobody reads these any more. Their pages are free before the next step."""
+        for answer in answers:
+            self.engine.finish(answer.writing.request)
+        with self._awake:
+            self._awake.notify()
+
+    def close(self) -> None:
+        """End what is open, and the thread."""
+        self._closing = True
+        self.leave(list(self._open))
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._awake:
+                while not self._open and not self._closing:
+                    self._awake.wait()
+                if not self._open:
+                    return
+                answers = list(self._open)
+            try:
+                self.engine.advance([answer.writing.request for answer in answers])
+            except Exception as error:  # all requests have ended with it
+                self._recover(error)
+            ended = [answer for answer in answers if self._hand_on(answer)]
+            with self._awake:
+                for answer in ended:
+                    del self._open[answer]
+
+    def _hand_on(self, answer: Answer) -> bool:
+        """Give an answer's reader what is new. Returns whether it has ended."""
+        request, completion = answer.writing.request, answer.completion
+        if not (request.drawn or request.finished):
+            return False
+        before = len(completion.token_ids)
+        text = answer.writing.take(lambda request: self.engine.finish(request, stopped=True))
+        piece = Piece(text, range(before, len(completion.token_ids)), completion.finish_reason)
+        self._note(answer, piece)
+        answer.put(piece)
+        return completion.finish_reason is not None
+
+    def _note(self, answer: Answer, piece: Piece) -> None:
+        now = time.monotonic()
+        if piece.tokens:
+            self.metrics.grew(len(piece.tokens), now - (answer.last or answer.since), first=answer.last is None)
+            answer.last = now
+        if piece.finish_reason is not None:
+            self.metrics.finished(piece.finish_reason, now - answer.since)
+
+    def _recover(self, error: Exception) -> None:
+        """Start ranks again that have died. Any other error ended the requests, and the next step may do better."""
+        log.error("a step failed, and all requests with it: %s", error, exc_info=not isinstance(error, RankError))
+        if not isinstance(error, RankError):
+            return
+        self.failure = str(error)
+        try:
+            self.engine.recover()
+            self.failure = None
+            log.warning("the ranks run again")
+        except Exception as again:
+            self.failure = str(again)
+            log.error("the ranks could not be started again: %s", again)

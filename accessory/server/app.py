@@ -1,0 +1,249 @@
+"""The HTTP application: routes, who may ask, and how large a request may be. `Service` does what they ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+import accessory
+from accessory.errors import InputError
+from accessory.server.failures import ApiError, api_error
+from accessory.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from accessory.server.service import Job, Service
+
+log = logging.getLogger(__name__)
+
+OPEN_TO_ALL = "/health"  # the one route without a key: what starts the server must be able to ask
+_NO_FIELDS = ("body", "query", "path")
+
+
+def make_app(service: Service, *, api_key: str | None = None, most_bytes: int) -> Any:
+    """The application. most_bytes: of a request's body. With a key, every route but /health wants it."""
+    app = FastAPI(title="accessory", version=accessory.__version__, docs_url="/docs", redoc_url=None)
+    thread = service.thread
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return _failed(_explained(error.errors()), service)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        return _failed(ApiError(str(error.detail), status=error.status_code), service)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return _failed(error, service)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether requests are answered."""
+        if thread.failure is not None:
+            return JSONResponse({"status": "failed", "reason": thread.failure}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": accessory.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(thread.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": service.models()}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        found = next((entry for entry in service.models() if entry["id"] == name), None)
+        if found is None:
+            service.adapter(name)  # raises
+        return JSONResponse(found)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _answer(
+            service, request, body.stream, service.begin_completion(body), service.completion, service.completion_pieces
+        )
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await _answer(service, request, body.stream, service.begin_chat(body), service.chat, service.chat_pieces)
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        ids = service.tokenize(body)
+        return {"count": len(ids), "max_model_len": service.model.max_seq_len, "tokens": ids}
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        return {"prompt": service.model.tokenizer.decode(body.tokens)}
+
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
+        return _failed(error, service)
+
+    @app.exception_handler(InputError)
+    async def wrong(_: Request, error: InputError) -> Response:
+        return _failed(error, service)
+
+    return Gate(app, api_key, most_bytes)
+
+
+async def _answer(
+    service: Service,
+    request: Request,
+    stream: bool,
+    begin: Coroutine[Any, Any, Job],
+    whole: Callable[[Job, Sequence[Any]], dict[str, Any]],
+    pieces: Callable[[Job], AsyncIterator[dict[str, Any]]],
+) -> Response:
+    """Begin, and answer at the end or piece by piece. Where the client leaves, what it asked for is given up."""
+    try:
+        job = await begin
+    except Exception as error:
+        return _failed(error, service)
+    if stream:
+        return _Events(service, job, pieces(job))
+    try:
+        completions = await _unless_gone(request, asyncio.gather(*(answer.whole() for answer in job.answers)))
+        if completions is None:
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(whole(job, completions))
+    except Exception as error:
+        return _failed(error, service)
+    finally:
+        service.leave(job)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events. An error that comes after the first one is an event too."""
+
+    def __init__(self, service: Service, job: Job, pieces: AsyncIterator[dict[str, Any]]) -> None:
+        self._service, self._job = service, job
+        super().__init__(self._events(pieces), media_type="text/event-stream")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # the client may leave before the first event, and then nothing of `_events` runs
+            self._service.leave(self._job)
+
+    async def _events(self, pieces: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+        try:
+            async for piece in pieces:
+                yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+        except Exception as error:
+            failed = api_error(error)
+            self._service.thread.metrics.errors.labels(failed.status).inc()
+            log.warning("a stream ended with an error: %s", error)
+            yield f"data: {json.dumps(failed.body())}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
+    """The result of `work`, or None if the client leaves before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        for task in (left, work):
+            task.cancel()
+
+
+def _failed(error: BaseException, service: Service) -> Response:
+    failed = api_error(error)
+    service.thread.metrics.errors.labels(failed.status).inc()
+    if failed.status >= 500:
+        log.error("a request failed: %s", error, exc_info=error if failed.status == 500 else None)
+    return JSONResponse(failed.body(), status_code=failed.status, headers=failed.headers)
+
+
+def _explained(problems: Sequence[Any]) -> ApiError:
+    """The first problem that pydantic found, as OpenAI's API words it."""
+    problem = problems[0]
+    fields = [str(part) for part in problem["loc"] if part not in _NO_FIELDS]
+    # A union's loc names the type that was tried too, as "str" or "list[int]".
+    types = {"str", "int", "float", "bool", "text", "image_url"}
+    named = [
+        part
+        for n, part in enumerate(fields)
+        if (part.isidentifier() and (n == 0 or part not in types)) or part.isdigit()
+    ]
+    param = ".".join(named) or None
+    if problem["type"] == "json_invalid":
+        return ApiError(f"We could not parse the JSON body of your request: {problem['ctx']['error']}")
+    if problem["type"] == "extra_forbidden":
+        return ApiError(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+    given = problem.get("input")
+    got = "" if problem["type"] == "missing" else f" (got {given!r:.60})"
+    return ApiError(f"{param or 'body'}: {problem['msg']}{got}", param=param)
+
+
+class Gate:
+    """In front of the application: who may ask, and how much. It counts a body's bytes while they arrive."""
+
+    def __init__(self, app: FastAPI, api_key: str | None, most_bytes: int) -> None:
+        self.app, self._most_bytes = app, most_bytes
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if scope["path"] != OPEN_TO_ALL and not self._knows(headers.get(b"authorization", b"")):
+            denied = ApiError(
+                "Incorrect API key provided, or none; send it as Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await JSONResponse(denied.body(), 401, denied.headers)(scope, receive, send)
+            return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most_bytes:
+            await self._too_large()(scope, receive, send)
+            return
+        arrived = 0
+
+        async def counted() -> Any:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            # The application then sees the end of a body, and whatever it says to that is not sent.
+            return message if arrived <= self._most_bytes else {"type": "http.request", "body": b"", "more_body": False}
+
+        async def unless_too_large(message: Any) -> None:
+            if arrived <= self._most_bytes:
+                await send(message)
+
+        await self.app(scope, counted, unless_too_large)
+        if arrived > self._most_bytes:
+            await self._too_large()(scope, receive, send)
+
+    def _knows(self, given: bytes) -> bool:
+        if self._key is None:
+            return True
+        kind, _, key = given.partition(b" ")
+        return kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
+
+    def _too_large(self) -> JSONResponse:
+        error = ApiError(f"the request's body has more than {self._most_bytes} bytes", status=413, code="too_large")
+        return JSONResponse(error.body(), 413)

@@ -1,0 +1,62 @@
+"""Run the application until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+MOST_HEADER_BYTES = 64 * 2**10
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. OSError where somebody else does, or where the host is none of this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((host, port))
+    return listening
+
+
+def run(app: Any, listening: socket.socket, *, patience: float, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C. Then nobody new is let in, and what is open may end within `patience` seconds.
+
+    ready: called once requests are answered.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # `Gate` writes one, without contents
+        timeout_graceful_shutdown=max(1, round(patience)),
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        server_header=False,
+        lifespan="off",
+    )
+    _Server(config, ready).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which a signal ends without an error."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would raise the signals again at the end, and the process would seem to have failed."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,390 @@
+"""What the endpoints of text do: a request's body to requests of the engine, and answers to OpenAI's objects.
+
+`Service` knows nothing of HTTP but `ApiError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accessory.data.image_tokens import without_tag
+from accessory.data.template_base import Template
+from accessory.engine.sampling_params import SamplingParams
+from accessory.errors import InputError
+from accessory.model.text_model import TextModel
+from accessory.model.writing import Completion, TextRequest
+from accessory.server.answers import Answer, EngineThread, Piece
+from accessory.server.failures import ApiError
+from accessory.server.grammars import Grammars, Mask
+from accessory.server.images import read_image
+from accessory.server.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    ImagePart,
+    TokenizeRequest,
+)
+from accessory.server.tokens import chat_logprobs, completion_logprobs
+from accessory.server.tools import refuse_tools
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. hosts: those from which images are fetched; data URLs need none."""
+
+    image_bytes: int = 20 * 2**20
+    hosts: frozenset[str] = frozenset()
+
+
+@dataclass
+class Job:
+    """One request's answers under way: `copies` of each prompt, in the order of prompts."""
+
+    id: str
+    body: Generation
+    answers: list[Answer]
+    prompts: list[list[int]]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Service:
+    """One model with its adapters, by the names under which clients ask for them."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        thread: EngineThread,
+        *,
+        name: str,
+        template: Template,
+        limits: Limits,
+    ) -> None:
+        self.model, self.thread, self.name, self.template, self.limits = model, thread, name, template, limits
+        self.grammars = Grammars(model.tokenizer, model.args.vocab_size)
+        self.began = int(time.time())
+
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        about = {"object": "model", "created": self.began, "owned_by": "accessory"}
+        longest = {"max_model_len": self.model.max_seq_len}
+        own = {"id": self.name, **about, **longest, "root": self.name, "parent": None}
+        return [own, *({"id": n, **about, **longest, "root": n, "parent": self.name} for n in self.model.adapters)]
+
+    def adapter(self, name: str) -> str | None:
+        """The adapter that a request asks for; None for the model itself."""
+        if name == self.name:
+            return None
+        if name not in self.model.adapters:
+            known = ", ".join((self.name, *self.model.adapters))
+            raise ApiError(
+                f"model: got {name!r:.100}, but this server has {known}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    # ----------------------------------------------------------------- completions
+
+    async def begin_completion(self, body: CompletionRequest) -> Job:
+        """Raises ApiError and AccessoryError for what cannot be answered."""
+        if body.suffix is not None:
+            raise InputError("suffix: this model cannot fill text in; leave it out")
+        if body.best_of not in (None, body.n):
+            raise InputError(f"best_of: got {body.best_of}, but it must be n, {body.n}: every answer is returned")
+        if body.stream and body.echo:
+            raise InputError("echo: a prompt is not streamed; leave stream out")
+        return await self._in_thread(self._completion, body, asyncio.get_running_loop())
+
+    def _completion(self, body: CompletionRequest, loop: asyncio.AbstractEventLoop) -> Job:
+        adapter = self.adapter(body.model)
+        prompts = [self._ids(prompt) for prompt in body.prompts()]
+        judged = body.logprobs if body.echo else None
+        params = body.sampling(logprobs=body.logprobs, prompt_logprobs=judged)
+        longest = body.max_tokens
+        if longest == 0 and not body.echo:
+            raise InputError("max_tokens: got 0; give at least 1, or echo")
+        constraint = self.grammars.of(body.structured_outputs)
+        requests = [
+            self._request(ids, body, params, self._room(ids, longest), adapter, number)
+            for number, ids in enumerate(prompts)
+        ]
+        return self._submit("cmpl", body, prompts, requests, constraint, loop)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if not prompt:
+            raise InputError("prompt: is empty; give at least one character or token")
+        if isinstance(prompt, list):
+            if max(prompt) >= self.model.args.vocab_size:
+                raise InputError(
+                    f"prompt: got the token {max(prompt)}, but the last one is {self.model.args.vocab_size - 1}"
+                )
+            return prompt
+        return tokenizer.encode(prompt, bos=tokenizer.add_bos, special=True)
+
+    def completion(self, job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
+        """OpenAI's object of all answers, when they have ended."""
+        body = job.body
+        assert isinstance(body, CompletionRequest)
+        choices = []
+        for number, answer in enumerate(completions):
+            ids = job.prompts[number // body.n]
+            echoed = self.model.tokenizer.decode(ids) if body.echo else ""
+            if body.max_tokens == 0:
+                answer = replace(answer, text="", token_ids=[], logprobs=[], top_logprobs=[], finish_reason="length")
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = completion_logprobs(self.model.tokenizer, ids if body.echo else [], answer, ids)
+            choices.append(
+                {
+                    "index": number,
+                    "text": echoed + answer.text,
+                    "logprobs": logprobs,
+                    "finish_reason": answer.finish_reason,
+                }
+            )
+        return self._object("text_completion", job, choices, usage(job, completions))
+
+    async def completion_pieces(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """OpenAI's objects while the answers are written."""
+        body, tokenizer = job.body, self.model.tokenizer
+        assert isinstance(body, CompletionRequest)
+        async for number, answer, piece in merged(job.answers):
+            logprobs = None
+            if body.logprobs is not None:
+                ids = job.prompts[number // body.n]
+                logprobs = completion_logprobs(tokenizer, [], answer.completion, ids, piece.tokens)
+            if not piece.text and piece.finish_reason is None and logprobs is None:
+                continue
+            choice = {
+                "index": number,
+                "text": piece.text,
+                "logprobs": logprobs,
+                "finish_reason": piece.finish_reason,
+            }
+            yield self._object("text_completion", job, [choice])
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield self._object("text_completion", job, [], usage(job, [a.completion for a in job.answers]))
+
+    # ----------------------------------------------------------------- dialogues
+
+    async def begin_chat(self, body: ChatRequest) -> Job:
+        """Raises ApiError and AccessoryError for what cannot be answered."""
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InputError("top_logprobs: they come with log-probabilities; give logprobs true too")
+        return await self._in_thread(self._chat, body, asyncio.get_running_loop())
+
+    def _chat(self, body: ChatRequest, loop: asyncio.AbstractEventLoop) -> Job:
+        adapter = self.adapter(body.model)
+        refuse_tools(body, self.model.tokenizer)
+        ids, image = self.prompt_of(body.messages)
+        params = body.sampling(logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        longest = body.max_completion_tokens or body.max_tokens
+        places = self.model.image_words if image is not None else 0
+        constraint = self.grammars.of(body.structured_outputs, body.response_format)
+        request = self._request(ids, body, params, self._room(ids, longest, places), adapter)
+        request = replace(request, image=image, stops=[*self.template.stop_strings, *request.stops])
+        return self._submit("chatcmpl", body, [ids], [request], constraint, loop)
+
+    def prompt_of(self, messages: Sequence[ChatMessage]) -> tuple[list[int], Any]:
+        """The ids of a dialogue, and its image. One dialogue has one image at most, before its first question."""
+        images = [
+            part.image_url.url
+            for message in messages
+            if isinstance(message.content, list)
+            for part in message.content
+            if isinstance(part, ImagePart)
+        ]
+        if images and self.model.image_processor is None:
+            raise InputError("messages: this model takes no images")
+        if len(images) > 1:
+            raise InputError(f"messages: got {len(images)} images, but a dialogue may have one")
+        image = read_image(images[0], self.limits.image_bytes, self.limits.hosts) if images else None
+        turns = [
+            {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}
+            for m in messages
+        ]
+        return self.template.prompt_ids(turns, self.model.tokenizer), image
+
+    def chat(self, job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
+        """OpenAI's object of all answers, when they have ended."""
+        body = job.body
+        assert isinstance(body, ChatRequest)
+        choices = []
+        for number, answer in enumerate(completions):
+            message = {"role": "assistant", "content": self.template.reply(answer.text), "refusal": None}
+            logprobs = chat_logprobs(self.model.tokenizer, answer) if body.logprobs else None
+            ended = {"logprobs": logprobs, "finish_reason": answer.finish_reason}
+            choices.append({"index": number, "message": message, **ended})
+        return self._object("chat.completion", job, choices, usage(job, completions))
+
+    async def chat_pieces(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """OpenAI's objects while the answers are written."""
+        body = job.body
+        assert isinstance(body, ChatRequest)
+        shown = [""] * len(job.answers)
+
+        def piece_of(number: int, delta: dict[str, Any], logprobs: Any = None, reason: Any = None) -> dict[str, Any]:
+            choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+            return self._object("chat.completion.chunk", job, [choice])
+
+        for number in range(len(job.answers)):
+            yield piece_of(number, {"role": "assistant", "content": "", "refusal": None})
+        async for number, answer, piece in merged(job.answers):
+            completion, reason = answer.completion, piece.finish_reason
+            logprobs = chat_logprobs(self.model.tokenizer, completion, piece.tokens) if body.logprobs else None
+            whole = self.template.reply(completion.text)
+            delta, shown[number] = whole[len(shown[number]) :], whole
+            if delta or logprobs is not None:
+                yield piece_of(number, {"content": delta}, logprobs)
+            if reason is not None:
+                yield piece_of(number, {}, None, reason)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            completions = [answer.completion for answer in job.answers]
+            yield self._object("chat.completion.chunk", job, [], usage(job, completions))
+
+    def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """The ids of a text, or of a dialogue up to where its answer begins."""
+        if (body.prompt is None) == (body.messages is None):
+            raise InputError("prompt: give either a prompt or messages")
+        if body.messages is not None:
+            return self.prompt_of(body.messages)[0]
+        assert body.prompt is not None
+        tokenizer = self.model.tokenizer
+        return tokenizer.encode(body.prompt, bos=tokenizer.add_bos and body.add_special_tokens, special=True)
+
+    # ----------------------------------------------------------------- what both share
+
+    def _room(self, ids: Sequence[int], longest: int | None, places: int = 0) -> int:
+        """How many tokens an answer may have. ApiError where prompt and answer are longer than the context."""
+        most = self.model.max_seq_len
+        room = most - len(ids) - places
+        asked = 1 if longest == 0 else longest
+        if room < (asked or 1):
+            wanted = "an answer" if longest is None else f"{longest} of the answer"
+            raise ApiError(
+                f"This model's maximum context length is {most} tokens. However, the prompt has {len(ids) + places} "
+                f"tokens, which leaves no room for {wanted}; shorten the prompt, or max_tokens",
+                param="messages" if longest is None else "max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked or room
+
+    def _request(
+        self,
+        ids: list[int],
+        body: Generation,
+        params: SamplingParams,
+        longest: int,
+        adapter: str | None,
+        number: int = 0,
+    ) -> TextRequest:
+        return TextRequest(
+            ids,
+            None,
+            longest,
+            params,
+            body.stops(),
+            f"prompt[{number}]",
+            adapter=adapter,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+        )
+
+    def _submit(
+        self,
+        prefix: str,
+        body: Generation,
+        prompts: list[list[int]],
+        requests: Sequence[TextRequest],
+        constraint: Callable[[], Mask] | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> Job:
+        copies = []
+        for request in requests:
+            params = request.params
+            if body.n > 1:  # the copies of one request share a seed and differ by their numbers
+                params = params.with_seed(secrets.randbelow(2**62))
+            for number in range(body.n):
+                mask = None if constraint is None else constraint()
+                copies.append(replace(request, params=replace(params, copy=number), mask=mask))
+        answers = self.thread.submit(copies, loop)
+        return Job(f"{prefix}-{secrets.token_hex(16)}", body, answers, prompts)
+
+    def leave(self, job: Job) -> None:
+        """Nobody reads these answers any more."""
+        self.thread.leave(job.answers)
+
+    def _object(
+        self, kind: str, job: Job, choices: list[dict[str, Any]], used: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        made = {"id": job.id, "object": kind, "created": job.created, "model": job.body.model, "choices": choices}
+        return made if used is None else {**made, "usage": used}
+
+    async def _in_thread(self, work: Callable[..., Job], *arguments: Any) -> Job:
+        """Encoding text and opening images takes time, in which the event loop serves others."""
+        return await asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *arguments))
+
+
+def text_of(message: ChatMessage, with_image: bool) -> str:
+    """A message's text. In a dialogue about an image, its tag is taken out, as the pages do."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content if not isinstance(part, ImagePart))
+    if content is None:
+        raise InputError(f"messages: a message of the {message.role} has no content")
+    return without_tag(content) if with_image and message.role == "user" else content
+
+
+def usage(job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Tokens of prompts (each counted once) and answers."""
+    first_copies = completions[:: job.body.n]
+    prompt = sum(completion.prompt_tokens for completion in first_copies)
+    zero = isinstance(job.body, CompletionRequest) and job.body.max_tokens == 0
+    written = 0 if zero else sum(len(completion.token_ids) for completion in completions)
+    cached = sum(completion.cached_tokens for completion in first_copies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Answer, Piece]]:
+    """The pieces of several answers as they come, with each answer's number. Raises the first error."""
+    if len(answers) == 1:
+        async for piece in answers[0].pieces():
+            yield 0, answers[0], piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+
+    async def read(number: int) -> None:
+        try:
+            async for piece in answers[number].pieces():
+                queue.put_nowait((number, piece))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(read(number)) for number in range(len(answers))]
+    try:
+        left = len(tasks)
+        while left:
+            number, came = await queue.get()
+            if came is None:
+                left -= 1
+            elif isinstance(came, BaseException):
+                raise came
+            else:
+                yield number, answers[number], came
+    finally:
+        for task in tasks:
+            task.cancel()
