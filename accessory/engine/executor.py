@@ -10,13 +10,15 @@ import contextlib
 import threading
 from collections.abc import Generator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from accessory.engine.runner import Runner, Step
+from accessory.engine.runner import Runner
 from accessory.engine.scheduler import StepPlan, StepResult
 from accessory.errors import AccessoryError, RankError, one_line
+from accessory.launch.peers import Peers
 from accessory.parallel.mesh import Ranks, broadcast_object
 
 RUN, SCORE, ITEM, END = "run", "score", "item", "end"  # what a message to the ranks is
@@ -60,7 +62,7 @@ class LocalExecutor:
         # On a CPU the host computes the step itself, so planning ahead would only waste the step after a stop.
         self.ahead = 1 if runner.device.type == "cuda" else 0
 
-    def submit(self, plan: StepPlan) -> Step:
+    def submit(self, plan: StepPlan) -> StepHandle:
         return self.runner.run(plan)
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
@@ -88,15 +90,18 @@ class GroupExecutor(LocalExecutor):
     def __init__(self, runner: Runner, ranks: Ranks) -> None:
         super().__init__(runner)
         self._ranks = messages_between(ranks)
+        self._peers = Peers(ranks.rank, ranks.size, partial(broadcast_object, ranks=self._ranks))
         self.broken = threading.Event()  # after a failure that the other ranks may not share
 
-    def submit(self, plan: StepPlan) -> Step:
-        self.tell(RUN, plan)
-        return super().submit(plan)
+    def submit(self, plan: StepPlan) -> StepHandle:
+        with self._peers.step():
+            self.tell(RUN, plan)
+            return _Watched(super().submit(plan), self._peers)
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
-        self.tell(SCORE, rows, images)
-        return super().score(rows, images)
+        with self._peers.step():
+            self.tell(SCORE, rows, images)
+            return super().score(rows, images)
 
     def drop(self) -> None:
         self.broken.set()
@@ -118,11 +123,23 @@ class GroupExecutor(LocalExecutor):
             broadcast_object((END, value, error, self.broken.is_set()), self._ranks)
 
 
+class _Watched(NamedTuple):
+    """A step whose result may never come, because another rank is gone."""
+
+    step: StepHandle
+    peers: Peers
+
+    def result(self) -> StepResult:
+        with self.peers.step():
+            return self.step.result()
+
+
 class Follower:
     """Every rank of a process group but the first: it does what the first one's `GroupExecutor` tells."""
 
     def __init__(self, runner: Runner, ranks: Ranks) -> None:
         self.runner, self._ranks = runner, messages_between(ranks)
+        self._peers = Peers(ranks.rank, ranks.size, partial(broadcast_object, ranks=self._ranks))
         self.broken = threading.Event()
 
     def follow(self) -> Generator[Any, None, Any]:
@@ -143,7 +160,8 @@ class Follower:
                     raise error
                 return value
             elif kind != ITEM:
-                perform(self.runner, kind, said)
+                with self._peers.step():
+                    perform(self.runner, kind, said)
 
 
 def perform(runner: Runner, kind: str, said: Sequence[Any]) -> Any:
