@@ -6,12 +6,18 @@ import argparse
 import ipaddress
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from accessory.arguments import FREE
 from accessory.commands.opening import open_model
 from accessory.data.templates import get_template
 from accessory.errors import InputError, MissingExtraError
+from accessory.launch.environment import launch_of
+from accessory.launch.gpus import default_device
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +36,15 @@ def serve(options: argparse.Namespace) -> int:
         raise InputError(
             f"--adapter: got the name {name!r}, which is the model's; give another, or --served-model-name"
         )
+    launch = launch_of()
+    first = launch is None or launch.rank == 0
+    if options.cache_gb is None and torch.device(options.device or default_device()).type == "cuda":
+        options.cache_gb = FREE  # a server has the GPU for itself
     try:
-        listening = listen(options.host, options.port)
+        listening = listen(options.host, options.port) if first else nullcontext()
     except OSError as error:
         raise InputError(f"--port: {options.host}:{options.port} cannot be used ({error.strerror})") from error
-    if key is None and not is_loopback(options.host):
+    if first and key is None and not is_loopback(options.host):
         log.warning(
             "--host %s: anybody who reaches this machine may ask; give --api-key-file to guard it", options.host
         )

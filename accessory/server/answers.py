@@ -125,11 +125,13 @@ class EngineThread:
             try:
                 self.engine.advance([answer.writing.request for answer in answers])
             except Exception as error:  # all requests have ended with it
-                self._recover(error)
+                self._note_failure(error)
             ended = [answer for answer in answers if self._hand_on(answer)]
             with self._awake:
                 for answer in ended:
                     del self._open[answer]
+            if self.failure is not None:  # after the readers have heard of it, because ranks take long to load
+                self._recover()
 
     def _hand_on(self, answer: Answer) -> bool:
         """Give an answer's reader what is new. Returns whether it has ended."""
@@ -151,16 +153,18 @@ class EngineThread:
         if piece.finish_reason is not None:
             self.metrics.finished(piece.finish_reason, now - answer.since)
 
-    def _recover(self, error: Exception) -> None:
-        """Start ranks again that have died. Any other error ended the requests, and the next step may do better."""
-        log.error("a step failed, and all requests with it: %s", error, exc_info=not isinstance(error, RankError))
-        if not isinstance(error, RankError):
-            return
-        self.failure = str(error)
+    def _note_failure(self, error: Exception) -> None:
+        lost = isinstance(error, RankError)
+        log.error("a step failed, and all requests with it: %s", error, exc_info=not lost)
+        # Any other error ended the requests, and the next step may do better.
+        self.failure = str(error) if lost else None
+
+    def _recover(self) -> None:
+        """Start ranks again that have died."""
         try:
             self.engine.recover()
             self.failure = None
             log.warning("the ranks run again")
-        except Exception as again:
-            self.failure = str(again)
-            log.error("the ranks could not be started again: %s", again)
+        except Exception as error:
+            self.failure = str(error)
+            log.error("the ranks could not be started again: %s", error)
