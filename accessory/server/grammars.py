@@ -16,6 +16,7 @@ from accessory.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from accessory.server.protocol import ResponseFormat, StructuredOutputs
+    from accessory.server.tools import Tools
 
 Mask = Callable[[list[int]], bytes | None]
 
@@ -33,7 +34,10 @@ class Grammars:
         self._compiled = functools.lru_cache(_KEPT)(self._compile)
 
     def of(
-        self, structured: StructuredOutputs | None, response_format: ResponseFormat | None = None
+        self,
+        structured: StructuredOutputs | None,
+        response_format: ResponseFormat | None = None,
+        tools: Tools | None = None,
     ) -> Callable[[], Mask] | None:
         """Makes the hook of one answer each time it is called; None where an answer may be any text.
 
@@ -51,6 +55,8 @@ class Grammars:
                 asked.append(("structured_outputs.grammar", "lark", structured.grammar))
             if structured.choice is not None:
                 asked.append(("structured_outputs.choice", "choice", json.dumps(structured.choice)))
+        if tools is not None and tools.grammar is not None:
+            asked.append(("tool_choice", "lark", tools.grammar))
         if not asked:
             return None
         if len(asked) > 1:

@@ -32,7 +32,7 @@ from accessory.server.protocol import (
     TokenizeRequest,
 )
 from accessory.server.tokens import chat_logprobs, completion_logprobs
-from accessory.server.tools import refuse_tools
+from accessory.server.tools import Tools
 
 
 @dataclass(frozen=True)
@@ -184,17 +184,17 @@ class Service:
 
     def _chat(self, body: ChatRequest, loop: asyncio.AbstractEventLoop) -> Job:
         adapter = self.adapter(body.model)
-        refuse_tools(body, self.model.tokenizer)
-        ids, image = self.prompt_of(body.messages)
+        tools = Tools.of(body, self.model.tokenizer)
+        ids, image = self.prompt_of(body.messages, tools)
         params = body.sampling(logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         longest = body.max_completion_tokens or body.max_tokens
         places = self.model.image_words if image is not None else 0
-        constraint = self.grammars.of(body.structured_outputs, body.response_format)
+        constraint = self.grammars.of(body.structured_outputs, body.response_format, tools)
         request = self._request(ids, body, params, self._room(ids, longest, places), adapter)
         request = replace(request, image=image, stops=[*self.template.stop_strings, *request.stops])
         return self._submit("chatcmpl", body, [ids], [request], constraint, loop)
 
-    def prompt_of(self, messages: Sequence[ChatMessage]) -> tuple[list[int], Any]:
+    def prompt_of(self, messages: Sequence[ChatMessage], tools: Tools | None = None) -> tuple[list[int], Any]:
         """The ids of a dialogue, and its image. One dialogue has one image at most, before its first question."""
         images = [
             part.image_url.url
@@ -208,6 +208,8 @@ class Service:
         if len(images) > 1:
             raise InputError(f"messages: got {len(images)} images, but a dialogue may have one")
         image = read_image(images[0], self.limits.image_bytes, self.limits.hosts) if images else None
+        if tools is not None:
+            return tools.prompt_ids(messages), image
         turns = [
             {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}
             for m in messages
@@ -218,18 +220,24 @@ class Service:
         """OpenAI's object of all answers, when they have ended."""
         body = job.body
         assert isinstance(body, ChatRequest)
+        tools = Tools.of(body, self.model.tokenizer)
         choices = []
         for number, answer in enumerate(completions):
-            message = {"role": "assistant", "content": self.template.reply(answer.text), "refusal": None}
+            calls = [] if tools is None else tools.calls(answer)
+            said = answer.text if tools is None or not calls else tools.said(answer)
+            message: dict[str, Any] = {"role": "assistant", "content": self.template.reply(said), "refusal": None}
+            if calls:
+                message |= {"content": message["content"] or None, "tool_calls": calls}
             logprobs = chat_logprobs(self.model.tokenizer, answer) if body.logprobs else None
-            ended = {"logprobs": logprobs, "finish_reason": answer.finish_reason}
+            ended = {"logprobs": logprobs, "finish_reason": "tool_calls" if calls else answer.finish_reason}
             choices.append({"index": number, "message": message, **ended})
         return self._object("chat.completion", job, choices, usage(job, completions))
 
     async def chat_pieces(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """OpenAI's objects while the answers are written."""
+        """OpenAI's objects while the answers are written. The calls of tools are one piece."""
         body = job.body
         assert isinstance(body, ChatRequest)
+        tools = Tools.of(body, self.model.tokenizer)
         shown = [""] * len(job.answers)
 
         def piece_of(number: int, delta: dict[str, Any], logprobs: Any = None, reason: Any = None) -> dict[str, Any]:
@@ -241,6 +249,14 @@ class Service:
         async for number, answer, piece in merged(job.answers):
             completion, reason = answer.completion, piece.finish_reason
             logprobs = chat_logprobs(self.model.tokenizer, completion, piece.tokens) if body.logprobs else None
+            if tools is not None and tools.calling(completion):
+                if reason is None:
+                    continue
+                if calls := tools.calls(completion):
+                    called = [{"index": n, **call} for n, call in enumerate(calls)]
+                    yield piece_of(number, {"tool_calls": called}, logprobs)
+                    yield piece_of(number, {}, None, "tool_calls")
+                    continue
             whole = self.template.reply(completion.text)
             delta, shown[number] = whole[len(shown[number]) :], whole
             if delta or logprobs is not None:
