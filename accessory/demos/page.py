@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from accessory.data.image_tokens import without_tag
 from accessory.data.images import open_image
+from accessory.demos.page_sampling import NAMES, sampling_fields, sampling_of
 from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError
 
@@ -159,7 +160,7 @@ class Page:
                 with gr.Column(scale=1, min_width=260):
                     self.image = self._image_box() if demo.images else None
                     own += demo.settings(self.model.tokenizer)
-                    sampling = self._sampling()
+                    sampling = sampling_fields(gr, self.max_seq_len)
             self._wire([*sampling, *own])
             blocks.unload(self._leave)
         return blocks
@@ -169,16 +170,6 @@ class Page:
             label="Image", elem_id="image", type="filepath", sources=["upload", "clipboard"], height=220, buttons=[],
             placeholder="Drop or choose an image; a question may also do without",
         )  # fmt: skip
-
-    def _sampling(self) -> list[Any]:
-        gr = self.gr
-        length = gr.Number(
-            min(512, self.max_seq_len // 2), label="Max length", precision=0, elem_id="max_gen_len",
-            info=f"Tokens an answer may have; with its prompt at most {self.max_seq_len}",
-        )  # fmt: skip
-        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 is greedy", elem_id="temperature")
-        top_p = gr.Slider(0.01, 1, 0.95, step=0.01, label="Top-p", info="Nucleus of sampling", elem_id="top_p")
-        return [length, temperature, top_p]
 
     def _wire(self, fields: list[Any]) -> None:
         """Connect the events. preprocess=False: Gradio checks that an image was uploaded, but does not decode it.
@@ -298,13 +289,13 @@ class Page:
 
     def _stream(self, history: list[Message], fields: Sequence[Any], stop: threading.Event) -> Iterator[str]:
         """Yield the answer so far, at most once in `SHOW_EVERY` seconds; the last one always comes."""
-        max_gen_len, temperature, top_p, *own = fields
+        how, stops = sampling_of(fields[: len(NAMES)])
+        own, max_gen_len = fields[len(NAMES) :], how["max_gen_len"]
         ask = self.demo.ask(self.model.tokenizer, history, *own)
         image = _image_of(history)
         self._warn_of_cut(ask, max_gen_len, 0 if image is None else getattr(self.model, "image_words", 0))
         stream = self.model.stream_generate(
-            ask.prompt, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p,
-            additional_stop_symbols=list(ask.stops), cancelled=stop.is_set,
+            ask.prompt, **how, additional_stop_symbols=[*ask.stops, *stops], cancelled=stop.is_set,
             **({} if image is None else {"image": image}),
         )  # fmt: skip
         try:

@@ -48,6 +48,7 @@ class RequestMaker:
 
         Raises InputError for what cannot be answered.
         """
+        number, root = self._adapter(asked.adapter)
         check_stops(asked.stops)
         asked.params.check_vocabulary(self.tokenizer.vocab_size)
         (count,) = image_token_counts(self.image_processor, [image])
@@ -60,7 +61,6 @@ class RequestMaker:
             params = params.with_seed(int(torch.randint(2**62, ())))
         own = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
         stop_ids = own.union(asked.stop_token_ids)
-        number, root = self._adapter(asked.adapter)
         request = Request(ids, params, asked.max_gen_len, stop_ids, spans, adapter=number, root=root, mask=asked.mask)
         return Writing(request, self.tokenizer, text_ids, asked.stops)
 

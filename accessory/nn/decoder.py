@@ -65,7 +65,7 @@ class Layer(nn.Module):
         cache: PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
-        adapters: AdapterRows | None,
+        adapters: AdapterRows | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         y_BTD = self.attention_norm(x_BTD, adapters)
         x_BTD = x_BTD + self.attention(y_BTD, rotation_BT1c, mask_BTS, cache, adapters)

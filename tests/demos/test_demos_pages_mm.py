@@ -40,6 +40,7 @@ class Teller:
     def stream_generate(self, prompt, image=None, max_gen_len=512, cancelled=None, **how):
         if max_gen_len > MAX_SEQ_LEN:
             raise InputError(f"max_gen_len: got {max_gen_len}")
+        self.how = how
         self.prompts.append(prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt))
         size = None if image is None else open_image(image).size
         text = "Nothing to see" if size is None else f"An image of {size[0]} by {size[1]} pixels"
@@ -168,6 +169,24 @@ def test_a_dialogue_is_about_its_image_from_beginning_to_end(multi, pages, files
     multi.expect(multi.page.locator("#output [data-testid=bot]")).to_have_count(0)
     multi.ask("And now?")  # the image is still in its box
     assert multi.rounds()[1] == ("bot", CAT)
+
+
+def test_every_way_to_draw_tokens_reaches_the_model(multi, pages):
+    teller = pages["multi"][0].model
+    multi.ask("Hello")
+    plain = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    stops = teller.how["additional_stop_symbols"]
+    assert teller.how == {"temperature": 0, "top_p": 0.95, **plain, "seed": None, "additional_stop_symbols": stops}
+    multi.page.click("#more >> text=More")
+    given = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.3}
+    given |= {"temperature": 0.7, "top_p": 0.8, "seed": 5}
+    for field, value in given.items():
+        number = multi.page.locator(f"#{field} input[type=number]").first
+        number.fill(str(value))
+        number.blur()
+    multi.set("stop_texts", "END\n###")
+    multi.ask("And now?")
+    assert teller.how == {**given, "additional_stop_symbols": [*stops, "END", "###"]}
 
 
 def test_another_image_or_none_begins_another_dialogue_and_the_page_says_so(multi, files):

@@ -16,6 +16,7 @@ from accessory.convert.convert import convert
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import AccessoryError, ConfigError, InputError
 from accessory.model.meta import MetaModel
+from accessory.model.writing import TextRequest
 
 ARGS = SPEAKING
 PROMPT = "The best programming language in the world is"
@@ -144,7 +145,7 @@ def test_token_ids_may_be_arrays(model):
 
 def test_one_bos_never_two(model):
     for prompt in (PROMPT, "<s>" + PROMPT, "<s> [INST] Hi [/INST]"):
-        ids = model._prompt_ids(prompt, "prompt", 8)
+        ids = model.writing(TextRequest(prompt, max_gen_len=8)).request.ids
         assert ids[0] == model.tokenizer.bos_id
         assert ids.count(model.tokenizer.bos_id) == 1
 
