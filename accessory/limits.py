@@ -21,6 +21,15 @@ IN_PLACE_ROWS = 4
 TILED_ROWS = 128
 TILED_ROWS_AN_EXPERT = 256
 
+# On a CPU: rows of input up to which torch's product reads int8 in place, and up to which the sums of 4-bit groups are
+# scaled, where the CPU has AMX. With more rows it is quicker to convert the weight, a block at a time.
+INT8_ROWS_CPU = 8
+GROUP_SUM_ROWS_CPU = 4
+# Numbers of such a block, which bf16 holds in 4 MiB: each product takes 25 µs to begin. And how many are looked up at a
+# time: their indices and the table are in a core's second cache.
+BLOCK_NUMBERS_CPU = 2**21
+LOOKUP_NUMBERS_CPU = 2**17
+
 # Tokens of a page of the key/value cache.
 PAGE_SIZE = 64
 # Rows up to which dense experts in 16 bits take our own grouped product: at 16 to 128 rows it reads the weights at 0.97

@@ -1,10 +1,10 @@
 """Times decoding and start-up on a CPU: both implementations and transformers.
 
-    python benchmarks/cpu_decode.py demo-model
+    python benchmarks/cpu_decode.py demo-model --quant int8 nf4
 
-All three have the same weights, dtype and threads, in one run. `demo-model` is the folder that `make demo` leaves (base
-and sparse). A Hugging Face copy for transformers is written next to them. The rounds of the three are interleaved, so
-that other work on the machine slows all of them. Prints Markdown.
+All have the same weights, dtype and threads, in one run. `--quant` adds formats of quantised weights, in base.
+`demo-model` is the folder that `make demo` leaves (base and sparse). A Hugging Face copy for transformers is written
+next to them. Their rounds are interleaved, so that other work on the machine slows all of them. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--quant", nargs="+", default=[], help="formats that base is quantised to as well")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-start", action="store_true", help="leave the start-up times out")
@@ -56,17 +57,17 @@ def main() -> None:
     print("| dtype | who | ms/token | tokens/s | times transformers' speed | start to first token, s |")
     print("|---|---|---|---|---|---|")
     for dtype in options.dtype:
-        decode = decode_times(options.folder, dtype, options.tokens, options.rounds)
+        decode = decode_times(options.folder, dtype, options.quant, options.tokens, options.rounds)
         start = {} if options.no_start else start_times(options.folder, dtype, options.rounds)
         for who, times in decode.items():
             ms = statistics.median(times)
-            begin = f"{statistics.median(start[who]):.2f}" if start else "–"
+            begin = f"{statistics.median(start[who]):.2f}" if who in start else "–"
             ratio = statistics.median([t / o for t, o in zip(decode["transformers"], times, strict=True)])
             print(f"| {dtype} | {who} | {ms:.1f} | {1000 / ms:.1f} | {ratio:.2f} | {begin} |")
 
 
-def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a token, without the first token: one figure a round, for transformers, base and sparse."""
+def decode_times(folder: Path, name: str, formats: list[str], tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a token, without the first token: one figure a round, for transformers, base, sparse and formats."""
     import torch
     from transformers import MixtralForCausalLM
 
@@ -75,7 +76,10 @@ def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str,
 
     dtype = getattr(torch, name)
     theirs = MixtralForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
+    theirs.generation_config.eos_token_id = None  # nobody stops early
     ours = {kind: MetaModel.from_pretrained(folder / kind, dtype=dtype, device="cpu") for kind in ("base", "sparse")}
+    for quant in formats:
+        ours[quant] = MetaModel.from_pretrained(folder / "base", dtype=dtype, device="cpu", quant=quant)
     ids = ours["base"].tokenizer.encode(PROMPT, bos=False)
     texts: dict[str, list[int]] = {}
 
@@ -100,13 +104,13 @@ def decode_times(folder: Path, name: str, tokens: int, rounds: int) -> dict[str,
         texts[kind] = answer.token_ids
         return (stamps[-1] - stamps[0]) / (tokens - 1)
 
-    times: dict[str, list[float]] = {"transformers": [], "base": [], "sparse": []}
+    times: dict[str, list[float]] = {who: [] for who in ("transformers", *ours)}
     for n in range(rounds + 1):
         row = {"transformers": run_theirs(), **{kind: run_ours(kind) for kind in ours}}
         if n:  # the first round warms up
             for who, seconds in row.items():
                 times[who].append(seconds * 1e3)
-    if name == "float32" and len({tuple(t) for t in texts.values()}) > 1:
+    if name == "float32" and len({tuple(texts[who]) for who in ("transformers", "base", "sparse")}) > 1:
         sys.exit(f"the texts differ: {texts}")
     return times
 

@@ -85,8 +85,7 @@ class StackedExperts(nn.Module):
         return (w1, w2, w3) if adapted else (w1.without_adapters(), w2.without_adapters(), w3.without_adapters())
 
     def fuse(self) -> None:
-        plain = all(w.plain for w in self.all_weights(adapted=False))
-        if plain and not isinstance(self.w1, PackedWeight) and not isinstance(self.w3, PackedWeight):
+        if all(w.plain for w in self.all_weights(adapted=False)):
             self.fused.refresh([self.w1, self.w3])
 
     def forward(

@@ -15,6 +15,14 @@ from torch import Tensor
 from accessory.ops import dispatch
 
 
+def dense_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x (…, I) times a weight: (…, O). All have one dtype."""
+    if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and bias_O is None:
+        # One row in bf16: torch's `linear` takes a third to two thirds longer than its product with a vector.
+        return torch.mv(weight_OI, x.view(-1)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight_OI, bias_O)
+
+
 def sort_by_expert(expert_TK: Tensor, experts: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Sort the flat (token, k) pairs by expert, those of the experts `first … first + experts - 1`. Pairs of other
     experts come behind them.
@@ -46,7 +54,7 @@ def grouped_loop(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     # While gradients are recorded, an expert without rows contributes an empty product. Its gradient is then zero
     # instead of None, and collectives over parameters rely on that.
     keep_empty = torch.is_grad_enabled() and weight_EOI.requires_grad
-    products = [F.linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
+    products = [dense_linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
     return torch.cat([*products, x_NI.new_zeros(len(others), weight_EOI.shape[1])])
 
 

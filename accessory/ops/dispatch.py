@@ -54,6 +54,7 @@ class Product(NamedTuple):
     grad: bool = False  # whether gradients are recorded
     fused: bool = False  # whether w1 and w3 are in one tensor
     triton: bool = True  # whether Triton can be used
+    amx: bool = False  # whether this is a CPU that multiplies tiles of matrices (Intel's AMX)
 
 
 class Kernel(NamedTuple):
@@ -71,6 +72,7 @@ class Kernel(NamedTuple):
     grad: bool = True  # whether it may run where gradients are recorded
     fused: bool = False  # whether it needs w1 and w3 in one tensor
     triton: bool = False  # whether it needs Triton
+    amx: bool = False  # whether it needs AMX
     host_free: bool = True  # whether it runs without telling the host which expert got which rows; CUDA graphs need it
 
     def fits(self, p: Product) -> bool:
@@ -86,6 +88,7 @@ class Kernel(NamedTuple):
             and (self.grad or not p.grad)
             and (p.fused or not self.fused)
             and (p.triton or not self.triton)
+            and (p.amx or not self.amx)
         )
 
     def load(self) -> Callable[..., Tensor]:
@@ -98,15 +101,22 @@ _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
 _FP32 = ("float32",)
 _AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
+_ROW_FORMATS, _GROUP_FORMATS = ("int8", "fp8"), ("int4", "nf4", "nf4-dq")  # by what shares a scale
 _TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
 
 TABLE: tuple[Kernel, ...] = (
-    # A single dense weight needs no row: `ops.linear` always calls torch's product.
+    # A single dense weight needs no row: `dense_products.dense_linear` always calls one of torch's products.
     Kernel("linear", "triton.packed:linear", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
            grad=False, triton=True),
     Kernel("linear", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows=(1, limits.TILED_ROWS), triton=True),
     Kernel("linear", "fp8:fp8_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
+    Kernel("linear", "quantized_cpu:int8_packed", ("int8",), _CPU, dtypes=_BF16, rows=(1, limits.INT8_ROWS_CPU),
+           multiple=32),
+    Kernel("linear", "quantized_cpu:rows_scaled_after", _ROW_FORMATS, _CPU, dtypes=_BF16),
+    Kernel("linear", "quantized_cpu:groups_scaled_after", _GROUP_FORMATS, _CPU, dtypes=_BF16,
+           rows=(1, limits.GROUP_SUM_ROWS_CPU), amx=True),
+    Kernel("linear", "quantized_cpu:scaled_before", (*_ROW_FORMATS, *_GROUP_FORMATS), _CPU, dtypes=(*_BF16, *_FP32)),
     Kernel("linear", "quantized_products:dequantized_linear", _ANY_FORMAT),
     Kernel("linear_backward", "quantized_products:dequantized_linear_backward", _ANY_FORMAT),
 
@@ -137,8 +147,8 @@ TABLE: tuple[Kernel, ...] = (
            rows=(0, limits.DECODE_PAIRS_GPU), grad=False, triton=True),
     Kernel("decode", "triton.packed:decode_experts", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS,
            rows=(0, limits.DECODE_PAIRS_GPU_QUANTIZED), grad=False, triton=True),
-    Kernel("decode", "experts:decode_experts_fused", (DENSE,), _CPU, rows=(0, limits.DECODE_PAIRS_CPU), grad=False,
-           fused=True, host_free=False),
+    Kernel("decode", "experts:decode_experts_fused", (DENSE, *_ROW_FORMATS, *_GROUP_FORMATS), _CPU,
+           rows=(0, limits.DECODE_PAIRS_CPU), grad=False, fused=True, host_free=False),
 
     Kernel("adapters", "triton.low_rank:add_row_by_row", (DENSE,), _CUDA, dtypes=(*_16_BITS, *_FP32),
            rows=(0, limits.ADAPTER_ROWS), grad=False, triton=True),
@@ -205,6 +215,7 @@ def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, g
         torch.is_grad_enabled() if grad is None else grad,
         fused,
         has_triton(),
+        device.type == "cpu" and has_amx(),
     )
 
 
@@ -219,6 +230,14 @@ def over_pages(op: Op, device: torch.device, dtype: torch.dtype, fp8: bool) -> P
 def has_triton() -> bool:
     """Whether Triton is installed and finds what it compiles with; the other kernels run without it."""
     return importlib.util.find_spec("triton") is not None and triton_lacks() is None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this machine's CPU has AMX, and the operating system lets programs use it."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 def triton_lacks() -> str | None:

@@ -100,7 +100,7 @@ def decode_experts(
     expert_TK: Tensor,
     *,
     first: int = 0,
-    w13_EGD: Tensor | None = None,
+    w13_EGD: Tensor | Packed | None = None,
     adapters: AdapterRows | None = None,
 ) -> Tensor:
     """`grouped_experts` pair by pair, with a `kernel` of `decode_kernel`: (T, D) fp32.
@@ -116,7 +116,12 @@ def decode_experts(
 
 
 def decode_experts_fused(
-    x_TD: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, weight_TK: Tensor, expert_TK: Tensor, first: int = 0
+    x_TD: Tensor,
+    w13_EGD: Tensor | Packed,
+    w2_EDF: Tensor | Packed,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
 ) -> Tensor:
     """A loop over the pairs. One product computes w1 and w3, because each product on a CPU starts a pool of threads."""
     rows = []

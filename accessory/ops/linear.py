@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
-from accessory.ops.dense_products import grouped_dense, sort_by_expert
+from accessory.ops.dense_products import dense_linear, grouped_dense, sort_by_expert
 from accessory.ops.dispatch import Product, product
 from accessory.ops.quantized import Packed
 from accessory.ops.quantized_products import packed_grouped, packed_linear
@@ -165,7 +165,7 @@ def linear(
     if isinstance(weight, Packed):
         y = packed_linear(x, weight)
         return y if bias_O is None else y + bias_O
-    return F.linear(x, weight.to(x.dtype), bias_O)
+    return dense_linear(x, weight.to(x.dtype), bias_O)
 
 
 def grouped_linear(

@@ -96,7 +96,7 @@ def dequantized_grouped_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor)
 
 def expert_by_expert(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
     """A loop over the experts that got rows. Only one dequantised expert is in memory at a time."""
-    return _each(x_NI, packed, count_E, dequantized_linear, packed.shape[1])
+    return _each(x_NI, packed, count_E, _linear, packed.shape[1])
 
 
 def expert_by_expert_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:

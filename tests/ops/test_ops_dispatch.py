@@ -29,6 +29,7 @@ PRODUCTS = st.builds(
     grad=st.booleans(),
     fused=st.booleans(),
     triton=st.booleans(),
+    amx=st.booleans(),
 )
 
 
@@ -73,12 +74,12 @@ def test_every_row_is_reached_by_some_product():
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
             for rows in (1, 100, 100_000):
-                for device, dtype, grad in (("cpu", "float32", False), ("cuda", "bfloat16", False),
-                                            ("cuda", "bfloat16", True), ("cuda", "float32", False),
-                                            ("cuda", "float32", True), ("cuda", "float16", False)):  # fmt: skip
-                    found.add(
-                        find(Product(op, weight, rows, 8, **SIZES, device=device, dtype=dtype, grad=grad, fused=True))
-                    )
+                for device, dtype, grad in (("cpu", "float32", False), ("cpu", "bfloat16", False),
+                                            ("cuda", "bfloat16", False), ("cuda", "bfloat16", True),
+                                            ("cuda", "float32", False), ("cuda", "float32", True),
+                                            ("cuda", "float16", False)):  # fmt: skip
+                    p = Product(op, weight, rows, 8, **SIZES, device=device, dtype=dtype, grad=grad, fused=True)
+                    found.add(find(p._replace(amx=device == "cpu")))
     assert set(TABLE) <= found
 
 
@@ -102,6 +103,28 @@ def test_limits_are_where_they_were_measured(op, weight, most, here, beyond):
     assert choose(Product(op, weight, most, experts, **SIZES)).function == here
     after = find(Product(op, weight, most + 1, experts, **SIZES))
     assert (after.function if after else None) == beyond
+
+
+@pytest.mark.parametrize(
+    ("weight", "changes", "function"),
+    [
+        ("int8", {}, "quantized_cpu:int8_packed"),
+        ("int8", {"rows": limits.INT8_ROWS_CPU + 1}, "quantized_cpu:rows_scaled_after"),
+        ("int8", {"in_features": 4100}, "quantized_cpu:rows_scaled_after"),  # torch's product would read too far
+        ("int8", {"rows": 0}, "quantized_cpu:rows_scaled_after"),
+        ("fp8", {}, "quantized_cpu:rows_scaled_after"),
+        ("fp8", {"dtype": "float32"}, "quantized_cpu:scaled_before"),
+        ("nf4", {"amx": True}, "quantized_cpu:groups_scaled_after"),
+        ("nf4", {}, "quantized_cpu:scaled_before"),
+        ("int4", {"amx": True, "rows": limits.GROUP_SUM_ROWS_CPU + 1}, "quantized_cpu:scaled_before"),
+        ("nf4-dq", {"amx": True, "dtype": "float32"}, "quantized_cpu:scaled_before"),
+        ("nf4", {"dtype": "float16"}, "quantized_products:dequantized_linear"),  # unscaled sums might overflow
+    ],
+)
+def test_a_cpu_reads_formats_without_a_whole_dequantized_weight(weight, changes, function):
+    p = Product("linear", weight, **{"rows": 1, **SIZES, "device": "cpu", "capability": (0, 0), **changes})
+    assert choose(p).function == function
+    assert find(p._replace(op="decode", rows=2, fused=True)).function == "experts:decode_experts_fused"
 
 
 def test_products_in_fp8_are_only_for_what_needs_no_gradients():
@@ -144,7 +167,19 @@ def test_a_product_is_read_off_its_tensors():
     with torch.no_grad():
         p = dispatch.product("grouped", x, stack, 3)
     assert p == Product(
-        "grouped", "dense", 3, 4, 16, 24, "cpu", (0, 0), "bfloat16", False, False, dispatch.has_triton()
+        "grouped",
+        "dense",
+        3,
+        4,
+        16,
+        24,
+        "cpu",
+        (0, 0),
+        "bfloat16",
+        False,
+        False,
+        dispatch.has_triton(),
+        dispatch.has_amx(),
     )
     assert dispatch.product("grouped", x, stack, 3).grad
 
