@@ -85,7 +85,8 @@ def read_key(options: argparse.Namespace) -> str | None:
     """The key that clients must send: of --api-key-file, --api-key, or ACCESSORY_API_KEY; None: no key."""
     key: str | None
     if options.api_key_file is not None:
-        key = Path(options.api_key_file).read_text(encoding="utf-8").strip()
+        lines = Path(options.api_key_file).read_text(encoding="utf-8", errors="replace").splitlines()
+        key = lines[0].strip() if lines else ""
         named = f"--api-key-file: {options.api_key_file}"
     elif options.api_key is not None:
         key, named = options.api_key, "--api-key"

@@ -106,6 +106,10 @@ class GroupExecutor(LocalExecutor):
     def drop(self) -> None:
         self.broken.set()
 
+    def recover(self) -> None:
+        if self.broken.is_set():  # a launcher started the ranks, and only it can start them again
+            raise RankError(OUT_OF_STEP)
+
     def close(self) -> bool:
         self.end_call()
         return True

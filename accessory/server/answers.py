@@ -76,6 +76,38 @@ class Answer:
         return self.completion
 
 
+async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Answer, Piece]]:
+    """The pieces of several answers as they come, with each answer's number. Raises the first error."""
+    if len(answers) == 1:
+        async for piece in answers[0].pieces():
+            yield 0, answers[0], piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+
+    async def read(number: int) -> None:
+        try:
+            async for piece in answers[number].pieces():
+                queue.put_nowait((number, piece))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(read(number)) for number in range(len(answers))]
+    try:
+        left = len(tasks)
+        while left:
+            number, came = await queue.get()
+            if came is None:
+                left -= 1
+            elif isinstance(came, BaseException):
+                raise came
+            else:
+                yield number, answers[number], came
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class EngineThread:
     """Makes steps while there are answers to write. `failure` is what is wrong with the ranks, None while they run."""
 
@@ -84,6 +116,7 @@ class EngineThread:
         self.engine: Engine = model.engine()
         self.failure: str | None = None
         self._open: dict[Answer, None] = {}
+        self._left: list[Answer] = []  # that nobody reads any more
         self._awake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -102,36 +135,55 @@ class EngineThread:
         return answers
 
     def leave(self, answers: Sequence[Answer]) -> None:
-        """Nobody reads these any more. Their pages are free before the next step."""
-        for answer in answers:
-            self.engine.finish(answer.writing.request)
+        """Nobody reads these any more. Their pages are free before the next step.
+
+        The engine is held while a step runs, and while ranks start again, so the thread itself tells the engine.
+        """
         with self._awake:
+            self._left += answers
             self._awake.notify()
 
     def close(self) -> None:
         """End what is open, and the thread."""
-        self._closing = True
-        self.leave(list(self._open))
+        with self._awake:
+            self._closing = True
+            self._left += self._open
+            self._awake.notify()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             with self._awake:
-                while not self._open and not self._closing:
+                while not (self._open or self._left or self._closing):
                     self._awake.wait()
-                if not self._open:
+                if self._closing and not self._open:
                     return
-                answers = list(self._open)
+                answers, left, self._left = list(self._open), self._left, []
+            for answer in left:
+                self.engine.finish(answer.writing.request)
+            if not answers:
+                continue
             try:
                 self.engine.advance([answer.writing.request for answer in answers])
             except Exception as error:  # all requests have ended with it
                 self._note_failure(error)
-            ended = [answer for answer in answers if self._hand_on(answer)]
+            ended = [answer for answer in answers if self._handed_on(answer)]
             with self._awake:
                 for answer in ended:
                     del self._open[answer]
             if self.failure is not None:  # after the readers have heard of it, because ranks take long to load
                 self._recover()
+
+    def _handed_on(self, answer: Answer) -> bool:
+        """As `_hand_on`. An error in one answer's text ends this answer, and no other."""
+        try:
+            return self._hand_on(answer)
+        except Exception as error:
+            log.exception("an answer failed")
+            self.engine.finish(answer.writing.request)
+            answer.completion.error, answer.completion.finish_reason = error, "error"
+            answer.put(Piece("", range(0), "error"))
+            return True
 
     def _hand_on(self, answer: Answer) -> bool:
         """Give an answer's reader what is new. Returns whether it has ended."""

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 import accessory
 from accessory.errors import InputError
 from accessory.server.failures import ApiError, api_error
+from accessory.server.metrics import Metrics
 from accessory.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from accessory.server.service import Job, Service
 
@@ -38,7 +39,8 @@ def make_app(service: Service, *, api_key: str | None = None, most_bytes: int) -
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
-        return _failed(ApiError(str(error.detail), status=error.status_code), service)
+        headers = None if error.headers is None else dict(error.headers)  # 405 says which methods there are
+        return _failed(ApiError(str(error.detail), status=error.status_code, headers=headers), service)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -97,7 +99,7 @@ def make_app(service: Service, *, api_key: str | None = None, most_bytes: int) -
     async def wrong(_: Request, error: InputError) -> Response:
         return _failed(error, service)
 
-    return Gate(app, api_key, most_bytes)
+    return Gate(app, api_key, most_bytes, thread.metrics)
 
 
 async def _answer(
@@ -176,8 +178,12 @@ def _failed(error: BaseException, service: Service) -> Response:
 
 
 def _explained(problems: Sequence[Any]) -> ApiError:
-    """The first problem that pydantic found, as OpenAI's API words it."""
-    problem = problems[0]
+    """The first problem that pydantic found, as OpenAI's API words it.
+
+    Where a value is none of several types, each has its problem. The one that lies deepest says most.
+    """
+    first = problems[0]["loc"][:2]
+    problem = max((p for p in problems if p["loc"][:2] == first), key=lambda p: len(p["loc"]))
     fields = [str(part) for part in problem["loc"] if part not in _NO_FIELDS]
     # A union's loc names the type that was tried too, as "str" or "list[int]".
     types = {"str", "int", "float", "bool", "text", "image_url"}
@@ -190,6 +196,7 @@ def _explained(problems: Sequence[Any]) -> ApiError:
     if problem["type"] == "json_invalid":
         return ApiError(f"We could not parse the JSON body of your request: {problem['ctx']['error']}")
     if problem["type"] == "extra_forbidden":
+        param = ".".join([*named[: None if fields[-1] not in named[-1:] else -1], fields[-1]])
         return ApiError(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
     given = problem.get("input")
     got = "" if problem["type"] == "missing" else f" (got {given!r:.60})"
@@ -199,8 +206,8 @@ def _explained(problems: Sequence[Any]) -> ApiError:
 class Gate:
     """In front of the application: who may ask, and how much. It counts a body's bytes while they arrive."""
 
-    def __init__(self, app: FastAPI, api_key: str | None, most_bytes: int) -> None:
-        self.app, self._most_bytes = app, most_bytes
+    def __init__(self, app: FastAPI, api_key: str | None, most_bytes: int, metrics: Metrics) -> None:
+        self.app, self._most_bytes, self._metrics = app, most_bytes, metrics
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -215,7 +222,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await JSONResponse(denied.body(), 401, denied.headers)(scope, receive, send)
+            await self._refusal(denied)(scope, receive, send)
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most_bytes:
@@ -245,5 +252,9 @@ class Gate:
         return kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
     def _too_large(self) -> JSONResponse:
-        error = ApiError(f"the request's body has more than {self._most_bytes} bytes", status=413, code="too_large")
-        return JSONResponse(error.body(), 413)
+        what = f"the request's body has more than {self._most_bytes} bytes"
+        return self._refusal(ApiError(what, status=413, code="too_large"))
+
+    def _refusal(self, error: ApiError) -> JSONResponse:
+        self._metrics.errors.labels(error.status).inc()
+        return JSONResponse(error.body(), error.status, error.headers)

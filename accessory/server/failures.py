@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from accessory.errors import AccessoryError, BusyError, InputError, RankError, is_users, one_line
+from accessory.server.protocol import FIELDS
 
+# How messages begin that speak of a field: `messages[0]: …`, `structured_outputs.regex: …`.
+_FIELD = re.compile(r"(([a-z_]+)(?:\.[a-z_]+|\[\d+\])*): ")
 RETRY_AFTER = 1  # seconds after which a caller who found the queue full may try again
 
 
@@ -21,7 +25,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        # JSON can hold half a surrogate pair, and UTF-8 cannot.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
@@ -37,8 +42,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, BusyError):
         return ApiError(str(error), status=503, code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, InputError):
-        field, colon, _ = str(error).partition(":")
-        return ApiError(str(error), param=field if colon and field.replace("_", "").isalnum() else None)
+        field = _FIELD.match(str(error))
+        return ApiError(str(error), param=field[1] if field and field[2] in FIELDS else None)
     if isinstance(error, RankError):
         return ApiError(str(error), status=503, code="ranks_lost", headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, AccessoryError) or is_users(error):

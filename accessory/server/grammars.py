@@ -38,6 +38,9 @@ class Grammars:
         structured: StructuredOutputs | None,
         response_format: ResponseFormat | None = None,
         tools: Tools | None = None,
+        *,
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
     ) -> Callable[[], Mask] | None:
         """Makes the hook of one answer each time it is called; None where an answer may be any text.
 
@@ -62,6 +65,9 @@ class Grammars:
         if len(asked) > 1:
             raise InputError(f"{asked[0][0]}: an answer can match one thing only, but {asked[1][0]} is given too")
         (field, kind, source) = asked[0]
+        for name, given in (("ignore_eos", ignore_eos), ("min_tokens", min_tokens)):
+            if given:  # after the last token that matches, only EOS may follow
+                raise InputError(f"{name}: an answer that matches {field} ends where that says; leave it out")
         matcher = self._compiled(field, kind, source)
         return lambda: Constraint(matcher.deep_copy(), field, self._vocab_size)
 
@@ -77,6 +83,8 @@ class Grammars:
             else:
                 grammar = LLMatcher.grammar_from_lark(_choice(json.loads(source)))
             matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{field}: {_reason(error)}") from error
         if matcher.is_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import urllib.parse
 import urllib.request
 from collections.abc import Collection
@@ -20,8 +21,7 @@ def read_image(url: str, most: int, hosts: Collection[str]) -> Any:
     `most` bytes."""
     if url.startswith("data:"):
         return open_image(_decode(url, most))
-    address = urllib.parse.urlsplit(url)
-    if address.scheme not in ("http", "https") or address.hostname not in hosts:
+    if _host(url) not in hosts:
         allowed = f"fetches images from {', '.join(sorted(hosts))} only" if hosts else "fetches no images"
         raise InputError(
             f"image_url: got {url!r:.80}, but this server {allowed}; give a data URL: data:image/png;base64,…"
@@ -29,11 +29,20 @@ def read_image(url: str, most: int, hosts: Collection[str]) -> Any:
     try:
         with _NO_REDIRECTS.open(url, timeout=PATIENCE) as answer:
             content = answer.read(most + 1)
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"image_url: {url!r:.80} could not be fetched ({error})") from error
     if len(content) > most:
         raise InputError(f"image_url: {url!r:.80} has more than {most} bytes")
     return open_image(content)
+
+
+def _host(url: str) -> str | None:
+    """The host of an address of the web; None for anything else."""
+    try:
+        address = urllib.parse.urlsplit(url)
+        return address.hostname if address.scheme in ("http", "https") else None
+    except ValueError:
+        return None
 
 
 def _decode(url: str, most: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError
@@ -15,15 +15,38 @@ MOST_STOPS = 4
 MOST_PROMPTS = 2048  # of one request to /v1/completions
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
-Text = str
-Stop = Annotated[list[str], Field(max_length=MOST_STOPS)] | str | None
-Ids = list[Annotated[int, Field(ge=0)]]
+MOST_BIASES = 65536  # at least as many as any tokenizer has tokens that somebody would bias
+
+# A list is read up to its first wrong item: a body of millions of them must not become millions of errors.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Stop = Annotated[Texts, Field(max_length=MOST_STOPS)] | str | None
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+
+
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MOST_BIASES:
+        raise ValueError(f"there may be {MOST_BIASES} tokens at most")
+    return given
 
 
 class Body(BaseModel):
     """Strict: a number in quotation marks is no number, and NaN is none either."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        """Null stands for a field that is left out, as in OpenAI's API. Of unknown fields, the first is enough."""
+        if not isinstance(given, dict):
+            return given
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        unknown = next((name for name in given if name not in fields), None)
+        return {
+            name: value
+            for name, value in given.items()
+            if name == unknown or (name in fields and (value is not None or fields[name].is_required()))
+        }
 
 
 class StreamOptions(Body):
@@ -44,12 +67,12 @@ class Generation(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
     user: str | None = None  # this and the next two say who asks, and have no effect
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     # vLLM's
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     stop_token_ids: Ids | None = None
@@ -88,15 +111,15 @@ class StructuredOutputs(Body):
     json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
     regex: str | None = None
     grammar: str | None = None  # Lark's form
-    choice: list[str] | None = None
+    choice: Texts | None = None
 
 
 class CompletionRequest(Generation):
     prompt: (
         str
         | Ids
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Texts, Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = DEFAULT_MAX_TOKENS
     echo: bool = False
@@ -144,11 +167,14 @@ class ToolCall(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None  # has no effect: templates have no place for it
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
 class Function(Body):
@@ -185,13 +211,13 @@ class ResponseFormat(Body):
 
 
 class ChatRequest(Generation):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None  # has no effect: nothing is stored
@@ -201,7 +227,7 @@ class ChatRequest(Generation):
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -214,9 +240,13 @@ def _bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if given is None:
         return None
     for token in given:
-        if not token.isascii() or not token.isdigit():
+        if not token.isascii() or not token.isdigit() or len(token) > 9:
             raise InputError(f"logit_bias: got the token {token!r:.40}, but it must be a token's id")
     return {int(token): bias for token, bias in given.items()}
 
 
 Generation.model_rebuild()
+# What a message may name as the field that is wrong.
+FIELDS = frozenset(
+    name for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest) for name in body.model_fields
+)

@@ -22,21 +22,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def configured(app: Any, patience: float) -> uvicorn.Config:
+    """How the application is served. patience: as of `run`."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        http="h11",  # httptools, which uvicorn takes where it is installed, has no limit of headers
+        ws="none",
+        timeout_graceful_shutdown=round(patience),
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        server_header=False,
+        lifespan="off",
+    )
+
+
 def run(app: Any, listening: socket.socket, *, patience: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C. Then nobody new is let in, and what is open may end within `patience` seconds.
 
     ready: called once requests are answered.
     """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,  # `Gate` writes one, without contents
-        timeout_graceful_shutdown=max(1, round(patience)),
-        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-        server_header=False,
-        lifespan="off",
-    )
-    _Server(config, ready).run(sockets=[listening])
+    _Server(configured(app, patience), ready).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):

@@ -19,7 +19,7 @@ from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError
 from accessory.model.text_model import TextModel
 from accessory.model.writing import Completion, TextRequest
-from accessory.server.answers import Answer, EngineThread, Piece
+from accessory.server.answers import Answer, EngineThread, merged
 from accessory.server.failures import ApiError
 from accessory.server.grammars import Grammars, Mask
 from accessory.server.images import read_image
@@ -111,9 +111,9 @@ class Service:
         longest = body.max_tokens
         if longest == 0 and not body.echo:
             raise InputError("max_tokens: got 0; give at least 1, or echo")
-        constraint = self.grammars.of(body.structured_outputs)
+        constraint = self.grammars.of(body.structured_outputs, ignore_eos=body.ignore_eos, min_tokens=body.min_tokens)
         requests = [
-            self._request(ids, body, params, self._room(ids, longest), adapter, number)
+            self._request(ids, body, params, self._room(ids, longest), adapter, f"prompt[{number}]")
             for number, ids in enumerate(prompts)
         ]
         return self._submit("cmpl", body, prompts, requests, constraint, loop)
@@ -137,7 +137,7 @@ class Service:
         choices = []
         for number, answer in enumerate(completions):
             ids = job.prompts[number // body.n]
-            echoed = self.model.tokenizer.decode(ids) if body.echo else ""
+            echoed = self._echo(body.prompts()[number // body.n]) if body.echo else ""
             if body.max_tokens == 0:
                 answer = replace(answer, text="", token_ids=[], logprobs=[], top_logprobs=[], finish_reason="length")
             logprobs = None
@@ -152,6 +152,9 @@ class Service:
                 }
             )
         return self._object("text_completion", job, choices, usage(job, completions))
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
 
     async def completion_pieces(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """OpenAI's objects while the answers are written."""
@@ -189,8 +192,9 @@ class Service:
         params = body.sampling(logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         longest = body.max_completion_tokens or body.max_tokens
         places = self.model.image_words if image is not None else 0
-        constraint = self.grammars.of(body.structured_outputs, body.response_format, tools)
-        request = self._request(ids, body, params, self._room(ids, longest, places), adapter)
+        ends = {"ignore_eos": body.ignore_eos, "min_tokens": body.min_tokens}
+        constraint = self.grammars.of(body.structured_outputs, body.response_format, tools, **ends)
+        request = self._request(ids, body, params, self._room(ids, longest, places), adapter, "messages")
         request = replace(request, image=image, stops=[*self.template.stop_strings, *request.stops])
         return self._submit("chatcmpl", body, [ids], [request], constraint, loop)
 
@@ -207,14 +211,19 @@ class Service:
             raise InputError("messages: this model takes no images")
         if len(images) > 1:
             raise InputError(f"messages: got {len(images)} images, but a dialogue may have one")
-        image = read_image(images[0], self.limits.image_bytes, self.limits.hosts) if images else None
-        if tools is not None:
-            return tools.prompt_ids(messages), image
-        turns = [
-            {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}
-            for m in messages
-        ]
-        return self.template.prompt_ids(turns, self.model.tokenizer), image
+        try:
+            image = read_image(images[0], self.limits.image_bytes, self.limits.hosts) if images else None
+            if tools is not None:
+                return tools.prompt_ids(messages), image
+            turns = [
+                {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}
+                for m in messages
+            ]
+            return self.template.prompt_ids(turns, self.model.tokenizer), image
+        except InputError as error:  # it speaks of an image or of the template, which are no fields
+            if str(error).startswith("messages"):
+                raise
+            raise InputError(f"messages: {error}") from error
 
     def chat(self, job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
         """OpenAI's object of all answers, when they have ended."""
@@ -257,7 +266,10 @@ class Service:
                     yield piece_of(number, {"tool_calls": called}, logprobs)
                     yield piece_of(number, {}, None, "tool_calls")
                     continue
-            whole = self.template.reply(completion.text)
+            whole = completion.text
+            # What may become the template's own space is not shown before it is known.
+            pending = reason is None and self.template.reply_space.startswith(whole)
+            whole = "" if pending else self.template.reply(whole)
             delta, shown[number] = whole[len(shown[number]) :], whole
             if delta or logprobs is not None:
                 yield piece_of(number, {"content": delta}, logprobs)
@@ -285,7 +297,7 @@ class Service:
         room = most - len(ids) - places
         asked = 1 if longest == 0 else longest
         if room < (asked or 1):
-            wanted = "an answer" if longest is None else f"{longest} of the answer"
+            wanted = "an answer" if not longest else f"{longest} of the answer"
             raise ApiError(
                 f"This model's maximum context length is {most} tokens. However, the prompt has {len(ids) + places} "
                 f"tokens, which leaves no room for {wanted}; shorten the prompt, or max_tokens",
@@ -301,7 +313,7 @@ class Service:
         params: SamplingParams,
         longest: int,
         adapter: str | None,
-        number: int = 0,
+        name: str,
     ) -> TextRequest:
         return TextRequest(
             ids,
@@ -309,7 +321,7 @@ class Service:
             longest,
             params,
             body.stops(),
-            f"prompt[{number}]",
+            name,
             adapter=adapter,
             stop_token_ids=tuple(body.stop_token_ids or ()),
         )
@@ -323,6 +335,10 @@ class Service:
         constraint: Callable[[], Mask] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> Job:
+        most = self.thread.engine.scheduler.max_waiting
+        if len(requests) * body.n > most:  # this never becomes possible, so it is not BusyError's
+            what = f"{len(requests)} prompts with {body.n} answers each"
+            raise InputError(f"n: got {what}, but a request may have {most} answers")
         copies = []
         for request in requests:
             params = request.params
@@ -346,6 +362,9 @@ class Service:
 
     async def _in_thread(self, work: Callable[..., Job], *arguments: Any) -> Job:
         """Encoding text and opening images takes time, in which the event loop serves others."""
+        body = arguments[0]
+        if body.stream_options is not None and not body.stream:
+            raise InputError("stream_options: they are of a stream; give stream true too")
         return await asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *arguments))
 
 
@@ -372,35 +391,3 @@ def usage(job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-
-
-async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Answer, Piece]]:
-    """The pieces of several answers as they come, with each answer's number. Raises the first error."""
-    if len(answers) == 1:
-        async for piece in answers[0].pieces():
-            yield 0, answers[0], piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
-
-    async def read(number: int) -> None:
-        try:
-            async for piece in answers[number].pieces():
-                queue.put_nowait((number, piece))
-            queue.put_nowait((number, None))
-        except Exception as error:
-            queue.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(read(number)) for number in range(len(answers))]
-    try:
-        left = len(tasks)
-        while left:
-            number, came = await queue.get()
-            if came is None:
-                left -= 1
-            elif isinstance(came, BaseException):
-                raise came
-            else:
-                yield number, answers[number], came
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -59,19 +59,27 @@ def completion_logprobs(
         judged = answer.prompt_logprobs or []
         logprobs = [None, *judged, *logprobs]
         tops = [None, *(answer.prompt_top_logprobs or [{}] * len(judged)), *tops]
-    texts = [text_of(tokenizer, token) for token in ids]
-    start = 0 if echoed else len(tokenizer.decode(list(before)))
-    start += sum(
-        len(tokenizer.token_bytes(t).decode("utf-8", errors="replace")) for t in answer.token_ids[: chosen.start]
-    )
-    offsets = []
-    for text in texts:
-        offsets.append(start)
-        start += len(text)
-    named = [None if top is None else {text_of(tokenizer, t): max(p, LEAST) for t, p in top.items()} for top in tops]
+    named = [
+        None
+        if top is None or p is None
+        else {text_of(tokenizer, t): max(q, LEAST) for t, q in [*top.items(), (token, p)]}
+        for token, p, top in zip(ids, logprobs, tops, strict=True)
+    ]  # the token itself is always one of them
     return {
-        "tokens": texts,
+        "tokens": [text_of(tokenizer, token) for token in ids],
         "token_logprobs": [None if p is None else max(p, LEAST) for p in logprobs],
-        "top_logprobs": named if answer.top_logprobs is not None or echoed else None,
-        "text_offset": offsets,
+        "top_logprobs": None if answer.top_logprobs is None else named,
+        "text_offset": _offsets(tokenizer, [] if echoed else [*before, *answer.token_ids[: chosen.start]], ids),
     }
+
+
+def _offsets(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Where the text of each token begins, in characters of the text of all. Control tokens have none."""
+    begun, reader = tokenizer.reader()
+    offsets, length = [], 0
+    for token in (*before, *ids):
+        offsets.append(length)
+        piece = tokenizer.token_bytes(token, begun)
+        begun = begun or bool(piece)
+        length += len(reader.decode(piece))
+    return offsets[len(before) :]
