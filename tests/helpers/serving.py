@@ -68,7 +68,7 @@ def serving(
     service = Service(model, thread, name=NAME, template=made, limits=limits or Limits())
     server = uvicorn.Server(configured(make_app(service, api_key=api_key, most_bytes=most_bytes), 5))
     with listen("127.0.0.1", 0) as listening:
-        url = "http://127.0.0.1:{}".format(listening.getsockname()[1])
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         loop = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         loop.start()
         eventually(lambda: server.started)
