@@ -25,14 +25,19 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        # JSON can hold half a surrogate pair, and UTF-8 cannot.
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        super().__init__(_utf8(message))
+        self.status, self.code, self.headers = status, code, headers
+        self.param = None if param is None else _utf8(param)
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def _utf8(text: str) -> str:
+    """JSON can hold half a surrogate pair, and UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from accessory.data.images import open_image
-from accessory.errors import InputError
+from accessory.errors import InputError, one_line
 
 PATIENCE = 10.0  # seconds to fetch an image
 
@@ -30,7 +30,7 @@ def read_image(url: str, most: int, hosts: Collection[str]) -> Any:
         with _NO_REDIRECTS.open(url, timeout=PATIENCE) as answer:
             content = answer.read(most + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"image_url: {url!r:.80} could not be fetched ({error})") from error
+        raise InputError(f"image_url: {url!r:.80} could not be fetched ({one_line(error)})") from error
     if len(content) > most:
         raise InputError(f"image_url: {url!r:.80} has more than {most} bytes")
     return open_image(content)

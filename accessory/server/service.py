@@ -128,6 +128,7 @@ class Service:
                     f"prompt: got the token {max(prompt)}, but the last one is {self.model.args.vocab_size - 1}"
                 )
             return prompt
+        self._check_length([prompt], "prompt")
         return tokenizer.encode(prompt, bos=tokenizer.add_bos, special=True)
 
     def completion(self, job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -219,6 +220,7 @@ class Service:
                 {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}
                 for m in messages
             ]
+            self._check_length([turn["content"] for turn in turns], "messages")
             return self.template.prompt_ids(turns, self.model.tokenizer), image
         except InputError as error:  # it speaks of an image or of the template, which are no fields
             if str(error).startswith("messages"):
@@ -286,10 +288,27 @@ class Service:
         if body.messages is not None:
             return self.prompt_of(body.messages)[0]
         assert body.prompt is not None
+        self._check_length([body.prompt], "prompt")
         tokenizer = self.model.tokenizer
         return tokenizer.encode(body.prompt, bos=tokenizer.add_bos and body.add_special_tokens, special=True)
 
     # ----------------------------------------------------------------- what both share
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        tokenizer = self.model.tokenizer
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+
+    def _check_length(self, texts: Sequence[str], param: str) -> None:
+        """ApiError for what is too long however it is encoded: encoding megabytes takes seconds, and memory."""
+        most, size = self.model.max_seq_len, sum(map(len, texts))
+        if size > most * self._longest_token:
+            raise ApiError(
+                f"This model's maximum context length is {most} tokens. However, the prompt has {size} characters, "
+                f"which are {size // self._longest_token} tokens at least; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _room(self, ids: Sequence[int], longest: int | None, places: int = 0) -> int:
         """How many tokens an answer may have. ApiError where prompt and answer are longer than the context."""
