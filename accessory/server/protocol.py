@@ -51,6 +51,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: each piece has the usage so far
     include_obfuscation: bool = False  # has no effect: an answer's pieces are not padded
 
 

@@ -10,7 +10,7 @@ import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accessory.data.image_tokens import without_tag
@@ -19,10 +19,11 @@ from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError
 from accessory.model.text_model import TextModel
 from accessory.model.writing import Completion, TextRequest
-from accessory.server.answers import Answer, EngineThread, merged
+from accessory.server.answers import EngineThread, merged
 from accessory.server.failures import ApiError
 from accessory.server.grammars import Grammars, Mask
 from accessory.server.images import read_image
+from accessory.server.jobs import Job, usage, usage_so_far
 from accessory.server.protocol import (
     ChatMessage,
     ChatRequest,
@@ -41,17 +42,6 @@ class Limits:
 
     image_bytes: int = 20 * 2**20
     hosts: frozenset[str] = frozenset()
-
-
-@dataclass
-class Job:
-    """One request's answers under way: `copies` of each prompt, in the order of prompts."""
-
-    id: str
-    body: Generation
-    answers: list[Answer]
-    prompts: list[list[int]]
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Service:
@@ -174,9 +164,9 @@ class Service:
                 "logprobs": logprobs,
                 "finish_reason": piece.finish_reason,
             }
-            yield self._object("text_completion", job, [choice])
+            yield self._piece("text_completion", job, [choice])
         if body.stream_options is not None and body.stream_options.include_usage:
-            yield self._object("text_completion", job, [], usage(job, [a.completion for a in job.answers]))
+            yield self._object("text_completion", job, [], usage_so_far(job))
 
     # ----------------------------------------------------------------- dialogues
 
@@ -253,7 +243,7 @@ class Service:
 
         def piece_of(number: int, delta: dict[str, Any], logprobs: Any = None, reason: Any = None) -> dict[str, Any]:
             choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            return self._object("chat.completion.chunk", job, [choice])
+            return self._piece("chat.completion.chunk", job, [choice])
 
         for number in range(len(job.answers)):
             yield piece_of(number, {"role": "assistant", "content": "", "refusal": None})
@@ -278,8 +268,7 @@ class Service:
             if reason is not None:
                 yield piece_of(number, {}, None, reason)
         if body.stream_options is not None and body.stream_options.include_usage:
-            completions = [answer.completion for answer in job.answers]
-            yield self._object("chat.completion.chunk", job, [], usage(job, completions))
+            yield self._object("chat.completion.chunk", job, [], usage_so_far(job))
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a text, or of a dialogue up to where its answer begins."""
@@ -379,6 +368,14 @@ class Service:
         made = {"id": job.id, "object": kind, "created": job.created, "model": job.body.model, "choices": choices}
         return made if used is None else {**made, "usage": used}
 
+    def _piece(self, kind: str, job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """An object of a stream that ends with the usage, if that is asked for: null in those before."""
+        options = job.body.stream_options
+        if options is None or not options.include_usage:
+            return self._object(kind, job, choices)
+        used = usage_so_far(job) if options.continuous_usage_stats else None
+        return {**self._object(kind, job, choices), "usage": used}
+
     async def _in_thread(self, work: Callable[..., Job], *arguments: Any) -> Job:
         """Encoding text and opening images takes time, in which the event loop serves others."""
         body = arguments[0]
@@ -395,18 +392,3 @@ def text_of(message: ChatMessage, with_image: bool) -> str:
     if content is None:
         raise InputError(f"messages: a message of the {message.role} has no content")
     return without_tag(content) if with_image and message.role == "user" else content
-
-
-def usage(job: Job, completions: Sequence[Completion]) -> dict[str, Any]:
-    """Tokens of prompts (each counted once) and answers."""
-    first_copies = completions[:: job.body.n]
-    prompt = sum(completion.prompt_tokens for completion in first_copies)
-    zero = isinstance(job.body, CompletionRequest) and job.body.max_tokens == 0
-    written = 0 if zero else sum(len(completion.token_ids) for completion in completions)
-    cached = sum(completion.cached_tokens for completion in first_copies)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

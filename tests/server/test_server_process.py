@@ -90,9 +90,25 @@ def test_an_open_host_without_a_key_warns(folders, monkeypatch, caplog, capsys):
 
 def started(folder, *words):
     """The process, and its address."""
-    command = [sys.executable, "-m", "accessory", "serve", str(folder), "--port", "0", "--device", "cpu", "--dtype", "fp32"]
+    command = [
+        sys.executable,
+        "-m",
+        "accessory",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    ]
     process = subprocess.Popen(
-        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     line = process.stdout.readline()
     assert "answers at" in line, process.stderr.read()
