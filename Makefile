@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-emoji test test-all test-long lint format types check bench clean
+.PHONY: help install demo demo-finetune demo-emoji test test-all test-long test-serve lint format types check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -33,7 +33,12 @@ test: .venv/.done  ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile repeatable -m 'not slow and not long'
 test-all: .venv/.done  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not long'
-test-long: .venv/.done  ## tests that take many minutes each: 20,000 random requests to the engine
+# Programs that others wrote for OpenAI's API. They bring much along, so only this target installs them.
+test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks against the server
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5' 'instructor>=1.17' 'lm-eval>=0.4.13' \
+		'llm-comply>=0.5' 'guidellm>=0.8,<0.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' tests/server
+test-long: .venv/.done  ## tests that take many minutes each: 20,000 random requests to the engine, 10 minutes of bad weather for the server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done
 	$(BIN)/ruff check .
