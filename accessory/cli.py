@@ -13,7 +13,12 @@ from accessory import __version__
 from accessory.command_line import Parser
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
-from accessory.commands.text_options import add_image_arguments, add_sampling_arguments, check_text_options
+from accessory.commands.text_options import (
+    add_image_arguments,
+    add_sampling_arguments,
+    add_url_arguments,
+    check_text_options,
+)
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import InputError
 from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
@@ -66,7 +71,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     check_text_options(options)
-    from accessory.commands.text import chat
+    if options.url is not None:
+        from accessory.commands.remote_chat import chat as remote_chat
+
+        return remote_chat(options)
+    from accessory.commands.chat import chat
 
     return chat(options)
 
@@ -233,12 +242,13 @@ def _parser() -> Parser:
     generate.add_argument("--logprobs", type=int, metavar="N", help=about)
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
-    add_model_options(chat)
+    add_model_options(chat, or_url=True)
     chat.add_argument(
         "--template", choices=TEMPLATES, help="default: the tokenizer's own, else the original's dialogue"
     )
-    chat.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_arguments(chat, several=False)
+    add_url_arguments(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
     add_sampling_arguments(chat, several=False)
 
     serve = _command(commands, "serve", _serve, "answer over HTTP, as OpenAI's API does")

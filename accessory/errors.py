@@ -30,6 +30,10 @@ class NonFiniteError(AccessoryError, ArithmeticError):
     """What a network computed is not a number, or infinite; the message names the likely cause."""
 
 
+class ServerError(AccessoryError, RuntimeError):
+    """A server that a command asks is not there, refuses, or breaks an answer off; the message has its address."""
+
+
 class RankError(AccessoryError, RuntimeError):
     """A process that holds a part of the model died, hangs or failed; the message names the rank and how."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from accessory.arguments import FREE
+from accessory.commands.api_client import read_key
 from accessory.commands.opening import open_model
 from accessory.data.templates import get_template
 from accessory.errors import InputError, MissingExtraError
@@ -30,7 +30,7 @@ def serve(options: argparse.Namespace) -> int:
         raise MissingExtraError(
             f"accessory serve needs {error.name}: pip install 'mixtral-accessory[serve]'"
         ) from error
-    key = read_key(options)
+    key = read_key(options.api_key_file, options.api_key)
     name = options.served_model_name or Path(options.pretrained_path[-1]).resolve().name
     if name in dict(options.adapter or ()):
         raise InputError(
@@ -79,24 +79,6 @@ def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, 
         )
     finally:
         thread.close()
-
-
-def read_key(options: argparse.Namespace) -> str | None:
-    """The key that clients must send: of --api-key-file, --api-key, or ACCESSORY_API_KEY; None: no key."""
-    key: str | None
-    if options.api_key_file is not None:
-        lines = Path(options.api_key_file).read_text(encoding="utf-8", errors="replace").splitlines()
-        key = lines[0].strip() if lines else ""
-        named = f"--api-key-file: {options.api_key_file}"
-    elif options.api_key is not None:
-        key, named = options.api_key, "--api-key"
-    else:
-        key, named = os.environ.get("ACCESSORY_API_KEY"), "ACCESSORY_API_KEY"
-        if key is None:
-            return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{named}: the key must be a word of printable ASCII characters")
-    return key
 
 
 def is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Options of `accessory generate` and `accessory chat` for images and sampling.
+"""Options of `accessory generate` and `accessory chat` for images and sampling, and of `chat` for a server.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -55,6 +55,18 @@ def add_sampling_arguments(command: argparse.ArgumentParser, several: bool) -> N
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
 
+def add_url_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the options of a chat with a server's model. Call it when those that need a model here, and only those,
+    are declared: beside --url they are refused."""
+    none_of_it = ("help", "debug", "pretrained_path")
+    command.set_defaults(of_loading={a.dest: a.default for a in command._actions if a.dest not in none_of_it})
+    about = "talk to the model of a server of OpenAI's API instead: http://host:port"
+    command.add_argument("--url", metavar="URL", help=about)
+    command.add_argument("--model", metavar="NAME", help="with --url: which model or adapter (default: the only model)")
+    help_ = "with --url: it holds the server's key; or the variable ACCESSORY_API_KEY"
+    add_option(command, "api_key_file", metavar="FILE", help=help_)
+
+
 def named_adapters(options: argparse.Namespace) -> list[str | None]:
     """The adapters that --use-adapter names: one for all prompts, or one each."""
     names = [options.use_adapter] if isinstance(options.use_adapter, str) else options.use_adapter or [NO_ADAPTER]
@@ -72,14 +84,38 @@ def _check_adapters(options: argparse.Namespace) -> None:
             raise InputError(f"--use-adapter: got {name!r}, but {known}")
 
 
+def _check_url(options: argparse.Namespace) -> None:
+    """InputError where a model is named twice or not at all, and for options that the other kind of chat has."""
+    if options.url is None:
+        for name in ("model", "api_key_file"):
+            if getattr(options, name) is not None:
+                raise InputError(f"{option_of(name)}: it is for a server's model; give --url too")
+        if not options.pretrained_path:
+            raise InputError("chat: there is no model; give a PATH, or --url http://host:port of a server")
+        return
+    if options.pretrained_path:
+        raise InputError(f"--url: the PATH {options.pretrained_path[0]} is given too; give one of them")
+    for name, default in options.of_loading.items():
+        if getattr(options, name) != default:
+            raise InputError(f"{option_of(name)}: it is for a model that is loaded here; leave it out, or --url")
+    if options.use_adapter is not None:
+        raise InputError(f"--use-adapter: a server has adapters as models; give --model {options.use_adapter}")
+
+
 def check_text_options(options: argparse.Namespace) -> None:
     """Fill in what was left out. InputError for a value that the model would refuse, before anything is loaded."""
     from accessory.engine.sampling_params import SamplingParams  # here, because `--help` reads this file
 
+    if "url" in options:
+        _check_url(options)
     check_max_seq_len(options.max_seq_len, option_of)
-    if options.max_gen_len is None:
-        options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)
-    check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
+    if getattr(options, "url", None) is not None:  # the server knows how long its context is
+        if options.max_gen_len is not None and options.max_gen_len < 1:
+            raise InputError(f"--max-gen-len: got {options.max_gen_len}, but it must be a whole number of at least 1")
+    else:
+        if options.max_gen_len is None:
+            options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)
+        check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
     check_stops(options.stop, option_of)
     _check_adapters(options)
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}

@@ -28,9 +28,10 @@ def add_option(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
     parser.add_argument(*dict.fromkeys(["--" + name.replace("_", "-"), f"--{name}"]), **how)
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False, or_url: bool = False) -> None:
     """Declare the options for the checkpoint, for loading it, and for the GPUs.
 
+    or_url: the model may be that of a server instead.
     demo: declare them as the original's demos do. Then the checkpoint is an option, --quant needs no value, the model
     refuses a wrong format instead of the parser, and each demo itself declares the option for the number of its ranks.
     """
@@ -38,8 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False) ->
         about = "folders, loaded one over the other, or hf://"
         add_option(parser, "pretrained_path", nargs="+", required=True, metavar="PATH", help=about)
     else:
-        about = "several are loaded one over the other"
-        parser.add_argument("pretrained_path", nargs="+", metavar="PATH", help=about)
+        about = "several are loaded one over the other" + ("; not with --url" if or_url else "")
+        parser.add_argument("pretrained_path", nargs="*" if or_url else "+", metavar="PATH", help=about)
     add_option(parser, "llama_type", metavar="TYPE", help="mixtral or mixtral_sparse")
     add_option(parser, "llama_config", nargs="+", metavar="FILE", help="JSON, later ones win")
     add_option(parser, "tokenizer_path", metavar="PATH", help="default: that of PATH")
