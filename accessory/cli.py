@@ -11,12 +11,13 @@ from typing import Any
 
 from accessory import __version__
 from accessory.command_line import Parser
+from accessory.commands.bench_options import add_bench_arguments, check_bench_options
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
 from accessory.commands.text_options import (
+    add_chat_arguments,
     add_image_arguments,
     add_sampling_arguments,
-    add_url_arguments,
     check_text_options,
 )
 from accessory.data.template_names import TEMPLATES
@@ -85,6 +86,13 @@ def _serve(options: argparse.Namespace) -> int:
     from accessory.commands.serve import serve
 
     return serve(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    check_bench_options(options)
+    from accessory.commands.bench import bench
+
+    return bench(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -242,17 +250,13 @@ def _parser() -> Parser:
     generate.add_argument("--logprobs", type=int, metavar="N", help=about)
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
-    add_model_options(chat, or_url=True)
-    chat.add_argument(
-        "--template", choices=TEMPLATES, help="default: the tokenizer's own, else the original's dialogue"
-    )
-    add_image_arguments(chat, several=False)
-    add_url_arguments(chat)
-    chat.add_argument("--system", metavar="TEXT", help="a system message")
-    add_sampling_arguments(chat, several=False)
+    add_chat_arguments(chat)
 
     serve = _command(commands, "serve", _serve, "answer over HTTP, as OpenAI's API does")
     add_serve_arguments(serve)
+
+    bench = _command(commands, "bench", _bench, "measure how quickly a server answers")
+    add_bench_arguments(bench)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")

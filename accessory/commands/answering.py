@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 from accessory.commands.answer_file import AnswerFile
+from accessory.commands.interrupting import first_ctrl_c
 from accessory.commands.prompts import Ask, Prompts
 from accessory.data.conversation import Conversation
 from accessory.data.image_tokens import refuse_tag, without_tag
@@ -160,19 +160,3 @@ def _request(asking: Asking, ask: Ask) -> TextRequest | AccessoryError:
         return asking.request(ask)
     except AccessoryError as error:
         return error
-
-
-@contextmanager
-def first_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, while the context is open; the next one raises KeyboardInterrupt."""
-    pressed, before = threading.Event(), signal.getsignal(signal.SIGINT)
-
-    def note(*_: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        pressed.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

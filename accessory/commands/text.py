@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from accessory.commands.answering import Asking, first_ctrl_c, print_answer
+from accessory.commands.answering import Asking, print_answer
+from accessory.commands.interrupting import first_ctrl_c
 from accessory.commands.opening import open_model
 from accessory.commands.prompts import NO_IMAGE, Ask
 from accessory.commands.talking import print_text, show

@@ -1,4 +1,4 @@
-"""Options of `accessory generate` and `accessory chat` for images and sampling, and of `chat` for a server.
+"""Options of `accessory generate` and `accessory chat` for images and sampling, and the others of `chat`.
 
 Only the standard library is imported here, so that `accessory --help` answers at once.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 
 from accessory.arguments import check_max_gen_len, check_max_seq_len, check_stops, option_of
+from accessory.data.template_names import TEMPLATES
 from accessory.errors import InputError
-from accessory.model.options import NO_ADAPTER, add_image_transform, add_option
+from accessory.model.options import NO_ADAPTER, add_image_transform, add_model_options, add_option
 
 # The fields of `SamplingParams` that are options. `logprobs` is one of `generate` only.
 SAMPLING = (
@@ -55,16 +56,21 @@ def add_sampling_arguments(command: argparse.ArgumentParser, several: bool) -> N
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
 
-def add_url_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the options of a chat with a server's model. Call it when those that need a model here, and only those,
-    are declared: beside --url they are refused."""
-    none_of_it = ("help", "debug", "pretrained_path")
-    command.set_defaults(of_loading={a.dest: a.default for a in command._actions if a.dest not in none_of_it})
+def add_chat_arguments(command: argparse.ArgumentParser) -> None:
+    add_model_options(command, or_url=True)
+    about = "default: the tokenizer's own, else the original's dialogue"
+    command.add_argument("--template", choices=TEMPLATES, help=about)
+    add_image_arguments(command, several=False)
+    # The options so far are for a model that is loaded here: beside --url they are refused.
+    shared = ("help", "debug", "pretrained_path")
+    command.set_defaults(of_loading={a.dest: a.default for a in command._actions if a.dest not in shared})
     about = "talk to the model of a server of OpenAI's API instead: http://host:port"
     command.add_argument("--url", metavar="URL", help=about)
     command.add_argument("--model", metavar="NAME", help="with --url: which model or adapter (default: the only model)")
     help_ = "with --url: it holds the server's key; or the variable ACCESSORY_API_KEY"
     add_option(command, "api_key_file", metavar="FILE", help=help_)
+    command.add_argument("--system", metavar="TEXT", help="a system message")
+    add_sampling_arguments(command, several=False)
 
 
 def named_adapters(options: argparse.Namespace) -> list[str | None]:
