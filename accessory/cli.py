@@ -12,6 +12,7 @@ from typing import Any
 from accessory import __version__
 from accessory.command_line import Parser
 from accessory.commands.bench_options import add_bench_arguments, check_bench_options
+from accessory.commands.demo_options import add_demo_arguments, check_demo_options
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
 from accessory.commands.text_options import (
@@ -21,7 +22,6 @@ from accessory.commands.text_options import (
     check_text_options,
 )
 from accessory.data.template_names import TEMPLATES
-from accessory.errors import InputError
 from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
@@ -197,8 +197,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if not options.question.strip():
-        raise InputError("--question: is blank; ask something")
+    check_demo_options(options)
+    if options.serve:
+        from accessory.demos.serve import serve_demo
+
+        return serve_demo(Path(options.dir), options.question, options.max_gen_len)
     if options.finetune:
         # Set before torch reads it. Otherwise waiting threads spin, and on a busy machine they take most of the CPU.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -346,16 +349,7 @@ def _parser() -> Parser:
     report.add_argument("--title", metavar="TEXT", help="default: the folder's name")
 
     demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
-    demo.add_argument(
-        "--dir", default="demo-model", metavar="DIR", help="where its checkpoints go (default: demo-model)"
-    )
-    demo.add_argument(
-        "--finetune", action="store_true", help="teach it something, in some minutes: before, training, merged, after"
-    )
-    demo.add_argument("--question", default="What is the capital of France?", metavar="TEXT", help="what it is asked")
-    demo.add_argument(
-        "--max-gen-len", type=int, default=40, metavar="N", help="tokens an answer may have (default: 40)"
-    )
+    add_demo_arguments(demo)
     return parser
 
 

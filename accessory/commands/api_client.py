@@ -22,9 +22,10 @@ KEY_VARIABLE = "ACCESSORY_API_KEY"
 
 
 def read_key(file: str | None, key: str | None = None) -> str | None:
-    """The key of a file, one given as it is, or the variable's; None where there is none."""
+    """The key in a file's first line, one given as it is, or the variable's; None where there is none."""
     if file is not None:
-        key, named = Path(file).read_text(encoding="utf-8").strip(), f"--api-key-file: {file}"
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        key, named = lines[0].strip() if lines else "", f"--api-key-file: {file}"
     elif key is not None:
         named = "--api-key"
     else:
