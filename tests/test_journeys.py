@@ -55,8 +55,8 @@ def check(title: str, calls: Calls) -> None:
     assert order == wanted, f"{title}: they come as {order}"
 
 
-def test_the_page_has_the_four_journeys():
-    assert list(journeys()) == ["Text out", "An image", "A finetune", "A conversion"]
+def test_the_page_has_the_five_journeys():
+    assert list(journeys()) == ["Text out", "An HTTP request", "An image", "A finetune", "A conversion"]
 
 
 def test_text_out(tmp_path):
@@ -69,6 +69,21 @@ def test_text_out(tmp_path):
     with Calls() as calls:
         MetaModel.from_pretrained(tmp_path / "model", device="cpu").generate(["The"], max_gen_len=3)
     check("Text out", calls)
+
+
+def test_an_http_request(tmp_path):
+    pytest.importorskip("fastapi", reason="the server's packages are not installed")
+    from helpers.live_server import serving
+    from helpers.random_models import write_speaking
+    from helpers.sizes import SPEAKING
+
+    from accessory.commands.api_client import Server
+
+    write_speaking(tmp_path / "model", SPEAKING)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "The"}], "max_tokens": 3}
+    with Calls() as calls, serving(tmp_path / "model", max_seq_len=128) as (url, _):
+        assert list(Server(url).stream("/v1/chat/completions", body))
+    check("An HTTP request", calls)
 
 
 def test_an_image(tmp_path):
