@@ -9,7 +9,7 @@ import http.client
 import json
 import os
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Server:
         with self._answer(method, path, body) as answer:
             return self._object(answer.read())
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         """The events of an answer as they come. ServerError where one is an error, or where the stream breaks off."""
         with self._answer("POST", path, {**body, "stream": True}) as answer:
             while line := answer.readline():

@@ -132,7 +132,7 @@ class CompletionRequest(Generation):
         """One string or list of token ids for each prompt."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class TextPart(Body):

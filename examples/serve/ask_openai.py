@@ -41,7 +41,7 @@ def main(url: str = "http://127.0.0.1:8000/v1") -> None:
         print(event.choices[0].delta.content or "", end="", flush=True)
     print()
 
-    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
     choice = client.chat.completions.create(**asked, response_format=form).choices[0]
     if choice.finish_reason == "length":  # cut off in the middle: no JSON
         print("As JSON: not ready after", asked["max_tokens"], "tokens")

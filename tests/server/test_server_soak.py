@@ -28,7 +28,8 @@ def wishes() -> list[tuple[str, dict]]:
     """Requests, each with a route."""
     out = []
     for n in range(30):
-        drawn = [{"temperature": 0}, {"temperature": 0.3, "seed": n}, {"temperature": 0.4, "top_k": 20, "seed": n}][n % 3]
+        drawn = ({"temperature": 0}, {"temperature": 0.3, "seed": n}, {"temperature": 0.4, "top_k": 20, "seed": n})
+        drawn = drawn[n % 3]
         more = [
             {},
             {"n": 2} if n % 3 else {},
@@ -91,7 +92,9 @@ async def visit(server, client: httpx.AsyncClient, r: random.Random, expected: l
     elif kind == "half-open":
         host, port = server.url.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(r.choice((b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")))
+        writer.write(
+            r.choice((b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"))
+        )
         await asyncio.sleep(r.random() * 2)
         writer.close()
     else:
