@@ -59,12 +59,10 @@ def test_key_files_without_a_key(never_loaded, folders, capsys, tmp_path, conten
 
 
 def test_the_first_line_of_a_key_file_is_the_key(tmp_path):
-    import argparse
-
-    from accessory.commands.serve import read_key
+    from accessory.commands.api_client import read_key
 
     (tmp_path / "key").write_text("a-word\na comment\n")
-    assert read_key(argparse.Namespace(api_key_file=str(tmp_path / "key"), api_key=None)) == "a-word"
+    assert read_key(str(tmp_path / "key")) == "a-word"
 
 
 def test_an_open_host_without_a_key_warns(folders, monkeypatch, caplog, capsys):
