@@ -183,8 +183,9 @@ class Service:
         params = body.sampling(logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         longest = body.max_completion_tokens or body.max_tokens
         places = self.model.image_words if image is not None else 0
-        ends: dict[str, Any] = {"ignore_eos": body.ignore_eos, "min_tokens": body.min_tokens}
-        constraint = self.grammars.of(body.structured_outputs, body.response_format, tools, **ends)
+        constraint = self.grammars.of(
+            body.structured_outputs, body.response_format, tools, ignore_eos=body.ignore_eos, min_tokens=body.min_tokens
+        )
         request = self._request(ids, body, params, self._room(ids, longest, places), adapter, "messages")
         request = replace(request, image=image, stops=[*self.template.stop_strings, *request.stops])
         return self._submit("chatcmpl", body, [ids], [request], constraint, loop)
@@ -205,6 +206,7 @@ class Service:
         try:
             image = read_image(images[0], self.limits.image_bytes, self.limits.hosts) if images else None
             if tools is not None:
+                self._check_length([part.model_dump_json() for part in (*messages, *tools.offered)], "messages")
                 return tools.prompt_ids(messages), image
             turns = [
                 {"role": "system" if m.role == "developer" else m.role, "content": text_of(m, bool(images))}

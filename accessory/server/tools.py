@@ -127,7 +127,7 @@ class Tools:
             return []
         try:
             found = json.loads(self._after(answer, begin))
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         if not isinstance(found, list) or not all(
             isinstance(c, dict) and isinstance(c.get("name"), str) for c in found
@@ -202,7 +202,7 @@ def _value(text: str) -> Any:
     """A text as JSON where it is that, as mistral-common writes results and arguments."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: thousands of brackets
         return text
 
 

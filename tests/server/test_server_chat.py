@@ -145,7 +145,7 @@ def test_users_cannot_write_control_tokens(server, model, tmp_path):
 class StandIn:
     """What of a model `Service.prompt_of` looks at."""
 
-    image_processor, max_seq_len = None, 4096
+    image_processor, max_seq_len = None, 256
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

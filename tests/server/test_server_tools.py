@@ -143,3 +143,14 @@ def test_wrong_tools_and_orders_are_refused(tokenizer, messages, fields, match):
 def test_a_tokenizer_without_tokens_for_tools_is_named():
     with pytest.raises(InputError, match=r"no token \[INST\]"):
         Tools.of(body([QUESTION], tools=[WEATHER]), load_tokenizer(MIXTRAL_TOKENIZER))
+
+
+def test_thousands_of_brackets_are_text(tokenizer):
+    """Neither in a result nor in an answer do they fail a request."""
+    deep = "[" * 100_000
+    result = {**WARM, "content": deep}
+    asked = body([QUESTION, CALLS, result], tools=[WEATHER])
+    tools = Tools.of(asked, tokenizer)
+    assert tools.prompt_ids(asked.messages)
+    ids = [tokenizer.special_tokens["[TOOL_CALLS]"], *tokenizer.encode(deep, bos=False)]
+    assert tools.calls(Completion(1, text=deep, token_ids=ids)) == []
