@@ -168,16 +168,19 @@ def test_a_templates_own_space_is_never_shown(server, model):
 
         job = Job("chatcmpl-1", ChatRequest(model=NAME, messages=[user()]), [answer], [[1]])
         out = []
-        pieces = service.chat_pieces(job)
-        out.append((await anext(pieces))["choices"][0]["delta"]["content"])
-        for text, reason in (("\n", None), ("\nHe", None), ("llo", "stop")):
-            grow(text, reason)
-            await asyncio.sleep(0.01)
-            if text.strip():
-                out.append((await anext(pieces))["choices"][0]["delta"]["content"])
-        return out
 
-    assert asyncio.run(asyncio.wait_for(deltas(), 20)) == ["", "He", "llo"]
+        async def read():
+            async for piece in service.chat_pieces(job):
+                out.append(piece["choices"][0]["delta"].get("content"))
+
+        reading = asyncio.create_task(read())
+        for text, reason in (("\n", None), ("\nHe", None), ("llo", "stop")):
+            await asyncio.sleep(0.02)  # the piece before has been read
+            grow(text, reason)
+        await reading
+        return [text for text in out if text]
+
+    assert asyncio.run(asyncio.wait_for(deltas(), 20)) == ["He", "llo"]
 
 
 class StandInWriting:

@@ -112,12 +112,12 @@ def test_a_field_that_is_missing(server):
 @pytest.mark.parametrize(
     "given",
     [
-        {"prompt": [1.5] * 200_000},
-        {"prompt": ["a"] * 200_000},
-        {"prompt": [[-1]] * 200_000},
-        {"prompt": "a", "stop_token_ids": ["a"] * 200_000},
+        {"prompt": [1.5] * 580_000},
+        {"prompt": ["a"] * 580_000},
+        {"prompt": [[-1]] * 300_000},
+        {"prompt": "a", "stop_token_ids": ["a"] * 580_000},
         {"prompt": "a", **{f"field{n}": 1 for n in range(100_000)}},
-        {"prompt": "a", "structured_outputs": {"choice": [1] * 200_000}},
+        {"prompt": "a", "structured_outputs": {"choice": [1] * 900_000}},
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -125,7 +125,7 @@ def test_a_million_mistakes_take_no_longer_than_one(server, given):
     begun = time.monotonic()
     answer = server.post(COMPLETIONS, **given)
     assert (answer.status_code, len(answer.content) < 1000) == (400, True)
-    assert time.monotonic() - begun < 1.5  # seconds, and gigabytes, where each item became an error
+    assert time.monotonic() - begun < 2  # more, and gigabytes, where each item became an error
 
 
 def test_a_long_prompt_is_refused(server):
