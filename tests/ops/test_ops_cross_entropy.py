@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accessory.ops import cross_entropy
@@ -22,6 +22,7 @@ def both(logits_NV, label_N, factor=1.0):
 
 
 @settings(deadline=None)
+@example(38, 19, 452, -3.0)  # a label of nearly all the mass
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 1000), st.sampled_from([1.0, 0.01, -3.0]))
 def test_it_is_torchs(n, v, seed, factor):
     generator = torch.Generator().manual_seed(seed)
@@ -31,8 +32,7 @@ def test_it_is_torchs(n, v, seed, factor):
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-5)
-    # fp32 rounds differences of the logits, about 10, to 1e-6; the gradient has that times the factor.
-    torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5, atol=1e-6 * max(1.0, abs(factor)))
+    torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_hand_made_row():
