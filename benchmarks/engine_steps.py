@@ -74,5 +74,5 @@ def decode(engine: Engine, vocabulary: int, batch: int, prompt: int, tokens: int
             edge = min(4, (len(mine) - 1) // 2)
             times += mine[edge : len(mine) - edge]
     executor = engine.executor
-    graph = isinstance(executor, LocalExecutor) and executor.runner._graphs.bucket(batch) is not None
+    graph = isinstance(executor, LocalExecutor) and executor.runner._graphs.bucket(batch, False) is not None
     return Decoding(times, ready, graph)
