@@ -14,8 +14,20 @@ DECODE_PAIRS_CPU = 4
 DECODE_PAIRS_GPU = 8
 DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slower, so the limit is higher
 
+# (token, expert) pairs up to which experts run in tiles of few rows, with SiLU and the sum over experts in the same
+# kernels. With more, products for prompts are quicker.
+TILED_PAIRS = 512
+# Pairs up to which reading a weight for each pair is quicker than that: they rarely share an expert.
+IN_PLACE_PAIRS = 4
+# Experts up to which the router's products fit the registers of the program that norms a token.
+ROUTED_EXPERTS = 64
+
 # Rows of input up to which a GPU reads a quantised weight once for each row.
-IN_PLACE_ROWS = 4
+IN_PLACE_ROWS = 2
+# Rows of input up to which a GPU multiplies a dense weight without tensor cores. Already with four, cuBLAS is quicker.
+IN_PLACE_ROWS_DENSE = 1
+# Rows of input up to which a quantised weight's scales are applied to sums, which makes the loop over it the quickest.
+FEW_ROWS = 64
 # Rows of input (for stacked experts: average rows per expert) up to which a quantised weight is dequantised tile by
 # tile inside the product. With more rows, each tile is dequantised so often that a pass before the product is quicker.
 TILED_ROWS = 128

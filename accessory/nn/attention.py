@@ -35,6 +35,11 @@ class Attention(nn.Module):
         self.fused = FusedWeights(dim=0)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
+    @property
+    def products_in(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.compute_dtype or self.wq.weight.dtype
+
     def fuse(self) -> None:
         if all(w.weights().without_adapters().plain for w in (self.wq, self.wk, self.wv)):
             self.fused.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
@@ -48,11 +53,11 @@ class Attention(nn.Module):
         adapters: AdapterRows | None = None,
     ) -> Tensor:
         """adapters: the adapter of each of the B·T tokens, where there are several; None: no token takes one."""
-        x_BTD = x_BTD.to(self.compute_dtype or self.wq.weight.dtype)
-        q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD, adapters)
-        q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
+        q_BTHd, k_BTGd, v_BTGd = self._project(x_BTD.to(self.products_in), adapters)
         if cache is not None:
-            return self.wo(cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0]).flatten(-2)[None], adapters)
+            y_NHd = cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0], rotation_BT1c[0])
+            return self.wo(y_NHd.flatten(-2)[None], adapters)
+        q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2), adapters)
 
     def _project(self, x_BTD: Tensor, adapters: AdapterRows | None) -> Sequence[Tensor]:

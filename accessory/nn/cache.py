@@ -47,10 +47,10 @@ class PagedCache:
         """Announce a forward pass over the tokens of `batch`."""
         self._batch = batch
 
-    def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> Tensor:
-        """Write this layer's new keys and values; return the attention of the queries, (N, H, d)."""
+    def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor) -> Tensor:
+        """Rotate queries and keys, and write this layer's keys and values; gives the queries' attention, (N, H, d)."""
         pages, batch = self._layers[layer], self._batch
-        write_pages(pages, batch.slot_N, k_NGd, v_NGd)
+        q_NHd, k_NGd = write_pages(pages, batch.slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
         return paged_attention(q_NHd, pages, batch, (k_NGd, v_NGd))
 
 

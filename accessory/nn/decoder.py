@@ -51,7 +51,11 @@ class Layer(nn.Module):
         self.feed_forward = MoE(args, implementation)
         self.recompute = False  # activation checkpointing: keep only the input, and run forward again in backward
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor | None, RouterStatistics | None]:
+        """(x, y, statistics) after this layer. The residual stream is x + y, where y waits for the next norm to add it.
+
+        While gradients are recorded, y is None: then a layer's input is one tensor, and recomputing keeps no other.
+        """
         if self.recompute and torch.is_grad_enabled():
             # The second run's statistics are not used, so nothing is counted twice. The layer draws no random numbers.
             return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -60,18 +64,23 @@ class Layer(nn.Module):
     def _forward(
         self,
         x_BTD: Tensor,
+        y_BTD: Tensor | None,
         rotation_BT1c: Tensor,
         mask_BTS: Tensor | Documents | None,
         cache: PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
         adapters: AdapterRows | None = None,
-    ) -> tuple[Tensor, RouterStatistics | None]:
-        y_BTD = self.attention_norm(x_BTD, adapters)
-        x_BTD = x_BTD + self.attention(y_BTD, rotation_BT1c, mask_BTS, cache, adapters)
-        y_TD = self.ffn_norm(x_BTD, adapters).flatten(0, 1)
-        y_TD, stats = self.feed_forward(y_TD, counted_T, statistics, adapters)
-        return x_BTD + y_TD.view_as(x_BTD), stats
+    ) -> tuple[Tensor, Tensor | None, RouterStatistics | None]:
+        # While gradients are recorded, they are summed over ranks in the norm's dtype, which is then fp32.
+        dtype = torch.float32 if torch.is_grad_enabled() else self.attention.products_in
+        x_BTD, h_BTD = self.attention_norm.after(x_BTD, y_BTD, dtype, adapters)
+        y_BTD = self.attention(h_BTD, rotation_BT1c, mask_BTS, cache, adapters)
+        x_TD, y_TD, stats = self.feed_forward(
+            x_BTD.flatten(0, 1), y_BTD.flatten(0, 1), self.ffn_norm, counted_T, statistics, adapters
+        )
+        x_BTD, y_BTD = x_TD.view_as(x_BTD), y_TD.view_as(x_BTD)
+        return (x_BTD + y_BTD, None, stats) if torch.is_grad_enabled() else (x_BTD, y_BTD, stats)
 
 
 class Decoder(ImageTokens):
@@ -174,14 +183,17 @@ class Decoder(ImageTokens):
             seen_ND = images if isinstance(images, Tensor) else self.image_embeddings(images, self.products_in)
             x_BTD = place(x_BTD, tokens_BT, seen_ND)
         router = []
+        y_BTD: Tensor | None = None
         for layer in self.layers:
-            x_BTD, stats = layer(x_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics, adapters)
+            x_BTD, y_BTD, stats = layer(x_BTD, y_BTD, rotation_BT1c, mask_BTS, cache, counted_T, statistics, adapters)
             if stats is not None:
                 router.append(stats)
-        x = x_BTD if rows_N is None else x_BTD.flatten(0, 1)[rows_N]
-        if adapters is not None and rows_N is not None:
-            adapters = adapters[rows_N]
-        return DecoderOutput(self.output(self.norm(x, adapters).to(self.products_in), adapters), router)
+        x, y = x_BTD, y_BTD
+        if rows_N is not None:
+            x, y = x.flatten(0, 1)[rows_N], None if y is None else y.flatten(0, 1)[rows_N]
+            adapters = None if adapters is None else adapters[rows_N]
+        _, h = self.norm.after(x, y, self.products_in, adapters)
+        return DecoderOutput(self.output(h, adapters), router)
 
 
 def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:

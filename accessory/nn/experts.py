@@ -45,6 +45,11 @@ class StackedExperts(nn.Module):
         self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
+    @property
+    def products_in(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.compute_dtype or self.w1.dtype
+
     def add_bias(self, kind: str) -> None:
         self._add_parameter(kind, "bias", getattr(self, kind).shape[:2])
 
@@ -85,14 +90,15 @@ class StackedExperts(nn.Module):
         return (w1, w2, w3) if adapted else (w1.without_adapters(), w2.without_adapters(), w3.without_adapters())
 
     def fuse(self) -> None:
-        if all(w.plain for w in self.all_weights(adapted=False)):
+        # A GPU's kernels read both stacks at once as they lie, and to fuse them takes as much memory again.
+        if self.w1.device.type == "cpu" and all(w.plain for w in self.all_weights(adapted=False)):
             self.fused.refresh([self.w1, self.w3])
 
     def forward(
         self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None = None
     ) -> Tensor:
         """adapters: the adapter of each token, where there are several; None: no token takes one."""
-        x_TD = x_TD.to(self.compute_dtype or self.w1.dtype)
+        x_TD = x_TD.to(self.products_in)
         w1, w2, w3 = self.all_weights(adapters is not None)
         w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
         kernel = decode_kernel(x_TD, (w1, w2, w3), expert_TK.numel(), fused=w13 is not None)

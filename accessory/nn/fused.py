@@ -1,6 +1,7 @@
-"""Fused weights: parameters next to each other in memory, so that decoding on a CPU needs one product for all of them.
+"""Fused weights: parameters next to each other in memory, so that decoding needs one product for all of them.
 
-Each product on a CPU starts a pool of threads. For one token that takes as long as a small product itself.
+Each product on a CPU starts a pool of threads. For one token that takes as long as a small product itself. A GPU starts
+quicker, but a product of few rows does not keep all of it busy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class FusedWeights:
     """Turns weights into views of one tensor, which concatenates them along `dim`. Their names do not change.
 
     `tensor` is that tensor; of quantised weights, it is `Packed`, and each of its tensors concatenates theirs. It is
-    None until `refresh` finds weights that can be fused: on a CPU, of one dtype or format, without gradients.
+    None until `refresh` finds weights that can be fused: of one dtype or format, without gradients.
     """
 
     def __init__(self, dim: int) -> None:
@@ -43,7 +44,7 @@ class FusedWeights:
 
     def _fuse(self, parameters: Sequence[nn.Parameter], before: Tensor | None) -> Tensor | None:
         """One tensor, of which the parameters become views: `before`, if they are its views; None: not possible."""
-        if any(p.requires_grad or p.device.type != "cpu" or type(p.data) is not Tensor for p in parameters):
+        if any(p.requires_grad or p.is_meta or type(p.data) is not Tensor for p in parameters):
             return None
         if before is not None and all(
             p.data_ptr() == part.data_ptr() and p.dtype == part.dtype

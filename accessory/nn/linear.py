@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accessory.formats import Format
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight, linear
-from accessory.ops.norm import rms_norm
+from accessory.ops.norm import add_rms_norm, rms_norm
 from accessory.ops.quantized import Packed, packed_shapes
 
 
@@ -121,3 +121,12 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight.float(), self.eps)
         weight_ND = self.adapters[adapters.number_N + 1]
         return rms_norm(x, torch.ones_like(self.adapters[0]), self.eps) * weight_ND.view(x.shape)
+
+    def after(
+        self, x: Tensor, y: Tensor | None, dtype: torch.dtype, adapters: AdapterRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x + y, its norm in `dtype`): the residual stream after a layer's output y. None: nothing is added."""
+        if self.adapters is None or adapters is None:
+            return add_rms_norm(x, y, self.weight.float(), self.eps, dtype)
+        x = x if y is None else x + y
+        return x, self(x, adapters).to(dtype)

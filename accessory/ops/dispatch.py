@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
 # (token, expert) pair at a time. A backward product gives the gradient of the input. adapters: the LoRA products of
 # rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits. attention: over a
-# paged cache. write_pages: into it. Both take the cache, dense or fp8, as their weight.
+# paged cache. write_pages: into it. Both take the cache, dense or fp8, as their weight. add_norm: the residual stream
+# and its norm. route: the same, and the router's choice.
 Op = Literal[
     "linear", "linear_backward", "grouped", "grouped_backward", "decode", "adapters", "dequantize", "attention",
-    "write_pages",
+    "write_pages", "add_norm", "route",
 ]  # fmt: skip
 DENSE = "dense"
 
@@ -53,6 +54,7 @@ class Product(NamedTuple):
     dtype: str = "bfloat16"  # of the input
     grad: bool = False  # whether gradients are recorded
     fused: bool = False  # whether w1 and w3 are in one tensor
+    plain: bool = True  # whether nothing stands beside the weights: no bias and no adapter
     triton: bool = True  # whether Triton can be used
     amx: bool = False  # whether this is a CPU that multiplies tiles of matrices (Intel's AMX)
 
@@ -68,9 +70,11 @@ class Kernel(NamedTuple):
     dtypes: Collection[str] = ()  # none: any
     rows: tuple[int, int] | None = None  # the fewest and the most rows
     rows_an_expert: int | None = None  # the most rows an expert, on average
+    experts: int | None = None  # the most experts
     multiple: int = 1  # in_features and out_features must be multiples of it
     grad: bool = True  # whether it may run where gradients are recorded
     fused: bool = False  # whether it needs w1 and w3 in one tensor
+    plain: bool = False  # whether it reads the weights alone
     triton: bool = False  # whether it needs Triton
     amx: bool = False  # whether it needs AMX
     host_free: bool = True  # whether it runs without telling the host which expert got which rows; CUDA graphs need it
@@ -84,9 +88,11 @@ class Kernel(NamedTuple):
             and (p.device == "cpu" or p.capability >= self.capability)
             and (self.rows is None or self.rows[0] <= p.rows <= self.rows[1])
             and (self.rows_an_expert is None or p.rows <= self.rows_an_expert * p.experts)
+            and (self.experts is None or p.experts <= self.experts)
             and p.in_features % self.multiple == p.out_features % self.multiple == 0
             and (self.grad or not p.grad)
             and (p.fused or not self.fused)
+            and (p.plain or not self.plain)
             and (p.triton or not self.triton)
             and (p.amx or not self.amx)
         )
@@ -105,9 +111,13 @@ _ROW_FORMATS, _GROUP_FORMATS = ("int8", "fp8"), ("int4", "nf4", "nf4-dq")  # by 
 _TRITON_FORMATS = ("int8", "fp8", "int4", "nf4", "nf4-dq")  # the formats that ops/triton/packed.py reads
 
 TABLE: tuple[Kernel, ...] = (
-    # A single dense weight needs no row: `dense_products.dense_linear` always calls one of torch's products.
+    # Where no row fits a single dense weight, `dense_products.dense_linear` calls one of torch's products.
+    Kernel("linear", "triton.rows:linear", (DENSE,), _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS_DENSE),
+           grad=False, triton=True),
     Kernel("linear", "triton.packed:linear", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS, rows=(1, limits.IN_PLACE_ROWS),
            grad=False, triton=True),
+    Kernel("linear", "triton.grouped_experts:linear", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows=(1, limits.FEW_ROWS), multiple=16, grad=False, triton=True),
     Kernel("linear", "triton.packed_grouped:product", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows=(1, limits.TILED_ROWS), triton=True),
     Kernel("linear", "fp8:fp8_linear", ("fp8",), _CUDA, _HOPPER, _BF16, multiple=16, grad=False),
@@ -143,6 +153,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", _ANY_FORMAT, _CPU, host_free=False),
 
+    Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,
+           rows=(limits.IN_PLACE_PAIRS + 1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,
            rows=(0, limits.DECODE_PAIRS_GPU), grad=False, triton=True),
     Kernel("decode", "triton.packed:decode_experts", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS,
@@ -162,9 +174,14 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("attention", "triton.paged_attention:attention", (DENSE,), _CUDA, grad=False, triton=True),
     Kernel("attention", "triton.paged_attention:attention", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
     Kernel("attention", "paged_attention:sequence_by_sequence", (DENSE, "fp8"), grad=False, host_free=False),
-    Kernel("write_pages", "triton.paged_attention:write_pages", (DENSE,), _CUDA, grad=False, triton=True),
-    Kernel("write_pages", "triton.paged_attention:write_pages", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
-    Kernel("write_pages", "paged_attention:copy_to_pages", (DENSE, "fp8"), grad=False),
+    Kernel("write_pages", "triton.paged_attention:rotate_and_write", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("write_pages", "triton.paged_attention:rotate_and_write", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
+    Kernel("write_pages", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False),
+
+    # Elsewhere, and while gradients are recorded, torch's operations do these, one after the other.
+    Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("route", "triton.add_norm:add_norm_route", (DENSE,), _CUDA, experts=limits.ROUTED_EXPERTS, grad=False,
+           triton=True),
 )  # fmt: skip
 
 
@@ -192,7 +209,9 @@ def host_free(decode: Product | None, grouped: Iterable[Product]) -> bool:
     return kernel.host_free if kernel is not None else all(choose(p).host_free for p in grouped)
 
 
-def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, grad: bool | None = None) -> Product:
+def product(
+    op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, plain: bool = True, grad: bool | None = None
+) -> Product:
     """Describes the product of x (…, I) and `weight`, a tensor or `Packed`: (O, I) or a stack (E, O, I).
 
     rows: rows of x; for experts, the number of (token, expert) pairs. grad: whether gradients are recorded, by default
@@ -214,6 +233,7 @@ def product(op: Op, x: Tensor, weight: Any, rows: int, *, fused: bool = False, g
         _name(x.dtype),
         torch.is_grad_enabled() if grad is None else grad,
         fused,
+        plain,
         has_triton(),
         device.type == "cpu" and has_amx(),
     )
@@ -224,6 +244,17 @@ def over_pages(op: Op, device: torch.device, dtype: torch.dtype, fp8: bool) -> P
     weight = "fp8" if fp8 else DENSE
     capability = _capability(device)
     return Product(op, weight, device=device.type, capability=capability, dtype=_name(dtype), triton=has_triton())
+
+
+def over_tokens(op: Op, x: Tensor, experts: int = 1) -> Product:
+    """Describes what is done with each token of the residual stream x, before `experts` experts."""
+    import torch
+
+    device = x.device
+    return Product(
+        op, experts=experts, device=device.type, capability=_capability(device), dtype=_name(x.dtype),
+        grad=torch.is_grad_enabled(), triton=has_triton(),
+    )  # fmt: skip
 
 
 @cache

@@ -75,13 +75,15 @@ def decode_kernel(
     w1_EFD = weights[0]
     if _beside_decoding(weights):
         return None
-    return dispatch.find(dispatch.product("decode", x_TD, w1_EFD.weight, pairs, fused=fused))
+    plain = all(w.plain for w in weights)
+    return dispatch.find(dispatch.product("decode", x_TD, w1_EFD.weight, pairs, fused=fused, plain=plain))
 
 
 def runs_host_free(x_TD: Tensor, w1_EFD: Weight, w2_EDF: Weight, w3_EFD: Weight, pairs: int) -> bool:
     """Whether a step of `pairs` pairs runs without the host learning the routing. A CUDA graph needs that."""
     weights = (w1_EFD, w2_EDF, w3_EFD)
-    decode = None if _beside_decoding(weights) else dispatch.product("decode", x_TD, w1_EFD.weight, pairs)
+    plain = all(w.plain for w in weights)
+    decode = None if _beside_decoding(weights) else dispatch.product("decode", x_TD, w1_EFD.weight, pairs, plain=plain)
     return dispatch.host_free(decode, [p for w in weights for p in grouped_products(x_TD, w, pairs)])
 
 

@@ -21,6 +21,7 @@ from accessory.limits import PAGE_SIZE
 from accessory.ops import dispatch
 from accessory.ops.attention import attention, attention_reference
 from accessory.ops.fp8 import to_fp8_rows
+from accessory.ops.rope import apply_rope
 
 
 class Pages:
@@ -102,7 +103,7 @@ class PagedBatch(NamedTuple):
         )
 
 
-Write = Callable[[Pages, Tensor, Tensor, Tensor], None]
+Write = Callable[[Pages, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[[Tensor, Pages, PagedBatch, tuple[Tensor, Tensor] | None], Tensor]
 
 
@@ -116,10 +117,17 @@ def runs_host_free(device: torch.device, dtype: torch.dtype, fp8: bool) -> bool:
     return dispatch.choose(dispatch.over_pages("attention", device, dtype, fp8)).host_free
 
 
-def write_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
-    """Write the keys and values of new tokens to their slots, rounded to fp8 where the pool is."""
+def write_pages(
+    pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate the queries and keys of new tokens, and write keys and values to their slots. Returns the rotated ones.
+
+    They are rounded to fp8 where the pool is.
+
+    rotation_N1c: `ops.rope.rotations` of the tokens' positions.
+    """
     write: Write = _kernel("write_pages", k_NGd.device, k_NGd.dtype, pages.fp8)
-    write(pages, slot_N, k_NGd, v_NGd)
+    return write(pages, slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
 
 
 def paged_attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -132,8 +140,17 @@ def paged_attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[T
     return attend(q_NHd, pages, batch, new)
 
 
-def copy_to_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
+def rotate_and_copy(
+    pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
+) -> tuple[Tensor, Tensor]:
     """`write_pages` with torch's operations."""
+    q_1NHd, k_1NGd = apply_rope(q_NHd[None], k_NGd[None], rotation_N1c[None])
+    copy_to_pages(pages, slot_N, k_1NGd[0], v_NGd)
+    return q_1NHd[0], k_1NGd[0]
+
+
+def copy_to_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
+    """Keys and values to their slots."""
     if not pages.fp8:
         pages.k_WGd.index_copy_(0, slot_N, k_NGd)
         pages.v_WGd.index_copy_(0, slot_N, v_NGd)

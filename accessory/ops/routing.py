@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.ops import dispatch
+from accessory.ops.norm import rms_norm
+
 
 class RouterStatistics(NamedTuple):
     """One layer's routing over the counted tokens, without padding. All fields are sums, so batches can be added up.
@@ -34,6 +37,24 @@ def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     probability_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weight_TK, expert_TK = torch.topk(probability_TE, k, dim=-1)
     return weight_TK / weight_TK.sum(dim=-1, keepdim=True), expert_TK, probability_TE
+
+
+def route_kernel(x_TD: Tensor, experts: int) -> dispatch.Kernel | None:
+    """The kernel that adds, norms and routes in one pass, as `add_norm_route`; None where there is none."""
+    return dispatch.find(dispatch.over_tokens("route", x_TD, experts))
+
+
+def add_norm_route(
+    x_TD: Tensor, y_TD: Tensor | None, norm_D: Tensor, eps: float, gate_ED: Tensor, k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What stands before the experts: (x + y, its norm in `dtype`, weight_TK, expert_TK). The router sees fp32.
+
+    Kernels of `route_kernel` compute the same; tests compare with this.
+    """
+    x_TD = x_TD if y_TD is None else x_TD + y_TD
+    h_TD = rms_norm(x_TD, norm_D, eps)
+    weight_TK, expert_TK, _ = route(F.linear(h_TD, gate_ED), k)
+    return x_TD, h_TD.to(dtype), weight_TK, expert_TK
 
 
 def router_statistics(

@@ -84,11 +84,12 @@ def test_one_graph_serves_all_lengths_and_pages(fp8):
                 pool.copy_(torch.full(pool.shape, torch.nan, device="cuda"))
     cache.begin(static)
     q, (k, v) = first.q_NHd.contiguous(), [t.clone() for t in first.new]
-    cache.attend(0, q, k, v)  # compiles
+    turn_not = torch.ones(B, 1, d // 2, dtype=torch.complex64, device="cuda")
+    cache.attend(0, q, k, v, turn_not)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cache.attend(0, q, k, v)
+        y = cache.attend(0, q, k, v, turn_not)
     for seed, lengths in enumerate([(1, 64, 65, 130), (2500, 7, 1), (2560, 2559, 640, 3), (200,)]):
         n = len(lengths)
         p = paged([(1, length) for length in lengths], H, G, d, dtype=torch.bfloat16, fp8=fp8, seed=seed).to("cuda")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accessory.limits import PAGE_SIZE
 from accessory.ops.paged_attention import PagedBatch, Pages, copy_to_pages, paged_attention_reference
+from accessory.ops.rope import apply_rope, rope_frequencies, rotations
 from helpers.interpreted import relative
 
 
@@ -111,8 +112,12 @@ def check_kernels(
     here = paged(sequences, H, G, d, dtype=dtype, fp8=fp8)
     p = here.to(device)
     written, wanted = (unwritten(pages) for pages in (p.pages, here.pages))
-    kernels.write_pages(written, p.batch.slot_N, *p.new)
-    copy_to_pages(wanted, here.batch.slot_N, *here.new)
+    rotation_N1c = rotations(torch.arange(len(p.q_NHd)) * 7 % 99, rope_frequencies(d, 1e4)[0])
+    turned = kernels.rotate_and_write(written, p.batch.slot_N, p.q_NHd, *p.new, rotation_N1c.to(device))
+    for got, want in zip(turned, apply_rope(here.q_NHd[None], here.new[0][None], rotation_N1c[None]), strict=True):
+        torch.testing.assert_close(got.cpu(), want[0], rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+    # The pages have what the kernel returns, or its rounding to fp8.
+    copy_to_pages(wanted, here.batch.slot_N, turned[1].cpu(), here.new[1])
     same_pages(written, wanted, exact=not fp8)
     want = paged_attention_reference(here.q_NHd.float(), here.pages, here.batch)
     # As it is, and with room for longer sequences, as in a CUDA graph: more splits than there are keys for.

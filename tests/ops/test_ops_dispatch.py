@@ -15,6 +15,7 @@ from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_fr
 SIZES = {"in_features": 4096, "out_features": 14336}
 OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
 PAGED = ("attention", "write_pages")  # their "weight" is a cache, dense or fp8
+TOKENS = ("add_norm", "route")
 PRODUCTS = st.builds(
     Product,
     op=st.sampled_from((*OPS, "decode")),
@@ -71,9 +72,10 @@ def test_every_row_is_reached_by_some_product():
     found = set()
     for op, weight, device in product(PAGED, (dispatch.DENSE, "fp8"), ("cpu", "cuda")):
         found.add(find(Product(op, weight, device=device)))
+    found |= {find(Product(op, experts=8)) for op in TOKENS}
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
-            for rows in (1, 100, 100_000):
+            for rows in (1, 20, 100, 100_000):
                 for device, dtype, grad in (("cpu", "float32", False), ("cpu", "bfloat16", False),
                                             ("cuda", "bfloat16", False), ("cuda", "bfloat16", True),
                                             ("cuda", "float32", False), ("cuda", "float32", True),
@@ -87,9 +89,14 @@ def test_every_row_is_reached_by_some_product():
     ("op", "weight", "most", "here", "beyond"),
     [
         ("decode", "dense", limits.DECODE_PAIRS_GPU, "triton.decode_experts:decode_experts", None),
+        ("decode", "dense", limits.IN_PLACE_PAIRS, "triton.decode_experts:decode_experts",
+         "triton.grouped_experts:experts_in_tiles"),
+        ("decode", "nf4", limits.IN_PLACE_PAIRS, "triton.packed:decode_experts",
+         "triton.grouped_experts:experts_in_tiles"),
         ("adapters", "dense", limits.ADAPTER_ROWS, "triton.low_rank:add_row_by_row", "triton.low_rank:add_grouped"),
         ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),
-        ("linear", "nf4", limits.IN_PLACE_ROWS, "triton.packed:linear", "triton.packed_grouped:product"),
+        ("linear", "nf4", limits.IN_PLACE_ROWS, "triton.packed:linear", "triton.grouped_experts:linear"),
+        ("linear", "nf4", limits.FEW_ROWS, "triton.grouped_experts:linear", "triton.packed_grouped:product"),
         ("linear", "nf4", limits.TILED_ROWS, "triton.packed_grouped:product", "quantized_products:dequantized_linear"),
         ("linear", "fp8", limits.TILED_ROWS, "triton.packed_grouped:product", "fp8:fp8_linear"),
         ("grouped", "int8", 8 * limits.TILED_ROWS_AN_EXPERT, "triton.packed_grouped:product",
@@ -99,9 +106,9 @@ def test_every_row_is_reached_by_some_product():
     ],
 )  # fmt: skip
 def test_limits_are_where_they_were_measured(op, weight, most, here, beyond):
-    experts = 8 if op != "linear" else 1
-    assert choose(Product(op, weight, most, experts, **SIZES)).function == here
-    after = find(Product(op, weight, most + 1, experts, **SIZES))
+    experts, plain = 8 if op != "linear" else 1, op != "decode" or beyond is not None
+    assert choose(Product(op, weight, most, experts, **SIZES, plain=plain)).function == here
+    after = find(Product(op, weight, most + 1, experts, **SIZES, plain=plain))
     assert (after.function if after else None) == beyond
 
 
@@ -135,7 +142,7 @@ def test_products_in_fp8_are_only_for_what_needs_no_gradients():
 
 
 def test_graphs_hold_what_no_host_has_to_know():
-    decode, grouped = Product("decode", "int4", 12), Product("grouped", "dense", 64, 8, **SIZES)
+    decode, grouped = Product("decode", "int4", 12, plain=False), Product("grouped", "dense", 64, 8, **SIZES)
     loop = grouped._replace(triton=False, dtype="float32")
     assert host_free(decode, [loop])  # few pairs: nothing is grouped
     assert not host_free(decode._replace(rows=14), [grouped, loop])
@@ -178,6 +185,7 @@ def test_a_product_is_read_off_its_tensors():
         "bfloat16",
         False,
         False,
+        True,
         dispatch.has_triton(),
         dispatch.has_amx(),
     )

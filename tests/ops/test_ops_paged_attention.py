@@ -14,9 +14,9 @@ from accessory.ops.paged_attention import (
     Pages,
     Span,
     causal_mask,
+    copy_to_pages,
     paged_attention,
     paged_attention_reference,
-    write_pages,
 )
 
 MIXED = [(1, 70), (1, 1), (1, 192), (5, 133), (66, 66), (3, 64)]
@@ -92,7 +92,7 @@ def test_consecutive_pages_are_read_where_they_lie():
 def test_written_keys_are_where_the_batch_says():
     p = paged([(3, 66), (70, 70)], 4, 2, 8)
     empty = Pages(*(torch.full_like(t, torch.nan) for t in (p.pages.k_PSGd, p.pages.v_PSGd)))
-    write_pages(empty, p.batch.slot_N, *p.new)
+    copy_to_pages(empty, p.batch.slot_N, *p.new)
     assert int(empty.k_WGd[:, 0, 0].isfinite().sum()) == 73  # and nothing else was touched
     assert torch.equal(empty.k_WGd[p.batch.slot_N], p.new[0])
     assert torch.equal(empty.v_WGd[p.batch.slot_N], p.new[1])

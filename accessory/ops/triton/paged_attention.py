@@ -161,20 +161,43 @@ def _combine_kernel(
 
 
 @triton.jit
+def _rotated(x_ptr, heads, rotation_ptr, count, d: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """The `heads` of a token's `count` vectors, turned by the token's angles: (HEADS, D)."""
+    c = tl.arange(0, D)
+    x = tl.load(x_ptr + heads[:, None] * d + c[None, :], mask=(heads < count)[:, None] & (c < d)[None, :], other=0.0)
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (HEADS, D // 2, 2)))
+    p = tl.arange(0, D // 2)
+    cos = tl.load(rotation_ptr + 2 * p, mask=p < d // 2, other=0.0)[None, :]
+    sin = tl.load(rotation_ptr + 2 * p + 1, mask=p < d // 2, other=0.0)[None, :]
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(turned, (HEADS, D)).to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _write_kernel(
-    k_ptr, v_ptr, slot_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_ptr, k_stride, v_stride,
-    G: tl.constexpr, d: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, rotation_ptr, slot_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_ptr,
+    q_out_ptr, k_out_ptr, q_stride, k_stride, v_stride,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
     FP8: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """The key and the value of one token to their slot."""
+    """Program 0 of a token: its rotated keys and its values to their slot. The others: HEADS rotated queries."""
     token = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, D)
+    rotation_ptr += token * (d // 2) * 2
+    if tl.program_id(1) > 0:
+        h = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
+        q = _rotated(q_ptr + token * q_stride, h, rotation_ptr, H, d, HEADS, D)
+        at_q = q_out_ptr + (token * H + h)[:, None] * d + c[None, :]
+        tl.store(at_q, q, mask=(h < H)[:, None] & (c < d)[None, :])
+        return
     slot = tl.load(slot_ptr + token)
     g = tl.arange(0, GROUPS)
-    c = tl.arange(0, D)
     at = g[:, None] * d + c[None, :]
     cell = (g < G)[:, None] & (c < d)[None, :]
-    k = tl.load(k_ptr + token * k_stride + at, mask=cell, other=0.0)
+    k = _rotated(k_ptr + token * k_stride, g, rotation_ptr, G, d, GROUPS, D)
     v = tl.load(v_ptr + token * v_stride + at, mask=cell, other=0.0)
+
+    tl.store(k_out_ptr + token * (G * d) + at, k, mask=cell)
     if FP8:
         k, v = k.to(tl.float32), v.to(tl.float32)
         k_scale = tl.maximum(tl.max(tl.abs(k), 1) / LARGEST, 1e-12)
@@ -199,6 +222,8 @@ class Tile(NamedTuple):
 # bytes come 32 at a time, so that the tiles fit shared memory.
 TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), 2**62: Tile(128, 64, 8, 3)}
 TILES_OF_LARGE_KEYS = {16: Tile(16, 32, 4, 2), 2**62: Tile(32, 32, 4, 2)}
+# Query heads that a program rotates.
+HEADS_A_PROGRAM = 8
 # Decoding: keys are split until each processor of the card has this many programs.
 PROGRAMS_A_PROCESSOR = 2
 # Decoding: no program passes over more keys, so that one long sequence does not keep the others waiting.
@@ -208,15 +233,21 @@ LEAST_KEYS = 256
 
 
 @on_its_card
-def write_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
-    """`ops.paged_attention.write_pages`: keys and values in one launch."""
-    N, G, d = k_NGd.shape
-    k_NGd, v_NGd = _rows(k_NGd), _rows(v_NGd)
-    _write_kernel[(N,)](
-        k_NGd, v_NGd, slot_N, *_pointers(pages),
-        k_NGd.stride(0), v_NGd.stride(0), G=G, d=d, GROUPS=triton.next_power_of_2(G), D=triton.next_power_of_2(d),
+def rotate_and_write(
+    pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ops.paged_attention.write_pages` in one launch."""
+    (N, H, d), G = q_NHd.shape, k_NGd.shape[1]
+    q_NHd, k_NGd, v_NGd = _rows(q_NHd), _rows(k_NGd), _rows(v_NGd)
+    turned_NHd, turned_NGd = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHd, k_NGd))
+    heads = min(HEADS_A_PROGRAM, triton.next_power_of_2(H))
+    _write_kernel[(N, 1 + triton.cdiv(H, heads))](
+        q_NHd, k_NGd, v_NGd, torch.view_as_real(rotation_N1c), slot_N, *_pointers(pages), turned_NHd, turned_NGd,
+        q_NHd.stride(0), k_NGd.stride(0), v_NGd.stride(0),
+        H=H, G=G, d=d, HEADS=heads, GROUPS=triton.next_power_of_2(G), D=triton.next_power_of_2(d),
         FP8=pages.fp8, LARGEST=FP8_LARGEST,
     )  # fmt: skip
+    return turned_NHd, turned_NGd
 
 
 @on_its_card

@@ -1,0 +1,222 @@
+"""The experts' feed-forward for 2 to 256 tokens, in weights of any format, and a single quantised weight for as many.
+
+Four kernels do all of it: one sorts the (token, expert) pairs by expert; one multiplies by w1 and w3 and applies SiLU;
+one multiplies by w2; one sums each token's experts. Nothing is padded and nothing copied: the first product gathers
+its rows, the second scatters its own to their pairs. Each weight is read once if no expert has more rows than a tile.
+The host never learns which experts were chosen, so a CUDA graph can record the whole step. No sum depends on the order
+in which programs run.
+
+Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim.
+A tile has M rows of x and P rows of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accessory.formats import GROUP
+from accessory.ops.linear import Weight
+from accessory.ops.quantized import Packed
+from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.grouped import grid, place, slots
+from accessory.ops.triton.nibbles import permutes
+from accessory.ops.triton.packed import constants, pointers
+from accessory.ops.triton.tiles import DENSE, tile_dot
+
+
+@triton.jit
+def _sort_kernel(expert_ptr, order_ptr, count_ptr, N, first, E: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr):
+    """order_N: the pairs by expert, ascending within one; those of other ranks' experts come nowhere. count_E."""
+    n = tl.arange(0, PAIRS)
+    e = tl.arange(0, SLOTS)
+    local = tl.load(expert_ptr + n, mask=n < N, other=-1).to(tl.int32) - first
+    mine = ((local[:, None] == e[None, :]) & (n < N)[:, None] & (e < E)[None, :]).to(tl.int32)
+    count = tl.sum(mine, 0)
+    place = (tl.cumsum(count, 0) - count)[None, :] + tl.cumsum(mine, 0) - 1
+    tl.store(order_ptr + tl.sum(place * mine, 1), n, mask=tl.sum(mine, 1) > 0)
+    tl.store(count_ptr + e, count, mask=e < E)
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, count_ptr, order_ptr, h_ptr, N,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """h_NF = silu(x w1ᵀ) ⊙ (x w3ᵀ) of the sorted pairs."""
+    block, e, first, end = place(count_ptr, N, F, E, SLOTS, True, M, P, 1)
+    if e < E:
+        unit = block * P + tl.arange(0, P)
+        row = first + tl.arange(0, M)
+        held = row < end
+        token = tl.load(order_ptr + row, mask=held, other=0) // K
+        gate, up = tile_dot(
+            x_ptr, token, held, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr,
+            e, tl.minimum(unit, F - 1), 0,
+            F, D, M, P, R, UNROLL, SWAP, SPLITS, True, CODE, GROUP, STEPS, NESTED, PERMUTE,
+        )  # fmt: skip
+        h = gate / (1.0 + tl.exp(-gate)) * up
+        at = h_ptr + row[:, None].to(tl.int64) * F + unit[None, :]
+        tl.store(at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (unit < F)[None, :])
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr, count_ptr, order_ptr, y_ptr, N,
+    OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """y_SNO: part s of SPLITS of x_NI Wᵀ. COUNTED: W is that of each row's expert, and row n goes to pair order[n]."""
+    split = tl.program_id(1)
+    block, e, first, end = place(count_ptr, N, OUT, E, SLOTS, COUNTED, M, P, 1)
+    if e < E:
+        out = block * P + tl.arange(0, P)
+        row = first + tl.arange(0, M)
+        held = row < end
+        y, _ = tile_dot(
+            x_ptr, row, held, d_ptr, s_ptr, z_ptr, o_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr,
+            e, tl.minimum(out, OUT - 1), split,
+            OUT, IN, M, P, R, UNROLL, SWAP, SPLITS, False, CODE, GROUP, STEPS, NESTED, PERMUTE,
+        )  # fmt: skip
+        to = tl.load(order_ptr + row, mask=held, other=0) if COUNTED else row
+        at = y_ptr + (split * N + to[:, None]).to(tl.int64) * OUT + out[None, :]
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (out < OUT)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr, weight_ptr, expert_ptr, y_ptr, N, first, experts,
+    D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """y_TD = Σ_k weight · Σ_s part_SND of one token's pairs, always in one order. Other ranks' experts add nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    y = tl.zeros((COLS,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        e = tl.load(expert_ptr + token * K + k) - first
+        mine = (e >= 0) & (e < experts)
+        part = tl.zeros((COLS,), dtype=tl.float32)
+        for s in tl.static_range(SPLITS):
+            part += tl.load(part_ptr + (s * N + token * K + k) * D + col, mask=(col < D) & mine, other=0.0)
+        y += tl.where(mine, tl.load(weight_ptr + token * K + k), 0.0) * part
+    tl.store(y_ptr + token * D + col, y, mask=col < D)
+
+
+# Tiles by kind of number and by the most rows an expert: (M, P, R, UNROLL, SWAP, SPLITS, warps, stages), for w1 with w3
+# and for w2, the best of up to 16 on an H100 at Mixtral-8x7B's sizes. benchmarks/README.md has the times.
+UP: dict[str, dict[int, tuple[Any, ...]]] = {
+    "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 4),
+              2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+    "byte": {8: (16, 64, 128, 1, False, 1, 4, 4), 24: (32, 64, 128, 1, False, 1, 4, 4),
+             2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+    "nibble": {8: (16, 64, 0, 2, False, 1, 4, 3), 2**62: (32, 128, 0, 2, False, 1, 8, 4)},
+}  # fmt: skip
+DOWN: dict[str, dict[int, tuple[Any, ...]]] = {
+    "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 5),
+              2**62: (64, 64, 128, 1, True, 1, 4, 4)},
+    "byte": {8: (16, 64, 128, 1, False, 1, 4, 3), 24: (32, 64, 128, 1, False, 1, 4, 4),
+             2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+    "nibble": {8: (16, 64, 0, 2, False, 2, 4, 3), 2**62: (32, 128, 0, 2, False, 2, 8, 3)},
+}  # fmt: skip
+# A single quantised weight has fewer tiles to keep a card busy.
+ALONE: dict[str, dict[int, tuple[Any, ...]]] = {
+    "byte": {16: (16, 16, 256, 1, False, 1, 2, 4), 2**62: (32, 32, 128, 1, False, 1, 4, 4)},
+    "nibble": {16: (16, 32, 0, 4, False, 1, 4, 3), 2**62: (32, 64, 0, 2, False, 1, 4, 3)},
+}
+_KIND = {"int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
+
+
+def _tile(tables: dict[str, dict[int, tuple[Any, ...]]], weight: Tensor | Packed, rows: float) -> dict[str, Any]:
+    """The tile for a weight and so many rows of each expert, not larger than the weight itself."""
+    table = tables[_KIND[weight.format] if isinstance(weight, Packed) else "dense"]
+    M, P, R, unroll, swap, splits, warps, stages = next(tile for most, tile in table.items() if rows <= most)
+    *_, O, I = weight.shape  # noqa: E741
+    P, R = min(P, max(16, triton.next_power_of_2(O))), min(R, max(16, triton.next_power_of_2(I)))
+    if isinstance(weight, Packed) and weight.format in GROUP and weight.scale.shape[-1] % unroll:
+        unroll = 1
+    return {"M": M, "P": P, "R": R, "UNROLL": unroll, "SWAP": swap, "SPLITS": splits, "num_warps": warps,
+            "num_stages": stages}  # fmt: skip
+
+
+def _described(weight: Tensor | Packed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """(tensors, constants) of a weight for the kernels. A dense weight stands in for what it does not have."""
+    if isinstance(weight, Packed):
+        return pointers(weight), constants(weight)
+    fixed = {"CODE": DENSE.value, "GROUP": 1, "STEPS": 1, "NESTED": 1, "PERMUTE": permutes()}
+    return (weight,) * 5, fixed
+
+
+@on_its_card
+def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Tensor]:
+    """`dense_products.sort_by_expert` in one launch, int32, without the pairs of other ranks' experts."""
+    N = expert_TK.numel()
+    order_N = torch.empty(N, dtype=torch.int32, device=expert_TK.device)
+    count_E = torch.empty(experts, dtype=torch.int32, device=expert_TK.device)
+    pairs = max(16, triton.next_power_of_2(N))
+    _sort_kernel[(1,)](
+        expert_TK.contiguous(), order_N, count_E, N, first, E=experts, SLOTS=slots(experts), PAIRS=pairs, num_warps=4
+    )
+    return order_N, count_E
+
+
+@on_its_card
+def experts_in_tiles(
+    x_TD: Tensor,
+    w1_EFD: Weight,
+    w2_EDF: Weight,
+    w3_EFD: Weight,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
+    adapter_T: Tensor | None = None,
+) -> Tensor:
+    """Σ_k weight · swiglu of the experts `first … first + E - 1`: (T, D) fp32. h is in x's dtype, sums are in fp32.
+
+    Nothing may stand beside the weights, so no token has an adapter.
+    """
+    assert adapter_T is None, "this kernel reads the weights alone"
+    assert all(w.plain for w in (w1_EFD, w2_EDF, w3_EFD)), "this kernel reads the weights alone"
+    w1, w2, w3 = w1_EFD.weight, w2_EDF.weight, w3_EFD.weight
+    (T, D), (E, F, _), K = x_TD.shape, w1.shape, expert_TK.shape[1]
+    N = T * K
+    x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
+    order_N, count_E = sort_pairs(expert_TK, E, first)
+    h_NF = torch.empty(N, F, dtype=x_TD.dtype, device=x_TD.device)
+    up, down = _tile(UP, w1, N / E), _tile(DOWN, w2, N / E)
+    splits = down["SPLITS"]
+    part_SND = torch.empty(splits, N, D, dtype=torch.float32, device=x_TD.device)
+    y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
+    (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
+    _up_kernel[grid(N, E, F, up)](
+        x_TD, *tensors1[:4], *tensors3, count_E, order_N, h_NF, N, D=D, F=F, K=K, E=E, SLOTS=slots(E), **up, **fixed
+    )
+    tensors2, fixed = _described(w2)
+    _rows_kernel[(*grid(N, E, D, down), splits)](
+        h_NF, *tensors2, count_E, order_N, part_SND, N, OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, **down, **fixed
+    )
+    cols = min(1024, triton.next_power_of_2(D))
+    _combine_kernel[(T, triton.cdiv(D, cols))](
+        part_SND, weight_TK, expert_TK, y_TD, N, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4
+    )
+    return y_TD
+
+
+@on_its_card
+def linear(x_NI: Tensor, p: Packed) -> Tensor:
+    """x (N, I) times a quantised weight (O, I): (N, O) in x's dtype."""
+    x_NI = x_NI.contiguous()
+    (N, I), O = x_NI.shape, p.shape[0]  # noqa: E741
+    y_NO = torch.empty(N, O, dtype=x_NI.dtype, device=x_NI.device)
+    tile = _tile(ALONE, p, N)
+    tensors, fixed = _described(p)
+    _rows_kernel[grid(N, 1, O, tile)](
+        x_NI, *tensors, x_NI, x_NI, y_NO, N, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, **tile, **fixed
+    )
+    return y_NO

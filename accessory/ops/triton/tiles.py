@@ -1,0 +1,171 @@
+"""A tile of rows times a tile of a weight, in any format, for few rows: the inner loops of `grouped_experts`.
+
+With few rows a product's time is that of reading the weight, so the loop must unpack numbers as fast as they arrive.
+Numbers go from memory to the tensor cores' registers by elementwise steps alone; any other order of them would take a
+detour through shared memory. So scales are applied to sums, not to weights: int8's and fp8's once, at the end; those
+of a 4-bit group to that group's sum. The two numbers of a byte belong to neighbouring inputs, which are multiplied in
+two products: one of the even inputs with the high halves, one of the odd inputs with the low ones.
+
+Legend: M rows of x and P rows of the weight in a tile, OUT out and IN in features, G groups of a row. The loop takes R
+numbers of a row at a time, or UNROLL groups.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from accessory.ops.triton.nibbles import byte_numbers, finished, nested_scale, nibble_bias, nibble_numbers, nibble_ones
+
+DENSE = tl.constexpr(-1)  # in place of one of `packed.CODES`
+
+
+@triton.jit
+def _multiply(x, w, acc, SWAP: tl.constexpr, WAITS: tl.constexpr):
+    """acc + x wᵀ, (M, P); with SWAP its transpose, (P, M), which suits tensor cores whose left operand has 64 rows."""
+    if SWAP:
+        return finished(tl.dot(w, tl.trans(x), acc, input_precision="ieee"), WAITS)
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit
+def _even_and_odd(x_ptr, at_M, held_M, pair, IN: tl.constexpr):
+    """The inputs 2·pair and 2·pair + 1 of rows, (M, pairs) each. Two 16-bit numbers are loaded as one word."""
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        kind: tl.constexpr = x_ptr.dtype.element_ty
+        at = x_ptr.to(tl.pointer_type(tl.uint32)) + at_M[:, None] * (IN // 2) + pair[None, :]
+        word = tl.load(at, mask=held_M[:, None], other=0)
+        return (word & 0xFFFF).to(tl.uint16).to(kind, bitcast=True), (word >> 16).to(tl.uint16).to(kind, bitcast=True)
+    else:
+        at = x_ptr + at_M[:, None] * IN + 2 * pair[None, :]
+        return tl.load(at, mask=held_M[:, None], other=0.0), tl.load(at + 1, mask=held_M[:, None], other=0.0)
+
+
+@triton.jit
+def _group_terms(
+    scale_ptr, zero_ptr, offset_ptr, table_ptr, out, group, kind: tl.constexpr, G: tl.constexpr,
+    CODE: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """(scale, zero), fp32 (P,): of the group `group` of the rows `out`. Only int4 has the second."""
+    if CODE == 4:
+        scale = nested_scale(scale_ptr, zero_ptr, offset_ptr, table_ptr, out, group, out >= 0, G, NESTED)
+        return scale, scale
+    else:
+        scale = tl.load(scale_ptr + out * G + group).to(tl.float32)
+        if CODE == 2:
+            zero = tl.load(zero_ptr + out * G + group).to(tl.float32) * (1.0 / STEPS) + nibble_bias(kind, PERMUTE)
+            return scale, zero
+        else:
+            return scale, scale
+
+
+@triton.jit
+def _add_group(
+    acc, even, odd, total, byte, scale, zero, table_ptr, SWAP: tl.constexpr, CODE: tl.constexpr, PERMUTE: tl.constexpr
+):  # fmt: skip
+    """acc plus one group's part: scale · (Σ x q - zero · Σ x). total: Σ x, in every column; only int4 needs it."""
+    high, low = nibble_numbers(byte, table_ptr, even.dtype, CODE == 2, PERMUTE)
+    part = _multiply(even, high, tl.zeros_like(acc), SWAP, PERMUTE)
+    part = _multiply(odd, low, part, SWAP, PERMUTE)
+    if CODE == 2:
+        part -= total * (zero[:, None] if SWAP else zero[None, :])
+    return acc + part * (scale[:, None] if SWAP else scale[None, :])
+
+
+@triton.jit
+def tile_dot(
+    x_ptr, at_M, held_M, a_ptr, a_scale_ptr, a_zero_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_zero_ptr, b_offset_ptr,
+    table_ptr, e, out, split, OUT: tl.constexpr, IN: tl.constexpr, M: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr, TWO: tl.constexpr,
+    CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """(x aᵀ, x bᵀ), fp32 (M, P) each: rows `at_M` of x times the rows `out` of the e-th of the weights a and b.
+
+    Rows of x that are not held are not read, and count as zero. `out` (P,) must exist in the weight. Without TWO there
+    is no b, and the second is the first. The sum is that of part `split` of SPLITS parts of a row.
+    """
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    acc_a = tl.zeros((P, M) if SWAP else (M, P), dtype=tl.float32)
+    acc_b = acc_a
+    at_M = at_M.to(tl.int64)
+    row = e * OUT + out.to(tl.int64)
+    if CODE < 2:
+        PART: tl.constexpr = (IN + R * SPLITS - 1) // (R * SPLITS) * R
+        from_ = split * PART
+        col = from_ + tl.arange(0, R)
+        at_x = x_ptr + at_M[:, None] * IN + col[None, :]
+        at_a = a_ptr + row[:, None] * IN + col[None, :]
+        at_b = b_ptr + row[:, None] * IN + col[None, :]
+        for start in range(from_, tl.minimum(from_ + PART, IN), R):
+            if IN % R == 0:
+                x = tl.load(at_x, mask=held_M[:, None], other=0.0)
+                a = tl.load(at_a)
+            else:
+                left = (col < IN - start + from_)[None, :]
+                x = tl.load(at_x, mask=held_M[:, None] & left, other=0.0)
+                a = tl.load(at_a, mask=left, other=0.0)
+            if CODE >= 0:
+                a = byte_numbers(a, kind, CODE == 1, PERMUTE)
+            acc_a = _multiply(x, a, acc_a, SWAP, PERMUTE)
+            if TWO:
+                rest = None if IN % R == 0 else (col < IN - start + from_)[None, :]
+                b = tl.load(at_b, mask=rest, other=None if IN % R == 0 else 0.0)
+                if CODE >= 0:
+                    b = byte_numbers(b, kind, CODE == 1, PERMUTE)
+                acc_b = _multiply(x, b, acc_b, SWAP, PERMUTE)
+                at_b += R
+            at_x += R
+            at_a += R
+        if CODE >= 0:
+            a_scale = tl.load(a_scale_ptr + row)
+            acc_a *= a_scale[:, None] if SWAP else a_scale[None, :]
+            if TWO:
+                b_scale = tl.load(b_scale_ptr + row)
+                acc_b *= b_scale[:, None] if SWAP else b_scale[None, :]
+    else:
+        G: tl.constexpr = IN // GROUP
+        PART: tl.constexpr = (G + UNROLL * SPLITS - 1) // (UNROLL * SPLITS) * UNROLL
+        from_ = split * PART
+        HALF: tl.constexpr = GROUP // 2
+        pair = tl.arange(0, HALF)
+        first_a = a_ptr + row[:, None] * (IN // 2)
+        first_b = b_ptr + row[:, None] * (IN // 2)
+        a_scale, a_zero = _group_terms(
+            a_scale_ptr, a_zero_ptr, a_offset_ptr, table_ptr, row, from_, kind, G, CODE, STEPS, NESTED, PERMUTE
+        )
+        b_scale, b_zero = a_scale, a_zero
+        if TWO:
+            b_scale, b_zero = _group_terms(
+                b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, from_, kind, G, CODE, STEPS, NESTED, PERMUTE
+            )
+        for start in range(from_, tl.minimum(from_ + PART, G), UNROLL):
+            for u in tl.static_range(UNROLL):
+                group = start + u
+                after = tl.minimum(group + 1, G - 1)  # its scales are loaded while this group is multiplied
+                even, odd = _even_and_odd(x_ptr, at_M, held_M, group * HALF + pair, IN)
+                a = tl.load(first_a + (group * HALF + pair)[None, :])
+                total = acc_a
+                if CODE == 2:  # the tensor cores put the sums where the products are
+                    ones = nibble_ones(a, kind, PERMUTE)
+                    total = _multiply(even, ones, tl.zeros_like(acc_a), SWAP, PERMUTE)
+                    total = _multiply(odd, ones, total, SWAP, PERMUTE)
+                scale, zero = a_scale, a_zero
+                a_scale, a_zero = _group_terms(
+                    a_scale_ptr, a_zero_ptr, a_offset_ptr, table_ptr, row, after, kind, G, CODE, STEPS, NESTED, PERMUTE
+                )
+                acc_a = _add_group(acc_a, even, odd, total, a, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
+                if TWO:
+                    b = tl.load(first_b + (group * HALF + pair)[None, :])
+                    scale, zero = b_scale, b_zero
+                    b_scale, b_zero = _group_terms(
+                        b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, after,
+                        kind, G, CODE, STEPS, NESTED, PERMUTE,
+                    )  # fmt: skip
+                    acc_b = _add_group(acc_b, even, odd, total, b, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
+    if not TWO:
+        acc_b = acc_a
+    if SWAP:
+        return tl.trans(acc_a), tl.trans(acc_b)
+    else:
+        return acc_a, acc_b

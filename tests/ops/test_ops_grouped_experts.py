@@ -1,0 +1,83 @@
+"""The experts' feed-forward in tiles against the dense definition, in every format: on a GPU, or interpreted."""
+
+import pytest
+import torch
+from helpers.interpreted import interpret, relative
+
+pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
+
+FORMATS = ["dense", "int8", "fp8", "int4", "nf4", "nf4-dq"]
+# (tokens, dim, hidden dim, experts in all, experts here, first, experts a token): idle experts, other ranks' experts,
+# one expert for all, sizes that are no multiple of a tile.
+CASES = [(1, 128, 256, 4, 4, 0, 2), (9, 384, 128, 8, 4, 4, 2), (40, 128, 384, 3, 2, 1, 3), (21, 256, 128, 8, 8, 0, 1)]
+LARGE = [(T, 512, 768, 8, 8, 0, 2) for T in (3, 4, 16, 64, 100, 256)] + [(64, 256, 512, 8, 4, 4, 2)]
+
+
+def make(format, case, device, dtype):
+    from accessory.ops.linear import Weight
+    from accessory.ops.quantized import dequantize, quantize
+
+    T, D, F, experts, E, first, K = case
+    g = torch.Generator().manual_seed(T + D)
+    x_TD = torch.randn(T, D, generator=g).to(dtype)
+    stacks = [torch.randn(E, *size, generator=g) * 0.1 for size in ((F, D), (D, F), (F, D))]
+    expert_TK = torch.stack([torch.randperm(experts, generator=g)[:K] for _ in range(T)])
+    if T == 21:
+        expert_TK[:] = 2  # one expert has all tokens
+    weight_TK = torch.rand(T, K, generator=g)
+    if format == "dense":
+        stacks = [w.to(dtype) for w in stacks]
+        dense = stacks
+    else:
+        stacks = [quantize(w, format) for w in stacks]
+        dense = [dequantize(w, torch.float32) for w in stacks]
+    there = [w.to(device) if format == "dense" else w.map(lambda t: t.to(device)) for w in stacks]
+    want_TD = torch.zeros(T, D, dtype=torch.float64)
+    w1, w2, w3 = (w.double() for w in dense)
+    for t, k in torch.cartesian_prod(torch.arange(T), torch.arange(K)).tolist():
+        e = int(expert_TK[t, k]) - first
+        if 0 <= e < E:
+            x_D = x_TD[t].double()
+            h_F = torch.nn.functional.silu(w1[e] @ x_D) * (w3[e] @ x_D)
+            want_TD[t] += weight_TK[t, k].double() * (w2[e] @ h_F)
+    weights = [Weight(w) for w in there]
+    return (x_TD.to(device), *weights, weight_TK.to(device), expert_TK.to(device), first), want_TD
+
+
+def check(format, case, device, dtype, bound):
+    from accessory.ops.triton import grouped_experts as kernels
+
+    inputs, want_TD = make(format, case, device, dtype)
+    poison(device)
+    got_TD = kernels.experts_in_tiles(*inputs)
+    assert got_TD.dtype == torch.float32
+    assert relative(got_TD, want_TD) <= bound
+    if format != "dense":
+        from accessory.ops.quantized import dequantize
+
+        p = inputs[1].weight[0]
+        poison(device)
+        want_TO = inputs[0].double() @ dequantize(p, torch.float32).double().T
+        assert relative(kernels.linear(inputs[0], p), want_TO) <= bound
+
+
+def poison(device):
+    """Fill memory that the next tensors will get with NaN."""
+    if device == "cuda":
+        torch.full((2**24,), torch.nan, device=device)
+
+
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_in_tiles_on_the_gpu(format, case, dtype):
+    # h is rounded to 16 bits. nf4's values are too, and a single weight's product.
+    check(format, case, device="cuda", dtype=dtype, bound=4e-3 if dtype == torch.bfloat16 else 8e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
+@pytest.mark.parametrize("format", FORMATS)
+def test_in_tiles_in_the_interpreter(format):
+    how = "device='cpu', dtype=torch.float32, bound=1e-6"
+    interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
