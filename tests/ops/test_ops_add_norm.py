@@ -20,7 +20,7 @@ def check(case, device, dtype, bound):
     T, D, E, K = case
     g = torch.Generator().manual_seed(D)
     x_TD, y_TD = torch.randn(T, D, generator=g), torch.randn(T, D, generator=g).to(dtype)
-    norm_D, gate_ED = torch.rand(D, generator=g) + 0.5, torch.randn(E, D, generator=g)
+    norm_D, gate_ED = torch.rand(D, generator=g) + 0.5, torch.randn(E, D, generator=g) * D**-0.5
     there = [t.to(device) for t in (x_TD, y_TD, norm_D, gate_ED)]
     for added in (True, False):
         x, y, norm, gate = there if added else (there[0], None, *there[2:])
