@@ -200,11 +200,14 @@ def _write_kernel(
     tl.store(k_out_ptr + token * (G * d) + at, k, mask=cell)
     if FP8:
         k, v = k.to(tl.float32), v.to(tl.float32)
-        k_scale = tl.maximum(tl.max(tl.abs(k), 1) / LARGEST, 1e-12)
-        v_scale = tl.maximum(tl.max(tl.abs(v), 1) / LARGEST, 1e-12)
+        # Exact quotients: 16-bit numbers over a scale are often halfway between two of fp8, and a GPU's quick division
+        # would round those the other way.
+        k_scale = tl.maximum(tl.div_rn(tl.max(tl.abs(k), 1), LARGEST + tl.zeros((GROUPS,), tl.float32)), 1e-12)
+        v_scale = tl.maximum(tl.div_rn(tl.max(tl.abs(v), 1), LARGEST + tl.zeros((GROUPS,), tl.float32)), 1e-12)
         tl.store(k_scale_ptr + slot * G + g, k_scale, mask=g < G)
         tl.store(v_scale_ptr + slot * G + g, v_scale, mask=g < G)
-        k, v = k / k_scale[:, None], v / v_scale[:, None]
+        k = tl.div_rn(k, tl.broadcast_to(k_scale[:, None], (GROUPS, D)))
+        v = tl.div_rn(v, tl.broadcast_to(v_scale[:, None], (GROUPS, D)))
     tl.store(k_pool_ptr + slot * (G * d) + at, k.to(k_pool_ptr.dtype.element_ty), mask=cell)
     tl.store(v_pool_ptr + slot * (G * d) + at, v.to(v_pool_ptr.dtype.element_ty), mask=cell)
 
