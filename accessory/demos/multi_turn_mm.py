@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # started as a file: look for the package in this checkout, not for modules in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from accessory.demos import multi_turn
-
-DEMO = replace(
-    multi_turn.DEMO,
-    title="Multi turn, with an image",
-    about="A dialogue about an image, or without one. Another image begins another dialogue; template and system "
-    "message may change at any time.",
-    images=True,
-)
+from accessory.server.page_kinds import DIALOGUE_WITH_IMAGE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C. Returns the exit status."""
-    return multi_turn.main(argv, DEMO, "multi_turn_mm.py")
+    return multi_turn.main(argv, DIALOGUE_WITH_IMAGE, "multi_turn_mm.py")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from accessory.command_line import Parser
-from accessory.demos.page import Demo, Page, import_gradio
 from accessory.errors import InputError, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
 from accessory.launch.environment import launch_of, set_meeting_point
@@ -34,6 +33,7 @@ from accessory.model.options import (
     torch_dtype,
 )
 from accessory.parallel.mesh import Ranks
+from accessory.server.page import Demo, Page, import_gradio
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 8.0  # seconds after Ctrl-C after which the process ends in any case

@@ -16,10 +16,11 @@ from helpers import pictures
 from accessory.data.images import open_image
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
-from accessory.demos import multi_turn_mm, single_turn_mm, uploads
-from accessory.demos.page import Page
 from accessory.demos.serving import _free_port
 from accessory.errors import InputError
+from accessory.server import uploads
+from accessory.server.page import Page
+from accessory.server.page_kinds import DIALOGUE_WITH_IMAGE, SINGLE_WITH_IMAGE
 
 pytestmark = pytest.mark.skipif(web.missing() is not None, reason=str(web.missing()))
 
@@ -70,7 +71,7 @@ def pages():
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "1")
     started = {}
-    for name, demo in (("multi", multi_turn_mm.DEMO), ("single", single_turn_mm.DEMO)):
+    for name, demo in (("multi", DIALOGUE_WITH_IMAGE), ("single", SINGLE_WITH_IMAGE)):
         page = Page(demo, Teller(), "a teller", MAX_SEQ_LEN)
         started[name] = (page, page.launch("127.0.0.1", _free_port("127.0.0.1", 0), False)[0])
     yield started

@@ -61,7 +61,7 @@ def test_memory_that_runs_out_is_one_line(text, signals, tmp_path, monkeypatch, 
 def test_without_gradio_the_pip_line_is_the_answer(signals, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert single_turn.main(["--pretrained_path", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "error: the demos need Gradio: pip install 'mixtral-accessory[demo]'\n"
+    assert capsys.readouterr().err == "error: the pages need Gradio: pip install 'mixtral-accessory[demo]'\n"
 
 
 def test_multi_turn_is_not_for_torchrun(signals, tmp_path, monkeypatch, capsys):

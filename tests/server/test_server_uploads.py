@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from accessory.demos import uploads
+from accessory.server import uploads
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""The web page of all demos. A `Demo` describes the fields of a page; `Page` builds it and handles its events.
+"""The page in the browser. A `Demo` describes the fields of a page; `Page` builds it and handles its events.
 
 The page needs two things of a model: `tokenizer`, and `stream_generate` as `MetaModel` has it. It is built with
 Gradio, downloads nothing and sends no usage reports.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from accessory.data.image_tokens import without_tag
 from accessory.data.images import open_image
-from accessory.demos.page_sampling import NAMES, sampling_fields, sampling_of
-from accessory.demos.uploads import LARGEST, Uploads
 from accessory.errors import AccessoryError, MissingExtraError
+from accessory.server.page_sampling import NAMES, sampling_fields, sampling_of
+from accessory.server.page_text import plain, without_html
+from accessory.server.uploads import LARGEST, Uploads
 
 if TYPE_CHECKING:
     import gradio as gr  # at run time, import_gradio imports it
@@ -31,8 +31,6 @@ Message = dict[str, str]  # keys: role, content; the first one may have image, a
 Upload = dict[str, Any]  # Gradio's description of a file; has the key path
 AT_ONCE = 32  # answers; Gradio has a thread for each, and 8 more for all the rest
 SHOW_EVERY = 0.05  # seconds; drawing the page for every token would slow a fast model down
-CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-CPP = re.compile(r"^([ >]*```)(?:cpp|c\+\+)(?=\s)", re.MULTILINE | re.IGNORECASE)
 SYSTEM_FONT = ("system-ui", "sans-serif")
 MONO_FONT = ("ui-monospace", "monospace")
 # Gradio's own greys have too little contrast on white.
@@ -88,7 +86,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise MissingExtraError("the demos need Gradio: pip install 'mixtral-accessory[demo]'") from error
+        raise MissingExtraError("the pages need Gradio: pip install 'mixtral-accessory[demo]'") from error
     globals()["gr"] = gradio  # Gradio evaluates the annotations of its callbacks, to find those that take the request
     return gradio
 
@@ -109,13 +107,23 @@ class Page:
 
     def launch(self, host: str, port: int, share: bool) -> tuple[str, str | None]:
         """Serve in threads. Returns the address, and the public one or None. OSError when the port is in use."""
-        theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT).set(**READABLE)
         _, url, public = self.blocks.launch(
-            server_name=host, server_port=port, share=share, theme=theme, css=CSS, show_error=True, quiet=True,
-            prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], pwa=False,
-            max_file_size=LARGEST,
-        )  # fmt: skip
+            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, **self._style()
+        )
         return url, public
+
+    def application(self) -> Any:
+        """The page as an ASGI application for a server that somebody else runs. It needs the server's lifespan."""
+        from fastapi import FastAPI
+
+        return self.gr.mount_gradio_app(FastAPI(openapi_url=None), self.blocks, "/", **self._style())
+
+    def _style(self) -> dict[str, Any]:
+        theme = self.gr.themes.Default(font=SYSTEM_FONT, font_mono=MONO_FONT).set(**READABLE)
+        return {
+            "theme": theme, "css": CSS, "show_error": True, "ssr_mode": False, "run_history": False,
+            "footer_links": [], "pwa": False, "max_file_size": LARGEST,
+        }  # fmt: skip
 
     def close(self) -> None:
         for stop in list(self._stops.values()):
@@ -137,7 +145,7 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
                     if demo.chat:
-                        # No copy buttons: they would copy the output of `_markdown` instead of the text.
+                        # No copy buttons: they would copy the output of `without_html` instead of the text.
                         self.output = gr.Chatbot(
                             label="Dialogue", elem_id="output", height="55vh", feedback_options=None, buttons=[]
                         )
@@ -314,7 +322,7 @@ class Page:
         words = str(problem)
         if image is not None:  # show the name under which it was uploaded
             words = words.replace(image, Path(image).name)
-        self.gr.Warning(_plain(words), duration=None)
+        self.gr.Warning(plain(words), duration=None)
 
     def _warn_of_cut(self, ask: Ask, max_gen_len: Any, image_tokens: int) -> None:
         tokenizer, room = self.model.tokenizer, self.max_seq_len - (max_gen_len or 0) - image_tokens
@@ -368,7 +376,7 @@ def _image_of(history: list[Message]) -> str | None:
 
 def _shown(message: Message) -> dict[str, Any]:
     """A message in the form that Gradio's dialogue takes."""
-    text = _markdown(message["content"])
+    text = without_html(message["content"])
     if "image" not in message:
         return {"role": message["role"], "content": text}
     return {"role": message["role"], "content": [{"path": message["image"], "alt_text": "The image"}, text]}
@@ -376,15 +384,3 @@ def _shown(message: Message) -> dict[str, Any]:
 
 def _reply(text: str) -> Message:
     return {"role": "assistant", "content": text}
-
-
-def _markdown(text: str) -> str:
-    """Markdown without HTML, so that `a<b` and `<tag>` appear unchanged. C++ is coloured as C: Gradio 6.31 drops it."""
-    parts = CODE.split(text)
-    parts[::2] = [_plain(part) for part in parts[::2]]
-    return CPP.sub(r"\1c", "".join(parts))
-
-
-def _plain(text: str) -> str:
-    """Escape text for places where Gradio takes HTML. `>` stays: it begins quotations, and alone it is no tag."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
