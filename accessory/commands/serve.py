@@ -30,6 +30,10 @@ def serve(options: argparse.Namespace) -> int:
         raise MissingExtraError(
             f"accessory serve needs {error.name}: pip install 'mixtral-accessory[serve]'"
         ) from error
+    if options.page:
+        from accessory.server.page import import_gradio
+
+        import_gradio()  # MissingExtraError, before minutes of loading
     key = read_key(options.api_key_file, options.api_key)
     name = options.served_model_name or Path(options.pretrained_path[-1]).resolve().name
     if name in dict(options.adapter or ()):
@@ -67,18 +71,41 @@ def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, 
     template = get_template(options.template, model.tokenizer)
     limits = Limits(hosts=frozenset(options.image_host))
     service = Service(model, thread, name=name, template=template, limits=limits)
-    app = make_app(service, api_key=key, most_bytes=options.max_body_mb * 2**20)
+    page = _page(options, model, name) if options.page else None
+    app = make_app(
+        service,
+        api_key=key,
+        most_bytes=options.max_body_mb * 2**20,
+        page=None if page is None else page.application(),
+    )
     host, port = listening.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    also = "" if page is None else f", its page at {address}/"
+
+    def ending() -> None:
+        if page is not None:
+            page.close()
+            app.close_page()
+
     try:
         run(
             app,
             listening,
             patience=options.shutdown_timeout,
-            ready=lambda: print(f"{name} answers at http://{where}:{port}/v1; Ctrl-C ends", flush=True),
+            ready=lambda: print(f"{name} answers at {address}/v1{also}; Ctrl-C ends", flush=True),
+            ending=ending,
         )
     finally:
         thread.close()
+
+
+def _page(options: argparse.Namespace, model: Any, name: str) -> Any:
+    """A dialogue in the browser, by the same engine."""
+    from accessory.server.page import Page
+    from accessory.server.page_kinds import served_dialogue
+
+    demo = served_dialogue(options.template, options.with_visual)
+    return Page(demo, model, f"{name} · its API is at /v1", model.max_seq_len)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,9 +1,8 @@
-"""The HTTP application: routes, who may ask, and how large a request may be. `Service` does what they ask for."""
+"""The HTTP application: its routes, behind the `Gate`. `Service` does what they ask for."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -18,18 +17,20 @@ from starlette.exceptions import HTTPException
 import accessory
 from accessory.errors import InputError
 from accessory.server.failures import ApiError, api_error
-from accessory.server.metrics import Metrics
+from accessory.server.gate import Gate
 from accessory.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from accessory.server.service import Job, Service
 
 log = logging.getLogger(__name__)
 
-OPEN_TO_ALL = "/health"  # the one route without a key: what starts the server must be able to ask
 _NO_FIELDS = ("body", "query", "path")
 
 
-def make_app(service: Service, *, api_key: str | None = None, most_bytes: int) -> Any:
-    """The application. most_bytes: of a request's body. With a key, every route but /health wants it."""
+def make_app(service: Service, *, api_key: str | None = None, most_bytes: int, page: Any = None) -> Any:
+    """The application. most_bytes: of a request's body. With a key, every route but /health wants it.
+
+    page: an ASGI application for all addresses that the API does not have.
+    """
     app = FastAPI(title="accessory", version=accessory.__version__, docs_url="/docs", redoc_url=None)
     thread = service.thread
 
@@ -99,7 +100,7 @@ def make_app(service: Service, *, api_key: str | None = None, most_bytes: int) -
     async def wrong(_: Request, error: InputError) -> Response:
         return _failed(error, service)
 
-    return Gate(app, api_key, most_bytes, thread.metrics)
+    return Gate(app, api_key, most_bytes, thread.metrics, page)
 
 
 async def _answer(
@@ -201,60 +202,3 @@ def _explained(problems: Sequence[Any]) -> ApiError:
     given = problem.get("input")
     got = "" if problem["type"] == "missing" else f" (got {given!r:.60})"
     return ApiError(f"{param or 'body'}: {problem['msg']}{got}", param=param)
-
-
-class Gate:
-    """In front of the application: who may ask, and how much. It counts a body's bytes while they arrive."""
-
-    def __init__(self, app: FastAPI, api_key: str | None, most_bytes: int, metrics: Metrics) -> None:
-        self.app, self._most_bytes, self._metrics = app, most_bytes, metrics
-        self._key = None if api_key is None else api_key.encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if scope["path"] != OPEN_TO_ALL and not self._knows(headers.get(b"authorization", b"")):
-            denied = ApiError(
-                "Incorrect API key provided, or none; send it as Authorization: Bearer KEY",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await self._refusal(denied)(scope, receive, send)
-            return
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most_bytes:
-            await self._too_large()(scope, receive, send)
-            return
-        arrived = 0
-
-        async def counted() -> Any:
-            nonlocal arrived
-            message = await receive()
-            arrived += len(message.get("body", b""))
-            # The application then sees the end of a body, and whatever it says to that is not sent.
-            return message if arrived <= self._most_bytes else {"type": "http.request", "body": b"", "more_body": False}
-
-        async def unless_too_large(message: Any) -> None:
-            if arrived <= self._most_bytes:
-                await send(message)
-
-        await self.app(scope, counted, unless_too_large)
-        if arrived > self._most_bytes:
-            await self._too_large()(scope, receive, send)
-
-    def _knows(self, given: bytes) -> bool:
-        if self._key is None:
-            return True
-        kind, _, key = given.partition(b" ")
-        return kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
-
-    def _too_large(self) -> JSONResponse:
-        what = f"the request's body has more than {self._most_bytes} bytes"
-        return self._refusal(ApiError(what, status=413, code="too_large"))
-
-    def _refusal(self, error: ApiError) -> JSONResponse:
-        self._metrics.errors.labels(error.status).inc()
-        return JSONResponse(error.body(), error.status, error.headers)

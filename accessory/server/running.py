@@ -33,29 +33,40 @@ def configured(app: Any, patience: float) -> uvicorn.Config:
         timeout_graceful_shutdown=round(patience),
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
         server_header=False,
-        lifespan="off",
+        lifespan="on",
     )
 
 
-def run(app: Any, listening: socket.socket, *, patience: float, ready: Callable[[], None]) -> None:
+def run(
+    app: Any,
+    listening: socket.socket,
+    *,
+    patience: float,
+    ready: Callable[[], None],
+    ending: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C. Then nobody new is let in, and what is open may end within `patience` seconds.
 
-    ready: called once requests are answered.
+    ready: called once requests are answered. ending: called when the signal has come, in the event loop.
     """
-    _Server(configured(app, patience), ready).run(sockets=[listening])
+    Server(configured(app, patience), ready, ending).run(sockets=[listening])
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which a signal ends without an error."""
+class Server(uvicorn.Server):
+    """uvicorn's server, which a signal ends without an error. ready, ending: as of `run`."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], ending: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._ending = ready, ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -73,7 +73,7 @@ class Served:
     def url(self) -> str:
         deadline = time.monotonic() + 60
         while self._url is None:
-            if found := re.search(r"Open (http://\S+/)", self.log.read_text()):
+            if found := re.search(r"(?:Open|its page at) (http://\S+/)", self.log.read_text()):
                 self._url = found[1]
                 break
             assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
@@ -107,10 +107,10 @@ class Served:
 class Visitor:
     """A browser window on a demo."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, url: str, **context: Any) -> None:
         from playwright.sync_api import expect
 
-        self.context = browser.new_context(viewport={"width": 1200, "height": 850})
+        self.context = browser.new_context(viewport={"width": 1200, "height": 850}, **context)
         self.page = self.context.new_page()
         self.page.set_default_timeout(WAIT * 1000)
         self.expect = expect
