@@ -44,6 +44,7 @@ class Engine:
             whole=about.on_cpu,
             max_waiting=max_waiting,
             longest=about.max_seq_len,
+            vocab_size=about.vocab_size,
         )
         return cls(scheduler, executor)
 

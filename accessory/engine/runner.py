@@ -101,6 +101,7 @@ class About(NamedTuple):
     step_tokens: int  # the most tokens of a step
     on_cpu: bool
     max_seq_len: int | None = None
+    vocab_size: int | None = None  # tokens that may be drawn
 
 
 class Runner:
@@ -131,7 +132,8 @@ class Runner:
         self._on_card: Callable[[], AbstractContextManager[Any]]
         self._on_card = nullcontext if on_cpu else partial(torch.cuda.device, self.device)
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
-        self.about = About(pages, max_running, STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU, on_cpu, max_seq_len)
+        budget = STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU
+        self.about = About(pages, max_running, budget, on_cpu, max_seq_len, vocab_size)
         with explained():
             self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads, fp8)
         self._sampler = Sampler(max_running, vocab_size, self.device)

@@ -72,7 +72,7 @@ class Scheduler:
     """pool: the pages. max_running: sequences that run at once. budget: the most tokens of a step. whole: a sequence
     gets the pages of its longest answer at once where there are enough, so that they lie side by side. max_waiting:
     requests that wait at once, besides those that were put back. longest: the most tokens of a sequence, prompt and
-    answer together; None where only the pool limits them."""
+    answer together; None where only the pool limits them. vocab_size: tokens that a mask must speak of."""
 
     pool: PagePool
     max_running: int
@@ -80,6 +80,7 @@ class Scheduler:
     whole: bool = False
     max_waiting: int = MAX_WAITING
     longest: int | None = None
+    vocab_size: int | None = None
     waiting: deque[Sequence] = field(init=False, default_factory=deque)
     running: list[Sequence] = field(init=False, default_factory=list)  # in the order in which they began
     counts: Counts = field(init=False, default_factory=Counts)
@@ -216,17 +217,27 @@ class Scheduler:
         return True
 
     def _take(self, sequence: Sequence, tokens: int, planned: list[tuple[Sequence, Entry]]) -> bool:
-        """Plan a sequence's part of the step. Where its mask raises, it ends with that error; returns False."""
+        """Plan a sequence's part of the step. Where its mask raises, or is too short, it ends with that error, and this
+        returns False."""
         mask, draws = None, sequence.computed + tokens == len(sequence.ids) + sequence.pending
         if draws and sequence.mask is not None:
             try:
-                mask = sequence.mask(sequence.ids[sequence.prompt_length :])
+                mask = self._whole(sequence.mask(sequence.ids[sequence.prompt_length :]))
             except Exception as error:
                 # Without its traceback, whose frames hold the scheduler.
                 self.finish(sequence, "error", error.with_traceback(None))
                 return False
         planned.append((sequence, self._entry(sequence, tokens, draws, mask)))
         return True
+
+    def _whole(self, mask: bytes | None) -> bytes | None:
+        """A mask of just as many bytes as there are tokens to speak of: the masks of a step become one tensor."""
+        if mask is None or self.vocab_size is None:
+            return mask
+        need = -(-self.vocab_size // 8)
+        if len(mask) < need:
+            raise ValueError(f"a mask has {len(mask)} bytes, but {self.vocab_size:,} tokens take {need}")
+        return mask[:need]
 
     def _entry(self, sequence: Sequence, tokens: int, draws: bool, mask: bytes | None) -> Entry:
         """A sequence's part of the step. From now on its tokens count as computed."""

@@ -102,6 +102,30 @@ def test_a_mask_that_raises_ends_its_request_only(runner, singles, ahead, slots)
     check_empty(engine)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_mask_of_the_wrong_length_ends_its_request_only(runner, ahead):
+    """One that is too short is an error of its request; of one that is longer, the end is not read."""
+    engine = Engine.of(LocalExecutor(runner), runner.about)
+    engine.executor.ahead = ahead
+    need = -(-runner.about.vocab_size // 8)
+    lengths = (need, 0, need - 1, need + 5, 1)
+    expected = engine.add(Wish([1, 5, 9], 6).request())
+    step_to_the_end(engine)
+    requests = []
+    for length in lengths:
+        request = Wish([1, 5, 9], 6).request()
+        request.mask = lambda answer, length=length: b"\xff" * length
+        requests.append(engine.add(request))
+    step_to_the_end(engine)
+    for request, length in zip(requests, lengths, strict=True):
+        assert request.finished == ("length" if length >= need else "error")
+        if length >= need:
+            assert written(request) == written(expected)
+        else:
+            assert f"has {length} bytes, but" in str(request.error)
+    check_empty(engine)
+
+
 def test_masks_that_raise_leave_no_request_waiting(runner):
     """The step in which all running sequences end begins the waiting ones."""
     engine = tiny_engine(runner, slots=2)
