@@ -23,6 +23,9 @@ Mask = Callable[[list[int]], bytes | None]
 # llguidance's bytes have the first token in the lowest bit, the engine's in the highest.
 _REVERSED = bytes(int(f"{n:08b}"[::-1], 2) for n in range(256))
 _KEPT = 64  # compiled grammars
+# White space between two parts of JSON: enough for a line break and an indentation. Without a bound, weak models write
+# nothing else until their tokens are spent.
+WHITE_SPACE = {"whitespace_pattern": r"[\n\r]{0,2}[ \t]{0,24}"}
 
 
 class Grammars:
@@ -75,7 +78,7 @@ class Grammars:
         LLMatcher = _library().LLMatcher
         try:
             if kind == "json":
-                grammar = LLMatcher.grammar_from_json_schema(source)
+                grammar = LLMatcher.grammar_from_json_schema(source, defaults=WHITE_SPACE)
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(source)
             elif kind == "lark":

@@ -20,6 +20,7 @@ from typing import Any
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 from accessory.model.writing import Completion
+from accessory.server.grammars import WHITE_SPACE
 from accessory.server.protocol import ChatMessage, ChatRequest, ImagePart, Tool, ToolChoice
 
 _CONTROL = (
@@ -107,7 +108,7 @@ class Tools:
             for f in functions
         ]
         most = {} if self.several and self.choice == "required" else {"maxItems": 1}
-        schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
+        schema = {"x-guidance": WHITE_SPACE, "type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
         return f"start: <[{self.tokenizer.special_tokens['[TOOL_CALLS]']}]> calls\ncalls: %json {json.dumps(schema)}\n"
 
     # ----------------------------------------------------------------- what the model says

@@ -53,6 +53,18 @@ def test_json_objects_are_json(server):
     assert plain.choices[0].message.content
 
 
+def test_white_space_between_parts_has_a_bound(server):
+    """A model that would rather write spaces than anything else still ends, and may break lines and indent."""
+    tokenizer = server.model.tokenizer
+    pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    spaces = {token: 90.0 for token, piece in enumerate(pieces) if piece and not piece.strip()}
+    answer = {"a": {"type": "boolean"}, "b": {"type": "null"}}
+    schema = {"type": "object", "properties": answer, "required": ["a", "b"], "additionalProperties": False}
+    text = content(server, response_format=of_schema(schema), seed=1, logit_bias=spaces)
+    Draft202012Validator(schema).validate(json.loads(text))
+    assert 2 < max(map(len, re.findall(r"\s+", text))) <= 26
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_structured_outputs_match(server, seed):
     def ask(**what):
