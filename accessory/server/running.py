@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_HEADER_BYTES = 64 * 2**10
+PATIENCE = 30.0  # seconds in which a request's head must have come, and in which more of its body must come
+BACKLOG = 2048  # connections that wait to be accepted, as in uvicorn
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -18,8 +23,51 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+        listening.listen(BACKLOG)  # now: two sockets that do not listen yet may have the same port
+    except OSError:
+        listening.close()
+        raise
     return listening
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's protocol, which drops connections whose request does not come. uvicorn itself waits for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """A head has one time for all of it. A body has a time for each of its pieces: it may be large."""
+        if self.conn.their_state is h11.IDLE and self._timer is not None:
+            return
+        self._forget()
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._timer = self.loop.call_later(PATIENCE, self._drop)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _drop(self) -> None:
+        self._timer = None
+        if self.flow.read_paused:  # it waits for us, not we for it
+            self._watch()
+        else:
+            self.transport.close()
 
 
 def configured(app: Any, patience: float) -> uvicorn.Config:
@@ -28,7 +76,7 @@ def configured(app: Any, patience: float) -> uvicorn.Config:
         app,
         log_level="warning",
         access_log=False,
-        http="h11",  # httptools, which uvicorn takes where it is installed, has no limit of headers
+        http=PatientProtocol,  # on h11: httptools, which uvicorn takes where it is installed, has no limit of headers
         ws="none",
         timeout_graceful_shutdown=round(patience),
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,

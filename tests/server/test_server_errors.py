@@ -173,6 +173,49 @@ def test_headers_of_a_megabyte(server):
     assert server.raw.get("/health").status_code == 200
 
 
+HEAD = b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 20\r\n"
+WHOLE = HEAD + b'\r\n{"prompt": "A nice"}'
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [[b""], [b"GET /hea"], [HEAD], [HEAD + b"\r\n"], [HEAD + b"\r\n", b'{"prompt"'], [WHOLE, b"GET /hea"]],
+    ids=["nothing", "half a line", "half a head", "no body", "half a body", "half a second one"],
+)
+def test_a_request_that_does_not_come_is_dropped(server, monkeypatch, sent):
+    monkeypatch.setattr("accessory.server.running.PATIENCE", 0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+    begun = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=4) as connection:
+        for content in sent:
+            connection.sendall(content)
+            if content == WHOLE:
+                assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+        while connection.recv(2**16):  # what it says to that
+            pass
+    assert 0.25 < time.monotonic() - begun < 3
+
+
+def test_a_head_that_trickles_is_dropped_and_a_body_that_trickles_is_read(server, monkeypatch):
+    monkeypatch.setattr("accessory.server.running.PATIENCE", 0.5)
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def trickled(before, slowly):
+        with socket.create_connection((host, int(port)), timeout=4) as connection:
+            connection.sendall(before)
+            try:
+                for byte in slowly:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+                return connection.recv(2**16)
+            except ConnectionError:
+                return b""
+
+    assert trickled(b"", HEAD + b"\r\n") == b""
+    head, body = WHOLE.split(b"\r\n\r\n")
+    assert trickled(head + b"\r\n\r\n", body).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "path",
     ["/", "/v1", "/v1/completions/", "/../etc/passwd", "/v1/models/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",

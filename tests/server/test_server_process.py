@@ -44,6 +44,14 @@ def test_a_port_in_use(never_loaded, folders, capsys):
     assert str(port) in line
 
 
+def test_of_two_servers_that_load_at_once_one_has_the_port(folders):
+    """The first one's socket listens before its model is loaded."""
+    from accessory.server.running import listen
+
+    with listen("127.0.0.1", 0) as first, pytest.raises(OSError, match="in use"):
+        listen(*first.getsockname())
+
+
 def test_a_host_of_another_machine(never_loaded, folders, capsys):
     assert "192.0.2.1" in refused(capsys, folders[0], "--host", "192.0.2.1", "--port", 0)
 
