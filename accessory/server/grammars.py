@@ -16,7 +16,6 @@ from accessory.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from accessory.server.protocol import ResponseFormat, StructuredOutputs
-    from accessory.server.tools import Tools
 
 Mask = Callable[[list[int]], bytes | None]
 
@@ -40,12 +39,14 @@ class Grammars:
         self,
         structured: StructuredOutputs | None,
         response_format: ResponseFormat | None = None,
-        tools: Tools | None = None,
+        calls: str | None = None,
         *,
         ignore_eos: bool = False,
         min_tokens: int = 0,
     ) -> Callable[[], Mask] | None:
         """Makes the hook of one answer each time it is called; None where an answer may be any text.
+
+        calls: Lark's form of the calls of tools that an answer must be.
 
         InputError for a grammar that no text matches, or that is too large.
         """
@@ -61,8 +62,8 @@ class Grammars:
                 asked.append(("structured_outputs.grammar", "lark", structured.grammar))
             if structured.choice is not None:
                 asked.append(("structured_outputs.choice", "choice", json.dumps(structured.choice)))
-        if tools is not None and tools.grammar is not None:
-            asked.append(("tool_choice", "lark", tools.grammar))
+        if calls is not None:
+            asked.append(("tool_choice", "lark", calls))
         if not asked:
             return None
         if len(asked) > 1:

@@ -183,8 +183,9 @@ class Service:
         params = body.sampling(logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         longest = body.max_completion_tokens or body.max_tokens
         places = self.model.image_words if image is not None else 0
+        calls = None if tools is None else tools.grammar
         constraint = self.grammars.of(
-            body.structured_outputs, body.response_format, tools, ignore_eos=body.ignore_eos, min_tokens=body.min_tokens
+            body.structured_outputs, body.response_format, calls, ignore_eos=body.ignore_eos, min_tokens=body.min_tokens
         )
         request = self._request(ids, body, params, self._room(ids, longest, places), adapter, "messages")
         request = replace(request, image=image, stops=[*self.template.stop_strings, *request.stops])

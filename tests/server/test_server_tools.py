@@ -103,7 +103,7 @@ def test_a_chosen_tool_leaves_nothing_else_to_draw(tokenizer):
     """The first token must begin a call, and the name must be the tool's."""
     chosen = {"type": "function", "function": {"name": "time"}}
     tools = Tools.of(body([QUESTION], tools=[WEATHER, TIME], tool_choice=chosen), tokenizer)
-    mask = Grammars(tokenizer, tokenizer.vocab_size).of(None, None, tools)()
+    mask = Grammars(tokenizer, tokenizer.vocab_size).of(None, None, tools.grammar)()
     ids = []
     for token in [
         tokenizer.special_tokens["[TOOL_CALLS]"],
