@@ -64,6 +64,7 @@ def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, 
     from accessory.server.metrics import Metrics
     from accessory.server.running import run
     from accessory.server.service import Limits, Service
+    from accessory.server.visits import AccessLog, spans
 
     metrics = Metrics()
     thread = EngineThread(model, metrics)
@@ -77,6 +78,7 @@ def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, 
         api_key=key,
         most_bytes=options.max_body_mb * 2**20,
         page=None if page is None else page.application(),
+        watchers=[watcher for watcher in (spans(), AccessLog() if options.access_log else None) if watcher],
     )
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -31,6 +31,8 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
     about = "seconds that open requests have after SIGTERM (default: 30)"
     add_option(command, "shutdown_timeout", type=float, default=30.0, metavar="S", help=about)
     add_option(command, "max_body_mb", type=int, default=32, metavar="MB", help="of a request (default: 32)")
+    about = "write no line a request on standard error"
+    add_option(command, "no_access_log", dest="access_log", action="store_false", help=about)
     add_option(command, "page", action="store_true", help="also a page in the browser, at / of the same port")
     about = "a host from which images are fetched; may be given several times (default: none)"
     add_option(command, "image_host", action="append", default=[], metavar="HOST", help=about)

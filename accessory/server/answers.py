@@ -40,6 +40,7 @@ class Answer:
     writing: Writing
     loop: asyncio.AbstractEventLoop
     since: float = field(default_factory=time.monotonic)
+    first: float | None = None  # when its first token came
     last: float | None = None  # when its last token came
     _pieces: deque[Piece] = field(default_factory=deque)
     _grown: asyncio.Event = field(default_factory=asyncio.Event)
@@ -201,7 +202,7 @@ class EngineThread:
         now = time.monotonic()
         if piece.tokens:
             self.metrics.grew(len(piece.tokens), now - (answer.last or answer.since), first=answer.last is None)
-            answer.last = now
+            answer.first, answer.last = answer.first or now, now
         if piece.finish_reason is not None:
             self.metrics.finished(piece.finish_reason, now - answer.since)
 

@@ -20,16 +20,24 @@ from accessory.server.failures import ApiError, api_error
 from accessory.server.gate import Gate
 from accessory.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from accessory.server.service import Job, Service
+from accessory.server.visits import Watcher
 
 log = logging.getLogger(__name__)
 
 _NO_FIELDS = ("body", "query", "path")
 
 
-def make_app(service: Service, *, api_key: str | None = None, most_bytes: int, page: Any = None) -> Any:
+def make_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    most_bytes: int,
+    page: Any = None,
+    watchers: Sequence[Watcher] = (),
+) -> Any:
     """The application. most_bytes: of a request's body. With a key, every route but /health wants it.
 
-    page: an ASGI application for all addresses that the API does not have.
+    page: an ASGI application for all addresses that the API does not have. watchers: called when a request has ended.
     """
     app = FastAPI(title="accessory", version=accessory.__version__, docs_url="/docs", redoc_url=None)
     thread = service.thread
@@ -100,7 +108,7 @@ def make_app(service: Service, *, api_key: str | None = None, most_bytes: int, p
     async def wrong(_: Request, error: InputError) -> Response:
         return _failed(error, service)
 
-    return Gate(app, api_key, most_bytes, thread.metrics, page)
+    return Gate(app, api_key, most_bytes, thread.metrics, page, watchers)
 
 
 async def _answer(
@@ -113,7 +121,7 @@ async def _answer(
 ) -> Response:
     """Begin, and answer at the end or piece by piece. Where the client leaves, what it asked for is given up."""
     try:
-        job = await begin
+        job = request.state.job = await begin
     except Exception as error:
         return _failed(error, service)
     if stream:

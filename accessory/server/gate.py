@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from starlette.routing import Route
 
 from accessory.server.failures import ApiError
 from accessory.server.metrics import Metrics
+from accessory.server.visits import Visit, Watcher
 
 OPEN_TO_ALL = "/health"  # the one route without a key: what starts the server must be able to ask
 
@@ -25,7 +27,16 @@ class Gate:
     then sends it with all that the page fetches, and nothing of the page is to be had without.
     """
 
-    def __init__(self, app: FastAPI, api_key: str | None, most_bytes: int, metrics: Metrics, page: Any = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        api_key: str | None,
+        most_bytes: int,
+        metrics: Metrics,
+        page: Any = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        self._watchers = watchers
         self.app, self._page, self._most_bytes, self._metrics = app, page, most_bytes, metrics
         self._visits: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -36,8 +47,25 @@ class Gate:
         if scope["type"] != "http":  # the server begins or ends, which only the page has to know
             await (self._page or self.app)(scope, receive, send)
             return
+        visit = Visit.of(scope)
+        visit.is_page = self._page is not None and _first_part(scope["path"]) not in self._apis
+        state = scope.setdefault("state", {})
+
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                visit.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", visit.id.encode())]}
+            await send(message)
+
+        try:
+            await self._let_in(scope, receive, named, visit.is_page)
+        finally:
+            visit.job = state.get("job")
+            for watcher in self._watchers:
+                watcher(visit)
+
+    async def _let_in(self, scope: Any, receive: Any, send: Any, is_page: bool) -> None:
         headers = dict(scope["headers"])
-        is_page = self._page is not None and _first_part(scope["path"]) not in self._apis
         if scope["path"] != OPEN_TO_ALL and not self._knows(headers.get(b"authorization", b""), is_page):
             way = "give it as the password, with any name" if is_page else "send it as Authorization: Bearer KEY"
             denied = ApiError(

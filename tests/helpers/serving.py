@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +61,16 @@ def serving(
     most_bytes: int = 16 * 2**20,
     limits: Limits | None = None,
     page: Any = None,
+    watchers: Sequence[Callable[[Any], None]] = (),
 ) -> Iterator[Serving]:
     metrics = Metrics()
     thread = EngineThread(model, metrics)
     metrics.watch(thread.engine.scheduler)
     made = get_template(template, model.tokenizer)
     service = Service(model, thread, name=NAME, template=made, limits=limits or Limits())
-    server = uvicorn.Server(configured(make_app(service, api_key=api_key, most_bytes=most_bytes, page=page), 5))
+    server = uvicorn.Server(
+        configured(make_app(service, api_key=api_key, most_bytes=most_bytes, page=page, watchers=watchers), 5)
+    )
     with listen("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         loop = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
