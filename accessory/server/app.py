@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,17 +13,22 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import accessory
 from accessory.errors import InputError
 from accessory.server.failures import ApiError, api_error
 from accessory.server.gate import Gate
+from accessory.server.messages import MessagesRequest
 from accessory.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from accessory.server.responses import ResponsesRequest
 from accessory.server.service import Job, Service
 from accessory.server.visits import Watcher
 
 log = logging.getLogger(__name__)
+
+Written = Callable[[dict[str, Any]], str]
 
 _NO_FIELDS = ("body", "query", "path")
 
@@ -91,6 +97,40 @@ def make_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await _answer(service, request, body.stream, service.begin_chat(body), service.chat, service.chat_pieces)
 
+    async def translated(body: MessagesRequest | ResponsesRequest, request: Request) -> Response:
+        """Answer another form of a dialogue as /v1/chat/completions would."""
+        tokenizer = service.model.tokenizer
+
+        async def begin() -> Job:
+            try:
+                return await service.begin_chat(body.chat())
+            except ValidationError as error:
+                raise _explained(error.errors()) from error
+            except InputError as error:
+                named = re.sub(r"^[a-z_]+", lambda field: body.NAMES.get(field[0], field[0]), str(error))
+                raise InputError(named) from error
+            except ApiError as error:
+                error.param = body.NAMES.get(error.param or "", error.param)
+                raise
+
+        return await _answer(
+            service,
+            request,
+            body.stream,
+            begin(),
+            lambda job, completions: body.whole(job, service.chat(job, completions), tokenizer),
+            lambda job: body.events(job, service.chat_pieces(job), tokenizer),
+            _as_event,
+        )
+
+    @app.post("/v1/messages")
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        return await translated(body, request)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await translated(body, request)
+
     @app.post("/tokenize")
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         ids = service.tokenize(body)
@@ -118,14 +158,18 @@ async def _answer(
     begin: Coroutine[Any, Any, Job],
     whole: Callable[[Job, Sequence[Any]], dict[str, Any]],
     pieces: Callable[[Job], AsyncIterator[dict[str, Any]]],
+    written: Written | None = None,
 ) -> Response:
-    """Begin, and answer at the end or piece by piece. Where the client leaves, what it asked for is given up."""
+    """Begin, and answer at the end or piece by piece. Where the client leaves, what it asked for is given up.
+
+    written: how a stream's pieces and its error are written; None: as OpenAI's API does, with [DONE] at the end.
+    """
     try:
         job = request.state.job = await begin
     except Exception as error:
         return _failed(error, service)
     if stream:
-        return _Events(service, job, pieces(job))
+        return _Events(service, job, pieces(job), written)
     try:
         completions = await _unless_gone(request, asyncio.gather(*(answer.whole() for answer in job.answers)))
         if completions is None:
@@ -140,8 +184,11 @@ async def _answer(
 class _Events(StreamingResponse):
     """Server-sent events. An error that comes after the first one is an event too."""
 
-    def __init__(self, service: Service, job: Job, pieces: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(
+        self, service: Service, job: Job, pieces: AsyncIterator[dict[str, Any]], written: Written | None = None
+    ) -> None:
         self._service, self._job = service, job
+        self._written, self._ends = written or _as_data, written is None
         super().__init__(self._events(pieces), media_type="text/event-stream")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -153,13 +200,25 @@ class _Events(StreamingResponse):
     async def _events(self, pieces: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
         try:
             async for piece in pieces:
-                yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+                yield self._written(piece)
         except Exception as error:
             failed = api_error(error)
             self._service.thread.metrics.errors.labels(failed.status).inc()
             log.warning("a stream ended with an error: %s", error)
-            yield f"data: {json.dumps(failed.body())}\n\n"
-        yield "data: [DONE]\n\n"
+            yield self._written(failed.body())
+        if self._ends:
+            yield "data: [DONE]\n\n"
+
+
+def _as_data(piece: dict[str, Any]) -> str:
+    return f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+
+
+def _as_event(piece: dict[str, Any]) -> str:
+    """With its name, which is its type. An error has its fields beside its object too: /v1/responses has them there."""
+    if "error" in piece and "type" not in piece:
+        piece = {**piece["error"], "type": "error", "error": piece["error"], "sequence_number": -1}
+    return f"event: {piece['type']}\n{_as_data(piece)}"
 
 
 async def _unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
@@ -195,7 +254,10 @@ def _explained(problems: Sequence[Any]) -> ApiError:
     problem = max((p for p in problems if p["loc"][:2] == first), key=lambda p: len(p["loc"]))
     fields = [str(part) for part in problem["loc"] if part not in _NO_FIELDS]
     # A union's loc names the type that was tried too, as "str" or "list[int]".
-    types = {"str", "int", "float", "bool", "text", "image_url"}
+    types = {
+        "str", "int", "float", "bool", "text", "image_url", "image", "tool_use", "tool_result", "message",
+        "function_call", "function_call_output", "input_text", "output_text", "input_image",
+    }  # fmt: skip
     named = [
         part
         for n, part in enumerate(fields)

@@ -6,10 +6,13 @@ import re
 from typing import Any
 
 from accessory.errors import AccessoryError, BusyError, InputError, RankError, is_users, one_line
+from accessory.server.messages import MessagesRequest
 from accessory.server.protocol import FIELDS
+from accessory.server.responses import ResponsesRequest
 
 # How messages begin that speak of a field: `messages[0]: …`, `structured_outputs.regex: …`.
 _FIELD = re.compile(r"(([a-z_]+)(?:\.[a-z_]+|\[\d+\])*): ")
+_FIELDS = FIELDS | MessagesRequest.model_fields.keys() | ResponsesRequest.model_fields.keys()
 RETRY_AFTER = 1  # seconds after which a caller who found the queue full may try again
 
 
@@ -48,7 +51,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(str(error), status=503, code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, InputError):
         field = _FIELD.match(str(error))
-        return ApiError(str(error), param=field[1] if field and field[2] in FIELDS else None)
+        return ApiError(str(error), param=field[1] if field and field[2] in _FIELDS else None)
     if isinstance(error, RankError):
         return ApiError(str(error), status=503, code="ranks_lost", headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, AccessoryError) or is_users(error):

@@ -66,7 +66,7 @@ class Gate:
 
     async def _let_in(self, scope: Any, receive: Any, send: Any, is_page: bool) -> None:
         headers = dict(scope["headers"])
-        if scope["path"] != OPEN_TO_ALL and not self._knows(headers.get(b"authorization", b""), is_page):
+        if scope["path"] != OPEN_TO_ALL and not self._knows(_given(headers), is_page):
             way = "give it as the password, with any name" if is_page else "send it as Authorization: Bearer KEY"
             denied = ApiError(
                 f"Incorrect API key provided, or none; {way}",
@@ -147,6 +147,13 @@ class Gate:
     def _refusal(self, error: ApiError) -> JSONResponse:
         self._metrics.errors.labels(error.status).inc()
         return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _given(headers: dict[bytes, bytes]) -> bytes:
+    """The key as it was sent. Clients of Anthropic's API have a header of their own for it."""
+    if (own := headers.get(b"x-api-key")) is not None and b"authorization" not in headers:
+        return b"Bearer " + own
+    return headers.get(b"authorization", b"")
 
 
 def _first_part(path: str) -> str:

@@ -13,6 +13,7 @@ from accessory.errors import InputError
 MOST_COPIES = 128  # `n`, as in OpenAI's API
 MOST_STOPS = 4
 MOST_PROMPTS = 2048  # of one request to /v1/completions
+FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
 MOST_BIASES = 65536  # at least as many as any tokenizer has tokens that somebody would bias
@@ -177,7 +178,7 @@ Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
 class Function(Body):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
