@@ -38,7 +38,7 @@ def serve_demo(folder: Path, question: str, max_gen_len: int) -> int:
     console.print("[bold]SmolLM2-135M-Instruct, a mixture of 8 experts, behind OpenAI's API[/]\n")
     started, base = time.perf_counter(), folder / "base"
     make_base(console, base)
-    words = ["serve", str(base), "--max-seq-len", str(MAX_SEQ_LEN), "--port", "0"]
+    words = ["serve", str(base), "--max-seq-len", str(MAX_SEQ_LEN), "--port", "0", "--no-access-log"]
     console.print(f"\n2. {program()} {' '.join(words)}")
     with _server(words) as server:
         said = _first_line(server)
