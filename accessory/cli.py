@@ -11,7 +11,7 @@ from typing import Any
 
 from accessory import __version__
 from accessory.command_line import Parser
-from accessory.commands.bench_options import add_bench_arguments, check_bench_options
+from accessory.commands.bench_options import SERVE, add_bench_arguments, check_bench_options
 from accessory.commands.demo_options import add_demo_arguments, check_demo_options
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
@@ -90,6 +90,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     check_bench_options(options)
+    if options.what == SERVE:
+        from accessory.commands.bench_serve import bench_serve
+
+        return bench_serve(options)
     from accessory.commands.bench import bench
 
     return bench(options)
@@ -258,7 +262,9 @@ def _parser() -> Parser:
     serve = _command(commands, "serve", _serve, "answer over HTTP, as OpenAI's API does")
     add_serve_arguments(serve)
 
-    bench = _command(commands, "bench", _bench, "measure how quickly a server answers")
+    bench = _command(
+        commands, "bench", _bench, "measure a card, against its own limits and other programs, or a server"
+    )
     add_bench_arguments(bench)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")

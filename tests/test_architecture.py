@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("build",),
     ("engine", "train", "convert"),
     ("model",),
-    ("server",),
+    ("server", "bench"),
     ("commands", "demos", "tools", "exps", "configs"),
 )
 # The doors: they may start anything, and nothing but another door may import them.

@@ -1,87 +1,250 @@
-"""`accessory bench`: how quickly a server answers under load. No torch is imported, and no model loaded."""
+"""`accessory bench` of a card: makes a `Job` of the options, runs it, and writes what came out."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accessory import __version__
-from accessory.commands.api_client import Server, read_key
-from accessory.commands.bench_figures import as_json, figures, table
-from accessory.commands.bench_load import Record, measure, poisson_gaps, random_prompts, run_load
-from accessory.commands.bench_plot import require_bokeh, write_plot
-from accessory.commands.interrupting import first_ctrl_c
-from accessory.errors import ServerError, listed
+from accessory.bench import figures, kernels, pages, peer_gpt_fast, peer_transformers, roofline
+from accessory.bench.card import measure_card
+from accessory.bench.figures import Figure
+from accessory.bench.job import STORED, Job
+from accessory.bench.run import measure
+from accessory.checkpoint.folder import Checkpoint, open_checkpoint
+from accessory.commands.bench_options import KEPT_OUT, NOT_SHOWN, one_format
+from accessory.config import PRESETS, ModelArgs
+from accessory.errors import InputError
+from accessory.formats import Quant
+from accessory.launch.gpus import check_device, default_device
+from accessory.launch.memory import room_for
+from accessory.launch.process_group import join_launched
+from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU
+from accessory.model.options import torch_dtype
+from accessory.parallel.mesh import Ranks
+from accessory.parallel.sharding import check_ranks
 from accessory.progress import progress_bar
 from accessory.train.metrics import write_whole
 
-ASKED = ("requests", "rate", "clients", "prompt_tokens", "max_tokens", "shared_prefix", "seed")
-
 
 def bench(options: argparse.Namespace) -> int:
-    """Returns 1 where a request failed. Raises KeyboardInterrupt after Ctrl-C, when what was measured is shown."""
+    """Print a table as its rows come, and write the files that were asked for. Every rank calls it."""
+    _check_packages(options)
+    checkpoint, args = _network(options)
+    device = torch.device(check_device(options.device) or default_device())
+    if options.kernels and device.type != "cuda":
+        raise InputError("--kernels: it needs a GPU; on a CPU no step is a CUDA graph")
+    group = join_launched()
+    ranks = Ranks.of(group) if group is not None else None
+    _check_ranks(options, args, ranks, device)
+    _check_size(options, args, ranks, device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with torch.device("cpu"):
+        torch.manual_seed(0)
+    job = Job(
+        args=args,
+        card=measure_card(device, torch_dtype(options.dtype)),
+        device=device,
+        dtype=torch_dtype(options.dtype),
+        checkpoint=checkpoint,
+        ranks=ranks,
+        implementations=options.implementation or ["sparse"],
+        formats=options.format or ["none"],
+        batches=options.batch or [1],
+        tokens=options.tokens or [1],
+        context=options.context or 0,
+        prompt=options.prompt or 0,
+        requests=options.requests or 0,
+        kernels=options.kernels,
+        parts=options.part or [],
+        recompute=options.recompute,
+        peers=options.vs,
+        gpt_fast=None if options.gpt_fast_path is None else Path(options.gpt_fast_path),
+    )
+    command = command_line(options, job.size)
+    _run(job, options, command)
+    if job.first:
+        _write(job, options, command)
+    return 0
+
+
+def _run(job: Job, options: argparse.Namespace, command: str) -> None:
+    if not job.first:
+        measure(job, options.what)
+        return
+    print(f"{heading(job)}\n\n{figures.row(figures.COLUMNS)}\n|{'---|' * len(figures.COLUMNS)}", flush=True)
+    bar = progress_bar(len(job.peers) + len(job.implementations) * len(job.formats), "networks", unit="")
+    begun, redrawn = 0, sys.stderr.isatty()
+
+    def begin(name: str) -> None:
+        nonlocal begun
+        bar.set_description(name, refresh=False)
+        bar.update(min(begun, 1))
+        begun += 1
+
+    def show(figure: Figure) -> None:
+        if redrawn:
+            bar.clear()
+        print(figures.row(figures.cells(figure, job.figures, job.card)), flush=True)
+        if redrawn:
+            bar.refresh()
+
+    job.begin, job.show = begin, show
+    with bar:
+        measure(job, options.what)
+    for line in _kernel_tables(job):
+        print(line)
+    if not job.figures:
+        print("nothing was measured", file=sys.stderr)
+
+
+def heading(job: Job) -> str:
+    """Which card, and which network."""
+    several = f"{job.size} × " if job.size > 1 else ""
+    billions = job.args.parameter_counts()[0] / 1e9
+    size = f"{billions:.2f} B" if billions >= 0.1 else f"{billions * 1e3:.2g} M"
+    return f"{several}{job.card}; {job.args.n_layers} layers, {size} parameters"
+
+
+def lines(job: Job) -> list[str]:
+    """What a page shows of the run: the card, the table, and the tables of kernels."""
+    return [heading(job), "", *figures.table(job.figures, job.card), *_kernel_tables(job)]
+
+
+def _kernel_tables(job: Job) -> list[str]:
+    return [line for title, rows in job.tables.items() for line in ("", f"{title}:", "", *kernels.table(rows))]
+
+
+def command_line(options: argparse.Namespace, ranks: int = 1) -> str:
+    """The command that measures this again: without the options that only say where figures go."""
+    words = ["accessory", "bench", options.target, "--what", options.what]
+    for name, value in options.given.items():
+        if name not in (*KEPT_OUT, *NOT_SHOWN):
+            words.append("--" + name.replace("_", "-"))
+            if value is not True:
+                words += [str(one) for one in (value if isinstance(value, list) else [value])]
+    launcher = f"torchrun --nproc-per-node {ranks} -m " if ranks > 1 else ""
+    return launcher + " ".join(shlex.quote(word) for word in words)
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _check_packages(options: argparse.Namespace) -> None:
     if options.plot is not None:
-        require_bokeh()
-    server = Server(options.target, read_key(options.api_key_file), named="URL")
-    model = server.choose_model(options.model)
-    prompts = random_prompts(server, model, options.prompt_tokens, options.shared_prefix, options.seed)
-    bodies = [_body(options, model, ids) for ids in itertools.islice(prompts, options.requests + 1)]
-    # One is sent alone, and not counted: it says what is wrong with all, and has what a first one waits for.
-    first = measure(server, bodies.pop(), -1, 0.0, lambda: False)
-    if first.error is not None:
-        raise ServerError(first.error)
-    bar = progress_bar(options.requests, "requests", unit=" requests")
-    failed = 0
+        roofline.require_matplotlib()
+    if "transformers" in options.vs:
+        peer_transformers.require()
+    if "gpt-fast" in options.vs:
+        peer_gpt_fast.check_folder(Path(options.gpt_fast_path))
 
-    def note(record: Record) -> None:
-        nonlocal failed
-        failed += record.error is not None
-        if failed:
-            bar.set_postfix_str(f"{failed} failed", refresh=False)
-        bar.update()
 
-    gaps = poisson_gaps(options.rate, options.seed) if options.rate is not None else iter(())
-    with bar, first_ctrl_c() as stopped:
-        records = run_load(server, bodies, clients=options.clients, gaps=gaps, stopped=stopped, on_end=note)
-    interrupted = len(records) < options.requests
-    found = figures(records)
-    title = _title(options, model, found)
-    print(title)
-    print("\n".join(table(found)))
-    if failed:
-        print("errors: " + listed((f"{n} × {text}" for text, n in found["error_messages"].items()), between="; "))
+def _network(options: argparse.Namespace) -> tuple[Checkpoint | None, ModelArgs]:
+    """The checkpoint, None for a preset's sizes with random weights; and the sizes. Formats are checked."""
+    name = options.target.lower()
+    checkpoint = None
+    if name in PRESETS:
+        args = PRESETS[name]
+        args = args.replace(n_layers=options.layers or args.n_layers)
+        options.format, options.implementation = options.format or ["none"], options.implementation or ["sparse"]
+    else:
+        from accessory.checkpoint.hub import resolve
+
+        checkpoint = open_checkpoint(resolve(options.target))
+        args = checkpoint.args
+        own = [STORED] if checkpoint.quant is not None else ["none"]
+        options.format = options.format or own
+        options.implementation = options.implementation or [checkpoint.llama_type.implementation]
+        if checkpoint.quant is not None and options.format != own:
+            raise InputError(f"--format: the weights of {options.target} are quantised already; leave it out")
+    for format in options.format:
+        if format != STORED and (quant := Quant.parse(format)) is not None:
+            with one_format(format):
+                quant.nbytes(args)
+    return checkpoint, args
+
+
+def _check_ranks(options: argparse.Namespace, args: ModelArgs, ranks: Ranks | None, device: torch.device) -> None:
+    size = 1 if ranks is None else ranks.size
+    if options.what == "allreduce" and size == 1:
+        raise InputError(
+            "--what allreduce: it needs several ranks; run torchrun --nproc-per-node 2 -m accessory bench "
+            f"{options.target} --what allreduce"
+        )
+    if size == 1:
+        return
+    if options.what == "train":
+        raise InputError(f"--what train: it measures one rank, but there are {size}; run it without torchrun")
+    if options.vs:
+        raise InputError(f"--vs: peers are measured on one rank, but there are {size}; run it without torchrun")
+    if torch.cuda.is_available() and device.type == "cpu":
+        raise InputError("--device: several ranks take the GPUs of this machine; leave it out")
+    for implementation in options.implementation:
+        check_ranks(args, implementation, size)
+
+
+def _check_size(options: argparse.Namespace, args: ModelArgs, ranks: Ranks | None, device: torch.device) -> None:
+    """InputError for more sequences than run at once, and for weights that do not fit this card."""
+    most = MAX_RUNNING_CPU if device.type == "cpu" else MAX_RUNNING_GPU
+    if options.what == "decode" and max(options.batch) > most:
+        if "batch" in options.given:
+            raise InputError(f"--batch: got {max(options.batch)}, but {most} sequences run at once on a {device.type}")
+        options.batch = [batch for batch in options.batch if batch <= most]
+    if options.what not in ("decode", "prefill"):
+        return
+    room = room_for(device, None if ranks is None else ranks.group)
+    for format in options.format:
+        quant = None if format == STORED else Quant.parse(format)
+        needed = (quant or Quant()).nbytes(args, torch_dtype(options.dtype).itemsize) / (
+            1 if ranks is None else ranks.size
+        )
+        if format != STORED and room is not None and needed > room.nbytes:
+            raise InputError(
+                f"--format {format}: a rank's weights take {needed / 1e9:.1f} GB, but {room}; "
+                "give fewer --layers, another --format or more ranks"
+            )
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _write(job: Job, options: argparse.Namespace, command: str) -> None:
+    found = job.figures
     if options.out is not None:
-        asked = {name: getattr(options, name) for name in ASKED}
-        about = {"what": options.what, "url": server.url, "model": model, "version": __version__}
-        whole = {**about, "asked": asked, "interrupted": interrupted, "figures": found, "records": as_json(records)}
-        with write_whole(Path(options.out)) as file:
-            file.write(json.dumps(whole, indent=1, ensure_ascii=False).encode())
+        _write_json(Path(options.out), as_json(job, options, command))
     if options.plot is not None:
-        write_plot(Path(options.plot), title, records)
-    if interrupted:
-        raise KeyboardInterrupt
-    return int(failed > 0)
+        roofline.write_plot(Path(options.plot), command, job.card, found)
+    if options.readme is not None:
+        pages.write_section(Path(options.readme), command, lines(job))
+    if options.log is not None:
+        card, short = f"{job.size} × {job.card.name}", figures.in_short(found, job.card)
+        pages.append_line(Path(options.log), __version__, card, command, short, options.expected or "")
+    if options.markdown:
+        print("\n" + pages.section(command, lines(job)))
 
 
-def _body(options: argparse.Namespace, model: str, ids: list[int]) -> dict[str, Any]:
-    """A request whose answer has all the tokens that it may have."""
+def as_json(job: Job, options: argparse.Namespace, command: str) -> dict[str, Any]:
     return {
-        "model": model,
-        "prompt": ids,
-        "max_tokens": options.max_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream_options": {"include_usage": True},
+        "what": options.what,
+        "target": options.target,
+        "command": command,
+        "version": __version__,
+        "ranks": job.size,
+        "card": job.card._asdict(),
+        "sizes": job.args.to_dict(),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "figures": [figures.as_json(figure, job.figures, job.card) for figure in job.figures],
+        "kernels": {title: [row._asdict() for row in rows] for title, rows in job.tables.items()},
     }
 
 
-def _title(options: argparse.Namespace, model: str, found: dict[str, Any]) -> str:
-    how = f"{options.rate:g} a second" if options.clients is None else f"{options.clients} clients"
-    shared = f" ({options.shared_prefix} of them shared)" if options.shared_prefix else ""
-    return (
-        f"{model} at {options.target}: {found['requests']} requests, {how}, {options.prompt_tokens} tokens{shared} + "
-        f"{options.max_tokens}, {found['errors']} errors, {found['seconds']:.1f} s"
-    )
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with write_whole(path) as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())

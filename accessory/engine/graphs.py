@@ -60,6 +60,11 @@ class DecodeGraphs:
         graph.replay()
         return logits_BV
 
+    def again(self, bucket: int, adapted: bool) -> Callable[[], None] | None:
+        """Replays the last step of so many rows, for measurements; None where there was none."""
+        made = self._graphs.get((bucket, adapted))
+        return None if made is None else made[0].replay
+
     def _capture(self, input_BC: Tensor, adapted: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running a step several
         # times is harmless: it writes the same keys to the same slots.

@@ -213,6 +213,14 @@ class Runner:
 
     # ----------------------------------------------------------------- one token of each sequence, as a graph
 
+    def again(self, sequences: int) -> Callable[[], None] | None:
+        """Computes the last decoding step of so many sequences again; None where no graph holds it.
+
+        It changes nothing, so measurements may call it as often as they like. On several ranks all must.
+        """
+        bucket = self._graphs.bucket(sequences, False)
+        return None if bucket is None else self._graphs.again(bucket, False)
+
     def _numbers(self, entries: list[Entry]) -> np.ndarray:
         """The numbers (B, C) int32 of a step in which each sequence brings one token."""
         slot_B = np.array([entry.slot for entry in entries])

@@ -1,0 +1,107 @@
+"""`accessory bench --what train`: the seconds of a training step, ours.
+
+passes: forward and backward on 16-bit weights, without an optimiser. full: a whole step; weights, gradients and AdamW
+in fp32, products in 16 bits. lora: a whole step of LoRA (rank 16, attention and experts) over frozen weights, which may
+be quantised. The balance loss is always part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from accessory.adapt.peft import adapter_specs_for, trainable_rule
+from accessory.bench import floors
+from accessory.bench.card import free, peak_gb, seconds_of
+from accessory.bench.figures import Figure
+from accessory.bench.job import Job
+from accessory.build.network import TrainingSpec
+from accessory.config import Implementation, ModelArgs
+from accessory.data.batches import Batch
+from accessory.parallel.mesh import DeviceMesh
+from accessory.train.trainer import LossWeights, Trainer
+
+RANK = 16
+ROUNDS = 5
+
+
+def train(job: Job, implementation: Implementation, format: str) -> None:
+    for part in job.parts:
+        if part != "lora" and format != "none":
+            continue  # quantised weights are frozen
+        for batch in job.batches:
+            free(job.device)
+            make = partial(_ours, job, implementation, format, part, batch)
+            add(job, job.who(implementation, format), part, batch, make, format)
+
+
+def add(
+    job: Job,
+    who: str,
+    part: str,
+    batch: int,
+    make: Callable[[], Callable[[], Any]],
+    format: str = "none",
+    *,
+    peer: bool = False,
+) -> None:
+    """Time the step that `make` prepares. A line of the table says what could not be measured."""
+    tokens = job.tokens[0]
+    figure = Figure(who=who, what=what_of(job, part, batch, tokens, format), format=format, peer=peer)
+    try:
+        step = make()
+        step()
+        free(job.device)
+        seconds = seconds_of(step, job.device, rounds=ROUNDS, warm=1)
+    except Exception as error:
+        if not peer:
+            raise
+        job.add(figure.failed(error))
+        return
+    passes = 2 if part == "lora" else 3  # a frozen weight has no gradient
+    operations = passes * floors.prompt_operations(job.args, batch, tokens, every_logit=True)
+    memory = peak_gb(job.device)
+    job.add(replace(figure, seconds=seconds, tokens=batch * tokens, operations=operations, peak_gb=memory))
+
+
+def what_of(job: Job, part: str, batch: int, tokens: int, format: str) -> str:
+    name = part if format == "none" else f"qlora over {format}"
+    return f"{name}, {batch} × {tokens}" + (", recomputing" if job.recompute else "")
+
+
+def _ours(job: Job, implementation: Implementation, format: str, part: str, batch: int) -> Callable[[], Any]:
+    args, lora = job.args, part == "lora"
+    if lora:
+        args = args.replace(lora_rank=RANK, lora_alpha=float(RANK), norm_tuning=False)
+    training = TrainingSpec(
+        trainable=trainable_rule(args, lora),
+        adapters=adapter_specs_for(args) if lora else {},
+        checkpointing=job.recompute,
+    )
+    decoder = job.build(job.spec(format, implementation, args), training)
+    if part == "passes":
+        for p in decoder.parameters():
+            p.data = p.data.to(job.dtype)
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
+    rows = random_batch(args, batch, job.tokens[0])
+    if part != "passes":
+        return lambda: trainer.step([rows], 1e-5)
+
+    def forward_backward() -> None:
+        trainer.optimizer.zero_grad()
+        trainer.forward_backward([rows])
+
+    return forward_backward
+
+
+def random_batch(args: ModelArgs, batch: int, tokens: int) -> Batch:
+    tokens_BT = torch.randint(0, args.vocab_size, (batch, tokens))
+    labels_BT = torch.cat([tokens_BT[:, 1:], torch.full((batch, 1), -100)], dim=1)
+    positions_BT = torch.arange(tokens).expand(batch, tokens).contiguous()
+    zeros_BT = torch.zeros(batch, tokens, dtype=torch.int64)
+    counted_BT = torch.ones(batch, tokens, dtype=torch.bool)
+    return Batch(tokens_BT, labels_BT, positions_BT, zeros_BT, counted_BT, ())
