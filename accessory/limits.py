@@ -49,10 +49,10 @@ PAGE_SIZE = 64
 GROUPED_ROWS = 256
 # Average rows per expert up to which dense experts in fp32 are one grouped product on a GPU. It has no tensor cores.
 # With more rows a loop over the experts is quicker, although it waits for the host. Not measured yet:
-# benchmarks/gpu_grouped.py times the product.
+# `accessory tune` times the product.
 GROUPED_ROWS_AN_EXPERT_FP32 = 128
 # Rows of input up to which each row reads the matrices of its own LoRA adapter. With more rows, they are sorted by
-# adapter for a grouped product. Not measured yet: benchmarks/gpu_grouped.py times both.
+# adapter for a grouped product. Not measured yet: benchmarks/gpu_choices.py times both.
 ADAPTER_ROWS = 64
 
 # Rows of logits that cross-entropy widens to fp32 at a time.

@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_generate import card_rates
 from torch import Tensor
 
+from accessory.bench.card import measure_card
 from accessory.limits import PAGE_SIZE
 from accessory.ops.attention import has_varlen, packed_attention
 from accessory.ops.paged_attention import PagedBatch, Pages, causal_mask, paged_attention, write_pages
@@ -45,11 +45,9 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--tiles", action="store_true")
     options = parser.parse_args()
-    copy, matmul = card_rates()
-    print(
-        f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s; "
-        f"torch {torch.__version__}; {H} heads, {G} of keys and values, head_dim {D}\n"
-    )
+    card = measure_card(torch.device("cuda"), torch.bfloat16)
+    copy = card.copy
+    print(f"{card}; {H} heads, {G} of keys and values, head_dim {D}\n")
     with torch.inference_mode():
         if options.tiles:
             tiles(copy)

@@ -14,12 +14,12 @@ import time
 from functools import partial
 
 import torch
-from engine_steps import engine_over
-from gpu_quant import free, source, timed
-from gpu_train import matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.adapt.peft import trainable_rule
+from accessory.bench.card import free, measure_card, seconds_of
+from accessory.bench.engines import engine_over
+from accessory.bench.job import Noise, noise
 from accessory.build.network import NetworkSpec, TrainingSpec, build
 from accessory.checkpoint.names import image_shapes
 from accessory.config import PRESETS, ModelArgs
@@ -36,6 +36,8 @@ from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 from accessory.vision_config import SPHINX
 
+DEVICE = torch.device("cuda")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -48,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     args = PRESETS["8x7b"].replace(vision=SPHINX)
     args = args.replace(n_layers=options.layers or args.n_layers)
-    rate = matmul_rate("cuda")
+    rate = measure_card(DEVICE, torch.bfloat16).matmul
     print(f"{torch.cuda.get_device_name()}: bf16 matmul {rate / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n")
     print("| what | value | images/s | times the floor |\n|---|---|---|---|")
     for views in options.views:
@@ -60,7 +62,7 @@ def main() -> None:
         if views == options.views[-1]:
             answering(args, tower, options)
         del tower
-        free()
+        free(DEVICE)
     stage_1(args, options)
 
 
@@ -84,14 +86,14 @@ def encoding(tower: VisionTower, images: int, rate: float) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     x_I3PP = pixels(tower, images)
-    seconds = timed(partial(tower.run, x_I3PP))
+    seconds = seconds_of(partial(tower.run, x_I3PP), DEVICE)
     more = (torch.cuda.max_memory_allocated() - before) / 1e9
     what = f"encoding {images} × {tower.views} views, ms (memory beside, GB)"
     row(what, f"{seconds * 1e3:.1f} ({more:.2f})", images / seconds, seconds / floor)
 
 
 def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) -> None:
-    checkpoint = source(args)
+    checkpoint = noise(args)
     checkpoint.tensors.update(_projections(args))
     quant = Quant.parse(options.quant)
     spec = NetworkSpec(
@@ -136,7 +138,7 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
     tower = random_tower(1)
     torch.cuda.reset_peak_memory_stats()
     quant = Quant.parse("nf4")
-    spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation="sparse", quant=quant, image_views=1)
+    spec = NetworkSpec(checkpoints=[noise(args)], args=args, implementation="sparse", quant=quant, image_views=1)
     training = TrainingSpec(trainable=trainable_rule(args, peft=False), checkpointing=True)
     decoder = build(spec, device="cuda", training=training)
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.0), clip=2.0, tower=tower)
@@ -149,7 +151,7 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
         return collate(examples, list(range(n)), pixels=list(pixels(tower, n).cpu()))
 
     batches = [batch() for _ in range(8)]
-    seconds = timed(lambda: trainer.step([batches.pop()], 1e-4), rounds=5, warm=2)  # type: ignore[list-item]
+    seconds = seconds_of(lambda: trainer.step([batches.pop()], 1e-4), DEVICE, rounds=5)  # type: ignore[list-item]
     trained = sum(p.numel() for _, p in trainer.named) / 1e6
     peak = torch.cuda.max_memory_allocated() / 1e9
     row(f"stage 1 over nf4, {trained:.0f} million trained, peak, GB", f"{peak:.1f}")
@@ -157,9 +159,7 @@ def stage_1(args: ModelArgs, options: argparse.Namespace) -> None:
 
 
 def _projections(args: ModelArgs) -> dict[str, object]:
-    from gpu_quant import Noise
-
-    return {name: Noise(shape, name.endswith(".1.weight")) for name, shape in image_shapes(args).items()}
+    return {name: Noise(shape, 0, name.endswith(".1.weight")) for name, shape in image_shapes(args).items()}
 
 
 def row(what: str, value: str, rate: float | None = None, ratio: float | None = None) -> None:

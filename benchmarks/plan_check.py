@@ -20,11 +20,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from engine_steps import engine_over, random_request, room_for
 from torch import Tensor
 
 from accessory.adapt.peft import adapter_specs_for, add_adapters, trainable_rule
 from accessory.adapt.quant import quantize_skeleton
+from accessory.bench.engines import engine_over, random_request, room_for
+from accessory.bench.job import noise
 from accessory.config import PRESETS, Implementation, ModelArgs
 from accessory.data.batches import Batch
 from accessory.formats import Quant
@@ -213,12 +214,10 @@ def loading(args: ModelArgs, options: argparse.Namespace, format: str) -> Case:
     setup = Setup(args=args, task=Inference(context=2, prompt=1), quant=Quant.parse(format) or Quant())
 
     def run() -> Any:
-        from gpu_quant import source
-
         from accessory.build.network import NetworkSpec, build
 
         quant = Quant.parse(format)
-        spec = NetworkSpec(checkpoints=[source(args)], args=args, implementation="sparse", quant=quant)
+        spec = NetworkSpec(checkpoints=[noise(args)], args=args, implementation="sparse", quant=quant)
         return build(spec, device=options.device)
 
     return Case(f"{format}, loading and quantising", partial(predicted_of, setup), run)
