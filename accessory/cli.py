@@ -11,7 +11,8 @@ from typing import Any
 
 from accessory import __version__
 from accessory.command_line import Parser
-from accessory.commands.bench_options import SERVE, add_bench_arguments, check_bench_options
+from accessory.commands.bench_options import SERVE, add_bench_arguments, add_tune_arguments, check_bench_options
+from accessory.commands.data_options import add_data_check_arguments
 from accessory.commands.demo_options import add_demo_arguments, check_demo_options
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
@@ -97,6 +98,12 @@ def _bench(options: argparse.Namespace) -> int:
     from accessory.commands.bench import bench
 
     return bench(options)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from accessory.commands.tune import tune
+
+    return tune(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -267,6 +274,9 @@ def _parser() -> Parser:
     )
     add_bench_arguments(bench)
 
+    tune = _command(commands, "tune", _tune, "measure which tiles the kernels should take on this card")
+    add_tune_arguments(tune)
+
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")
     convert.add_argument("dst", metavar="DST", help="the folder to make")
@@ -348,7 +358,9 @@ def _parser() -> Parser:
     add_option(finetune, "dry_run", action="store_true", help="check and show the recipe, train nothing")
 
     data = commands.add_parser("data", help="look at finetuning data before a GPU is used", epilog=EPILOG)
-    _data_check_arguments(data.add_subparsers(title="actions", metavar="ACTION", required=True, help="check"))
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, help="check")
+    check = _command(actions, "check", _data_check, "validate every item, and show what a run would learn from them")
+    add_data_check_arguments(check)
 
     report = _command(commands, "report", _report, "make report.html of a finetuning run, finished, running or dead")
     report.add_argument("dir", metavar="DIR", help="its output folder, which holds metrics.jsonl")
@@ -364,22 +376,6 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     command.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
     command.set_defaults(run=run)
     return command
-
-
-def _data_check_arguments(actions: Any) -> None:
-    check = _command(actions, "check", _data_check, "validate every item, and show what a run would learn from them")
-    check.add_argument("config", metavar="CONFIG", help="a YAML of data (META), or of a finetune, whose choices count")
-    check.add_argument("--model", metavar="PATH", help="a model or a tokenizer, file or folder (default: CONFIG's)")
-    add_option(check, "max_words", type=int, metavar="N", help="tokens of a row (default: 4096)")
-    check.add_argument("--template", choices=TEMPLATES, help="of dialogues (default: default)")
-    flag = argparse.BooleanOptionalAction
-    check.add_argument("--dialog", action=flag, help="whether single turns are dialogues of two messages (default)")
-    check.add_argument("--packing", action=flag, help="whether several items share a row (default)")
-    add_option(check, "batch_size", type=int, metavar="N", help="rows a GPU sees at once (4)")
-    add_option(check, "accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
-    check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: CONFIG's model_parallel_size)")
-    check.add_argument("--epochs", type=float, metavar="X", help="times every item is seen (1)")
-    add_option(check, "tokens_per_second", type=float, metavar="X", help="of all GPUs together")
 
 
 def _writing_arguments(command: argparse.ArgumentParser) -> None:

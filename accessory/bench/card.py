@@ -35,7 +35,7 @@ class Card(NamedTuple):
 
 def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     cuda = device.type == "cuda"
-    source = torch.ones((COPIED_GPU if cuda else COPIED_CPU) // 4, device=device)
+    source = torch.randn((COPIED_GPU if cuda else COPIED_CPU) // 4, device=device)
     copy = 2 * source.nbytes / seconds_of(partial(torch.empty_like(source).copy_, source), device, rounds=15)
     del source
     n = MULTIPLIED_GPU if cuda else MULTIPLIED_CPU

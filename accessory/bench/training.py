@@ -84,8 +84,7 @@ def _ours(job: Job, implementation: Implementation, format: str, part: str, batc
     )
     decoder = job.build(job.spec(format, implementation, args), training)
     if part == "passes":
-        for p in decoder.parameters():
-            p.data = p.data.to(job.dtype)
+        decoder.cast(job.dtype)
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
     rows = random_batch(args, batch, job.tokens[0])
     if part != "passes":

@@ -200,7 +200,8 @@ def _check_size(options: argparse.Namespace, args: ModelArgs, ranks: Ranks | Non
     if options.what not in ("decode", "prefill"):
         return
     room = room_for(device, None if ranks is None else ranks.group)
-    for format in options.format:
+    theirs = {"none"} if "transformers" in options.vs else set()
+    for format in (*options.format, *(theirs - {*options.format})):
         quant = None if format == STORED else Quant.parse(format)
         needed = (quant or Quant()).nbytes(args, torch_dtype(options.dtype).itemsize) / (
             1 if ranks is None else ranks.size

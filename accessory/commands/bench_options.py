@@ -1,5 +1,7 @@
-"""The options of `accessory bench`. Only the standard library is imported here, so that `accessory --help` answers at
-once."""
+"""The options of `accessory bench` and `tune`.
+
+Only the standard library is imported here, so that `accessory --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +81,16 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--readme", metavar="FILE", help="replace the section of this command in it, or add one")
     bench.add_argument("--log", metavar="FILE", help="add a line to it: version, date, card, command, figures")
     bench.add_argument("--expected", metavar="TEXT", help="what the figures were expected to be, for --log")
+
+
+def add_tune_arguments(tune: argparse.ArgumentParser) -> None:
+    every = ("dense", *FORMATS)
+    about = f"of weights (default: all: {', '.join(every)})"
+    tune.add_argument("--formats", nargs="+", choices=every, default=list(every), metavar="FORMAT", help=about)
+    tune.add_argument("--sizes", choices=PRESETS, default="8x7b", help="whose weights are multiplied (default: 8x7b)")
+    tune.add_argument("--rows", type=int, nargs="+", metavar="N", help="an expert (default: 1 4 12 … 2048)")
+    about = "JSON (default: in the user's cache, where the kernels find it; or name it in ACCESSORY_TILES)"
+    tune.add_argument("--out", metavar="FILE", help=about)
 
 
 def _network_arguments(bench: argparse.ArgumentParser) -> None:

@@ -1,0 +1,156 @@
+"""`accessory tune`: times every tile that a kernel could take on the card at hand, and keeps the quickest.
+
+A kernel family says which tiles it could take, and how to run with one. To add a family, add a line to `FAMILIES`.
+
+Legend: N rows sorted by expert, E experts, O out, I in features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.bench.card import free, seconds_in_turn
+from accessory.config import ModelArgs
+from accessory.formats import Format
+from accessory.ops.dense_products import sort_by_expert
+from accessory.ops.tiles import Key, Tile, kind_of
+
+DENSE = "dense"
+ROWS = (1, 4, 12, 24, 48, 96, 192, 512, 2048)  # an expert
+INPUTS, CALLS = 4, 16
+
+
+class Problem(NamedTuple):
+    """A product to run with several tiles: rows of the inputs, sorted by expert, times their expert's weight."""
+
+    format: str
+    weight: Any  # (E, O, I), a tensor or `Packed`
+    inputs: Sequence[tuple[Tensor, Tensor]]  # x_NI, count_E
+
+
+class Family(NamedTuple):
+    """Kernels that share a table of tiles.
+
+    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile.
+    """
+
+    name: str
+    formats: Sequence[str]
+    candidates: Callable[[str, int, int], list[Tile]]
+    run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+
+
+class Timed(NamedTuple):
+    key: Key
+    tile: Tile
+    us: float
+    tried: int  # tiles
+    refused: int  # of them, those that the card has no room for
+
+
+# --------------------------------------------------------------------------- families
+
+
+def _grouped_tiles(format: str, out_features: int, in_features: int) -> list[Tile]:
+    from accessory.ops.triton.grouped import tile_of
+
+    # Few rows: weights are read as wide as possible, also as the tensor cores' left operand (SWAP).
+    narrow = itertools.product((16, 32), ((32, 256), (64, 128), (64, 256), (128, 64), (128, 128)), (False, True))
+    sizes = [(M, P, R, 1, swap, 4, 4) for M, (P, R), swap in narrow]
+    wide = itertools.product((64, 128), ((64, 128), (128, 64), (256, 64)), (1, 8), ((4, 4), (8, 3)))
+    sizes += [(M, P, R, side, False, warps, stages) for M, (P, R), side, (warps, stages) in wide]
+    return [tile_of(size, out_features, in_features) for size in sizes]
+
+
+def _grouped(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+    from accessory.ops.triton.grouped import product
+
+    return product(x_NI, problem.weight, count_E, tile=tile)
+
+
+def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+    from accessory.ops.triton.packed_grouped import _forward_kernel, _launch
+
+    return _launch(_forward_kernel, x_NI, problem.weight, count_E, problem.weight.shape[-2], tile)
+
+
+FAMILIES = (
+    Family("grouped", (DENSE,), _grouped_tiles, _grouped),
+    Family("packed_grouped", ("int8", "fp8", "int4", "nf4", "nf4-dq"), _grouped_tiles, _packed),
+)
+
+
+# --------------------------------------------------------------------------- timing
+
+
+def tune(
+    args: ModelArgs,
+    formats: Sequence[str],
+    device: torch.device,
+    *,
+    rows: Sequence[int] = ROWS,
+    families: Sequence[Family] = FAMILIES,
+    begin: Callable[[str], None] = lambda name: None,
+) -> Iterator[Timed]:
+    """The quickest tile for each family, format, shape and number of rows an expert."""
+    shapes = ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim))
+    for family, format, (O, I) in itertools.product(families, formats, shapes):  # noqa: E741
+        if format not in family.formats:
+            continue
+        weight = _weight(format, args.moe.num_experts, O, I, device)
+        tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
+        for count in rows:
+            key = Key(family.name, format, kind_of(O, I), count)
+            begin(f"{family.name} {format}, {key.kind}, {count} rows an expert")
+            problem = Problem(format, weight, [_input(args, count, I, device, n) for n in range(INPUTS)])
+            yield best(key, family, problem, [tile for tile in tiles if suits(tile, count)], device)
+        del weight, problem
+        free(device)
+
+
+def suits(tile: Tile, rows: int) -> bool:
+    """Whether a tile's rows are near enough to an expert's rows for the tile to be worth trying."""
+    return rows / 16 <= tile.get("M", rows) <= max(32, 4 * rows)
+
+
+def best(key: Key, family: Family, problem: Problem, tiles: Sequence[Tile], device: torch.device) -> Timed:
+    """The quickest of the tiles. RuntimeError where none can run."""
+    times: list[tuple[float, int]] = []
+    why: Exception | None = None
+    for n, tile in enumerate(tiles):
+        ways = [partial(family.run, problem, x_NI, count_E, tile) for x_NI, count_E in problem.inputs]
+        try:
+            with torch.inference_mode():
+                times.append((seconds_in_turn(ways, device, CALLS), n))
+        except Exception as error:  # a tile may need more shared memory than the card has
+            why = error
+    if not times:
+        raise RuntimeError(f"{key}: no tile can run on this card") from why
+    seconds, n = min(times)
+    return Timed(key, tiles[n], seconds * 1e6, len(tiles), len(tiles) - len(times))
+
+
+def _weight(format: str, E: int, O: int, I: int, device: torch.device) -> Any:  # noqa: E741
+    from accessory.ops.quantized import quantize
+
+    dense = torch.empty(E, O, I, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+    if format == DENSE:
+        return dense
+    chosen: Format = format  # type: ignore[assignment]
+    return quantize(dense, chosen)
+
+
+def _input(args: ModelArgs, rows: int, I: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """A random routing in which an expert gets so many rows on average, at least one pair in all."""
+    E, K = args.moe.num_experts, args.moe.num_experts_per_tok
+    draw = torch.Generator(device).manual_seed(seed)
+    tokens = max(1, rows * E // K)
+    expert_TK = torch.rand(tokens, E, device=device, generator=draw).topk(K)[1]
+    x_NI = torch.randn(tokens * K, I, device=device, generator=draw).to(torch.bfloat16)
+    return x_NI, sort_by_expert(expert_TK, E)[1]

@@ -1,0 +1,70 @@
+"""`accessory tune`: writes the table of tiles of the card at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from accessory import __version__
+from accessory.bench import tune as tuning
+from accessory.config import PRESETS
+from accessory.errors import InputError
+from accessory.formats import check_rows
+from accessory.ops import tiles
+from accessory.ops.dispatch import has_triton, triton_lacks
+from accessory.progress import progress_bar
+from accessory.train.metrics import write_whole
+
+
+def tune(options: argparse.Namespace) -> int:
+    """What was measured before for other formats stays in the file."""
+    args = PRESETS[options.sizes]
+    out = Path(options.out) if options.out is not None else None
+    if out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"--out: {out} cannot be written, since there is no folder {out.absolute().parent}")
+    if (few := min(options.rows or [1])) < 1:
+        raise InputError(f"--rows: got {few}, but it must be at least 1")
+    for format in options.formats:
+        if format != tuning.DENSE:
+            check_rows(f"--formats {format}", format, min(args.dim, args.hidden_dim))
+    if not torch.cuda.is_available():
+        raise InputError("accessory tune: it times a GPU's kernels, and torch sees no GPU here")
+    if not has_triton():
+        raise InputError(f"accessory tune: the kernels need Triton, which lacks {triton_lacks() or 'being installed'}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    card = torch.cuda.get_device_name(device)
+    if out is None:
+        out = tiles.cache_folder() / tiles.file_name(card)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return run(options, card, device, out)
+
+
+def run(
+    options: argparse.Namespace,
+    card: str,
+    device: torch.device,
+    out: Path,
+    families: tuple[tuning.Family, ...] = tuning.FAMILIES,
+) -> int:
+    args, rows = PRESETS[options.sizes], options.rows or tuning.ROWS
+    kept = json.loads(out.read_text(encoding="utf-8"))["tiles"] if out.exists() and tiles.read(out) else []
+    old = {tiles.Key(*(row[n] for n in tiles.Key._fields)): (row["tile"], row["us"]) for row in kept}
+    count = 2 * len(rows) * sum(format in family.formats for family in families for format in options.formats)
+    bar = progress_bar(count, "tiles", unit=" products")
+    print("| family | format | shape | rows an expert | µs | tile |\n|---|---|---|---|---|---|", flush=True)
+    with bar:
+        for found in tuning.tune(
+            args, options.formats, device, rows=rows, families=families, begin=bar.set_description
+        ):
+            old[found.key] = (found.tile, found.us)
+            print(f"| {' | '.join(map(str, found.key))} | {found.us:.1f} | {found.tile} |", flush=True)
+            bar.update()
+    about = {"sizes": options.sizes, "version": __version__, "torch": torch.__version__}
+    table = tiles.as_json(card, [(key, tile, us) for key, (tile, us) in sorted(old.items())], **about)
+    with write_whole(out) as file:
+        file.write(json.dumps(table, indent=1).encode())
+    print(f"{out}: written")
+    return 0

@@ -1,0 +1,62 @@
+"""`accessory tune`: the quickest tile is kept, on a family of kernels that is made for the test and runs on a CPU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from accessory.bench.tune import Family
+from accessory.cli import _parser, main
+from accessory.commands.tune import run
+from accessory.ops import tiles
+from accessory.ops.dense_products import grouped_loop
+
+TILES = [{"M": 1}, {"M": 2}, {"M": 3}]
+
+
+def product(problem, x_NI, count_E, tile):
+    """Tile 3 has no room on this card, and 1 is slow."""
+    assert int(count_E.sum()) == len(x_NI)
+    if tile["M"] == 3:
+        raise RuntimeError("out of shared memory")
+    time.sleep(0.002 if tile["M"] == 1 else 0)
+    return grouped_loop(x_NI, problem.weight, count_E)
+
+
+def test_the_quickest_tile_that_runs_is_kept(tmp_path, capsys):
+    out, family = tmp_path / "tiles-a-card.json", Family("mine", ("dense",), lambda *_: TILES, product)
+    words = ["tune", "--sizes", "tiny", "--rows"]
+    for rows in ("3", "1"):  # the second run keeps what the first one found
+        options = _parser().parse_args([*words, rows, "--formats", "dense", "int8"])
+        assert run(options, "a card", torch.device("cpu"), out, (family,)) == 0
+    found = tiles.read(out)
+    assert found == {tiles.Key("mine", "dense", kind, rows): {"M": 2} for kind in ("up", "down") for rows in (1, 3)}
+    assert f"{out}: written" in capsys.readouterr().out
+
+
+def test_a_family_of_which_no_tile_runs_is_a_bug(tmp_path):
+    family = Family("mine", ("dense",), lambda *_: TILES[2:], product)
+    options = _parser().parse_args(["tune", "--sizes", "tiny", "--formats", "dense"])
+    with pytest.raises(RuntimeError, match="no tile can run"):
+        run(options, "a card", torch.device("cpu"), tmp_path / "x.json", (family,))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "nowhere/x.json"], "--out: nowhere/x.json cannot be written"),
+        (["--rows", "0"], "--rows: got 0"),
+        (["--sizes", "tiny", "--formats", "int4"], "--formats int4: its rows of 64 numbers"),
+        ([], "accessory tune: it times a GPU's kernels, and torch sees no GPU here"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_is_one_line(capsys, monkeypatch, options, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune", *options]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
