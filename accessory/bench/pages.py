@@ -11,6 +11,7 @@ from accessory.train.metrics import write_whole
 
 END = "<!-- end of accessory bench -->"
 INDENT = "    "
+BEGINNINGS = (INDENT + "accessory bench", INDENT + "torchrun")  # of sections
 LOG_COLUMNS = ("version", "date", "card", "command", "figures", "expected")
 LOG_TITLE = "# Log of figures"
 LOG_ABOUT = "Each row is a run of `accessory bench --log`: what came out, and what was expected before."
@@ -32,7 +33,7 @@ def with_section(page: str, command: str, lines: Sequence[str]) -> str:
         first = found.index(INDENT + command)
     except ValueError:
         return page.rstrip("\n") + f"\n\n{new}\n"
-    begins = [n for n, line in enumerate(found) if n > first and line.startswith((INDENT + "accessory bench", "#"))]
+    begins = [n for n, line in enumerate(found) if n > first and line.startswith((*BEGINNINGS, "#"))]
     until = begins[0] if begins else len(found)
     last = next((n for n in range(first, until) if found[n] == END), None)
     if last is None:

@@ -86,8 +86,10 @@ def test_a_section_is_replaced_in_place_and_nothing_else():
     assert added.endswith("\n    accessory bench tiny --what layer\n\nnew\n\n<!-- end of accessory bench -->\n")
 
 
-def test_a_section_without_its_end_is_left_alone():
+@pytest.mark.parametrize("launcher", ["", "torchrun --nproc-per-node 2 -m "])
+def test_a_section_without_its_end_is_left_alone(launcher):
     page = PAGE.replace("old\n\n<!-- end of accessory bench -->", "old")
+    page = page.replace("accessory bench 8x7b --what decode --layers", f"{launcher}accessory bench 8x7b --layers")
     with pytest.raises(InputError, match="has no line '<!-- end of accessory bench -->'"):
         pages.with_section(page, "accessory bench 8x7b --what decode", ["new"])
 
