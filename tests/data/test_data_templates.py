@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.dialogues import HI, MORE, dialogue, learnt, mistral_common_ids
+from helpers.examples import examples
 from helpers.small_tokenizers import MIXTRAL_CHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,9 @@ from accessory.data.templates import get_template
 from accessory.data.tokenizer import MIXTRAL_TOKENIZER, load_tokenizer
 from accessory.errors import InputError
 
-PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 # ---- the documentation

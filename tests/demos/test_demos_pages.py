@@ -26,6 +26,10 @@ MAX_SEQ_LEN = 1024
 ARGS = SPEAKING.replace(max_seq_len=MAX_SEQ_LEN, moe=MoEArgs())
 LONG = 900  # tokens: an answer that takes long enough to be stopped
 
+# The fast tests use one process for each page, and one that drives two ranks. Those of torchrun are slow ones.
+RANKS = pytest.param("ranks", marks=pytest.mark.slow)
+WRAPPED = pytest.param("wrapped", marks=pytest.mark.slow)
+
 needs_browser = pytest.mark.skipif(web.missing() is not None, reason=str(web.missing()))
 
 
@@ -49,9 +53,19 @@ def model(folders):
     return MetaModel.from_pretrained(folders / "hf", dtype=torch.float32, max_seq_len=MAX_SEQ_LEN, device="cpu")
 
 
+class Demos(dict):
+    """By name. Each starts when it is first asked for, because many of the tests of ranks are slow ones."""
+
+    def __init__(self, folder, commands):
+        self._folder, self._commands = folder, commands
+
+    def __missing__(self, name):
+        self[name] = web.Served(self._commands[name], PACKAGE, self._folder / f"{name}.log")
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def served(folders):
-    """Starts all demos at once, because most of their start is waiting for a core."""
     common = ["--max_seq_len", MAX_SEQ_LEN, "--dtype", "fp32"]
     commands = {
         "multi": web.demo_command("multi_turn.py", "--pretrained_path", folders / "base", *common, "--port", 0),
@@ -64,7 +78,7 @@ def served(folders):
             ranks=2, port=free_port(),
         ),
     }  # fmt: skip
-    demos = {name: web.Served(command, PACKAGE, folders / f"{name}.log") for name, command in commands.items()}
+    demos = Demos(folders, commands)
     yield demos
     for demo in demos.values():
         demo.kill()
@@ -219,7 +233,7 @@ def test_html_and_code_stay_what_they_are(dialogue):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["multi", "single", "ranks"])
+@pytest.mark.parametrize("name", ["multi", "single", RANKS])
 def test_a_mistake_is_explained_and_the_next_question_answered(visit, name):
     visitor = visit(name)
     visitor.set("max_gen_len", 5000)
@@ -269,7 +283,7 @@ def test_only_this_machine_is_served(served, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["single", "ranks"])
+@pytest.mark.parametrize("name", ["single", RANKS])
 def test_single_questions_with_and_without_a_system_prompt(visit, model, name):
     visitor = visit(name)
     assert visitor.options("system_prompt") == list(SYSTEM_PROMPTS)
@@ -286,7 +300,7 @@ def test_single_questions_with_and_without_a_system_prompt(visit, model, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["single", "ranks"])
+@pytest.mark.parametrize("name", ["single", RANKS])
 def test_whoever_stops_or_leaves_frees_the_model(visit, come, name):
     visitor, other = come(name), visit(name)
     visitor.set("max_gen_len", LONG)
@@ -303,7 +317,7 @@ def test_whoever_stops_or_leaves_frees_the_model(visit, come, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["single", "wrapped", "ranks"])
+@pytest.mark.parametrize("name", ["single", WRAPPED, RANKS])
 def test_two_visitors_are_answered_at_once(come, name):
     first, second = come(name), come(name)
     for visitor in (first, second):
@@ -320,7 +334,7 @@ def test_two_visitors_are_answered_at_once(come, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["multi", "single", "wrapped", "ranks"])
+@pytest.mark.parametrize("name", ["multi", pytest.param("single", marks=pytest.mark.slow), "wrapped", RANKS])
 def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
     visitor = visit(name)
     visitor.set("max_gen_len", LONG)

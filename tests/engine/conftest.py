@@ -20,7 +20,7 @@ def oracle():
     return hf_mixtral(ARGS, std=0.2)
 
 
-@pytest.fixture(scope="module", params=["base", "sparse"])
+@pytest.fixture(scope="module", params=[pytest.param("base", marks=pytest.mark.slow), "sparse"])
 def runner(request):
     return tiny_runner(tiny_decoder(request.param))
 

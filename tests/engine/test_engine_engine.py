@@ -8,6 +8,7 @@ import random
 import psutil
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.traffic import (
     ARGS,
@@ -38,7 +39,10 @@ from accessory.limits import PAGE_SIZE
 PROMPTS = [[1, 5, 9], [1], [1, 80, 3, 44, 2, 61, 17, 30, 29, 28, 27] * 7]
 
 
-@pytest.fixture(scope="module", params=["base", "sparse", "int8"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("base", marks=pytest.mark.slow), pytest.param("sparse", marks=pytest.mark.slow), "int8"],
+)
 def rich(request):
     return rich_runner(rich_decoder(request.param))
 
@@ -52,9 +56,11 @@ def rich_singles(rich):
     return wishes, alone(rich, wishes)
 
 
-def theirs(oracle, prompt, n):
-    ids = oracle.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return ids[0, len(prompt) :].tolist()
+@pytest.fixture(scope="module")
+def theirs(oracle):
+    """80 tokens after each prompt, by transformers."""
+    how = {"max_new_tokens": 80, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return [oracle.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
 # ----------------------------------------------------------------------------- what is right
@@ -62,9 +68,10 @@ def theirs(oracle, prompt, n):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("budget", [512, 7])
-def test_greedy_tokens_are_those_of_transformers(runner, oracle, budget, ahead):
+@pytest.mark.parametrize("runner", ["base", "sparse"], indirect=True)
+def test_greedy_tokens_are_those_of_transformers(runner, theirs, budget, ahead):
     requests = answers(tiny_engine(runner, budget=budget, ahead=ahead), [Wish(prompt, 80) for prompt in PROMPTS])
-    assert [written(request) for request in requests] == [theirs(oracle, prompt, 80) for prompt in PROMPTS]
+    assert [written(request) for request in requests] == theirs
     assert {request.finished for request in requests} == {"length"}
 
 
@@ -82,14 +89,14 @@ def test_log_probabilities_are_transformers_log_softmax(runner, oracle, budget):
             assert list(draw.top.values()) == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(st.data())
 def test_each_request_gets_what_it_gets_alone(runner, singles, data):
     """Late arrivals, bursts, chunks, a pool that is too small, shared beginnings, callers that leave."""
     random_traffic(runner, singles, data)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(st.data())
 def test_with_adapters_images_and_quantised_weights_too(rich, rich_singles, data):
     random_traffic(rich, rich_singles, data)

@@ -116,7 +116,7 @@ class Driver:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "GRACE", 0.2)
     monkeypatch.setattr(module, "POLL", 0.02)
 
 

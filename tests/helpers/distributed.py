@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 
+def rank_context() -> Any:
+    """Makes processes by forking a server that has imported torch once; in each process the import takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accessory.train.run", "torch.distributed.fsdp", "torch._dynamo"])
+    return context
+
+
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Runs `function(rank, world, *args)` on every rank of a gloo group; returns the results in order of rank.
 
     Fails with the ranks' tracebacks. Ignores how a process ends after it has returned its result, because gloo
     sometimes aborts at interpreter exit.
     """
-    # Ranks are forked from a server that has imported torch once; in each process the import would take seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accessory.train.run", "torch.distributed.fsdp"])
+    context = rank_context()
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.distributed import rank_context
 from helpers.training import ARGS
 
 RUN_ARGS = ARGS.replace(vocab_size=352, max_seq_len=128)
@@ -82,12 +82,24 @@ def options(inputs: Path, output: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def without_charts() -> Iterator[None]:
+    """Inside the block, report.html is an empty file: to draw its charts takes longer than all else of a tiny run."""
+    import pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accessory.train.report.write.sections", lambda _: [])
+        patch.setattr("accessory.train.report.write.page", lambda *_: "")
+        yield
+
+
 def finetune(inputs: Path, output: Path, **changes: Any) -> Path:
     """A run in this process; returns its finished folder."""
     from accessory.train.config import FinetuneConfig
     from accessory.train.run import finetune as run
 
-    return run(FinetuneConfig(**options(inputs, output, **changes)))
+    with without_charts():
+        return run(FinetuneConfig(**options(inputs, output, **changes)))
 
 
 @contextmanager
@@ -224,10 +236,7 @@ def start(
 
     Each process first calls `prepare(rank, *arguments)`, which arranges the fault that the process shall have.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["accessory.train.run", "torch.distributed.fsdp", "bokeh.plotting", "bokeh.embed"]
-    )  # imported once here, not in each process
+    context = rank_context()
     logs = logs or Path(fields["output_dir"] + ".logs")
     logs.mkdir(parents=True, exist_ok=True)
     environment = {}
@@ -256,14 +265,16 @@ def _carry_out(
     os.environ.update(environment, OMP_NUM_THREADS="1")
     import torch
 
+    from accessory.commands import outcome
     from accessory.commands.finetune import carry_out
-    from accessory.commands.outcome import outcome
     from accessory.train.config import FinetuneConfig
 
+    outcome.FIRST_SPEAKS = 0  # no launcher ends these ranks when one of them is gone
     torch.set_num_threads(1)
     if prepare is not None:
         prepare(rank, *arguments)
-    status = outcome(lambda: carry_out(FinetuneConfig(**fields)))
+    with without_charts():
+        status = outcome.outcome(lambda: carry_out(FinetuneConfig(**fields)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # gloo sometimes aborts at interpreter exit

@@ -17,10 +17,11 @@ from accessory.launch.environment import Launch
 from accessory.launch.meeting import meet
 
 MEETS = """
-from accessory.commands.outcome import outcome
+from accessory.commands import outcome
 from accessory.launch import meeting
 from accessory.launch.process_group import join_launched
-meeting.SPEAKS, meeting.AGAIN, meeting.GIVES_UP = 0.5, 0.5, 2.0
+outcome.FIRST_SPEAKS = 0
+meeting.POLL, meeting.SPEAKS, meeting.AGAIN, meeting.GIVES_UP = 0.05, 0.3, 0.3, 1.2
 def run():
     import torch, torch.distributed as dist
     join_launched()
@@ -28,7 +29,7 @@ def run():
     dist.all_reduce(sum_1)
     print(int(sum_1), flush=True)
     dist.destroy_process_group()
-raise SystemExit(outcome(run))
+raise SystemExit(outcome.outcome(run))
 """
 
 

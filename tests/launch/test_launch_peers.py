@@ -39,10 +39,10 @@ if rank == size - 1:
         raise ValueError("this rank fails")
     sys.exit(0)
 if ends == "between":
-    time.sleep(3)
+    time.sleep(1.5)
     sys.exit(0)
 with watch.step():
-    time.sleep(3 if ends == "well" else 60)
+    time.sleep(1.5 if ends == "well" else 60)
 """
 
 

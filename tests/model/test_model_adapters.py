@@ -89,7 +89,7 @@ def test_each_request_of_a_batch_is_answered_with_its_adapter(folders, expected,
     check(model, expected)  # with pages that the first call left
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mixtral_sparse"])
+@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.slow), "mixtral_sparse"])
 def test_ranks_hold_their_parts_of_adapters(folders, expected, kind):
     with MultiGpuWrapper(folders / "model", gpus=2, llama_type=kind, adapters=adapters_of(folders), **HOW) as model:
         check(model, expected)

@@ -207,12 +207,13 @@ def score(wrapper):
     return wrapper.evaluate_examples([PROMPT])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "step"),
     [
-        pytest.param(lambda wrapper: wrapper.generate([PROMPT], **LONG), 1, id="prompt", marks=pytest.mark.slow),
+        pytest.param(lambda wrapper: wrapper.generate([PROMPT], **LONG), 1, id="prompt"),
         pytest.param(lambda wrapper: wrapper.generate([[5] * 4000], max_gen_len=4), 2, id="chunk of a long prompt"),
-        pytest.param(score, 1, id="scoring", marks=pytest.mark.slow),
+        pytest.param(score, 1, id="scoring"),
     ],
 )
 def test_a_rank_killed_in_a_step_of_any_kind(wrapper, expected, monkeypatch, call, step):
@@ -312,6 +313,7 @@ def test_a_rank_that_cannot_even_start_says_why(folder, monkeypatch):
     assert {p.pid for p in rank_processes()} == before
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_loads_is_one_error(folder, monkeypatch):
     real = RankProcess.__init__
 
@@ -370,14 +372,8 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-        signal.SIGTERM,
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_signals_to_the_driver_leave_no_process_behind(folder, number):
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -395,6 +391,7 @@ def test_signals_to_the_driver_leave_no_process_behind(folder, number):
         assert script.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_command_tells_of_a_killed_rank_in_one_line(folder):
     command = [
         sys.executable,
@@ -419,9 +416,16 @@ def test_the_command_tells_of_a_killed_rank_in_one_line(folder):
     assert program.returncode == 1
 
 
-def test_closing_or_dropping_ends_the_ranks_and_a_later_call_starts_them(folder, expected):
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["close", "drop"],
+        pytest.param(["close in a call", "close"], marks=pytest.mark.slow),
+    ],
+)
+def test_closing_or_dropping_ends_the_ranks_and_a_later_call_starts_them(folder, expected, ways):
     wrapper = MultiGpuWrapper(folder, gpus=2, **HOW)
-    for leave in ("close", "close in a call", "drop"):
+    for leave in ways:
         assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
         ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks._ranks]
         if leave == "close":

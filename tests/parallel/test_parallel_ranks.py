@@ -57,19 +57,25 @@ def alone(folders):
     return answers(load(folders / "hf"))
 
 
-def every_layout(rank, world, root):
+def of_layouts(rank, world, root, layouts):
     group = dist.new_group(ranks=list(range(world)))
     found = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         for llama_type in ("mixtral", "mixtral_sparse"):
             model = load(root / layout, llama_type=llama_type, mp_group=group)
             found[layout, llama_type] = answers(model), sum(p.numel() for p in model.parameters())
     return found
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
-def test_any_layout_on_any_number_of_ranks_gives_the_same(folders, alone, world):
-    for found in run_ranks(every_layout, world, folders, timeout=200):
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (2, ["base of 8", "sparse of 2"]),
+        *(pytest.param(world, list(LAYOUTS), marks=pytest.mark.slow) for world in (2, 4, 8)),
+    ],
+)
+def test_any_layout_on_any_number_of_ranks_gives_the_same(folders, alone, world, layouts):
+    for found in run_ranks(of_layouts, world, folders, layouts, timeout=200):
         for what, (got, parameters) in found.items():
             for key in ("greedy", "sampled", "streamed"):
                 assert got[key] == alone[key], (what, key)

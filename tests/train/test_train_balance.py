@@ -222,9 +222,18 @@ def test_data_parallel_ranks():
 
 # --------------------------------------------------------------------------- finite differences
 
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("peft", [None, {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}])
+
+@pytest.mark.parametrize(
+    ("implementation", "peft"),
+    [
+        ("base", None),
+        ("sparse", LORA),
+        pytest.param("base", LORA, marks=pytest.mark.slow),
+        pytest.param("sparse", None, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_the_whole_loss_are_finite_differences(implementation, peft):
     """Moves each parameter along its own gradient: the slope of the loss must be the gradient's norm.
 

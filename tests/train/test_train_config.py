@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from helpers.examples import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.errors import ConfigError
@@ -172,6 +173,7 @@ NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
         },
     )
 )  # fmt: skip
+@settings(max_examples=examples(100))
 def test_what_is_written_down_is_read_again(tmp_path_factory, values):
     written = FinetuneConfig(**values)
     path = tmp_path_factory.getbasetemp() / "round.yaml"

@@ -34,7 +34,7 @@ def trained(inputs, tmp_path, monkeypatch):
             return kept["trainer"]
 
         build_trainer = module._build_trainer
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, runs.without_charts():
             patch.setattr(module, "_build_trainer", keep)
             final = finetune(FinetuneConfig(**runs.options(inputs, tmp_path / name, **{"epochs": 1.0, **changes})))
         decoder = kept["trainer"].decoder.eval()

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from helpers.distributed import run_ranks
 from helpers.random_models import hf_mixtral
-from helpers.runs import curve, dialogues, ended_after, final_tensors, options, same_curve, write_data, write_model
+from helpers.runs import (
+    curve,
+    dialogues,
+    ended_after,
+    final_tensors,
+    options,
+    same_curve,
+    without_charts,
+    write_data,
+    write_model,
+)
 from helpers.training import ARGS, CLIP, DECAY, LR, balance_by_definition, close, make_decoder, oracle_tensors
 from helpers.vision import random_tower, tiny_clip
 
@@ -210,7 +220,8 @@ def seeing_config(inputs, output, **changes):
 
 
 def run(inputs, output, **changes):
-    finetune(seeing_config(inputs, output, **changes))
+    with without_charts():
+        finetune(seeing_config(inputs, output, **changes))
     return output
 
 

@@ -249,7 +249,7 @@ def test_odd_runs_have_a_report(tmp_path, opened):
     ("steps", "layers", "experts"),
     [
         pytest.param(1, 1, 2, marks=pytest.mark.slow),
-        (2, 3, 8),
+        pytest.param(2, 3, 8, marks=pytest.mark.slow),
         pytest.param(47, 12, 8, marks=pytest.mark.slow),
         (1000, 32, 8),
     ],
