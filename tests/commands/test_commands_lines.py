@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
-import json
 import os
 import re
 import signal
@@ -14,7 +12,7 @@ import sys
 import pytest
 import torch
 from helpers import pictures
-from helpers.command_line import write_hf
+from helpers.lines import HOW, WORDS, read, write_jsonl
 from helpers.seeing import write_seeing
 
 from accessory.cli import main
@@ -22,72 +20,13 @@ from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
 from accessory.model import text_model
 from accessory.model.meta import MetaModel
-from accessory.model.requests import RequestMaker
 from accessory.nn.decoder import Decoder
 from accessory.progress import progress_bar
 
-HOW = ["--dtype", "fp32", "--device", "cpu", "--max-seq-len", "128", "--max-gen-len", "6"]
-WORDS = ["One", "Two words", "Three", "Four", "Five", "Six", "Seven"]
-ONE_ERROR = re.compile(r"accessory: error: [^\n]+\n")
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_hf(tmp_path_factory.mktemp("lines") / "hf")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=128)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "in.txt").write_text("\n".join(WORDS) + "\n")
-    return tmp_path
-
-
-@pytest.fixture
-def answer(folder, here, capsys):
-    """Run `accessory generate --lines` in this process; returns its status, what it printed, and its one error."""
-
-    def run(*options: str, file: str = "in.txt", out: str | None = "out.jsonl") -> tuple[int, str, str]:
-        words = ["--prompt-file", file, "--lines", *(["--out", out] if out else [])]
-        status = main(["generate", str(folder), *HOW, *words, *options])
-        printed, err = capsys.readouterr()
-        err = "".join(line for line in err.splitlines(keepends=True) if line.startswith("accessory: "))
-        assert err == "" or ONE_ERROR.fullmatch(err)
-        return status, printed, err
-
-    return run
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Which models were loaded, and how many requests were made, while the test ran."""
-    seen = {"models": 0, "requests": 0}
-    load, make = MetaModel.from_pretrained.__func__, RequestMaker.make
-
-    def counted_load(cls, *args, **how):
-        seen["models"] += 1
-        return load(cls, *args, **how)
-
-    def counted_make(self, *args):
-        seen["requests"] += 1
-        return make(self, *args)
-
-    monkeypatch.setattr(MetaModel, "from_pretrained", classmethod(counted_load))
-    monkeypatch.setattr(RequestMaker, "make", counted_make)
-    return seen
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def write_jsonl(path, *lines) -> None:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+def model(lines_folder):
+    return MetaModel.from_pretrained(lines_folder, dtype=torch.float32, device="cpu", max_seq_len=128)
 
 
 # --------------------------------------------------------------------------- answers
@@ -237,7 +176,7 @@ def test_what_is_answered_already_loads_no_model(answer, here, monkeypatch, laun
     assert len(joined) == launched
 
 
-def test_ctrl_c_keeps_what_was_written(folder, answer, here, capsys, monkeypatch):
+def test_ctrl_c_keeps_what_was_written(lines_folder, answer, here, capsys, monkeypatch):
     step, calls = Decoder.forward, []
 
     def interrupted(self, *args, **how):
@@ -250,7 +189,7 @@ def test_ctrl_c_keeps_what_was_written(folder, answer, here, capsys, monkeypatch
     monkeypatch.setattr(Decoder, "forward", interrupted)
     before = signal.getsignal(signal.SIGINT)
     words = ["--prompt-file", "in.txt", "--lines", "--out", "out.jsonl"]
-    assert main(["generate", str(folder), *HOW, *words]) == 130
+    assert main(["generate", str(lines_folder), *HOW, *words]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
     there = (here / "out.jsonl").read_bytes()
@@ -276,124 +215,11 @@ main(sys.argv[1:])
 """
 
 
-def test_a_line_is_in_the_file_when_the_next_one_is_written(folder, here):
-    words = ["generate", str(folder), *HOW, "--prompt-file", "in.txt", "--lines", "--out", "out.jsonl"]
+def test_a_line_is_in_the_file_when_the_next_one_is_written(lines_folder, here):
+    words = ["generate", str(lines_folder), *HOW, "--prompt-file", "in.txt", "--lines", "--out", "out.jsonl"]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [line["prompt"] for line in read(here / "out.jsonl")] == WORDS[:3]
-
-
-@pytest.mark.parametrize(
-    ("there", "said"),
-    [
-        ('{"prompt": "Other", "text": "x"}\n', "out.jsonl:1: it answers another prompt than in.txt:1"),
-        ('{"prompt": "One", "image": "a", "text": "x"}\n', "out.jsonl:1: it answers another prompt"),
-        ('{"prompt": "One"}\n', "out.jsonl:1: it is no line of answers"),
-        ("[1]\n", "out.jsonl:1: it is no line of answers"),
-        ("my notes\n", "out.jsonl:1: it is no line of answers"),
-        ("my notes", "out.jsonl:1: it is no answer to this prompt"),
-        ('{"prompt": "One", "text": "x"}\n{"prompt": "Three", "te', "out.jsonl:2: it is no answer to this prompt"),
-        ("".join(json.dumps({"prompt": w, "text": ""}) + "\n" for w in [*WORDS, "8"]), "there are only 7 prompts"),
-        ("".join(json.dumps({"prompt": w, "text": ""}) + "\n" for w in WORDS) + "{", "out.jsonl:8: it is no answer"),
-    ],
-)
-def test_a_file_with_something_else_is_left_as_it_is(answer, here, loaded, there, said):
-    (here / "out.jsonl").write_text(there)
-    status, _, err = answer()
-    assert (status, loaded["models"], (here / "out.jsonl").read_text()) == (1, 0, there)
-    assert said in err
-    assert "give another --out, or delete this file" in err
-
-
-def test_files_that_cannot_be_written(answer, here, loaded):
-    (here / "folder").mkdir()
-    os.symlink("in.txt", "link")
-    with open("locked", "x") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for out, said in {
-            "folder": "--out: folder: is no file",
-            "nowhere/out.jsonl": "--out: nowhere/out.jsonl: cannot be written (No such file or directory)",
-            "in.txt": "--out: in.txt: holds the prompts",
-            "link": "--out: link: holds the prompts",
-            "locked": "--out: locked: another process is writing there",
-        }.items():
-            status, _, err = answer(out=out)
-            assert (status, said in err) == (1, True), err
-    assert loaded["models"] == 0
-    assert (here / "in.txt").read_text().splitlines() == WORDS
-
-
-def test_a_run_that_cannot_begin_leaves_no_file(answer, here):
-    status, _, err = answer("--llama-type", "mixtral_ens5", "--with-visual")
-    assert (status, bool(err), (here / "out.jsonl").exists()) == (1, True, False)
-
-
-# --------------------------------------------------------------------------- what is refused before a model is loaded
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"prompt": ', "in.jsonl:2: not valid JSON"),
-        ('"text"', "in.jsonl:2: got 'text', but a line must be an object"),
-        ({"prompt": "a", "temprature": 1}, "in.jsonl:2: unknown field 'temprature'; did you mean 'temperature'?"),
-        ({"prompt": "a", "max_tokens": 1}, "in.jsonl:2: unknown field 'max_tokens'"),
-        ({"temperature": 1}, "in.jsonl:2: give either prompt or messages"),
-        ({"prompt": "a", "messages": []}, "in.jsonl:2: give either prompt or messages"),
-        ({"prompt": ["a"]}, "in.jsonl:2: prompt: got ['a'], but it must be text"),
-        ({"messages": None}, "in.jsonl:2: messages: got a NoneType, but it must be a list"),
-        ({"messages": []}, "in.jsonl:2: messages: the list is empty"),
-        ({"messages": [{"role": "wizard", "content": "a"}]}, "in.jsonl:2: messages[0]: unknown role 'wizard'"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "in.jsonl:2: messages: the last one is the assistant"),
-        ({"prompt": "a", "temperature": "hot"}, "in.jsonl:2: temperature: got 'hot'"),
-        ({"prompt": "a", "seed": -1}, "in.jsonl:2: seed: got -1"),
-        ({"prompt": "a", "max_gen_len": 500}, "in.jsonl:2: max_gen_len: got 500"),
-        ({"prompt": "a", "stop": [""]}, "in.jsonl:2: stop: got ''"),
-        ({"prompt": "a", "stop": 3}, "in.jsonl:2: stop: got 3"),
-        ({"prompt": "a", "image": 3}, "in.jsonl:2: image: got 3, but it must be a path"),
-        ({"prompt": "a", "image": "no.png"}, "in.jsonl:2: image: no.png: no such file"),
-    ],
-)
-def test_a_wrong_line_is_told_before_anything_is_loaded(answer, here, loaded, line, said):
-    write_jsonl(here / "in.jsonl", {"prompt": "good"}, line)
-    status, _, err = answer("--with-visual", file="in.jsonl")
-    assert (status, loaded["models"], (here / "out.jsonl").exists()) == (1, 0, False)
-    assert said in err
-
-
-def test_a_wrong_turn_is_told_before_anything_is_loaded_where_the_template_is_known(answer, here, loaded):
-    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    write_jsonl(here / "in.jsonl", {"messages": turns})
-    status, _, err = answer("--template", "mistral", file="in.jsonl")
-    assert (status, loaded["models"], "in.jsonl:1: messages[1]: the role is user" in err) == (1, 0, True)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--out", "o", "--prompt", "a"], "--out: is for many prompts; give --lines and --prompt-file too"),
-        (["--out", "o", "--prompt-file", "in.txt", "--lines", "--stream"], "--stream: shows a text while it is"),
-        (["--prompt-file", "in.txt", "--lines", "--stream"], "--stream: got 7 prompts, but only one can be streamed"),
-        (["--prompt-file", "in.txt", "--lines", "--image", "a.png"], "--image: got 1 for 7 prompts"),
-        (["--prompt-file", "latin.txt", "--lines"], "latin.txt: not UTF-8 text"),
-    ],
-)
-def test_options_that_do_not_go_together(folder, here, capsys, loaded, options, said):
-    pictures.write_picture(here / "a.png", 4, 4)
-    (here / "latin.txt").write_bytes("größe\n".encode("latin-1"))
-    assert main(["generate", str(folder), *HOW, *options]) == 1
-    err = capsys.readouterr().err
-    assert ONE_ERROR.fullmatch(err)
-    assert said in err
-    assert loaded["models"] == 0
-
-
-def test_wrong_lines_are_told_without_torch(folder, here):
-    write_jsonl(here / "in.jsonl", "{")
-    words = ["generate", str(folder), "--prompt-file", "in.jsonl", "--lines", "--out", "o"]
-    code = f"import sys\nfrom accessory.cli import main\nmain({words})\nsys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, "in.jsonl:1: not valid JSON" in done.stderr) == (0, True), done.stderr
 
 
 # --------------------------------------------------------------------------- the rest

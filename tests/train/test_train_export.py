@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import runs
+from helpers import runs, started_runs
 
 from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.convert import convert
@@ -129,7 +129,7 @@ def test_the_dtype_is_that_of_the_network(trained):
 
 def test_model_parallel_ranks_write_a_shard_each(inputs, tmp_path):
     fields = runs.options(inputs, tmp_path / "two", max_steps=2, model_parallel_size=2, llama_type="mixtral")
-    assert runs.start(fields, ranks=2).wait() == [0, 0]
+    assert started_runs.start(fields, ranks=2).wait() == [0, 0]
     final = runs.finetune(inputs, tmp_path / "one", max_steps=2, llama_type="mixtral")
     shards = sorted(p.name for p in (tmp_path / "two" / "final").glob("consolidated.*"))
     assert shards == ["consolidated.00-of-02.model.pth", "consolidated.01-of-02.model.pth"]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import runs
+from helpers import runs, started_runs
 
 from accessory.errors import AccessoryError
 
@@ -77,7 +77,7 @@ def test_overwriting_begins_anew(inputs, part, whole, tmp_path):
 def test_an_output_folder_that_cannot_be_written(inputs, tmp_path, ranks):
     (tmp_path / "file").write_text("in the way")
     fields = runs.options(inputs, tmp_path / "run") | {"output_dir": str(tmp_path / "file" / "run")}
-    started = runs.start(fields, ranks=ranks, logs=tmp_path / "logs")
+    started = started_runs.start(fields, ranks=ranks, logs=tmp_path / "logs")
     assert started.wait(60) == [1] * ranks
     (line,) = started.errors()
     assert "output_dir" in line
@@ -106,7 +106,7 @@ def test_a_bad_line_of_data(inputs, tmp_path, bad):
 def test_ranks_end_together_on_a_bad_line(inputs, tmp_path):
     data = runs.write_data(tmp_path, [*runs.dialogues(), BAD_LINES["unknown role"][0]])
     fields = runs.options(inputs, tmp_path / "run", data_config=str(data), cache_ann_on_disk=True)
-    started = runs.start(fields, ranks=2)
+    started = started_runs.start(fields, ranks=2)
     assert started.wait(60) == [1, 1]
     (line,) = started.errors()
     assert "data.jsonl:25" in line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import runs
+from helpers import run_faults, runs, started_runs
 
 from accessory.errors import AccessoryError
 from accessory.train import loop
@@ -34,11 +34,11 @@ def test_a_run_writes_all_that_it_promises(whole):
 def test_killed_while_saving_it_goes_on(inputs, whole, tmp_path):
     """Kills one run at each point where a file is half written, and starts it again until it ends."""
     fields = runs.options(inputs, tmp_path / "run", resume="auto", keep=1)
-    for spot in runs.SPOTS:
-        started = runs.start(fields, prepare=runs.die_at, arguments=(spot,))
+    for spot in run_faults.SPOTS:
+        started = started_runs.start(fields, prepare=run_faults.die_at, arguments=(spot,))
         assert started.wait() == [-9], f"{spot}: {started.said()}"
         runs.check_folder(tmp_path / "run")
-    started = runs.start(fields)
+    started = started_runs.start(fields)
     assert started.wait() == [0], started.said()
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole))
     runs.check_folder(tmp_path / "run")
@@ -50,7 +50,7 @@ def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
     output, pick = Path(fields["output_dir"]), random.Random(seed)
     seen = []
     for _ in range(kills):
-        started = runs.start(fields, ranks=ranks)
+        started = started_runs.start(fields, ranks=ranks)
         before = runs.steps_written(output)
         end, until = time.monotonic() + 60, before + pick.randint(1, 8)
         # A kill while the model loads tests little, so wait until a random number of steps are written.
@@ -60,7 +60,7 @@ def killed_at_random(fields, ranks: int, kills: int, seed: int) -> list[int]:
         started.kill()
         seen.append(runs.steps_written(output))
         runs.check_folder(output)
-    started = runs.start(fields, ranks=ranks)
+    started = started_runs.start(fields, ranks=ranks)
     assert started.wait() == [0] * ranks, started.said()
     return seen
 
@@ -71,7 +71,7 @@ def test_killed_ten_times_it_has_one_curve(inputs, tmp_path, ranks):
     changes = {"epochs": 12.0, "keep": 1, "save_iteration_interval": 2, "accum_iter": 2 // ranks}
     fields = runs.options(inputs, tmp_path / "run", resume="auto", **changes)
     straight = runs.options(inputs, tmp_path / "straight", **changes)
-    assert runs.start(straight, ranks=ranks).wait() == [0] * ranks
+    assert started_runs.start(straight, ranks=ranks).wait() == [0] * ranks
     assert len(runs.curve(tmp_path / "straight")) == 72
     seen = killed_at_random(fields, ranks, kills=10, seed=ranks)
     assert len(set(seen)) > 5, f"killed at too few different moments: {seen}"
@@ -87,19 +87,19 @@ def test_killed_ten_times_it_has_one_curve(inputs, tmp_path, ranks):
 
 def test_sigterm_saves_and_ends_with_one_line(inputs, whole, tmp_path):
     fields = runs.options(inputs, tmp_path / "run", resume="auto", save_iteration_interval=None, save_interval=0)
-    started = runs.start(fields, prepare=runs.signal_after, arguments=(2, signal.SIGTERM))
+    started = started_runs.start(fields, prepare=run_faults.signal_after, arguments=(2, signal.SIGTERM))
     assert started.wait() == [1]
     (line,) = started.errors()
     assert "stopped by a signal after step 2" in line
     assert "resume=auto" in line
     assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
-    assert runs.start(fields).wait() == [0]
+    assert started_runs.start(fields).wait() == [0]
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole))
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(inputs, tmp_path):
     fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=None, save_interval=0)
-    started = runs.start(fields, ranks=2, prepare=runs.signal_rank, arguments=(1, 2, signal.SIGTERM))
+    started = started_runs.start(fields, ranks=2, prepare=run_faults.signal_rank, arguments=(1, 2, signal.SIGTERM))
     assert started.wait() == [1, 1]
     (line,) = started.errors()
     assert "stopped by a signal after step 2" in line
@@ -109,7 +109,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(inputs, tmp_path):
 
 def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
     fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=None, save_interval=0)
-    started = runs.start(fields, prepare=runs.signal_after, arguments=(2, signal.SIGINT, signal.SIGINT))
+    started = started_runs.start(fields, prepare=run_faults.signal_after, arguments=(2, signal.SIGINT, signal.SIGINT))
     assert started.wait() == [130]
     assert "interrupted" in started.said()
     assert not (tmp_path / "run" / "states").exists()
@@ -164,7 +164,7 @@ def goes_on(inputs, tmp_path, stages, peft):
     common |= {"max_words": 96, "load_balancing_weight": 0.1}
     rows = 4
     straight = runs.options(inputs, tmp_path / "straight", **common | {"batch_size": rows, "llama_type": stages[0][1]})
-    assert runs.start(straight).wait() == [0]
+    assert started_runs.start(straight).wait() == [0]
     steps = len(runs.curve(tmp_path / "straight"))
     assert steps >= 2 * len(stages)
     for number, (ranks, kind, options) in enumerate(stages, start=1):
@@ -175,7 +175,7 @@ def goes_on(inputs, tmp_path, stages, peft):
             **common | options | {"batch_size": rows // data_ranks, "llama_type": kind, "resume": "auto"},
         )
         last = steps * number // len(stages)
-        started = runs.start(fields, ranks=ranks, prepare=runs.end_in_step, arguments=(last,))
+        started = started_runs.start(fields, ranks=ranks, prepare=run_faults.end_in_step, arguments=(last,))
         assert started.wait() == [int(last < steps)] * ranks, started.said()
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), 1e-5)
     one, other = (runs.newest_state(tmp_path / name) for name in ("straight", "run"))
@@ -192,7 +192,7 @@ def test_rows_that_new_ranks_cannot_share(inputs, part, tmp_path):
     shutil.copytree(part, tmp_path / "run")
     before = runs.snapshot(tmp_path / "run")
     fields = runs.options(inputs, tmp_path / "run", resume="auto", batch_size=1)
-    started = runs.start(fields, ranks=3)
+    started = started_runs.start(fields, ranks=3)
     assert started.wait() == [1] * 3
     (line,) = started.errors()
     assert "4 rows a step, which 3 data-parallel ranks cannot share" in line
@@ -311,7 +311,7 @@ def test_a_gradient_that_is_not_finite_tells_the_steps_items(inputs, tmp_path, m
 def test_ranks_stop_together_where_one_of_them_has_the_bad_item(inputs, tmp_path):
     model, data = poisoned(inputs, tmp_path)
     fields = runs.options(inputs, tmp_path / "run", pretrained_path=[str(model)], data_config=str(data))
-    started = runs.start(fields, ranks=2)
+    started = started_runs.start(fields, ranks=2)
     assert started.wait() == [1, 1]
     (line,) = started.errors()
     assert f"the loss is nan, in {data.with_suffix('.jsonl')}:4; " in line
@@ -321,8 +321,8 @@ def test_ranks_stop_together_where_one_of_them_has_the_bad_item(inputs, tmp_path
 def test_fp16_skips_what_overflows(inputs, tmp_path):
     """Halving the scale is no update. So the optimiser counts fewer updates than steps, also after a resume."""
     fields = {"precision": "fp16", "max_steps": 6, "save_iteration_interval": 2}
-    started = runs.start(
-        runs.options(inputs, tmp_path / "run", **fields), prepare=runs.scale_fp16, arguments=(2.0**40,)
+    started = started_runs.start(
+        runs.options(inputs, tmp_path / "run", **fields), prepare=run_faults.scale_fp16, arguments=(2.0**40,)
     )
     assert started.wait() == [0], started.said()
     described = json.loads((tmp_path / "run/states/step-00000006/state.json").read_text())
