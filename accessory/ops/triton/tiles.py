@@ -125,8 +125,8 @@ def tile_dot(
                 acc_b *= b_scale[:, None] if SWAP else b_scale[None, :]
     else:
         G: tl.constexpr = IN // GROUP
-        PART: tl.constexpr = (G + UNROLL * SPLITS - 1) // (UNROLL * SPLITS) * UNROLL
-        from_ = split * PART
+        GROUPS: tl.constexpr = (G + UNROLL * SPLITS - 1) // (UNROLL * SPLITS) * UNROLL
+        from_ = split * GROUPS
         HALF: tl.constexpr = GROUP // 2
         pair = tl.arange(0, HALF)
         first_a = a_ptr + row[:, None] * (IN // 2)
@@ -139,7 +139,7 @@ def tile_dot(
             b_scale, b_zero = _group_terms(
                 b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, from_, kind, G, CODE, STEPS, NESTED, PERMUTE
             )
-        for start in range(from_, tl.minimum(from_ + PART, G), UNROLL):
+        for start in range(from_, tl.minimum(from_ + GROUPS, G), UNROLL):
             for u in tl.static_range(UNROLL):
                 group = start + u
                 after = tl.minimum(group + 1, G - 1)  # its scales are loaded while this group is multiplied
