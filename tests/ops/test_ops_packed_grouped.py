@@ -96,19 +96,35 @@ STEPS = {
     "shl": lambda a, n: (a << n) & 0xFFFFFFFF,
     "shr": lambda a, n: a >> n,
     "prmt": _permute,
-    "lop3": lambda m, b, a, _: (m & b) | (~m & a & 0xFFFFFFFF),
+    "xor": lambda a, b: a ^ b,
+    "lop3": lambda a, b, c, table: sum(
+        (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32)
+    ),
+    "fma.rn.bf16x2": lambda a, b, c: _multiply_add(a, b, c, torch.bfloat16),
+    "fma.rn.f16x2": lambda a, b, c: _multiply_add(a, b, c, torch.float16),
 }
+
+
+def _numbers(words, dtype):
+    return torch.tensor(words).to(torch.uint32).view(dtype).double()
+
+
+def _multiply_add(a, b, c, dtype):
+    """Two numbers at a time, rounded once."""
+    a, b, c = (_numbers([word], dtype) for word in (a, b, c))
+    return int((a * b + c).to(dtype).view(torch.int32)) & 0xFFFFFFFF
 
 
 def follow(asm, outputs, word):
     """Run inline PTX with `word` in its input register, and return the output registers."""
     registers = {f"${outputs}": word}
     for line in asm.splitlines():
+        line = line.strip()
         if line[0] not in "{}.":
             name, operands = line.rstrip(";").split(" ", 1)
             target, *sources = operands.split(", ")
             values = [registers[s] if s in registers else int(s, 0) for s in sources]
-            registers[target] = STEPS[name.split(".")[0]](*values)
+            registers[target] = STEPS[name if name in STEPS else name.split(".")[0]](*values)
     return [registers[f"${i}"] for i in range(outputs)]
 
 
@@ -127,3 +143,30 @@ def test_the_permuted_tables_are_the_formats():
         want = torch.tensor([NF4[q] for q in numbers], dtype=torch.float64)
         assert torch.equal(got, want.half().double())
         assert ((got - want).abs() <= 3.3e-4 * want.abs()).all()
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, 128.0), (torch.float16, 1024.0)])
+def test_pairs_of_numbers_are_the_formats(dtype, bias):
+    """What the tensor cores get: exact integers, exact fp8, and nf4's table rounded to 16 bits."""
+    from accessory.ops.quantized import NF4
+    from accessory.ops.triton import nibbles
+
+    name = "BF16" if dtype == torch.bfloat16 else "FP16"
+    table = torch.tensor(NF4).to(dtype).double()
+    for first in range(0, 256, 4):
+        data = torch.tensor([first, 255 - first, first + 1, (first * 7 + 3) % 256], dtype=torch.uint8)
+        word = int.from_bytes(bytes(data.tolist()), "little")
+        q = torch.cat([data >> 4, data & 15]).long()
+        four = follow(getattr(nibbles, f"_INT4_{name}_ASM").value, 4, word)
+        assert torch.equal(_numbers(four, dtype), q + bias)
+        four = follow((nibbles._NF4_BF16_ASM if dtype == torch.bfloat16 else nibbles._NF4_ASM).value, 4, word)
+        assert torch.equal(_numbers(four, dtype), table[q])
+        two = follow(getattr(nibbles, f"_INT8_{name}_ASM").value, 2, word)
+        assert torch.equal(_numbers(two, dtype), data.view(torch.int8).double())
+        assert torch.equal(
+            _numbers(follow(getattr(nibbles, f"_ONES_{name}_ASM").value, 2, word), dtype), torch.ones(4).double()
+        )
+        if dtype == torch.bfloat16:
+            known = (data & 0x7F) != 0x7F  # not a number, which no weight has
+            two = _numbers(follow(nibbles._FP8_BF16_ASM.value, 2, word), dtype)
+            assert torch.equal(two[known], data.view(torch.float8_e4m3fn).double()[known])

@@ -12,6 +12,7 @@ A tile has M rows of x and P rows of the weight.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import permutes
 from accessory.ops.triton.packed import constants, pointers
-from accessory.ops.triton.tiles import DENSE, tile_dot
+from accessory.ops.triton.tile_dot import DENSE, tile_dot
 
 
 @triton.jit
@@ -133,22 +134,43 @@ ALONE: dict[str, dict[int, tuple[Any, ...]]] = {
 _KIND = {"int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
 
 
-def _tile(tables: dict[str, dict[int, tuple[Any, ...]]], weight: Tensor | Packed, rows: float) -> dict[str, Any]:
-    """The tile for a weight and so many rows of each expert, not larger than the weight itself."""
+def _tile(
+    tables: dict[str, dict[int, tuple[Any, ...]]], weight: Tensor | Packed, rows: float, shared: int | None = None
+) -> dict[str, Any]:
+    """The tile for a weight and so many rows of each expert, not larger than the weight itself.
+
+    shared: bytes of shared memory that a program may have, by default those of the weight's card. Where they are few,
+    the tile has fewer stages: these hold numbers that are loaded ahead.
+    """
     table = tables[_KIND[weight.format] if isinstance(weight, Packed) else "dense"]
     M, P, R, unroll, swap, splits, warps, stages = next(tile for most, tile in table.items() if rows <= most)
     *_, O, I = weight.shape  # noqa: E741
     P, R = min(P, max(16, triton.next_power_of_2(O))), min(R, max(16, triton.next_power_of_2(I)))
-    if isinstance(weight, Packed) and weight.format in GROUP and weight.scale.shape[-1] % unroll:
-        unroll = 1
+    data, numbers = weight.data if isinstance(weight, Packed) else weight, R
+    if isinstance(weight, Packed) and weight.format in GROUP:
+        unroll = 1 if weight.scale.shape[-1] % unroll else unroll
+        numbers = unroll * GROUP[weight.format]
+    weights = (2 if tables is UP else 1) * P * numbers * data.shape[-1] // I * data.element_size()
+    stage, room = 2 * M * numbers + weights, _shared_bytes(data.device) if shared is None else shared
     return {"M": M, "P": P, "R": R, "UNROLL": unroll, "SWAP": swap, "SPLITS": splits, "num_warps": warps,
-            "num_stages": stages}  # fmt: skip
+            "num_stages": max(2, min(stages, room // stage))}  # fmt: skip
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """The shared memory that a program of the card may have; in Triton's interpreter, that of an H100."""
+    if device.type != "cuda":
+        return 232_448
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def _described(weight: Tensor | Packed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """(tensors, constants) of a weight for the kernels. A dense weight stands in for what it does not have."""
     if isinstance(weight, Packed):
-        return pointers(weight), constants(weight)
+        data, *others = pointers(weight)
+        # As bytes, because Triton knows no fp8 numbers on Ampere.
+        data = data.view(torch.uint8) if weight.format == "fp8" and permutes() else data
+        return (data, *others), constants(weight)
     fixed = {"CODE": DENSE.value, "GROUP": 1, "STEPS": 1, "NESTED": 1, "PERMUTE": permutes()}
     return (weight,) * 5, fixed
 

@@ -146,16 +146,16 @@ _ONES_FP16_ASM = tl.constexpr("mov.b32 $0, 0x3C003C00;\nmov.b32 $1, 0x3C003C00;"
 
 @triton.jit
 def byte_numbers(data, kind: tl.constexpr, FP8: tl.constexpr, PERMUTE: tl.constexpr):
-    """The int8 or fp8 numbers of `data` in dtype `kind`, exactly, before scaling."""
+    """The int8 or fp8 numbers of `data` in dtype `kind`, exactly, before scaling. With PERMUTE, fp8's are bytes."""
     if PERMUTE and kind == tl.bfloat16:
         if FP8:
-            return tl.inline_asm_elementwise(
-                _FP8_BF16_ASM, "=r,=r,r", [data.to(tl.uint8, bitcast=True)], dtype=tl.bfloat16, is_pure=True, pack=4
-            )
+            return tl.inline_asm_elementwise(_FP8_BF16_ASM, "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=True, pack=4)
         else:
             return tl.inline_asm_elementwise(_INT8_BF16_ASM, "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=True, pack=4)
     elif PERMUTE and kind == tl.float16 and not FP8:
         return tl.inline_asm_elementwise(_INT8_FP16_ASM, "=r,=r,r", [data], dtype=tl.float16, is_pure=True, pack=4)
+    elif PERMUTE and FP8:
+        return data.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(kind)
     else:
         return data.to(tl.float32).to(kind)
 

@@ -1,0 +1,57 @@
+"""The decoding kernels compile for cards that are not here, and their tiles fit those cards' shared memory."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from accessory.ops.quantized import quantize  # noqa: E402
+from accessory.ops.triton import grouped_experts as kernels  # noqa: E402
+from accessory.ops.triton.nibbles import permutes  # noqa: E402
+
+CARDS = {80: 166_912, 89: 101_376, 90: 232_448}  # compute capability → bytes that a program may have
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "u8"}
+
+
+def compiled(kernel, pointers, constants, capability, num_warps, num_stages):
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in pointers},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8", "int4", "nf4", "nf4-dq"])
+@pytest.mark.skipif(not permutes(), reason="Triton's interpreter compiles nothing")
+def test_tiles_fit_other_cards(format, capability):
+    weight = torch.randn(1, 256, 512)
+    weight = weight.bfloat16() if format == "dense" else quantize(weight, format)
+    tensors, fixed = kernels._described(weight)
+    kinds = [f"*{NAMES[t.dtype]}" for t in tensors]
+    x = dict.fromkeys(("x_ptr", "h_ptr"), "*bf16") | dict.fromkeys(("count_ptr", "order_ptr"), "*i32")
+    up = x | {f"{p}{n}_ptr": kind for n in (1, 3) for p, kind in zip("dszo", kinds, strict=False)}
+    rows = x | {f"{p}_ptr": kind for p, kind in zip("dszo", kinds, strict=False)} | {"y_ptr": "*fp32"}
+    for rows_an_expert in (4, 16, 64):
+        for tables, kernel, pointers, sizes in (
+            (kernels.UP, kernels._up_kernel, up, {"D": 4096, "F": 14336, "K": 2}),
+            (kernels.DOWN, kernels._rows_kernel, rows, {"OUT": 4096, "IN": 14336, "COUNTED": True}),
+        ):
+            tile = kernels._tile(tables, weight, rows_an_expert, CARDS[capability])
+            how = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+            # The tables are made for large weights, so the small one here must not have shrunk the tile.
+            constants = {**sizes, "E": 8, "SLOTS": 8, **tile, **fixed}
+            used = {
+                name: kind for name, kind in {**pointers, "table_ptr": kinds[-1]}.items() if name in kernel.arg_names
+            }
+            done = compiled(kernel, used, constants, capability, **how)
+            assert done.metadata.shared <= CARDS[capability], (rows_an_expert, tile, how)
