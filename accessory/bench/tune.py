@@ -17,7 +17,8 @@ from torch import Tensor
 
 from accessory.bench.card import free, seconds_in_turn
 from accessory.config import ModelArgs
-from accessory.formats import Format
+from accessory.formats import GROUP, Format
+from accessory.limits import TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
 
@@ -31,19 +32,22 @@ class Problem(NamedTuple):
 
     format: str
     weight: Any  # (E, O, I), a tensor or `Packed`
+    other: Any  # a second one, where a kernel multiplies by two
     inputs: Sequence[tuple[Tensor, Tensor]]  # x_NI, count_E
 
 
 class Family(NamedTuple):
     """Kernels that share a table of tiles.
 
-    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile.
+    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile. most: rows
+    an expert, beyond which these kernels are not used.
     """
 
     name: str
     formats: Sequence[str]
     candidates: Callable[[str, int, int], list[Tile]]
     run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+    most: float = float("inf")
 
 
 class Timed(NamedTuple):
@@ -80,9 +84,42 @@ def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tens
     return _launch(_forward_kernel, x_NI, problem.weight, count_E, problem.weight.shape[-2], tile)
 
 
+def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequence[int] = (1,)) -> list[Tile]:
+    names = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
+    sizes: list[tuple[Any, ...]] = []
+    for M, (P, warps), stages, split in itertools.product(
+        (16, 32, 64, 128), ((32, 4), (64, 4), (64, 8), (128, 8)), (3, 4), splits
+    ):
+        if format in GROUP:
+            unrolls = [u for u in (1, 2) if in_features // GROUP[format] % u == 0]
+            sizes += [(M, P, 0, unroll, False, split, warps, stages) for unroll in unrolls]
+        else:
+            sizes += [(M, P, R, 1, swap, split, warps, stages) for R in (64, 128) for swap in (False, True)]
+    return [dict(zip(names, size, strict=True)) for size in sizes]
+
+
+def _order(x_NI: Tensor) -> Tensor:
+    return torch.arange(len(x_NI), dtype=torch.int32, device=x_NI.device)
+
+
+def _up(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+    from accessory.ops.triton.grouped_experts import up
+
+    return up(x_NI, problem.weight, problem.other, count_E, _order(x_NI), 1, tile)
+
+
+def _down(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+    from accessory.ops.triton.grouped_experts import down
+
+    return down(x_NI, problem.weight, count_E, _order(x_NI), tile)
+
+
+QUANTIZED = ("int8", "fp8", "int4", "nf4", "nf4-dq")
 FAMILIES = (
+    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, TILED_PAIRS / 8),
+    Family("experts_down", (DENSE, *QUANTIZED), partial(_expert_tiles, splits=(1, 2, 4)), _down, TILED_PAIRS / 8),
     Family("grouped", (DENSE,), _grouped_tiles, _grouped),
-    Family("packed_grouped", ("int8", "fp8", "int4", "nf4", "nf4-dq"), _grouped_tiles, _packed),
+    Family("packed_grouped", QUANTIZED, _grouped_tiles, _packed),
 )
 
 
@@ -103,14 +140,16 @@ def tune(
     for family, format, (O, I) in itertools.product(families, formats, shapes):  # noqa: E741
         if format not in family.formats:
             continue
-        weight = _weight(format, args.moe.num_experts, O, I, device)
+        weight, other = (_weight(format, args.moe.num_experts, O, I, device) for _ in range(2))
         tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
         for count in rows:
+            if count > family.most:
+                continue
             key = Key(family.name, format, kind_of(O, I), count)
             begin(f"{family.name} {format}, {key.kind}, {count} rows an expert")
-            problem = Problem(format, weight, [_input(args, count, I, device, n) for n in range(INPUTS)])
+            problem = Problem(format, weight, other, [_input(args, count, I, device, n) for n in range(INPUTS)])
             yield best(key, family, problem, [tile for tile in tiles if suits(tile, count)], device)
-        del weight, problem
+        del weight, other, problem
         free(device)
 
 

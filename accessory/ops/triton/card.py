@@ -1,12 +1,15 @@
-"""Runs kernels on the card that holds their tensors: `on_its_card`."""
+"""The card that holds a kernel's tensors: launches there (`on_its_card`), and the tiles measured on it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+
+from accessory.ops import tiles
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -27,3 +30,18 @@ def on_its_card(launch: Launcher) -> Launcher:
             return launch(first, *others, **named)
 
     return launch_there  # type: ignore[return-value]
+
+
+def measured_on(
+    device: torch.device, family: str, format: str, out_features: int, in_features: int, rows: float
+) -> dict[str, Any] | None:
+    """The tile that `accessory tune` found for this card; None where nobody measured it."""
+    if device.type != "cuda":
+        return None
+    found = tiles.measured(_card_name(device), family, format, out_features, in_features, rows)
+    return None if found is None else dict(found)
+
+
+@cache
+def _card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import measured_on, on_its_card
 from accessory.ops.triton.nibbles import finished, permutes
 
 
@@ -119,7 +119,7 @@ def _product_kernel(
 
 # Tile sizes by the most rows an expert: (M, P, R, SIDE, SWAP, warps, stages). Few rows: weights are read once and as
 # wide as possible, with the weight as the tensor cores' left operand, because that one has at least 64 rows. fp32 is
-# multiplied without tensor cores, from registers, so its tiles are small. benchmarks/gpu_grouped.py times all of them.
+# multiplied without tensor cores, from registers, so its tiles are small. `accessory tune` times them all.
 TILES_16_BITS = {
     12: (16, 64, 128, 1, True, 4, 4),
     24: (32, 64, 128, 1, True, 4, 4),
@@ -161,6 +161,8 @@ def product(
     assert y_NO.is_contiguous(), "rows are found by the number of columns"
     if N == 0:
         return y_NO
+    if tile is None:
+        tile = measured_on(x_NI.device, "grouped", "dense", O, I, N / E) if x_NI.element_size() == 2 else None
     if tile is None:
         table = TILES_32_BITS if x_NI.dtype == torch.float32 else TILES_16_BITS
         tile = tile_of(next(sizes for most, sizes in table.items() if most * E >= N), O, I)

@@ -23,7 +23,7 @@ from torch import Tensor
 from accessory.formats import GROUP
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import measured_on, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import permutes
 from accessory.ops.triton.packed import constants, pointers
@@ -142,9 +142,14 @@ def _tile(
     shared: bytes of shared memory that a program may have, by default those of the weight's card. Where they are few,
     the tile has fewer stages: these hold numbers that are loaded ahead.
     """
+    *_, O, I = weight.shape  # noqa: E741
+    if shared is None and tables is not ALONE:
+        format = weight.format if isinstance(weight, Packed) else "dense"
+        found = measured_on(weight.device, "experts_up" if tables is UP else "experts_down", format, O, I, rows)
+        if found is not None:
+            return found
     table = tables[_KIND[weight.format] if isinstance(weight, Packed) else "dense"]
     M, P, R, unroll, swap, splits, warps, stages = next(tile for most, tile in table.items() if rows <= most)
-    *_, O, I = weight.shape  # noqa: E741
     P, R = min(P, max(16, triton.next_power_of_2(O))), min(R, max(16, triton.next_power_of_2(I)))
     data, numbers = weight.data if isinstance(weight, Packed) else weight, R
     if isinstance(weight, Packed) and weight.format in GROUP:
@@ -189,6 +194,42 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
 
 
 @on_its_card
+def up(
+    x_TD: Tensor,
+    w1: Tensor | Packed,
+    w3: Tensor | Packed,
+    count_E: Tensor,
+    order_N: Tensor,
+    K: int,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """h_NF of the pairs `order_N`, of which the token t has the numbers t · K … t · K + K - 1."""
+    (E, F, D), N = w1.shape, len(order_N)
+    tile = tile or _tile(UP, w1, N / E)
+    h_NF = torch.empty(N, F, dtype=x_TD.dtype, device=x_TD.device)
+    (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
+    _up_kernel[grid(N, E, F, tile)](
+        x_TD, *tensors1[:4], *tensors3, count_E, order_N, h_NF, N, D=D, F=F, K=K, E=E, SLOTS=slots(E), **tile, **fixed
+    )
+    return h_NF
+
+
+@on_its_card
+def down(
+    h_NF: Tensor, w2: Tensor | Packed, count_E: Tensor, order_N: Tensor, tile: dict[str, Any] | None = None
+) -> Tensor:
+    """part_SND, fp32: w2 h of each pair, as a sum of S parts. The pairs of other ranks' experts stay uninitialised."""
+    (E, D, F), N = w2.shape, len(order_N)
+    tile = tile or _tile(DOWN, w2, N / E)
+    part_SND = torch.empty(tile["SPLITS"], N, D, dtype=torch.float32, device=h_NF.device)
+    tensors, fixed = _described(w2)
+    _rows_kernel[(*grid(N, E, D, tile), tile["SPLITS"])](
+        h_NF, *tensors, count_E, order_N, part_SND, N, OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, **tile, **fixed
+    )
+    return part_SND
+
+
+@on_its_card
 def experts_in_tiles(
     x_TD: Tensor,
     w1_EFD: Weight,
@@ -206,26 +247,16 @@ def experts_in_tiles(
     assert adapter_T is None, "this kernel reads the weights alone"
     assert all(w.plain for w in (w1_EFD, w2_EDF, w3_EFD)), "this kernel reads the weights alone"
     w1, w2, w3 = w1_EFD.weight, w2_EDF.weight, w3_EFD.weight
-    (T, D), (E, F, _), K = x_TD.shape, w1.shape, expert_TK.shape[1]
-    N = T * K
+    (T, D), E, K = x_TD.shape, w1.shape[0], expert_TK.shape[1]
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
     order_N, count_E = sort_pairs(expert_TK, E, first)
-    h_NF = torch.empty(N, F, dtype=x_TD.dtype, device=x_TD.device)
-    up, down = _tile(UP, w1, N / E), _tile(DOWN, w2, N / E)
-    splits = down["SPLITS"]
-    part_SND = torch.empty(splits, N, D, dtype=torch.float32, device=x_TD.device)
+    h_NF = up(x_TD, w1, w3, count_E, order_N, K)
+    part_SND = down(h_NF, w2, count_E, order_N)
+    splits = len(part_SND)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
-    (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
-    _up_kernel[grid(N, E, F, up)](
-        x_TD, *tensors1[:4], *tensors3, count_E, order_N, h_NF, N, D=D, F=F, K=K, E=E, SLOTS=slots(E), **up, **fixed
-    )
-    tensors2, fixed = _described(w2)
-    _rows_kernel[(*grid(N, E, D, down), splits)](
-        h_NF, *tensors2, count_E, order_N, part_SND, N, OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, **down, **fixed
-    )
     cols = min(1024, triton.next_power_of_2(D))
     _combine_kernel[(T, triton.cdiv(D, cols))](
-        part_SND, weight_TK, expert_TK, y_TD, N, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4
+        part_SND, weight_TK, expert_TK, y_TD, T * K, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4
     )
     return y_TD
 

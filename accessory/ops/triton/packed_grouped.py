@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.quantized import Packed
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import measured_on, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import finished, int4_bias, int4_values, nested_scale, nf4_values
 from accessory.ops.triton.packed import constants, pointers
@@ -219,7 +219,10 @@ def product(x_NI: Tensor, p: Packed, count_E: Tensor | None = None) -> Tensor:
 
     Returns (N, O) in x's dtype.
     """
-    tile = _tile(ALONE, len(x_NI)) if count_E is None else _tile(FORWARD, len(x_NI) / len(count_E))
+    rows = len(x_NI) / (1 if count_E is None else len(count_E))
+    O, I = p.shape[-2], p.shape[-1]  # noqa: E741
+    found = None if count_E is None else measured_on(x_NI.device, "packed_grouped", p.format, O, I, rows)
+    tile = found or _tile(ALONE if count_E is None else FORWARD, rows)
     return _launch(_forward_kernel, x_NI, p, count_E, p.shape[-2], tile)
 
 
