@@ -15,21 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.config import ModelArgs, MoEArgs
+from helpers.sizes import TINY
 
 Tensors = dict[str, Tensor]
 
 # 8 divides every size, no two sizes are alike, and heads × head_dim is not dim.
-ARGS = ModelArgs(
-    dim=48,
-    hidden_dim=40,
-    head_dim=8,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=80,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
-)
+ARGS = TINY.replace(dim=48, hidden_dim=40, head_dim=8, vocab_size=80, moe=MoEArgs())
 
 
 def random_tensors(args: ModelArgs = ARGS, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensors:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-import torch
-from helpers.random_models import write_speaking
-from helpers.sizes import SPEAKING
 from helpers.traffic import check_empty
 
 from accessory.engine.engine import Engine
@@ -15,17 +12,9 @@ from accessory.engine.executor import LocalExecutor
 from accessory.engine.sampling_params import SamplingParams
 from accessory.errors import InputError, NonFiniteError
 from accessory.model import text_model
-from accessory.model.meta import MetaModel
 from accessory.model.writing import TextRequest
 
 PROMPT = "The best programming language in the world is"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speaking")
-    write_speaking(folder, SPEAKING)
-    return MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=256)
 
 
 @pytest.fixture

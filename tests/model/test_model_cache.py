@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.random_models import write_speaking
-from helpers.sizes import SPEAKING
 from helpers.traffic import check_empty
 
 from accessory.engine.sampling_params import SamplingParams
@@ -20,13 +18,6 @@ HOW = {"max_seq_len": 100, "dtype": torch.float32, "device": "cpu"}
 SCORED = SamplingParams(prompt_logprobs=0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("speaking")
-    write_speaking(path, SPEAKING)
-    return path
-
-
 def load(folder, **how):
     return MetaModel.from_pretrained(folder, **{**HOW, **how})
 
@@ -35,26 +26,26 @@ def pages(model):
     return model.engine().scheduler.pool.pages
 
 
-def test_by_default_a_cache_has_room_for_max_batch_size_answers(folder):
-    model = load(folder)
+def test_by_default_a_cache_has_room_for_max_batch_size_answers(speaking):
+    model = load(speaking)
     assert pages(model) == model.args.max_batch_size * 2 + 1
 
 
-def test_a_given_size_is_the_pools(folder):
-    model = load(folder, cache_gb=9.5 * PAGE / 1e9)
+def test_a_given_size_is_the_pools(speaking):
+    model = load(speaking, cache_gb=9.5 * PAGE / 1e9)
     cache = model.runner().cache
     assert pages(model) == 9
     assert cache.k.nbytes + cache.v.nbytes == 9 * PAGE
-    assert pages(load(folder, cache_gb=900 * PAGE / 1e9)) == 900  # more than `max_batch_size` needs
-    assert model.generate([PROMPT] * 12, max_gen_len=8) == load(folder).generate([PROMPT] * 12, max_gen_len=8)
+    assert pages(load(speaking, cache_gb=900 * PAGE / 1e9)) == 900  # more than `max_batch_size` needs
+    assert model.generate([PROMPT] * 12, max_gen_len=8) == load(speaking).generate([PROMPT] * 12, max_gen_len=8)
     check_empty(model.engine())
 
 
-def test_what_a_small_cache_cannot_hold_is_refused_and_the_rest_answered(folder):
-    model = load(folder, cache_gb=2 * PAGE / 1e9)
+def test_what_a_small_cache_cannot_hold_is_refused_and_the_rest_answered(speaking):
+    model = load(speaking, cache_gb=2 * PAGE / 1e9)
     with pytest.raises(InputError, match=r"^prompt: .* need 2 pages of 64 tokens, but the cache has 1$"):
         model.generate([PROMPT], max_gen_len=80)
-    assert model.generate([PROMPT], max_gen_len=8) == load(folder).generate([PROMPT], max_gen_len=8)
+    assert model.generate([PROMPT], max_gen_len=8) == load(speaking).generate([PROMPT], max_gen_len=8)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +55,17 @@ def test_what_a_small_cache_cannot_hold_is_refused_and_the_rest_answered(folder)
         (50, r"^cache_gb: got 50, but this machine has 1 GB, of which the weights take .*; give less than"),
     ],
 )
-def test_a_size_that_cannot_be_is_refused_before_weights_are_read(folder, monkeypatch, size, said):
+def test_a_size_that_cannot_be_is_refused_before_weights_are_read(speaking, monkeypatch, size, said):
     monkeypatch.setattr("accessory.model.memory.room_for", lambda *_, **__: Room(10**9, HOST))
     monkeypatch.setattr("accessory.model.meta.build", None)
     with pytest.raises(InputError, match=said):
-        load(folder, cache_gb=size)
+        load(speaking, cache_gb=size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_and_values_in_fp8(folder, dtype):
+def test_keys_and_values_in_fp8(speaking, dtype):
     """Every query sees rounded keys, so a prompt's division into steps changes nothing, and little is lost."""
-    exact, model = load(folder, dtype=dtype), load(folder, dtype=dtype, cache_dtype="fp8")
+    exact, model = load(speaking, dtype=dtype), load(speaking, dtype=dtype, cache_dtype="fp8")
     assert model.runner().cache.k.dtype == torch.float8_e4m3fn
     assert pages(model) == pages(exact)
 
@@ -92,8 +83,8 @@ def test_keys_and_values_in_fp8(folder, dtype):
     assert 1e-6 < difference < 0.5
 
 
-def test_all_that_is_free_is_taken_beside_the_measured_step(folder, monkeypatch):
-    model = load(folder, cache_gb="free")
+def test_all_that_is_free_is_taken_beside_the_measured_step(speaking, monkeypatch):
+    model = load(speaking, cache_gb="free")
     monkeypatch.setattr("accessory.model.meta.worst_step_bytes", lambda make, longest, ranks: 200 * PAGE)
     monkeypatch.setattr("accessory.engine.runner.room_for", lambda *_: Room(1000 * PAGE, "a GPU"))
     monkeypatch.setattr(MetaModel, "device", torch.device("cuda"))
@@ -102,16 +93,16 @@ def test_all_that_is_free_is_taken_beside_the_measured_step(folder, monkeypatch)
     assert model._pages() == 720 * 16 // 8  # 4 · 4 bytes a head, or 4 + 4
 
 
-def test_on_a_cpu_all_that_is_free_is_half_of_it(folder, monkeypatch):
+def test_on_a_cpu_all_that_is_free_is_half_of_it(speaking, monkeypatch):
     monkeypatch.setattr("accessory.engine.runner.room_for", lambda *_: Room(1000 * PAGE, HOST))
     monkeypatch.setattr("accessory.model.memory.ModelMemory.step_bytes", lambda *_: 200 * PAGE)
-    assert pages(load(folder, cache_gb="free")) == 400
+    assert pages(load(speaking, cache_gb="free")) == 400
 
 
-def test_ranks_have_the_cache_that_the_driver_was_asked_for(folder):
+def test_ranks_have_the_cache_that_the_driver_was_asked_for(speaking):
     """Each has half of the heads, so a page takes half of the bytes."""
-    with MultiGpuWrapper(folder, gpus=2, cache_gb=10 * PAGE / 1e9, cache_dtype="fp8", **HOW) as wrapper:
+    with MultiGpuWrapper(speaking, gpus=2, cache_gb=10 * PAGE / 1e9, cache_dtype="fp8", **HOW) as wrapper:
         assert pages(wrapper) == 40
         (answer,) = wrapper.complete([PROMPT], max_gen_len=8, params=SCORED)
-    (alone,) = load(folder, cache_dtype="fp8").complete([PROMPT], max_gen_len=8, params=SCORED)
+    (alone,) = load(speaking, cache_dtype="fp8").complete([PROMPT], max_gen_len=8, params=SCORED)
     assert answer.prompt_logprobs == pytest.approx(alone.prompt_logprobs, abs=1e-4)

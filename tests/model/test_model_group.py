@@ -9,23 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.distributed import run_ranks
-from helpers.random_models import write_speaking
-from helpers.sizes import SPEAKING
+from helpers.threads import generate_in_threads
 
 from accessory.errors import AccessoryError
 from accessory.model.meta import MetaModel
 from accessory.model.writing import TextRequest
 
-ARGS = SPEAKING.replace(n_layers=1, max_seq_len=512)
 PROMPT = "The best programming language in the world is"
 HOW = {"dtype": torch.float32, "max_seq_len": 512, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("group") / "hf"
-    write_speaking(path, ARGS)
-    return path
 
 
 def outcome(call):
@@ -71,9 +62,9 @@ def calls(rank, world, folder):
     return found
 
 
-def test_every_rank_gets_what_the_first_one_gets(folder):
-    first, second = run_ranks(calls, 2, folder)
-    alone = MetaModel.from_pretrained(folder, **HOW)
+def test_every_rank_gets_what_the_first_one_gets(speaking):
+    first, second = run_ranks(calls, 2, speaking)
+    alone = MetaModel.from_pretrained(speaking, **HOW)
     assert first.pop("an error of a caller's function") == "ValueError: the caller's own"
     assert second.pop("an error of a caller's function") == "RankError: rank 0 failed: ValueError: the caller's own"
     assert first == second
@@ -112,10 +103,10 @@ def with_bad_token(rank, world, folder):
         return bad, list(stream)[-1]["text"], model.generate(["A"], max_gen_len=4), model.engine().scheduler.pool.free
 
 
-def test_logits_that_are_not_finite_end_their_request_only(folder):
-    (bad, good, after, free), _ = run_ranks(with_bad_token, 2, folder)
+def test_logits_that_are_not_finite_end_their_request_only(speaking):
+    (bad, good, after, free), _ = run_ranks(with_bad_token, 2, speaking)
     assert all(said.startswith("NonFiniteError: the logits are not finite") for said in bad)
-    alone = MetaModel.from_pretrained(folder, **HOW)
+    alone = MetaModel.from_pretrained(speaking, **HOW)
     with torch.no_grad():
         alone.llma.tok_embeddings.weight[BAD] = torch.nan
     assert good == alone.generate([PROMPT], max_gen_len=40)[0]
@@ -130,14 +121,7 @@ def led(rank, world, folder):
         return None
     found = {}
     with model.lead():
-        threads = [
-            threading.Thread(target=lambda n=n: found.update({n: model.generate([PROMPT], max_gen_len=n)}))
-            for n in (3, 5, 7)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
+        found |= generate_in_threads(model, PROMPT, (3, 5, 7))
         found["wrong"] = outcome(lambda: model.generate([PROMPT], max_gen_len=0))
         next(stream := model.stream_generate(PROMPT, max_gen_len=400))
         found["score"] = model.evaluate_examples([PROMPT])["ppl"]
@@ -145,9 +129,9 @@ def led(rank, world, folder):
     return found
 
 
-def test_any_thread_of_a_leading_rank_calls(folder):
-    found, _ = run_ranks(led, 2, folder)
-    alone = MetaModel.from_pretrained(folder, **HOW)
+def test_any_thread_of_a_leading_rank_calls(speaking):
+    found, _ = run_ranks(led, 2, speaking)
+    alone = MetaModel.from_pretrained(speaking, **HOW)
     assert {n: found[n] for n in (3, 5, 7)} == {n: alone.generate([PROMPT], max_gen_len=n) for n in (3, 5, 7)}
     assert found["wrong"].startswith("InputError: max_gen_len: got 0")
     assert found["half read when the lead ends"] == "RankError: the ranks were closed while generating"

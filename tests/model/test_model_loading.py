@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.random_models import write_speaking
-from helpers.sizes import SPEAKING
 
 from accessory.engine.rank_executor import RankExecutor
 from accessory.engine.runner import About
@@ -19,13 +17,6 @@ from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("loading")
-    write_speaking(path, SPEAKING)
-    return path
 
 
 @pytest.fixture
@@ -84,8 +75,8 @@ def test_one_line_names_the_argument(given, message, no_ranks):
 
 @pytest.mark.parametrize("dtype", ["fp32", "float32", torch.float32])
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_names_and_torchs_own_objects_both_do(folder, dtype, device):
-    model = MetaModel.from_pretrained(folder, dtype=dtype, device=device)
+def test_names_and_torchs_own_objects_both_do(speaking, dtype, device):
+    model = MetaModel.from_pretrained(speaking, dtype=dtype, device=device)
     assert model.llma.tok_embeddings.weight.dtype == torch.float32
     assert model.device == torch.device("cpu")
 
@@ -100,27 +91,27 @@ def test_names_and_torchs_own_objects_both_do(folder, dtype, device):
         ({"gpus": 2, "master_port": -4}, "master_port: got -4, but a port lies in 0 … 65535"),
     ],
 )
-def test_no_rank_starts_for_what_cannot_work(folder, given, message, no_ranks):
+def test_no_rank_starts_for_what_cannot_work(speaking, given, message, no_ranks):
     with pytest.raises(AccessoryError) as error:
-        MultiGpuWrapper(folder, device="cpu", **{"llama_type": "mixtral", **given})
+        MultiGpuWrapper(speaking, device="cpu", **{"llama_type": "mixtral", **given})
     assert str(error.value).startswith(message)
 
 
-def test_more_ranks_than_cores_are_warned_of(folder, monkeypatch, caplog):
+def test_more_ranks_than_cores_are_warned_of(speaking, monkeypatch, caplog):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     monkeypatch.setattr(RankExecutor, "load", lambda self: About(2, 1, 1, on_cpu=True))
     with caplog.at_level(logging.WARNING):
-        MultiGpuWrapper(folder, gpus=2, device="cpu")
+        MultiGpuWrapper(speaking, gpus=2, device="cpu")
     assert "2 ranks share 1 cores" in caplog.text
 
 
-def test_positions_far_beyond_the_models_are_refused_and_some_beyond_warned_of(folder, caplog, tmp_path):
+def test_positions_far_beyond_the_models_are_refused_and_some_beyond_warned_of(speaking, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
-        Loading(pretrained_path=folder, max_seq_len=4096).open()  # the default is no wish for more
+        Loading(pretrained_path=speaking, max_seq_len=4096).open()  # the default is no wish for more
         assert not caplog.text
-        Loading(pretrained_path=folder, max_seq_len=4097).open()
+        Loading(pretrained_path=speaking, max_seq_len=4097).open()
         assert "max_seq_len: got 4097, but the model is made for 512 positions" in caplog.text
         with pytest.raises(AccessoryError, match=r"^max_seq_len: got 200000, but the model is made for 512 positions"):
-            Loading(pretrained_path=folder, max_seq_len=200_000).open()
+            Loading(pretrained_path=speaking, max_seq_len=200_000).open()
         (tmp_path / "longer.json").write_text('{"max_seq_len": 200000}')
-        Loading(pretrained_path=folder, max_seq_len=200_000, llama_config=tmp_path / "longer.json").open()
+        Loading(pretrained_path=speaking, max_seq_len=200_000, llama_config=tmp_path / "longer.json").open()

@@ -47,11 +47,6 @@ FOREIGN = {
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    return hf_mixtral(ARGS, std=0.2)
-
-
-@pytest.fixture(scope="module")
 def folders(oracle, tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
     write_speaking(root / "hf", ARGS)

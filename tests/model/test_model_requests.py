@@ -7,31 +7,16 @@ import threading
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral, write_speaking
-from helpers.sizes import SPEAKING
 from helpers.traffic import check_empty, log_softmax_of
 
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import Draw
 from accessory.engine.sequence import Sequence as Request
 from accessory.errors import InputError
-from accessory.model.meta import MetaModel
 from accessory.model.writing import Writing
 
 PROMPT = "The best programming language in the world is"
 N = 16
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    return hf_mixtral(SPEAKING, std=0.2)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speaking")
-    write_speaking(folder, SPEAKING)
-    return MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=256)
 
 
 @pytest.fixture(scope="module")

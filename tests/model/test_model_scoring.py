@@ -4,25 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers.random_models import hf_mixtral, write_speaking
-from helpers.sizes import SPEAKING
 
 from accessory.errors import InputError, NonFiniteError
-from accessory.model.meta import MetaModel
 
 PROMPT = "The best programming language in the world is"
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    return hf_mixtral(SPEAKING, std=0.2)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speaking")
-    write_speaking(folder, SPEAKING)
-    return MetaModel.from_pretrained(folder, dtype=torch.float32, device="cpu", max_seq_len=256)
 
 
 def test_scores_are_those_of_transformers(model, oracle):

@@ -3,23 +3,13 @@
 import pytest
 import torch
 from helpers.paging import table
+from helpers.sizes import TINY
 
-from accessory.config import ModelArgs, MoEArgs
 from accessory.nn.cache import PagedCache, bytes_a_page
 from accessory.nn.decoder import Decoder, init_weights
 from accessory.ops.paged_attention import PagedBatch
 
-ARGS = ModelArgs(
-    dim=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=8,
-    vocab_size=97,
-    max_seq_len=512,
-    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
-)
+ARGS = TINY.replace(n_heads=6, head_dim=8, vocab_size=97, max_seq_len=512)
 
 
 @pytest.fixture(params=["base", "sparse"])
