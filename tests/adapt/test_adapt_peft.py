@@ -101,7 +101,7 @@ def test_a_bias_is_added_to_its_product(tensors, implementation, kind):
             layer.feed_forward.experts.w2[:, 0, 0] = 1.0
     x_BTD = torch.zeros(1, 3, ARGS.dim)
     rotation = torch.ones(1, 3, 1, ARGS.head_dim // 2, dtype=torch.complex64)
-    y_BTD, _ = layer(x_BTD, rotation, None, None, None, False)
+    y_BTD, _, _ = layer(x_BTD, None, rotation, None, None, None, False)
     if kind == "w1":
         expected = torch.zeros_like(x_BTD)
         expected[..., 0] = 2.0 * torch.nn.functional.silu(torch.tensor(1.5))
