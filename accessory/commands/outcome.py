@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
+from accessory.commands.interrupting import kept_interrupts
 from accessory.errors import RankError, is_out_of_memory, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS
 from accessory.launch.environment import launched_rank
@@ -33,7 +31,7 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        with _LostInterrupts():
+        with kept_interrupts():
             return run() or 0
     except KeyboardInterrupt:
         if not rank:
@@ -52,35 +50,6 @@ def outcome(run: Callable[[], int | None], *, debug: bool = False) -> int:
             who = f"rank {rank}: " if rank else ""
             print(f"accessory: error: {who}{one_line(error)}", file=sys.stderr, flush=True)
         return 1
-
-
-class _LostInterrupts:
-    """Raises Ctrl-C's KeyboardInterrupt again where Python drops it, as long as the context is open.
-
-    Python drops every exception that is raised inside a destructor, or in a callback of the garbage collector, and
-    tells `sys.unraisablehook`. A command that loads a model passes through many of them.
-    """
-
-    AGAIN = 0.05  # seconds; then the destructor is over
-
-    def __enter__(self) -> None:
-        self._timer: threading.Timer | None = None
-        self._before, sys.unraisablehook = sys.unraisablehook, self._dropped
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        sys.unraisablehook = self._before
-        if self._timer is not None and self._timer.is_alive():
-            self._timer.cancel()
-            if kind is None:
-                raise KeyboardInterrupt
-
-    def _dropped(self, found: Any) -> None:
-        if found.exc_type is not KeyboardInterrupt:
-            self._before(found)
-            return
-        self._timer = threading.Timer(self.AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-        self._timer.daemon = True
-        self._timer.start()
 
 
 def _may_be_of_one_rank(error: Exception) -> bool:

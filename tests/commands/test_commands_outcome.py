@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment ends a command with 130, also where Python drops the exception."""
+"""Ctrl-C at any moment ends a command with 130, also where Python or an import loses the exception."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from helpers.command_line import write_hf
 
 from accessory.commands.outcome import outcome
+from accessory.errors import ConfigError
 from accessory.model.meta import MetaModel
 
 MOMENTS = 20
@@ -56,6 +57,55 @@ def test_ctrl_c_in_a_destructor_ends_the_command(interrupt, after, capsys):
     assert time.monotonic() - started < 2
     assert capsys.readouterr().err == "\ninterrupted\n"
     assert sys.unraisablehook is hook
+
+
+# As modules in C do: they report an error of their own, or go on without what they could not import.
+INTERRUPTED_IMPORT = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    {}
+"""
+
+
+@pytest.mark.parametrize("then", ["raise ImportError('no numpy') from None", "import no_such_name_in_numpy", "pass"])
+def test_ctrl_c_in_an_import_ends_the_command(then, tmp_path, monkeypatch, capsys):
+    (tmp_path / "interrupted_import.py").write_text(INTERRUPTED_IMPORT.format(then))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "interrupted_import", raising=False)
+
+    def run():
+        import interrupted_import  # noqa: F401
+
+        time.sleep(5)
+
+    started, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
+    assert outcome(run) == 130
+    assert time.monotonic() - started < 2
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_ctrl_c_that_was_heard_hides_no_later_error(capsys):
+    def run():
+        with pytest.raises(KeyboardInterrupt):  # as a chat stops an answer
+            signal.raise_signal(signal.SIGINT)
+        raise ConfigError("lr: no")
+
+    assert outcome(run) == 1
+    assert capsys.readouterr().err == "accessory: error: lr: no\n"
+
+
+def test_python_m_ends_with_130_where_ctrl_c_came_while_a_text_was_executed(tmp_path):
+    """As in the making of a dataclass. Python would end by the signal."""
+    code = "import sys\nfrom accessory.commands.outcome import outcome\n"
+    (tmp_path / "command.py").write_text(code + "sys.exit(outcome(lambda: exec('raise KeyboardInterrupt')))\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "command"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
 def test_another_error_in_a_destructor_is_told_as_ever(monkeypatch):
