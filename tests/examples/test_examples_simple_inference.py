@@ -23,6 +23,7 @@ ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256, moe=MoEArgs())
 
 
 PROMPT = "The capital of France is"
+SOME_RANKS = (("base", 2), ("base", 8), ("sparse", 1), ("sparse", 2), ("sparse", 4))
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,9 @@ def expected(folders):
 @pytest.mark.parametrize(
     ("kind", "ranks"),
     [
-        pytest.param(kind, n, marks=[] if (kind, n) == ("base", 1) else [pytest.mark.slow])
-        for kind in ("base", "sparse")
-        for n in (1, 2, 4, 8)
+        ("base", 1),
+        *(pytest.param(kind, n, marks=pytest.mark.slow) for kind, n in SOME_RANKS),
+        *(pytest.param(kind, n, marks=pytest.mark.long) for kind, n in (("base", 4), ("sparse", 8))),
     ],
 )
 def test_simple_inference_on_any_number_of_ranks(folders, expected, kind, ranks):
