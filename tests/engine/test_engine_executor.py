@@ -274,12 +274,18 @@ def interrupt() -> None:
     threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
 
 
-def test_ctrl_c_while_a_step_is_awaited_leaves_the_ranks_where_it_ends_soon():
+def test_ctrl_c_while_a_step_is_awaited_leaves_the_ranks_where_it_ends_soon(monkeypatch):
+    monkeypatch.setattr(module, "GRACE", 10.0)
     driver = Driver(({(RUN, 1): SILENT}, {}))
     engine = driver.engine()
     driver.executor._step_timeout = 60
-    threading.Timer(0.3, lambda: driver.started[0][0]._mine.send((DONE, StepResult([], {})))).start()
-    interrupt()
+
+    def interrupt_then_answer() -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.5)  # the main thread must have seen the signal: in the middle of the message it ends the ranks
+        driver.started[0][0]._mine.send((DONE, StepResult([], {})))
+
+    threading.Timer(0.1, interrupt_then_answer).start()
     with pytest.raises(KeyboardInterrupt):
         ask(engine)
     assert ask(engine) == WORKS
