@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.distributed import run_ranks
+from helpers.quantized import FORMAT_AND_IMPLEMENTATION
 from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
 from helpers.sizes import CUTTABLE
 
@@ -40,14 +41,7 @@ def load(tensors, implementation, quant, ranks=None, args=ARGS, adapters=None, t
     return build(spec, DeviceMesh(model=ranks), dtype=torch.float32, training=training)
 
 
-@pytest.mark.parametrize(
-    ("format", "implementation"),
-    [
-        *((format, "sparse") for format in FORMATS),
-        ("int4", "base"),
-        *(pytest.param(format, "base", marks=pytest.mark.slow) for format in FORMATS if format != "int4"),
-    ],
-)
+@FORMAT_AND_IMPLEMENTATION
 def test_the_network_is_that_of_the_dequantized_weights(tensors, format, implementation):
     quant = Quant.parse(format, output="int8")
     rounded = {
@@ -61,8 +55,7 @@ def test_the_network_is_that_of_the_dequantized_weights(tensors, format, impleme
         torch.testing.assert_close(decoder(TOKENS_BT[:1, :1]).logits, want[:1, :1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@FORMAT_AND_IMPLEMENTATION
 def test_every_expert_is_quantized_and_the_router_never(tensors, format, implementation):
     decoder = load(tensors, implementation, Quant.parse(format))
     packed = {name: m for name, m in decoder.named_modules() if isinstance(m, PackedWeight)}

@@ -9,7 +9,16 @@ import torch
 from helpers import checkpoints as make
 from helpers.adapters import peft_args, random_adapter, save_adapter
 from helpers.distributed import run_ranks
-from helpers.quantized import ARGS, CHOICES, EXPERT, QUANTS, half_tensors, write_quantized, write_source
+from helpers.quantized import (
+    ARGS,
+    CHOICES,
+    EXPERT,
+    FORMAT_AND_IMPLEMENTATION,
+    QUANTS,
+    half_tensors,
+    write_quantized,
+    write_source,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -98,8 +107,7 @@ def test_what_a_folder_holds(folders, source, tensors, format):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@FORMAT_AND_IMPLEMENTATION
 def test_loading_gives_the_bytes_of_quantizing_while_loading(folders, source, format, implementation):
     assert same_bytes(load(folders / format, implementation), load(source, implementation, QUANTS[format]))
 
@@ -147,8 +155,7 @@ def test_ranks_hold_slices_and_write_the_same_text(folders, source, world, forma
         assert texts == alone
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@FORMAT_AND_IMPLEMENTATION
 def test_a_rank_reads_its_slice_alone(folders, monkeypatch, format, implementation):
     from accessory.parallel.mesh import Ranks
 

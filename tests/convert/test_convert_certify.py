@@ -36,7 +36,7 @@ def transpose_half(change):
 
 
 @pytest.mark.parametrize("wrong", [forget_scale, transpose_half])
-@pytest.mark.parametrize("dtype", [None, "fp32"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("fp32", marks=pytest.mark.slow)])
 def test_a_wrong_merge_is_caught(tmp_path, base, adapter, monkeypatch, wrong, dtype):
     monkeypatch.setattr(Change, "merged", wrong)
     refused(tmp_path, "merged and unmerged logits differ: merged, in fp32", base, adapter, dtype=dtype)
@@ -70,7 +70,7 @@ def test_only_rounding_gone_wrong_is_caught_too(tmp_path, base, adapter, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("layers", "std"), [(2, 0.02), (2, 0.2), (24, 0.2)])
+@pytest.mark.parametrize(("layers", "std"), [pytest.param(2, 0.02, marks=pytest.mark.slow), (2, 0.2), (24, 0.2)])
 def test_bounds_are_neither_tight_nor_idle(dtype, layers, std):
     """Holds for tame networks and for those that magnify every error a thousandfold (24 layers of large weights)."""
     args = ModelArgs(

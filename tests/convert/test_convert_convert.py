@@ -177,7 +177,7 @@ convert(sys.argv[1], sys.argv[2], to="sparse", shards=4, overwrite=True, progres
     process.stdout.close()
 
 
-@pytest.mark.parametrize("when", ["_write_tensor", "_check_written"])
+@pytest.mark.parametrize("when", ["_write_tensor", pytest.param("_check_written", marks=pytest.mark.slow)])
 def test_a_kill_midway_leaves_nothing_that_looks_whole(source, tmp_path, when):
     dst = tmp_path / "out"
     killed_midway(source, dst, when)

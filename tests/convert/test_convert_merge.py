@@ -87,7 +87,7 @@ def test_the_sum_is_rounded_once():
 # --------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("implementation", [pytest.param("base", marks=pytest.mark.slow), "sparse"])
 def test_the_merged_network_is_the_network_with_its_adapter(tmp_path, exact_base, implementation):
     adapter = save_adapter(
         tmp_path / "a",
@@ -182,7 +182,7 @@ def test_whole_tensors_replace_the_bases(tmp_path, base):
     assert any("trained whole" in line for line in report.lines())
 
 
-@pytest.mark.parametrize("to", ["base", "sparse"])
+@pytest.mark.parametrize("to", ["base", pytest.param("sparse", marks=pytest.mark.slow)])
 def test_biases_stay_beside_the_weights(tmp_path, exact_base, to):
     args = peft_args(bias_tuning=True)
     adapter = save_adapter(tmp_path / "a", random_adapter(bias=True), args)

@@ -52,7 +52,11 @@ def start(source, out):
     return process
 
 
-@pytest.mark.parametrize("again", [{"calibrate": CALIBRATE, "allow_unreached": True}, {"search": False}], ids=list)
+@pytest.mark.parametrize(
+    "again",
+    [{"calibrate": CALIBRATE, "allow_unreached": True}, pytest.param({"search": False}, marks=pytest.mark.slow)],
+    ids=list,
+)
 def test_the_next_run_clears_away_what_a_killed_one_left(source, tmp_path, again):
     out = tmp_path / "out" / "int4"
     process = start(source, out)

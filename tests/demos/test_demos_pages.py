@@ -26,7 +26,7 @@ MAX_SEQ_LEN = 1024
 ARGS = SPEAKING.replace(max_seq_len=MAX_SEQ_LEN, moe=MoEArgs())
 LONG = 900  # tokens: an answer that takes long enough to be stopped
 
-# The fast tests use one process for each page, and one that drives two ranks. Those of torchrun are slow ones.
+# The fast tests use a process for each page. Those of several ranks are slow ones.
 RANKS = pytest.param("ranks", marks=pytest.mark.slow)
 WRAPPED = pytest.param("wrapped", marks=pytest.mark.slow)
 
@@ -54,7 +54,7 @@ def model(folders):
 
 
 class Demos(dict):
-    """By name. Each starts when it is first asked for, because many of the tests of ranks are slow ones."""
+    """By name. Each starts when it is first asked for: the fast tests ask for two of them."""
 
     def __init__(self, folder, commands):
         self._folder, self._commands = folder, commands
@@ -187,6 +187,7 @@ def test_templates_and_system_message(dialogue, model):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_dialogue_with_two_ranks(visit, model):
     visitor = visit("wrapped")
     assert visitor.page.inner_text("#model").strip() == "sparse · sparse implementation · float32 · CPU, 2 ranks"
@@ -334,7 +335,7 @@ def test_two_visitors_are_answered_at_once(come, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["multi", pytest.param("single", marks=pytest.mark.slow), "wrapped", RANKS])
+@pytest.mark.parametrize("name", ["multi", pytest.param("single", marks=pytest.mark.slow), WRAPPED, RANKS])
 def test_ctrl_c_ends_every_process_even_while_one_answers(visit, served, name):
     visitor = visit(name)
     visitor.set("max_gen_len", LONG)

@@ -369,7 +369,7 @@ def test_only_what_was_uploaded_can_be_asked_about(single, pages, files):
     assert "stranger" not in page._stops
 
 
-@pytest.mark.parametrize("kind", ["multi", "single"])
+@pytest.mark.parametrize("kind", [pytest.param("multi", marks=pytest.mark.slow), "single"])
 def test_nothing_is_fetched_from_elsewhere_and_nothing_offers_to_send_an_image_away(kind, visit, pages, files):
     visitor = visit(kind)
     visitor.upload(files / "a cat.png")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from accessory.convert.quantize import quantize_checkpoint
-from accessory.formats import Quant
+from accessory.formats import FORMATS, Quant
 from helpers import checkpoints as make
 from helpers.checkpoints import Tensors
 from helpers.random_models import canonical_from_hf, hf_mixtral
@@ -18,6 +20,15 @@ ARGS = CUTTABLE.replace(n_layers=1, vocab_size=352)
 CHOICES = {"int8": "int8", "fp8": "none", "int4": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}
 QUANTS = {format: Quant.parse(format, attention) for format, attention in CHOICES.items()}
 EXPERT = "layers.0.feed_forward.experts.3.w1.weight"
+# Parametrises a test. A format is hardly wrong in base alone, so that only one of them is quick.
+FORMAT_AND_IMPLEMENTATION = pytest.mark.parametrize(
+    ("format", "implementation"),
+    [
+        *((format, "sparse") for format in FORMATS),
+        ("int4", "base"),
+        *(pytest.param(format, "base", marks=pytest.mark.slow) for format in FORMATS if format != "int4"),
+    ],
+)
 
 
 def half_tensors() -> Tensors:

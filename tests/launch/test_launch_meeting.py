@@ -21,7 +21,7 @@ from accessory.commands import outcome
 from accessory.launch import meeting
 from accessory.launch.process_group import join_launched
 outcome.FIRST_SPEAKS = 0
-meeting.POLL, meeting.SPEAKS, meeting.AGAIN, meeting.GIVES_UP = 0.05, 0.3, 0.3, 1.2
+meeting.SPEAKS, meeting.AGAIN, meeting.GIVES_UP = 0.5, 0.5, 2.0
 def run():
     import torch, torch.distributed as dist
     join_launched()
@@ -61,13 +61,26 @@ def test_ranks_meet_in_any_order_and_say_nothing_else(port):
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
-def test_a_rank_that_waits_says_for_whom_and_gives_up(rank, missing, port):
-    _, said = start(rank, 2, port).communicate(timeout=60)
-    *waits, last = [line for line in said.splitlines() if line]
+def test_a_rank_that_waits_says_for_whom_and_gives_up(rank, missing, port, monkeypatch, capsys):
+    for name, seconds in {"POLL": 0.05, "SPEAKS": 0.3, "AGAIN": 0.3, "GIVES_UP": 1.2}.items():
+        monkeypatch.setattr(meeting, name, seconds)
+    gone = rf"^rank {rank} of 2 waited \d+ s for {missing} at 127\.0\.0\.1:{port}; is [^\n]+$"
+    with pytest.raises(RankError, match=gone):
+        meet(launch(port, rank))
+    waits = capsys.readouterr().err.splitlines()
     waiting = rf"rank {rank} of 2 waits for {missing} at 127\.0\.0\.1:{port} since \d+ s; gives up in \d+ s"
-    assert 2 <= len(waits) <= 4, said
-    assert all(re.fullmatch(waiting, line) for line in waits), said
-    assert re.search(rf"error: (rank 1: )?rank {rank} of 2 waited \d+ s for {missing} at 127.0.0.1:{port}; is ", last)
+    assert 2 <= len(waits) <= 4, waits
+    assert all(re.fullmatch(waiting, line) for line in waits), waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_nobody_joins_ends_with_one_line(rank, port):
+    _, said = start(rank, 2, port).communicate(timeout=60)
+    last = said.splitlines()[-1]
+    assert re.search(
+        rf"error: (rank 1: )?rank {rank} of 2 waited \d+ s for rank {1 - rank} at 127.0.0.1:{port}; is ", last
+    )
 
 
 @pytest.mark.parametrize(("given", "named"), [("no-such-host.invalid", "MASTER_ADDR"), (None, "SLURM_STEP_NODELIST")])

@@ -69,7 +69,7 @@ def ranks(tmp_path, ends, size):
             process.kill()
 
 
-@pytest.mark.parametrize("ends", ["killed", "error"])
+@pytest.mark.parametrize("ends", ["killed", pytest.param("error", marks=pytest.mark.slow)])
 def test_ranks_that_wait_for_one_that_is_gone_end(tmp_path, ends):
     status, errors, seconds = ranks(tmp_path, ends, 3)
     assert status[:2] == [1, 1]

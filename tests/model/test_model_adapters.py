@@ -80,7 +80,7 @@ def check(model, expected):
         torch.testing.assert_close(answer.logprobs, expected[key].logprobs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mixtral_sparse"])
+@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.slow), "mixtral_sparse"])
 def test_each_request_of_a_batch_is_answered_with_its_adapter(folders, expected, kind):
     texts = {expected[name, PROMPTS[0]].text for name in NAMES}
     assert len(texts) == len(NAMES)  # every adapter changes the answer

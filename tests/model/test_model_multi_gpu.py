@@ -91,8 +91,8 @@ def test_a_call_beside_a_half_read_stream_neither_hangs_nor_takes_from_it(wrappe
 
 
 def test_a_long_answer_is_not_taken_for_a_stuck_rank(wrapper, monkeypatch):
-    monkeypatch.setattr(wrapper._ranks, "_step_timeout", 1.5)
-    end = time.monotonic() + 3
+    monkeypatch.setattr(wrapper._ranks, "_step_timeout", 1.0)
+    end = time.monotonic() + 2
     assert wrapper.generate([PROMPT], cancelled=lambda: time.monotonic() > end, **LONG)[0]
     assert time.monotonic() >= end
 
@@ -127,6 +127,7 @@ def test_threads_are_answered_at_once(wrapper, expected):
     assert found == {n: expected.generate([PROMPT], max_gen_len=n) for n in (3, 5, 7)}
 
 
+@pytest.mark.slow
 def test_ranks_share_one_machine_s_memory_and_refuse_together(cut_folder, tmp_path):
     """The ranks take what cache there is memory for, and go on after a question that it could never hold."""
     (tmp_path / "long.json").write_text('{"max_seq_len": 1000000000000}')  # else so long a context is refused before

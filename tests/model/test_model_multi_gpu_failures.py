@@ -69,6 +69,7 @@ def test_a_rank_killed_in_a_step_of_any_kind(wrapper, expected, monkeypatch, cal
     assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_is_one_error_and_the_next_call_works(wrapper, expected, monkeypatch):
     stream = wrapper.stream_generate(PROMPT, **LONG)
     next(stream)

@@ -10,9 +10,10 @@ IMPLEMENTATIONS = ["base", "sparse"]
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 
 # Cases for ranks: (data-parallel, model-parallel) sizes and options. The processes start once for a whole list.
-TWO = [((1, 2), {}), ((2, 1), {"mode": "fsdp", "peft": LORA})]
+TWO = [((1, 2), {})]
 FOUR = [((2, 2), {"mode": "fsdp", "checkpointing": True}), ((2, 2), {"peft": LORA})]
 MORE_OF_TWO = [
+    ((2, 1), {"mode": "fsdp", "peft": LORA}),
     ((2, 1), {}),
     ((2, 1), {"mode": "fsdp"}),
     ((2, 1), {"packed": True}),

@@ -156,7 +156,7 @@ def test_it_is_read_without_a_network(report, opened):
     assert "http" not in policy
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_drawn_is_what_was_measured(tmp_path, opened, log):
     """Reads the values from the drawn lines, by means of the tick labels."""
     items = list(records(40, 2, 4))
