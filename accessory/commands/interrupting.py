@@ -62,11 +62,6 @@ def kept_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        # Python notes where one came out of exec("…"), as in a dataclass that is made. Then `python -m accessory` would
-        # end by the signal instead of with 130. The next text that is evaluated takes the note away.
-        eval("None")
-        raise
     except Exception:
         if lost.forget():
             raise KeyboardInterrupt from None
@@ -79,6 +74,9 @@ def kept_interrupts() -> Iterator[None]:
         sys.unraisablehook = hook
         if ours:
             signal.signal(signal.SIGINT, handler)
+        # Python notes where an interrupt came out of exec("…"), as in a dataclass that is made. Then `python -m
+        # accessory` would end by the signal instead of with 130. The next text that is evaluated takes the note away.
+        eval("None")
 
 
 class _LostInterrupt:
@@ -92,6 +90,8 @@ class _LostInterrupt:
 
         def send() -> None:
             time.sleep(AGAIN)
+            while self._waiting is this and _is_heard(main):
+                time.sleep(AGAIN)
             if self._waiting is this:
                 self._waiting = None
                 signal.pthread_kill(main, signal.SIGINT)
@@ -103,6 +103,12 @@ class _LostInterrupt:
         """Returns whether Ctrl-C was still to come."""
         waiting, self._waiting = self._waiting, None
         return waiting is not None
+
+
+def _is_heard(thread: int) -> bool:
+    """Whether a thread is in an `except` or `finally` of a KeyboardInterrupt, where it tidies up."""
+    found: Any = sys._current_exceptions().get(thread)  # before Python 3.12 a tuple of type, exception and traceback
+    return isinstance(found[1] if isinstance(found, tuple) else found, KeyboardInterrupt)
 
 
 def _in_an_import(frame: FrameType | None) -> bool:

@@ -87,6 +87,22 @@ def test_ctrl_c_in_an_import_ends_the_command(then, tmp_path, monkeypatch, capsy
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_command_that_tidies_up_after_ctrl_c_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "import_before_tidying.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    monkeypatch.syspath_prepend(tmp_path)
+    tidied = []
+
+    def run():
+        try:
+            import import_before_tidying  # noqa: F401
+        finally:
+            time.sleep(0.3)
+            tidied.append(True)
+
+    assert outcome(run) == 130
+    assert tidied
+
+
 def test_a_ctrl_c_that_was_heard_hides_no_later_error(capsys):
     def run():
         with pytest.raises(KeyboardInterrupt):  # as a chat stops an answer
