@@ -12,7 +12,6 @@ and behind another T tokens. Its operations are those of the pairs that may look
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.bench.card import measure_card
+from accessory.bench.card import measure_card, seconds_in_turn
 from accessory.limits import PAGE_SIZE
 from accessory.ops.attention import has_varlen, packed_attention
-from accessory.ops.paged_attention import PagedBatch, Pages, causal_mask, paged_attention, write_pages
+from accessory.ops.paged_attention import PagedBatch, Pages, causal_mask, paged_attention, rotate_and_write
+from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.triton import paged_attention as kernels
 from accessory.ops.triton.paged_attention import Tile
 
@@ -90,7 +90,8 @@ def decode(B: int, L: int, fp8: bool, copy: float) -> None:
     batch, q, k, v = batch_of([(1, L)] * B), random(B, H, D), random(B, G, D), random(B, G, D)
     count, floor = int(batch.page_BP.max()), kv_bytes(B, L, fp8) / copy
     caches = [pages_of(count, fp8) for _ in range(copies(kv_bytes(B, L, fp8)))]
-    write = replayed([partial(write_pages, pages, batch.slot_N, k, v) for pages in caches])
+    rotation = rotations(torch.full((1, B), L, device="cuda"), rope_frequencies(D, 1e6)[0].cuda())[0]
+    write = replayed([partial(rotate_and_write, pages, batch.slot_N, q, k, v, rotation) for pages in caches])
     # As in an engine's graph: the table has room for more than the longest sequence.
     batch = batch._replace(longest_length=max(batch.longest_length, 8192))
     ours = replayed([partial(paged_attention, q, pages, batch) for pages in caches])
@@ -126,7 +127,7 @@ def prompt(T: int, context: int, fp8: bool) -> None:
         else:
             ways["torch, mask"] = partial(sdpa, q_1HTd, k_1GLd, v_1GLd, attn_mask=causal_mask(T, L, q.device))
     for name, way in ways.items():
-        seconds = replayed([way], least=4)
+        seconds = replayed([way], calls=4)
         how = name if name != "ours" else f"ours, {'fp8' if fp8 else 'bf16'}"
         print(
             f"| {T} | {context} | {how} | {seconds * 1e3:.3f} | {operations(T, L) / seconds / 1e12:.0f} |", flush=True
@@ -165,38 +166,12 @@ def tiles(copy: float) -> None:
             print(f"| {name} | {' | '.join(map(str, tile))} | {seconds * 1e6:.1f} | {measure:.2f} |", flush=True)
 
 
+def replayed(ways: Sequence[Callable[[], object]], calls: int = 64) -> float:
+    return seconds_in_turn(ways, torch.device("cuda"), calls)
+
+
 def copies(size: int) -> int:
     return -(-ROTATED_BYTES // size)
-
-
-def replayed(ways: Sequence[Callable[[], object]], least: int = 64) -> float:
-    """Seconds of one way, from CUDA graphs in which all ways take turns, without the time of launching them."""
-    turns = [ways[n % len(ways)] for n in range(-(-least // len(ways)) * len(ways))]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for way in ways:
-            way()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for way in turns:
-            way()
-    return timed(graph.replay) / len(turns)
-
-
-def timed(run: Callable[[], object], repeats: int = 9) -> float:
-    """Median seconds on the card, after a warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from accessory.limits import TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
 
-DENSE = "dense"
+DENSE = "none"
 ROWS = (1, 4, 12, 24, 48, 96, 192, 512, 2048)  # an expert
 INPUTS, CALLS = 4, 16
 
@@ -85,7 +85,8 @@ def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tens
 
 
 def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequence[int] = (1,)) -> list[Tile]:
-    names = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
+    from accessory.ops.triton.grouped_experts import NAMES
+
     sizes: list[tuple[Any, ...]] = []
     for M, (P, warps), stages, split in itertools.product(
         (16, 32, 64, 128), ((32, 4), (64, 4), (64, 8), (128, 8)), (3, 4), splits
@@ -95,7 +96,7 @@ def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequ
             sizes += [(M, P, 0, unroll, False, split, warps, stages) for unroll in unrolls]
         else:
             sizes += [(M, P, R, 1, swap, split, warps, stages) for R in (64, 128) for swap in (False, True)]
-    return [dict(zip(names, size, strict=True)) for size in sizes]
+    return [dict(zip(NAMES, size, strict=True)) for size in sizes]
 
 
 def _order(x_NI: Tensor) -> Tensor:
@@ -142,15 +143,18 @@ def tune(
             continue
         weight, other = (_weight(format, args.moe.num_experts, O, I, device) for _ in range(2))
         tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
-        for count in rows:
-            if count > family.most:
-                continue
-            key = Key(family.name, format, kind_of(O, I), count)
-            begin(f"{family.name} {format}, {key.kind}, {count} rows an expert")
-            problem = Problem(format, weight, other, [_input(args, count, I, device, n) for n in range(INPUTS)])
-            yield best(key, family, problem, [tile for tile in tiles if suits(tile, count)], device)
+        for many in (n for n in rows if n <= family.most):
+            key = Key(family.name, format, kind_of(O, I), many)
+            begin(f"{family.name} {format}, {key.kind}, {many} rows an expert")
+            problem = Problem(format, weight, other, [_input(args, many, I, device, n) for n in range(INPUTS)])
+            yield best(key, family, problem, [tile for tile in tiles if suits(tile, many)], device)
         del weight, other, problem
         free(device)
+
+
+def count(formats: Sequence[str], rows: Sequence[int], families: Sequence[Family] = FAMILIES) -> int:
+    """How many products `tune` times: two shapes of each."""
+    return 2 * sum(n <= family.most for family in families for f in formats if f in family.formats for n in rows)
 
 
 def suits(tile: Tile, rows: int) -> bool:

@@ -84,9 +84,9 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
 
 
 def add_tune_arguments(tune: argparse.ArgumentParser) -> None:
-    every = ("dense", *FORMATS)
+    every = ("none", *FORMATS)
     about = f"of weights (default: all: {', '.join(every)})"
-    tune.add_argument("--formats", nargs="+", choices=every, default=list(every), metavar="FORMAT", help=about)
+    tune.add_argument("--format", nargs="+", choices=every, default=list(every), metavar="FORMAT", help=about)
     tune.add_argument("--sizes", choices=PRESETS, default="8x7b", help="whose weights are multiplied (default: 8x7b)")
     tune.add_argument("--rows", type=int, nargs="+", metavar="N", help="an expert (default: 1 4 12 … 2048)")
     about = "JSON (default: in the user's cache, where the kernels find it; or name it in ACCESSORY_TILES)"

@@ -27,9 +27,9 @@ def tune(options: argparse.Namespace) -> int:
         raise InputError(f"--out: {out} cannot be written, since there is no folder {out.absolute().parent}")
     if (few := min(options.rows or [1])) < 1:
         raise InputError(f"--rows: got {few}, but it must be at least 1")
-    for format in options.formats:
+    for format in options.format:
         if format != tuning.DENSE:
-            check_rows(f"--formats {format}", format, min(args.dim, args.hidden_dim))
+            check_rows(f"--format {format}", format, min(args.dim, args.hidden_dim))
     if not torch.cuda.is_available():
         raise InputError("accessory tune: it times a GPU's kernels, and torch sees no GPU here")
     if not has_triton():
@@ -52,13 +52,10 @@ def run(
     args, rows = PRESETS[options.sizes], options.rows or tuning.ROWS
     kept = json.loads(out.read_text(encoding="utf-8"))["tiles"] if out.exists() and tiles.read(out) else []
     old = {tiles.Key(*(row[n] for n in tiles.Key._fields)): (row["tile"], row["us"]) for row in kept}
-    count = 2 * len(rows) * sum(format in family.formats for family in families for format in options.formats)
-    bar = progress_bar(count, "tiles", unit=" products")
+    bar = progress_bar(tuning.count(options.format, rows, families), "tiles", unit=" products")
     print("| family | format | shape | rows an expert | µs | tile |\n|---|---|---|---|---|---|", flush=True)
     with bar:
-        for found in tuning.tune(
-            args, options.formats, device, rows=rows, families=families, begin=bar.set_description
-        ):
+        for found in tuning.tune(args, options.format, device, rows=rows, families=families, begin=bar.set_description):
             old[found.key] = (found.tile, found.us)
             print(f"| {' | '.join(map(str, found.key))} | {found.us:.1f} | {found.tile} |", flush=True)
             bar.update()

@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.config import ModelArgs
 from accessory.formats import page_bytes
 from accessory.limits import PAGE_SIZE
-from accessory.ops.paged_attention import PagedBatch, Pages, paged_attention, write_pages
+from accessory.ops.paged_attention import PagedBatch, Pages, paged_attention, rotate_and_write
 
 
 class PagedCache:
@@ -50,7 +50,7 @@ class PagedCache:
     def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor) -> Tensor:
         """Rotate queries and keys, and write this layer's keys and values; gives the queries' attention, (N, H, d)."""
         pages, batch = self._layers[layer], self._batch
-        q_NHd, k_NGd = write_pages(pages, batch.slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
+        q_NHd, k_NGd = rotate_and_write(pages, batch.slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
         return paged_attention(q_NHd, pages, batch, (k_NGd, v_NGd))
 
 

@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
 # (token, expert) pair at a time. A backward product gives the gradient of the input. adapters: the LoRA products of
 # rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits. attention: over a
-# paged cache. write_pages: into it. Both take the cache, dense or fp8, as their weight. add_norm: the residual stream
-# and its norm. route: the same, and the router's choice.
+# paged cache. rotate_and_write: queries and keys turned by their positions, keys and values into the cache. Both take
+# the cache, dense or fp8, as their weight. add_norm: the residual stream and its norm. route: the same, and what the
+# router chose.
 Op = Literal[
     "linear", "linear_backward", "grouped", "grouped_backward", "decode", "adapters", "dequantize", "attention",
-    "write_pages", "add_norm", "route",
+    "rotate_and_write", "add_norm", "route",
 ]  # fmt: skip
 DENSE = "dense"
 
@@ -174,9 +175,10 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("attention", "triton.paged_attention:attention", (DENSE,), _CUDA, grad=False, triton=True),
     Kernel("attention", "triton.paged_attention:attention", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
     Kernel("attention", "paged_attention:sequence_by_sequence", (DENSE, "fp8"), grad=False, host_free=False),
-    Kernel("write_pages", "triton.paged_attention:rotate_and_write", (DENSE,), _CUDA, grad=False, triton=True),
-    Kernel("write_pages", "triton.paged_attention:rotate_and_write", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
-    Kernel("write_pages", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False),
+    Kernel("rotate_and_write", "triton.paged_attention:rotate_and_write", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("rotate_and_write", "triton.paged_attention:rotate_and_write", ("fp8",), _CUDA, _ADA, grad=False,
+           triton=True),
+    Kernel("rotate_and_write", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False),
 
     # Elsewhere, and while gradients are recorded, torch's operations do these, one after the other.
     Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True),

@@ -117,7 +117,7 @@ def runs_host_free(device: torch.device, dtype: torch.dtype, fp8: bool) -> bool:
     return dispatch.choose(dispatch.over_pages("attention", device, dtype, fp8)).host_free
 
 
-def write_pages(
+def rotate_and_write(
     pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rotate the queries and keys of new tokens, and write keys and values to their slots. Returns the rotated ones.
@@ -126,7 +126,7 @@ def write_pages(
 
     rotation_N1c: `ops.rope.rotations` of the tokens' positions.
     """
-    write: Write = _kernel("write_pages", k_NGd.device, k_NGd.dtype, pages.fp8)
+    write: Write = _kernel("rotate_and_write", k_NGd.device, k_NGd.dtype, pages.fp8)
     return write(pages, slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
 
 
@@ -143,7 +143,7 @@ def paged_attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[T
 def rotate_and_copy(
     pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`write_pages` with torch's operations."""
+    """`rotate_and_write` with torch's operations."""
     q_1NHd, k_1NGd = apply_rope(q_NHd[None], k_NGd[None], rotation_N1c[None])
     copy_to_pages(pages, slot_N, k_1NGd[0], v_NGd)
     return q_1NHd[0], k_1NGd[0]

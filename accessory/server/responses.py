@@ -31,31 +31,32 @@ class InputImage(Body):
 InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
-class InputMessage(Body):
+class InputItem(Body):
+    """What every item may have, and nobody reads."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(InputItem):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         str | Annotated[list[Annotated[InputText | InputImage, Field(discriminator="type")]], Field(fail_fast=True)]
     )
-    id: str | None = None
-    status: str | None = None
 
 
-class FunctionCallItem(Body):
+class FunctionCallItem(InputItem):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: str | None = None
-    status: str | None = None
 
 
-class FunctionOutput(Body):
+class FunctionOutput(InputItem):
     type: Literal["function_call_output"]
     call_id: str
     output: str
-    id: str | None = None
-    status: str | None = None
 
 
 def _kind(item: Any) -> str:

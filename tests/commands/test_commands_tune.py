@@ -26,19 +26,19 @@ def product(problem, x_NI, count_E, tile):
 
 
 def test_the_quickest_tile_that_runs_is_kept(tmp_path, capsys):
-    out, family = tmp_path / "tiles-a-card.json", Family("mine", ("dense",), lambda *_: TILES, product)
+    out, family = tmp_path / "tiles-a-card.json", Family("mine", ("none",), lambda *_: TILES, product)
     words = ["tune", "--sizes", "tiny", "--rows"]
     for rows in ("3", "1"):  # the second run keeps what the first one found
-        options = _parser().parse_args([*words, rows, "--formats", "dense", "int8"])
+        options = _parser().parse_args([*words, rows, "--format", "none", "int8"])
         assert run(options, "a card", torch.device("cpu"), out, (family,)) == 0
     found = tiles.read(out)
-    assert found == {tiles.Key("mine", "dense", kind, rows): {"M": 2} for kind in ("up", "down") for rows in (1, 3)}
+    assert found == {tiles.Key("mine", "none", kind, rows): {"M": 2} for kind in ("up", "down") for rows in (1, 3)}
     assert f"{out}: written" in capsys.readouterr().out
 
 
 def test_a_family_of_which_no_tile_runs_is_a_bug(tmp_path):
-    family = Family("mine", ("dense",), lambda *_: TILES[2:], product)
-    options = _parser().parse_args(["tune", "--sizes", "tiny", "--formats", "dense"])
+    family = Family("mine", ("none",), lambda *_: TILES[2:], product)
+    options = _parser().parse_args(["tune", "--sizes", "tiny", "--format", "none"])
     with pytest.raises(RuntimeError, match="no tile can run"):
         run(options, "a card", torch.device("cpu"), tmp_path / "x.json", (family,))
     assert list(tmp_path.iterdir()) == []
@@ -49,7 +49,7 @@ def test_a_family_of_which_no_tile_runs_is_a_bug(tmp_path):
     [
         (["--out", "nowhere/x.json"], "--out: nowhere/x.json cannot be written"),
         (["--rows", "0"], "--rows: got 0"),
-        (["--sizes", "tiny", "--formats", "int4"], "--formats int4: its rows of 64 numbers"),
+        (["--sizes", "tiny", "--format", "int4"], "--format int4: its rows of 64 numbers"),
         ([], "accessory tune: it times a GPU's kernels, and torch sees no GPU here"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

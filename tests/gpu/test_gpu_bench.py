@@ -48,13 +48,13 @@ def test_transformers_is_compiled(tmp_path):
 def test_tiles_are_measured_and_found(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     out = tmp_path / "tiles.json"
-    command = ["tune", "--sizes", "tiny", "--formats", "dense", "int8", "--rows", "3", "--out", str(out)]
+    command = ["tune", "--sizes", "tiny", "--format", "none", "int8", "--rows", "3", "--out", str(out)]
     assert main(command) == 0
     monkeypatch.setenv(tiles.VARIABLE, str(out))
     tiles.table_of.cache_clear()
     tiles.measured.cache_clear()
     try:
-        for family, format in (("grouped", "dense"), ("packed_grouped", "int8")):
+        for family, format in (("grouped", "none"), ("packed_grouped", "int8")):
             assert dict(tiles.measured(torch.cuda.get_device_name(), family, format, 96, 64, 2))["M"] >= 16
     finally:
         tiles.table_of.cache_clear()

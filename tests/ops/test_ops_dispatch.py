@@ -14,7 +14,7 @@ from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_fr
 
 SIZES = {"in_features": 4096, "out_features": 14336}
 OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
-PAGED = ("attention", "write_pages")  # their "weight" is a cache, dense or fp8
+PAGED = ("attention", "rotate_and_write")  # their "weight" is a cache, dense or fp8
 TOKENS = ("add_norm", "route")
 PRODUCTS = st.builds(
     Product,

@@ -81,3 +81,21 @@ def test_in_tiles_on_the_gpu(format, case, dtype):
 def test_in_tiles_in_the_interpreter(format):
     how = "device='cpu', dtype=torch.float32, bound=1e-6"
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
+
+
+@pytest.mark.parametrize("format", ["none", "int4"])
+def test_a_measured_tile_is_cut_to_the_weight_as_any_other(format, monkeypatch):
+    """A table is made at one model's sizes, and serves others: smaller ones, and ones with an odd number of groups."""
+    from accessory.ops.quantized import quantize
+    from accessory.ops.triton import grouped_experts as kernels
+
+    asked = []
+    large = dict(zip(kernels.NAMES, (32, 256, 0 if format == "int4" else 512, 4, False, 1, 8, 5), strict=True))
+    monkeypatch.setattr(kernels, "measured_on", lambda *question: asked.append(question) or dict(large))
+    dense = torch.randn(2, 40, 384)
+    weight = dense.bfloat16() if format == "none" else quantize(dense, format)
+    tile = kernels._tile(kernels.UP, weight, 7.5, shared=100_000)
+    assert asked == [(dense.device, "experts_up", format, 40, 384, 7.5)]
+    assert (tile["M"], tile["P"], tile["num_warps"]) == (32, 64, 8)
+    assert tile["UNROLL"] == (1 if format == "int4" else 4)  # three groups
+    assert tile["num_stages"] == (5 if format == "int4" else 2)

@@ -162,7 +162,7 @@ def product(
     if N == 0:
         return y_NO
     if tile is None:
-        tile = measured_on(x_NI.device, "grouped", "dense", O, I, N / E) if x_NI.element_size() == 2 else None
+        tile = measured_on(x_NI.device, "grouped", "none", O, I, N / E) if x_NI.element_size() == 2 else None
     if tile is None:
         table = TILES_32_BITS if x_NI.dtype == torch.float32 else TILES_16_BITS
         tile = tile_of(next(sizes for most, sizes in table.items() if most * E >= N), O, I)

@@ -110,20 +110,22 @@ def _combine_kernel(
     tl.store(y_ptr + token * D + col, y, mask=col < D)
 
 
-# Tiles by kind of number and by the most rows an expert: (M, P, R, UNROLL, SWAP, SPLITS, warps, stages), for w1 with w3
-# and for w2, the best of up to 16 on an H100 at Mixtral-8x7B's sizes. benchmarks/README.md has the times.
+NAMES = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
+# Tiles by kind of number and by the most rows an expert, as in NAMES, for w1 with w3 and for w2: the best of 9 to 18 on
+# an H100 at Mixtral-8x7B's sizes, at 2, 8 and 32 pairs an expert. benchmarks/README.md has the times. The two splits of
+# 4-bit numbers were timed in whole decoding steps alone.
 UP: dict[str, dict[int, tuple[Any, ...]]] = {
     "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 4),
-              2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+              2**62: (64, 64, 128, 1, True, 1, 4, 3)},
     "byte": {8: (16, 64, 128, 1, False, 1, 4, 4), 24: (32, 64, 128, 1, False, 1, 4, 4),
-             2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+             2**62: (64, 64, 128, 1, True, 1, 4, 3)},
     "nibble": {8: (16, 64, 0, 2, False, 1, 4, 3), 2**62: (32, 128, 0, 2, False, 1, 8, 4)},
 }  # fmt: skip
 DOWN: dict[str, dict[int, tuple[Any, ...]]] = {
     "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 5),
-              2**62: (64, 64, 128, 1, True, 1, 4, 4)},
+              2**62: (64, 64, 64, 1, True, 1, 4, 3)},
     "byte": {8: (16, 64, 128, 1, False, 1, 4, 3), 24: (32, 64, 128, 1, False, 1, 4, 4),
-             2**62: (64, 64, 64, 1, True, 1, 4, 4)},
+             2**62: (64, 128, 128, 1, True, 1, 8, 3)},
     "nibble": {8: (16, 64, 0, 2, False, 2, 4, 3), 2**62: (32, 128, 0, 2, False, 2, 8, 3)},
 }  # fmt: skip
 # A single quantised weight has fewer tiles to keep a card busy.
@@ -131,7 +133,7 @@ ALONE: dict[str, dict[int, tuple[Any, ...]]] = {
     "byte": {16: (16, 16, 256, 1, False, 1, 2, 4), 2**62: (32, 32, 128, 1, False, 1, 4, 4)},
     "nibble": {16: (16, 32, 0, 4, False, 1, 4, 3), 2**62: (32, 64, 0, 2, False, 1, 4, 3)},
 }
-_KIND = {"int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
+_KIND = {"none": "dense", "int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
 
 
 def _tile(
@@ -139,26 +141,26 @@ def _tile(
 ) -> dict[str, Any]:
     """The tile for a weight and so many rows of each expert, not larger than the weight itself.
 
-    shared: bytes of shared memory that a program may have, by default those of the weight's card. Where they are few,
-    the tile has fewer stages: these hold numbers that are loaded ahead.
+    What `accessory tune` measured on the weight's card comes before the tables above. shared: bytes of shared memory
+    that a program may have, by default those of the card. Where they are few, the tile has fewer stages: these hold
+    numbers that are loaded ahead.
     """
     *_, O, I = weight.shape  # noqa: E741
-    if shared is None and tables is not ALONE:
-        format = weight.format if isinstance(weight, Packed) else "dense"
-        found = measured_on(weight.device, "experts_up" if tables is UP else "experts_down", format, O, I, rows)
-        if found is not None:
-            return found
-    table = tables[_KIND[weight.format] if isinstance(weight, Packed) else "dense"]
-    M, P, R, unroll, swap, splits, warps, stages = next(tile for most, tile in table.items() if rows <= most)
-    P, R = min(P, max(16, triton.next_power_of_2(O))), min(R, max(16, triton.next_power_of_2(I)))
-    data, numbers = weight.data if isinstance(weight, Packed) else weight, R
-    if isinstance(weight, Packed) and weight.format in GROUP:
-        unroll = 1 if weight.scale.shape[-1] % unroll else unroll
-        numbers = unroll * GROUP[weight.format]
-    weights = (2 if tables is UP else 1) * P * numbers * data.shape[-1] // I * data.element_size()
-    stage, room = 2 * M * numbers + weights, _shared_bytes(data.device) if shared is None else shared
-    return {"M": M, "P": P, "R": R, "UNROLL": unroll, "SWAP": swap, "SPLITS": splits, "num_warps": warps,
-            "num_stages": max(2, min(stages, room // stage))}  # fmt: skip
+    data, format = (weight.data, weight.format) if isinstance(weight, Packed) else (weight, "none")
+    family = "experts_up" if tables is UP else "experts_down"
+    found = None if tables is ALONE else measured_on(data.device, family, format, O, I, rows)
+    sizes = next(sizes for most, sizes in tables[_KIND[format]].items() if rows <= most)
+    tile = found or dict(zip(NAMES, sizes, strict=True))
+    tile["P"] = min(tile["P"], max(16, triton.next_power_of_2(O)))
+    tile["R"] = numbers = min(tile["R"], max(16, triton.next_power_of_2(I)))
+    if format in GROUP:
+        groups = I // GROUP[format]
+        tile["UNROLL"] = 1 if groups % tile["UNROLL"] else tile["UNROLL"]
+        numbers = tile["UNROLL"] * GROUP[format]
+    weights = (2 if tables is UP else 1) * tile["P"] * numbers * data.shape[-1] // I * data.element_size()
+    stage, room = 2 * tile["M"] * numbers + weights, _shared_bytes(data.device) if shared is None else shared
+    tile["num_stages"] = max(2, min(tile["num_stages"], room // stage))
+    return tile
 
 
 @cache

@@ -239,7 +239,7 @@ LEAST_KEYS = 256
 def rotate_and_write(
     pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`ops.paged_attention.write_pages` in one launch."""
+    """`ops.paged_attention.rotate_and_write` in one launch."""
     (N, H, d), G = q_NHd.shape, k_NGd.shape[1]
     q_NHd, k_NGd, v_NGd = _rows(q_NHd), _rows(k_NGd), _rows(v_NGd)
     turned_NHd, turned_NGd = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHd, k_NGd))

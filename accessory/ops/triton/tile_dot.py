@@ -109,8 +109,7 @@ def tile_dot(
                 a = byte_numbers(a, kind, CODE == 1, PERMUTE)
             acc_a = _multiply(x, a, acc_a, SWAP, PERMUTE)
             if TWO:
-                rest = None if IN % R == 0 else (col < IN - start + from_)[None, :]
-                b = tl.load(at_b, mask=rest, other=None if IN % R == 0 else 0.0)
+                b = tl.load(at_b) if IN % R == 0 else tl.load(at_b, mask=(col < IN - start + from_)[None, :], other=0.0)
                 if CODE >= 0:
                     b = byte_numbers(b, kind, CODE == 1, PERMUTE)
                 acc_b = _multiply(x, b, acc_b, SWAP, PERMUTE)
@@ -131,13 +130,14 @@ def tile_dot(
         pair = tl.arange(0, HALF)
         first_a = a_ptr + row[:, None] * (IN // 2)
         first_b = b_ptr + row[:, None] * (IN // 2)
+        ahead = tl.minimum(from_, G - 1)  # the last split may have no group
         a_scale, a_zero = _group_terms(
-            a_scale_ptr, a_zero_ptr, a_offset_ptr, table_ptr, row, from_, kind, G, CODE, STEPS, NESTED, PERMUTE
+            a_scale_ptr, a_zero_ptr, a_offset_ptr, table_ptr, row, ahead, kind, G, CODE, STEPS, NESTED, PERMUTE
         )
         b_scale, b_zero = a_scale, a_zero
         if TWO:
             b_scale, b_zero = _group_terms(
-                b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, from_, kind, G, CODE, STEPS, NESTED, PERMUTE
+                b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, ahead, kind, G, CODE, STEPS, NESTED, PERMUTE
             )
         for start in range(from_, tl.minimum(from_ + GROUPS, G), UNROLL):
             for u in tl.static_range(UNROLL):
