@@ -16,14 +16,15 @@ DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slo
 
 # (token, expert) pairs up to which experts run in tiles of few rows, with SiLU and the sum over experts in the same
 # kernels. With more, products for prompts are quicker.
-TILED_PAIRS = 512
-# Pairs up to which reading a weight for each pair is quicker than that: they rarely share an expert.
+TILED_PAIRS = 1024
+TILED_PAIRS_4_BITS = 512
+# Pairs up to which reading a dense weight for each pair is quicker than that: they rarely share an expert.
 IN_PLACE_PAIRS = 4
 # Experts up to which the router's products fit the registers of the program that norms a token.
 ROUTED_EXPERTS = 64
 
-# Rows of input up to which a GPU reads a quantised weight once for each row.
-IN_PLACE_ROWS = 2
+# Rows of input up to which a GPU reads a quantised weight without tensor cores.
+IN_PLACE_ROWS = 1
 # Rows of input up to which a GPU multiplies a dense weight without tensor cores. Already with four, cuBLAS is quicker.
 IN_PLACE_ROWS_DENSE = 1
 # Rows of input up to which a quantised weight's scales are applied to sums, which makes the loop over it the quickest.
@@ -79,3 +80,7 @@ MAX_WAITING = 8192
 # slice each. Larger sums take NCCL.
 ONE_SHOT_NUMBERS = 2**16
 TWO_SHOT_NUMBERS = 2**20
+# Numbers that a rank may send to the others where the next norm sums a layer's output, in the same launch, and the
+# longest row of them: a program holds a row in registers.
+EXCHANGED_NUMBERS = 2**18
+EXCHANGED_DIM = 4096

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accessory.formats import Format
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight, linear
-from accessory.ops.norm import add_rms_norm, rms_norm
+from accessory.ops.norm import Exchange, add_rms_norm, rms_norm
 from accessory.ops.quantized import Packed, packed_shapes
 
 
@@ -108,6 +108,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self.adapters: Tensor | None = None  # (1 + A, dim) fp32: the weight, and that of each of several adapters
+        self.exchange: Exchange | None = None  # what sums the layer's output over ranks, if the norm has to
 
     def set_adapters(self, weights: Sequence[Tensor | None]) -> None:
         """Have a weight of its own for each of several adapters; None: one that keeps this one."""
@@ -126,7 +127,14 @@ class RMSNorm(nn.Module):
         self, x: Tensor, y: Tensor | None, dtype: torch.dtype, adapters: AdapterRows | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x + y, its norm in `dtype`): the residual stream after a layer's output y. None: nothing is added."""
+        exchange = self.exchange_of(y)
         if self.adapters is None or adapters is None:
-            return add_rms_norm(x, y, self.weight.float(), self.eps, dtype)
+            return add_rms_norm(x, y, self.weight.float(), self.eps, dtype, exchange)
+        if exchange is not None:
+            x, y = add_rms_norm(x, y, self.weight.float(), self.eps, dtype, exchange)[0], None
         x = x if y is None else x + y
         return x, self(x, adapters).to(dtype)
+
+    def exchange_of(self, y: Tensor | None) -> Exchange | None:
+        """What sums a layer's output y over ranks in the norm's launch; None where it is the whole sum already."""
+        return self.exchange if self.exchange is not None and y is not None and self.exchange.takes(y) else None

@@ -43,7 +43,10 @@ class MoE(nn.Module):
         kernel = route_kernel(x_TD, len(self.gate.weight)) if alone else None
         if kernel is not None:
             norm_D, gate_ED = norm.weight.float(), self.gate.weight.float()
-            x_TD, h_TD, weight_TK, expert_TK = kernel.load()(x_TD, y_TD, norm_D, norm.eps, gate_ED, self.k, dtype)
+            exchange = norm.exchange_of(y_TD)
+            x_TD, h_TD, weight_TK, expert_TK = kernel.load()(
+                x_TD, y_TD, norm_D, norm.eps, gate_ED, self.k, dtype, exchange
+            )
             return x_TD, self.experts(h_TD, weight_TK, expert_TK), None
         # The router's input is fp32 in every compute dtype: rounding must not decide between experts with close logits.
         x_TD, h_TD = norm.after(x_TD, y_TD, torch.float32, adapters)

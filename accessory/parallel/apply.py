@@ -7,6 +7,7 @@ the experts are summed: two all-reduces a layer.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from accessory.config import Implementation, ModelArgs
 from accessory.nn.attention import Attention
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
+from accessory.nn.linear import RMSNorm
 from accessory.parallel import sharding
 from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks
 from accessory.parallel.mesh import Ranks
+from accessory.parallel.symmetric import exchange
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +87,17 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     def gathered(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return gather_from_ranks(output, ranks)
 
-    def reduced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return reduce_from_ranks(output, ranks)
+    def reduced_before(norm: RMSNorm | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        """A hook that sums an output over ranks, unless the norm that comes next does."""
+
+        def reduced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            if norm is not None and output.is_cuda and not torch.is_grad_enabled():
+                norm.exchange = exchange(ranks, output.device, decoder.args.dim)  # made in the first step
+                if norm.exchange_of(output) is not None:
+                    return output
+            return reduce_from_ranks(output, ranks)
+
+        return reduced
 
     def copy_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
@@ -98,11 +110,11 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     decoder.tok_embeddings.register_forward_hook(gathered)
     decoder.output.register_forward_pre_hook(copy_first)
     decoder.output.register_forward_hook(gathered)
-    for module in decoder.modules():
-        if isinstance(module, StackedExperts):
-            module.register_forward_pre_hook(copy_to_experts)
-            module.register_forward_hook(reduced)
-    if attention_is_cut:
-        for layer in decoder.layers:
-            layer.attention.register_forward_pre_hook(copy_first)  # type: ignore[union-attr]
-            layer.attention.register_forward_hook(reduced)  # type: ignore[union-attr]
+    layers: list[Any] = list(decoder.layers)
+    # The last norm sees some rows only, so the sum before it stands alone.
+    for layer, norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), None], strict=True):
+        layer.feed_forward.experts.register_forward_pre_hook(copy_to_experts)
+        layer.feed_forward.experts.register_forward_hook(reduced_before(norm))
+        if attention_is_cut:
+            layer.attention.register_forward_pre_hook(copy_first)
+            layer.attention.register_forward_hook(reduced_before(layer.ffn_norm))

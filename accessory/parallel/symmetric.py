@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.limits import ONE_SHOT_NUMBERS, TWO_SHOT_NUMBERS
+from accessory.limits import EXCHANGED_DIM, EXCHANGED_NUMBERS, ONE_SHOT_NUMBERS, TWO_SHOT_NUMBERS
+from accessory.ops.dispatch import has_triton
+from accessory.ops.norm import Exchange
 from accessory.parallel.mesh import Ranks
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,24 @@ class SymmetricSum:
             return torch.ops.symm_mem.one_shot_all_reduce(buffer_N, "sum", self._name).view(part.shape)
         torch.ops.symm_mem.two_shot_all_reduce_(buffer_N, "sum", self._name)
         return buffer_N.clone().view(part.shape)
+
+
+@cache
+def exchange(ranks: Ranks, device: torch.device, dim: int) -> Exchange | None:
+    """What sums a layer's output in the next norm's launch; None where it cannot. All ranks must ask."""
+    if symmetric_sum(ranks, device) is None or not has_triton() or dim > EXCHANGED_DIM:
+        return None
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    rows = max(1, EXCHANGED_NUMBERS // (dim * (ranks.size - 1)))
+    words = symmetric_memory.empty(2 * ranks.size * rows * dim, dtype=torch.int64, device=device)
+    handle = symmetric_memory.rendezvous(words, ranks.group)
+    words.zero_()  # the first turn is 1
+    torch.cuda.synchronize(device)
+    dist.barrier(group=ranks.group, device_ids=[device.index])
+    inbox_W = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    turn_T = torch.zeros(rows, dtype=torch.int32, device=device)
+    return Exchange(inbox_W, turn_T, ranks.rank, ranks.size, rows, dim, words)
 
 
 @cache

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.interpreted import interpret, relative
 
-from accessory.ops.norm import add_rms_norm, rms_norm
+from accessory.ops.norm import Exchange, add_rms_norm, rms_norm
 from accessory.ops.routing import add_norm_route
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
@@ -41,6 +41,42 @@ def check(case, device, dtype, bound):
         assert torch.equal(expert_TK[1:], want[3][1:])
 
 
+def check_exchange(device, ranks, route):
+    """Each rank's launch on its own: the other ranks' words have arrived already, two turns of them."""
+    from accessory.ops.triton import add_norm as kernels
+
+    T, D, E, K, rows = 3, 100, 8, 2, 5
+    g = torch.Generator().manual_seed(ranks)
+    norm_D, gate_ED = torch.rand(D, generator=g).to(device) + 0.5, torch.randn(E, D, generator=g).to(device) * D**-0.5
+    x_TD = torch.randn(T, D, generator=g).to(device)
+    part_NWTD = torch.randn(2, ranks, T, D, generator=g).to(device)
+    for rank in range(ranks):
+        inboxes = torch.zeros(ranks, 2, ranks, rows, D, dtype=torch.int64, device=device)
+        for turn in (1, 2):
+            bits = part_NWTD[turn - 1].view(torch.int32).long() & 0xFFFFFFFF
+            inboxes[rank, turn % 2, :, :T] = bits | turn << 32
+        mine = inboxes[rank].clone()
+        address_W = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=device)
+        turn_T = torch.zeros(rows, dtype=torch.int32, device=device)
+        exchange = Exchange(address_W, turn_T, rank, ranks, rows, D, inboxes)
+        for turn in (1, 2):
+            parts = part_NWTD[turn - 1]
+            y_TD = sum(parts[1:], parts[0])
+            want = add_norm_route(x_TD, y_TD, norm_D, 1e-5, gate_ED, K, torch.float32)
+            if route:
+                got = kernels.add_norm_route(x_TD, parts[rank], norm_D, 1e-5, gate_ED, K, torch.float32, exchange)
+                assert torch.equal(got[3], want[3])
+            else:
+                got = kernels.add_rms_norm(x_TD, parts[rank], norm_D, 1e-5, torch.float32, exchange)
+            assert torch.equal(got[0], want[0])  # in the order of ranks, to the bit
+            assert relative(got[1], want[1]) <= 1e-6
+            for other in range(ranks):
+                sent = inboxes[other, turn % 2, rank, :T]
+                assert other == rank or torch.equal(sent, mine[turn % 2, rank, :T])
+        assert torch.equal(inboxes[rank], mine)
+        assert turn_T.tolist() == [2] * T + [0] * (rows - T)
+
+
 def check_rows(size, device, dtype, bound):
     from accessory.ops.triton.rows import linear
 
@@ -58,12 +94,18 @@ def test_on_the_gpu(dtype):
         check(case, "cuda", dtype, bound)
     for size in [*SIZES, (1, 6144, 4096), (4, 4096, 14336)]:
         check_rows(size, "cuda", dtype, bound)
+    for ranks in (2, 3):
+        check_exchange("cuda", ranks, ranks == 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
 def test_in_the_interpreter():
     how = "'cpu', torch.float32, 1e-6"
-    interpret(__file__, f"for c in t.CASES: t.check(c, {how})\nfor s in t.SIZES: t.check_rows(s, {how})")
+    interpret(
+        __file__,
+        f"for c in t.CASES: t.check(c, {how})\nfor s in t.SIZES: t.check_rows(s, {how})\n"
+        "for ranks in (2, 3): t.check_exchange('cpu', ranks, ranks == 2)",
+    )
 
 
 def test_the_definition_adds_then_norms():

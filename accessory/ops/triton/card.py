@@ -22,7 +22,7 @@ def on_its_card(launch: Launcher) -> Launcher:
     """
 
     @functools.wraps(launch)
-    def launch_there(first: Any, *others: Any, **named: Any) -> Any:
+    def launch_there(first: Any, /, *others: Any, **named: Any) -> Any:
         device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():  # on a CPU, Triton's interpreter runs
             return launch(first, *others, **named)
