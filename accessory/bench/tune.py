@@ -18,12 +18,12 @@ from torch import Tensor
 from accessory.bench.card import free, seconds_in_turn
 from accessory.config import ModelArgs
 from accessory.formats import GROUP, Format
-from accessory.limits import TILED_PAIRS
+from accessory.limits import FEW_ROWS, TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
 
 DENSE = "none"
-ROWS = (1, 4, 12, 24, 48, 96, 192, 512, 2048)  # an expert
+ROWS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)  # an expert
 INPUTS, CALLS = 4, 16
 
 
@@ -39,15 +39,21 @@ class Problem(NamedTuple):
 class Family(NamedTuple):
     """Kernels that share a table of tiles.
 
-    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile. most: rows
-    an expert, beyond which these kernels are not used.
+    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile. weights:
+    those that it multiplies by: "w1" (w3 has its shape), "w2", or attention's "wqkv" and "wo", which are no stacks.
+    most: rows an expert, beyond which these kernels are not used.
     """
 
     name: str
     formats: Sequence[str]
     candidates: Callable[[str, int, int], list[Tile]]
     run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+    weights: Sequence[str] = ("w1", "w2")
     most: float = float("inf")
+
+    @property
+    def alone(self) -> bool:
+        return "wo" in self.weights
 
 
 class Timed(NamedTuple):
@@ -85,17 +91,24 @@ def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tens
 
 
 def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequence[int] = (1,)) -> list[Tile]:
+    """Few rows: the weight is the tensor cores' left operand (SWAP), of which a warp takes 16 rows. With more rows, 64
+    of four warps."""
     from accessory.ops.triton.grouped_experts import NAMES
 
+    nibble = format in GROUP
+    unrolls = [u for u in (1, 2, 4) if nibble and in_features // GROUP[format] % u == 0]
+    few = [(M, P, warps, True) for M in (8, 16, 32) for P, warps in ((16, 1), (32, 2), (64, 4))]
+    some = [(M, P, warps, False) for M in (16, 32) for P, warps in ((32, 2), (64, 4), (128, 8))]
+    many = [(M, P, warps, swap) for M in (64, 128) for P, warps in ((64, 4), (128, 8)) for swap in (True, False)]
     sizes: list[tuple[Any, ...]] = []
-    for M, (P, warps), stages, split in itertools.product(
-        (16, 32, 64, 128), ((32, 4), (64, 4), (64, 8), (128, 8)), (3, 4), splits
-    ):
-        if format in GROUP:
-            unrolls = [u for u in (1, 2) if in_features // GROUP[format] % u == 0]
-            sizes += [(M, P, 0, unroll, False, split, warps, stages) for unroll in unrolls]
+    for M, P, warps, swap in few + some + many:
+        if nibble:
+            inner = [(0, unroll, stages) for unroll, stages in ((1, 3), (1, 4), (2, 3), (4, 3)) if unroll in unrolls]
         else:
-            sizes += [(M, P, R, 1, swap, split, warps, stages) for R in (64, 128) for swap in (False, True)]
+            inner = [(R, 1, stages) for R, stages in ((64, 4), (128, 3), (128, 4), (256, 3))]
+        for R, unroll, stages in inner:
+            # Parts of a sum are written and read again, which does not pay for many rows.
+            sizes += [(M, P, R, unroll, swap, s, warps, stages) for s in splits if s == 1 or s * M <= 32]
     return [dict(zip(NAMES, size, strict=True)) for size in sizes]
 
 
@@ -115,10 +128,19 @@ def _down(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor
     return down(x_NI, problem.weight, count_E, _order(x_NI), tile)
 
 
+def _linear(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+    from accessory.ops.triton.grouped_experts import linear
+
+    return linear(x_NI, problem.weight, tile)
+
+
 QUANTIZED = ("int8", "fp8", "int4", "nf4", "nf4-dq")
 FAMILIES = (
-    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, TILED_PAIRS / 8),
-    Family("experts_down", (DENSE, *QUANTIZED), partial(_expert_tiles, splits=(1, 2, 4)), _down, TILED_PAIRS / 8),
+    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, ("w1",), TILED_PAIRS / 8),
+    Family(
+        "experts_down", (DENSE, *QUANTIZED), partial(_expert_tiles, splits=(1, 2, 4)), _down, ("w2",), TILED_PAIRS / 8
+    ),
+    Family("linear", QUANTIZED, _expert_tiles, _linear, ("wqkv", "wo"), FEW_ROWS),
     Family("grouped", (DENSE,), _grouped_tiles, _grouped),
     Family("packed_grouped", QUANTIZED, _grouped_tiles, _packed),
 )
@@ -132,32 +154,54 @@ def tune(
     formats: Sequence[str],
     device: torch.device,
     *,
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[float] = ROWS,
     families: Sequence[Family] = FAMILIES,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Timed]:
     """The quickest tile for each family, format, shape and number of rows an expert."""
-    shapes = ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim))
-    for family, format, (O, I) in itertools.product(families, formats, shapes):  # noqa: E741
-        if format not in family.formats:
-            continue
-        weight, other = (_weight(format, args.moe.num_experts, O, I, device) for _ in range(2))
-        tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
-        for many in (n for n in rows if n <= family.most):
-            key = Key(family.name, format, kind_of(O, I), many)
-            begin(f"{family.name} {format}, {key.kind}, {many} rows an expert")
-            problem = Problem(format, weight, other, [_input(args, many, I, device, n) for n in range(INPUTS)])
-            yield best(key, family, problem, [tile for tile in tiles if suits(tile, many)], device)
-        del weight, other, problem
-        free(device)
+    for family, format in itertools.product(families, formats):
+        if format in family.formats:
+            for O, I in _shapes(args, family):  # noqa: E741
+                yield from _tune(args, family, format, O, I, device, rows, begin)
 
 
-def count(formats: Sequence[str], rows: Sequence[int], families: Sequence[Family] = FAMILIES) -> int:
+def _shapes(args: ModelArgs, family: Family) -> tuple[tuple[int, int], ...]:
+    """(O, I) of the weights that a family multiplies by. Their kinds differ (`tiles.kind_of`)."""
+    heads = args.n_heads * args.head_dim
+    shapes = {"w1": (args.hidden_dim, args.dim), "w2": (args.dim, args.hidden_dim)}
+    shapes |= {"wqkv": (heads + 2 * args.n_kv_heads * args.head_dim, args.dim), "wo": (args.dim, heads)}
+    return tuple(shapes[name] for name in family.weights)
+
+
+def _tune(
+    args: ModelArgs, family: Family, format: str, O: int, I: int, device: torch.device,  # noqa: E741
+    rows: Sequence[float], begin: Callable[[str], None],
+) -> Iterator[Timed]:  # fmt: skip
+    experts, chosen = (1, 1) if family.alone else (args.moe.num_experts, args.moe.num_experts_per_tok)
+    weight, other = (_weight(format, experts, O, I, device) for _ in range(2))
+    weight, other = (weight[0], other[0]) if family.alone else (weight, other)
+    tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
+    for many in _rows(family, rows):
+        key = Key(family.name, format, kind_of(O, I), many)
+        begin(f"{family.name} {format}, {key.kind}, {many} rows an expert")
+        inputs = [_input(experts, chosen, many, I, device, n) for n in range(INPUTS)]
+        problem = Problem(format, weight, other, inputs)
+        yield best(key, family, problem, [tile for tile in tiles if suits(tile, many)], device)
+    del weight, other
+    free(device)
+
+
+def _rows(family: Family, rows: Sequence[float]) -> list[float]:
+    return [many for many in rows if many <= family.most and (many >= 1 or not family.alone)]
+
+
+def count(formats: Sequence[str], rows: Sequence[float], families: Sequence[Family] = FAMILIES) -> int:
     """How many products `tune` times: two shapes of each."""
-    return 2 * sum(n <= family.most for family in families for f in formats if f in family.formats for n in rows)
+    each = {family.name: len(family.weights) * len(_rows(family, rows)) for family in families}
+    return sum(each[family.name] for family in families for format in formats if format in family.formats)
 
 
-def suits(tile: Tile, rows: int) -> bool:
+def suits(tile: Tile, rows: float) -> bool:
     """Whether a tile's rows are near enough to an expert's rows for the tile to be worth trying."""
     return rows / 16 <= tile.get("M", rows) <= max(32, 4 * rows)
 
@@ -189,11 +233,12 @@ def _weight(format: str, E: int, O: int, I: int, device: torch.device) -> Any:  
     return quantize(dense, chosen)
 
 
-def _input(args: ModelArgs, rows: int, I: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """A random routing in which an expert gets so many rows on average, at least one pair in all."""
-    E, K = args.moe.num_experts, args.moe.num_experts_per_tok
+def _input(
+    experts: int, chosen: int, rows: float, I: int, device: torch.device, seed: int  # noqa: E741
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A random routing in which an expert gets so many rows on average, at least those of one token in all."""
     draw = torch.Generator(device).manual_seed(seed)
-    tokens = max(1, rows * E // K)
-    expert_TK = torch.rand(tokens, E, device=device, generator=draw).topk(K)[1]
-    x_NI = torch.randn(tokens * K, I, device=device, generator=draw).to(torch.bfloat16)
-    return x_NI, sort_by_expert(expert_TK, E)[1]
+    tokens = max(1, round(rows * experts / chosen))
+    expert_TK = torch.rand(tokens, experts, device=device, generator=draw).topk(chosen)[1]
+    x_NI = torch.randn(tokens * chosen, I, device=device, generator=draw).to(torch.bfloat16)
+    return x_NI, sort_by_expert(expert_TK, experts)[1]

@@ -88,7 +88,7 @@ def add_tune_arguments(tune: argparse.ArgumentParser) -> None:
     about = f"of weights (default: all: {', '.join(every)})"
     tune.add_argument("--format", nargs="+", choices=every, default=list(every), metavar="FORMAT", help=about)
     tune.add_argument("--sizes", choices=PRESETS, default="8x7b", help="whose weights are multiplied (default: 8x7b)")
-    tune.add_argument("--rows", type=int, nargs="+", metavar="N", help="an expert (default: 1 4 12 … 2048)")
+    tune.add_argument("--rows", type=float, nargs="+", metavar="N", help="an expert (default: 0.25 0.5 1 … 2048)")
     about = "JSON (default: in the user's cache, where the kernels find it; or name it in ACCESSORY_TILES)"
     tune.add_argument("--out", metavar="FILE", help=about)
 

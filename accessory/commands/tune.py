@@ -25,8 +25,8 @@ def tune(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out is not None else None
     if out is not None and not out.absolute().parent.is_dir():
         raise InputError(f"--out: {out} cannot be written, since there is no folder {out.absolute().parent}")
-    if (few := min(options.rows or [1])) < 1:
-        raise InputError(f"--rows: got {few}, but it must be at least 1")
+    if (few := min(options.rows or [1])) <= 0:
+        raise InputError(f"--rows: got {few}, but it must be above 0")
     for format in options.format:
         if format != tuning.DENSE:
             check_rows(f"--format {format}", format, min(args.dim, args.hidden_dim))

@@ -154,8 +154,12 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", _ANY_FORMAT, _CPU, host_free=False),
 
-    Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,
+    Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE,), _CUDA, _AMPERE, _16_BITS,
            rows=(limits.IN_PLACE_PAIRS + 1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
+    Kernel("decode", "triton.grouped_experts:experts_in_tiles", _ROW_FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows=(1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
+    Kernel("decode", "triton.grouped_experts:experts_in_tiles", _GROUP_FORMATS, _CUDA, _AMPERE, _16_BITS,
+           rows=(1, limits.TILED_PAIRS_4_BITS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,
            rows=(0, limits.DECODE_PAIRS_GPU), grad=False, triton=True),
     Kernel("decode", "triton.packed:decode_experts", _TRITON_FORMATS, _CUDA, dtypes=_16_BITS,

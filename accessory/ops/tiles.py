@@ -28,7 +28,7 @@ class Key(NamedTuple):
     family: str
     format: str
     kind: str
-    rows: int
+    rows: float
 
 
 def kind_of(out_features: int, in_features: int) -> str:

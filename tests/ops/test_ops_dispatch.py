@@ -73,6 +73,7 @@ def test_every_row_is_reached_by_some_product():
     for op, weight, device in product(PAGED, (dispatch.DENSE, "fp8"), ("cpu", "cuda")):
         found.add(find(Product(op, weight, device=device)))
     found |= {find(Product(op, experts=8)) for op in TOKENS}
+    found.add(find(Product("decode", "int4", 2, 8, **SIZES, plain=False)))
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
             for rows in (1, 20, 100, 100_000):
@@ -91,8 +92,9 @@ def test_every_row_is_reached_by_some_product():
         ("decode", "dense", limits.DECODE_PAIRS_GPU, "triton.decode_experts:decode_experts", None),
         ("decode", "dense", limits.IN_PLACE_PAIRS, "triton.decode_experts:decode_experts",
          "triton.grouped_experts:experts_in_tiles"),
-        ("decode", "nf4", limits.IN_PLACE_PAIRS, "triton.packed:decode_experts",
-         "triton.grouped_experts:experts_in_tiles"),
+        ("decode", "dense", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
+        ("decode", "fp8", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
+        ("decode", "nf4", limits.TILED_PAIRS_4_BITS, "triton.grouped_experts:experts_in_tiles", None),
         ("adapters", "dense", limits.ADAPTER_ROWS, "triton.low_rank:add_row_by_row", "triton.low_rank:add_grouped"),
         ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),
         ("linear", "nf4", limits.IN_PLACE_ROWS, "triton.packed:linear", "triton.grouped_experts:linear"),
@@ -106,7 +108,7 @@ def test_every_row_is_reached_by_some_product():
     ],
 )  # fmt: skip
 def test_limits_are_where_they_were_measured(op, weight, most, here, beyond):
-    experts, plain = 8 if op != "linear" else 1, op != "decode" or beyond is not None
+    experts, plain = 8 if op != "linear" else 1, op != "decode" or "experts_in_tiles" in f"{here} {beyond}"
     assert choose(Product(op, weight, most, experts, **SIZES, plain=plain)).function == here
     after = find(Product(op, weight, most + 1, experts, **SIZES, plain=plain))
     assert (after.function if after else None) == beyond

@@ -115,9 +115,13 @@ def _multiply_add(a, b, c, dtype):
     return int((a * b + c).to(dtype).view(torch.int32)) & 0xFFFFFFFF
 
 
-def follow(asm, outputs, word):
-    """Run inline PTX with `word` in its input register, and return the output registers."""
+def follow(asm, outputs, word, held=()):
+    """Run inline PTX with `word` in its input register, and return the output registers.
+
+    held: words that the program finds in registers, each four times.
+    """
     registers = {f"${outputs}": word}
+    registers |= {f"${outputs + 1 + 4 * n}": literal for n, literal in enumerate(held)}
     for line in asm.splitlines():
         line = line.strip()
         if line[0] not in "{}.":
@@ -138,7 +142,7 @@ def test_the_permuted_tables_are_the_formats():
         numbers = [b >> 4 for b in data] + [b & 15 for b in data]
         words = follow(nibbles._INT4_ASM.value, 8, word)
         assert torch.tensor(words).to(torch.int32).view(torch.float32).tolist() == [128.0 + q for q in numbers]
-        words = torch.tensor(follow(nibbles._NF4_ASM.value, 4, word)).to(torch.uint32)
+        words = torch.tensor(follow(nibbles._NF4_ASM.value, 4, word, nibbles.literals()[:4])).to(torch.uint32)
         got = words.view(torch.float16).double()
         want = torch.tensor([NF4[q] for q in numbers], dtype=torch.float64)
         assert torch.equal(got, want.half().double())
@@ -159,9 +163,12 @@ def test_pairs_of_numbers_are_the_formats(dtype, bias):
         q = torch.cat([data >> 4, data & 15]).long()
         four = follow(getattr(nibbles, f"_INT4_{name}_ASM").value, 4, word)
         assert torch.equal(_numbers(four, dtype), q + bias)
-        four = follow((nibbles._NF4_BF16_ASM if dtype == torch.bfloat16 else nibbles._NF4_ASM).value, 4, word)
+        nf4, held = {torch.bfloat16: (nibbles._NF4_BF16_ASM, slice(4, 8)), torch.float16: (nibbles._NF4_ASM, slice(4))}[
+            dtype
+        ]
+        four = follow(nf4.value, 4, word, nibbles.literals()[held])
         assert torch.equal(_numbers(four, dtype), table[q])
-        two = follow(getattr(nibbles, f"_INT8_{name}_ASM").value, 2, word)
+        two = follow(getattr(nibbles, f"_INT8_{name}_ASM").value, 2, word, nibbles.literals()[8:])
         assert torch.equal(_numbers(two, dtype), data.view(torch.int8).double())
         assert torch.equal(
             _numbers(follow(getattr(nibbles, f"_ONES_{name}_ASM").value, 2, word), dtype), torch.ones(4).double()

@@ -41,15 +41,15 @@ def test_tiles_fit_other_cards(format, capability):
     x = dict.fromkeys(("x_ptr", "h_ptr"), "*bf16") | dict.fromkeys(("count_ptr", "order_ptr"), "*i32")
     up = x | {f"{p}{n}_ptr": kind for n in (1, 3) for p, kind in zip("dszo", kinds, strict=False)}
     rows = x | {f"{p}_ptr": kind for p, kind in zip("dszo", kinds, strict=False)} | {"y_ptr": "*fp32"}
-    for rows_an_expert in (4, 16, 64):
+    for rows_an_expert in (0.25, 4, 16, 64):
         for tables, kernel, pointers, sizes in (
-            (kernels.UP, kernels._up_kernel, up, {"D": 4096, "F": 14336, "K": 2}),
-            (kernels.DOWN, kernels._rows_kernel, rows, {"OUT": 4096, "IN": 14336, "COUNTED": True}),
+            (kernels.UP, kernels._up_kernel, up, {"D": 4096, "F": 14336, "K": 2, "ONE": False}),
+            (kernels.DOWN, kernels._rows_kernel, rows, {"OUT": 4096, "IN": 14336, "COUNTED": True, "ONE": False}),
         ):
             tile = kernels._tile(tables, weight, rows_an_expert, CARDS[capability])
             how = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
             # The tables are made for large weights, so the small one here must not have shrunk the tile.
-            constants = {**sizes, "E": 8, "SLOTS": 8, **tile, **fixed}
+            constants = {**sizes, "E": 8, "SLOTS": 8, "OVERLAPS": capability >= 90, **tile, **fixed}
             used = {
                 name: kind for name, kind in {**pointers, "table_ptr": kinds[-1]}.items() if name in kernel.arg_names
             }

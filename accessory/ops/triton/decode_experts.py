@@ -18,6 +18,7 @@ from torch import Tensor
 from accessory.ops.linear import Weight
 from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
+from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 
 @triton.jit
@@ -25,9 +26,10 @@ def _up_kernel(
     x_ptr, w1_ptr, w3_ptr, low_ptr, b1_ptr, bias1_ptr, b3_ptr, bias3_ptr, adapter_ptr, expert_ptr, h_ptr,
     first, experts, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     R1: tl.constexpr, R3: tl.constexpr, BIAS1: tl.constexpr, BIAS3: tl.constexpr, SLOTS: tl.constexpr,
-    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair. Pairs with another rank's expert write nothing."""
+    wait_for_inputs(OVERLAPS)
     pair = tl.program_id(1)
     e = tl.load(expert_ptr + pair) - first
     if (e >= 0) & (e < experts):
@@ -42,6 +44,7 @@ def _up_kernel(
             mask = inside & (cols[None, :] < D)
             a += tl.load(w1_ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32) * x
             b += tl.load(w3_ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32) * x
+        let_next_begin(OVERLAPS)
         number = adapter_number(adapter_ptr, pair // K, e, experts, STACKED)
         low_ptr += pair * (R1 + R3)
         gate = tl.sum(a, 1) + beside(low_ptr, b1_ptr, bias1_ptr, rows, e, number, F, R1, SLOTS, BIAS1)
@@ -54,9 +57,10 @@ def _up_kernel(
 def _down_kernel(
     h_ptr, w2_ptr, low_ptr, b_ptr, bias_ptr, adapter_ptr, expert_ptr, weight_ptr, y_ptr, first, experts,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr,
-    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_TD = Σ_k weight · (w2 h) for ROWS outputs of one token, always in the order of k."""
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     y = tl.zeros((ROWS,), dtype=tl.float32)
@@ -74,6 +78,7 @@ def _down_kernel(
             number = adapter_number(adapter_ptr, token, e, experts, STACKED)
             add = beside(low_ptr + pair * R, b_ptr, bias_ptr, rows, e, number, D, R, SLOTS, BIAS)
             y += tl.load(weight_ptr + pair) * (tl.sum(part, 1) + add)
+    let_next_begin(OVERLAPS)
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
 
 
@@ -102,10 +107,12 @@ def decode_experts(
     down = {"ROWS": 8, "COLS": min(1024, triton.next_power_of_2(F)), "num_warps": 4}
     terms, constants = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
-        x_TD, w1_EFD.weight, w3_EFD.weight, *terms, expert_TK, h_NF, first, E, D=D, F=F, K=K, **constants, **up
-    )
+        x_TD, w1_EFD.weight, w3_EFD.weight, *terms, expert_TK, h_NF, first, E, D=D, F=F, K=K, **constants, **up,
+        **overlap(x_TD.device),
+    )  # fmt: skip
     terms, constants = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
-        h_NF, w2_EDF.weight, *terms, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **constants, **down
-    )
+        h_NF, w2_EDF.weight, *terms, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **constants, **down,
+        **overlap(x_TD.device),
+    )  # fmt: skip
     return y_TD

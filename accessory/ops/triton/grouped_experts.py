@@ -13,6 +13,7 @@ A tile has M rows of x and P rows of the weight.
 from __future__ import annotations
 
 from functools import cache
+from math import inf
 from typing import Any
 
 import torch
@@ -26,13 +27,19 @@ from accessory.ops.quantized import Packed
 from accessory.ops.triton.card import measured_on, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import permutes
+from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 from accessory.ops.triton.packed import constants, pointers
 from accessory.ops.triton.tile_dot import DENSE, tile_dot
 
 
 @triton.jit
-def _sort_kernel(expert_ptr, order_ptr, count_ptr, N, first, E: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr):
+def _sort_kernel(
+    expert_ptr, order_ptr, count_ptr, N, first, E: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
+):  # fmt: skip
     """order_N: the pairs by expert, ascending within one; those of other ranks' experts come nowhere. count_E."""
+    let_next_begin(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     n = tl.arange(0, PAIRS)
     e = tl.arange(0, SLOTS)
     local = tl.load(expert_ptr + n, mask=n < N, other=-1).to(tl.int32) - first
@@ -44,39 +51,60 @@ def _sort_kernel(expert_ptr, order_ptr, count_ptr, N, first, E: tl.constexpr, SL
 
 
 @triton.jit
+def _place(
+    count_ptr, N, number, KEEPS: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
+    ONE: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`grouped.place`. ONE token needs no order: its pairs are the tiles, and their experts come in place of counts."""
+    if ONE:
+        pair = tl.program_id(0) % N
+        e = tl.load(count_ptr + pair).to(tl.int32) - number
+        return tl.program_id(0) // N, tl.where((e >= 0) & (e < E), e, E), pair, pair + 1
+    else:
+        return place(count_ptr, N, KEEPS, E, SLOTS, COUNTED, M, P, 1)
+
+
+@triton.jit(do_not_specialize=["N", "number"])  # one kernel for every number of pairs, on every rank
 def _up_kernel(
-    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, count_ptr, order_ptr, h_ptr, N,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, count_ptr, order_ptr, h_ptr,
+    N, number, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
+    ONE: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """h_NF = silu(x w1ᵀ) ⊙ (x w3ᵀ) of the sorted pairs."""
-    block, e, first, end = place(count_ptr, N, F, E, SLOTS, True, M, P, 1)
+    wait_for_inputs(OVERLAPS)
+    block, e, first, end = _place(count_ptr, N, number, F, E, SLOTS, True, ONE, M, P)
     if e < E:
         unit = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
         held = row < end
-        token = tl.load(order_ptr + row, mask=held, other=0) // K
+        token = (row if ONE else tl.load(order_ptr + row, mask=held, other=0)) // K
         gate, up = tile_dot(
             x_ptr, token, held, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr,
             e, tl.minimum(unit, F - 1), 0,
             F, D, M, P, R, UNROLL, SWAP, SPLITS, True, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
+        let_next_begin(OVERLAPS)
         h = gate / (1.0 + tl.exp(-gate)) * up
         at = h_ptr + row[:, None].to(tl.int64) * F + unit[None, :]
         tl.store(at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (unit < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "number"])
 def _rows_kernel(
-    x_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr, count_ptr, order_ptr, y_ptr, N,
+    x_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr, count_ptr, order_ptr, y_ptr, N, number,
     OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
+    ONE: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_SNO: part s of SPLITS of x_NI Wᵀ. COUNTED: W is that of each row's expert, and row n goes to pair order[n]."""
+    wait_for_inputs(OVERLAPS)
     split = tl.program_id(1)
-    block, e, first, end = place(count_ptr, N, OUT, E, SLOTS, COUNTED, M, P, 1)
+    block, e, first, end = _place(count_ptr, N, number, OUT, E, SLOTS, COUNTED, ONE, M, P)
     if e < E:
         out = block * P + tl.arange(0, P)
         row = first + tl.arange(0, M)
@@ -86,7 +114,8 @@ def _rows_kernel(
             e, tl.minimum(out, OUT - 1), split,
             OUT, IN, M, P, R, UNROLL, SWAP, SPLITS, False, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
-        to = tl.load(order_ptr + row, mask=held, other=0) if COUNTED else row
+        let_next_begin(OVERLAPS)
+        to = tl.load(order_ptr + row, mask=held, other=0) if COUNTED and not ONE else row
         at = y_ptr + (split * N + to[:, None]).to(tl.int64) * OUT + out[None, :]
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (out < OUT)[None, :])
 
@@ -94,9 +123,11 @@ def _rows_kernel(
 @triton.jit
 def _combine_kernel(
     part_ptr, weight_ptr, expert_ptr, y_ptr, N, first, experts,
-    D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_TD = Σ_k weight · Σ_s part_SND of one token's pairs, always in one order. Other ranks' experts add nothing."""
+    let_next_begin(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     y = tl.zeros((COLS,), dtype=tl.float32)
@@ -111,33 +142,39 @@ def _combine_kernel(
 
 
 NAMES = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
-# Tiles by kind of number and by the most rows an expert, as in NAMES, for w1 with w3 and for w2: the best of 9 to 18 on
-# an H100 at Mixtral-8x7B's sizes, at 2, 8 and 32 pairs an expert. benchmarks/README.md has the times. The two splits of
-# 4-bit numbers were timed in whole decoding steps alone.
-UP: dict[str, dict[int, tuple[Any, ...]]] = {
-    "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 4),
-              2**62: (64, 64, 128, 1, True, 1, 4, 3)},
-    "byte": {8: (16, 64, 128, 1, False, 1, 4, 4), 24: (32, 64, 128, 1, False, 1, 4, 4),
-             2**62: (64, 64, 128, 1, True, 1, 4, 3)},
-    "nibble": {8: (16, 64, 0, 2, False, 1, 4, 3), 2**62: (32, 128, 0, 2, False, 1, 8, 4)},
+# Tiles by kind of number and by the most rows an expert, as in NAMES, for w1 with w3, for w2, and for a weight alone:
+# the best of 60 to 140 on an H200 at Mixtral-8x7B's sizes, found by `accessory tune`. Few rows are the right operand of
+# the tensor cores (SWAP), which multiply 16 rows of the weight by 8 rows of x at once.
+UP: dict[str, dict[float, tuple[Any, ...]]] = {
+    "dense": {2: (8, 64, 256, 1, True, 1, 4, 3), 4: (16, 32, 128, 1, True, 1, 2, 4),
+              8: (16, 32, 128, 1, False, 1, 2, 4), 16: (32, 128, 128, 1, False, 1, 8, 3),
+              32: (64, 128, 64, 1, False, 1, 8, 4), inf: (128, 128, 64, 1, False, 1, 8, 4)},
+    "byte": {0.25: (8, 32, 128, 1, True, 1, 2, 3), 4: (8, 64, 256, 1, True, 1, 4, 3),
+             8: (16, 64, 256, 1, False, 1, 4, 3), 32: (32, 64, 128, 1, False, 1, 4, 3),
+             64: (64, 64, 64, 1, False, 1, 4, 4), inf: (128, 64, 64, 1, False, 1, 4, 4)},
+    "nibble": {0.25: (8, 32, 0, 2, True, 1, 2, 3), 4: (8, 64, 0, 2, True, 1, 4, 3), 16: (16, 32, 0, 1, True, 1, 2, 4),
+               inf: (32, 64, 0, 1, False, 1, 4, 3)},
 }  # fmt: skip
-DOWN: dict[str, dict[int, tuple[Any, ...]]] = {
-    "dense": {8: (16, 64, 128, 1, True, 1, 4, 4), 24: (32, 64, 128, 1, True, 1, 4, 5),
-              2**62: (64, 64, 64, 1, True, 1, 4, 3)},
-    "byte": {8: (16, 64, 128, 1, False, 1, 4, 3), 24: (32, 64, 128, 1, False, 1, 4, 4),
-             2**62: (64, 128, 128, 1, True, 1, 8, 3)},
-    "nibble": {8: (16, 64, 0, 2, False, 2, 4, 3), 2**62: (32, 128, 0, 2, False, 2, 8, 3)},
+DOWN: dict[str, dict[float, tuple[Any, ...]]] = {
+    "dense": {1: (16, 64, 128, 1, True, 2, 4, 3), 2: (16, 128, 128, 1, False, 1, 8, 3),
+              8: (16, 128, 128, 1, False, 1, 8, 4), 16: (32, 128, 128, 1, False, 1, 8, 3),
+              32: (64, 128, 128, 1, False, 1, 8, 4), inf: (128, 128, 64, 1, False, 1, 8, 4)},
+    "byte": {1: (8, 64, 128, 1, True, 4, 4, 4), 2: (8, 64, 256, 1, True, 4, 4, 3), 8: (16, 128, 256, 1, False, 1, 8, 3),
+             16: (16, 64, 256, 1, False, 2, 4, 3), 32: (64, 128, 128, 1, True, 1, 8, 4),
+             inf: (128, 128, 128, 1, False, 1, 8, 3)},
+    "nibble": {0.25: (8, 32, 0, 4, True, 4, 2, 3), 4: (8, 64, 0, 4, True, 4, 4, 3), 8: (16, 64, 0, 2, False, 2, 4, 3),
+               inf: (32, 64, 0, 2, False, 1, 4, 3)},
 }  # fmt: skip
-# A single quantised weight has fewer tiles to keep a card busy.
-ALONE: dict[str, dict[int, tuple[Any, ...]]] = {
-    "byte": {16: (16, 16, 256, 1, False, 1, 2, 4), 2**62: (32, 32, 128, 1, False, 1, 4, 4)},
-    "nibble": {16: (16, 32, 0, 4, False, 1, 4, 3), 2**62: (32, 64, 0, 2, False, 1, 4, 3)},
-}
+ALONE: dict[str, dict[float, tuple[Any, ...]]] = {
+    "byte": {4: (8, 64, 128, 1, True, 1, 4, 3), 8: (8, 32, 256, 1, True, 1, 2, 3), 16: (16, 32, 128, 1, True, 1, 2, 3),
+             32: (32, 64, 128, 1, False, 1, 4, 3), inf: (64, 64, 256, 1, False, 1, 4, 3)},
+    "nibble": {8: (8, 32, 0, 2, True, 1, 2, 3), 16: (16, 32, 0, 2, True, 1, 2, 3), inf: (32, 64, 0, 2, False, 1, 4, 3)},
+}  # fmt: skip
 _KIND = {"none": "dense", "int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
 
 
 def _tile(
-    tables: dict[str, dict[int, tuple[Any, ...]]], weight: Tensor | Packed, rows: float, shared: int | None = None
+    tables: dict[str, dict[float, tuple[Any, ...]]], weight: Tensor | Packed, rows: float, shared: int | None = None
 ) -> dict[str, Any]:
     """The tile for a weight and so many rows of each expert, not larger than the weight itself.
 
@@ -147,8 +184,8 @@ def _tile(
     """
     *_, O, I = weight.shape  # noqa: E741
     data, format = (weight.data, weight.format) if isinstance(weight, Packed) else (weight, "none")
-    family = "experts_up" if tables is UP else "experts_down"
-    found = None if tables is ALONE else measured_on(data.device, family, format, O, I, rows)
+    family = "experts_up" if tables is UP else "experts_down" if tables is DOWN else "linear"
+    found = measured_on(data.device, family, format, O, I, rows)
     sizes = next(sizes for most, sizes in tables[_KIND[format]].items() if rows <= most)
     tile = found or dict(zip(NAMES, sizes, strict=True))
     tile["P"] = min(tile["P"], max(16, triton.next_power_of_2(O)))
@@ -190,8 +227,9 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
     count_E = torch.empty(experts, dtype=torch.int32, device=expert_TK.device)
     pairs = max(16, triton.next_power_of_2(N))
     _sort_kernel[(1,)](
-        expert_TK.contiguous(), order_N, count_E, N, first, E=experts, SLOTS=slots(experts), PAIRS=pairs, num_warps=4
-    )
+        expert_TK.contiguous(), order_N, count_E, N, first, E=experts, SLOTS=slots(experts), PAIRS=pairs, num_warps=4,
+        **overlap(expert_TK.device),
+    )  # fmt: skip
     return order_N, count_E
 
 
@@ -201,33 +239,47 @@ def up(
     w1: Tensor | Packed,
     w3: Tensor | Packed,
     count_E: Tensor,
-    order_N: Tensor,
+    order_N: Tensor | None,
     K: int,
     tile: dict[str, Any] | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """h_NF of the pairs `order_N`, of which the token t has the numbers t · K … t · K + K - 1."""
-    (E, F, D), N = w1.shape, len(order_N)
+    """h_NF of the pairs `order_N`, of which the token t has the numbers t · K … t · K + K - 1.
+
+    Without an order there is one token; count_E holds its experts' numbers, of which this rank's begin at `first`.
+    """
+    (E, F, D), N = w1.shape, len(x_TD) * K if order_N is None else len(order_N)
     tile = tile or _tile(UP, w1, N / E)
     h_NF = torch.empty(N, F, dtype=x_TD.dtype, device=x_TD.device)
     (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
     _up_kernel[grid(N, E, F, tile)](
-        x_TD, *tensors1[:4], *tensors3, count_E, order_N, h_NF, N, D=D, F=F, K=K, E=E, SLOTS=slots(E), **tile, **fixed
-    )
+        x_TD, *tensors1[:4], *tensors3, count_E, count_E if order_N is None else order_N, h_NF, N, first,
+        D=D, F=F, K=K, E=E, SLOTS=slots(E), ONE=order_N is None, **tile, **fixed, **overlap(x_TD.device),
+    )  # fmt: skip
     return h_NF
 
 
 @on_its_card
 def down(
-    h_NF: Tensor, w2: Tensor | Packed, count_E: Tensor, order_N: Tensor, tile: dict[str, Any] | None = None
+    h_NF: Tensor,
+    w2: Tensor | Packed,
+    count_E: Tensor,
+    order_N: Tensor | None,
+    tile: dict[str, Any] | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """part_SND, fp32: w2 h of each pair, as a sum of S parts. The pairs of other ranks' experts stay uninitialised."""
-    (E, D, F), N = w2.shape, len(order_N)
+    """part_SND, fp32: w2 h of each pair, as a sum of S parts. The pairs of other ranks' experts stay uninitialised.
+
+    Without an order: see `up`.
+    """
+    (E, D, F), N = w2.shape, len(h_NF)
     tile = tile or _tile(DOWN, w2, N / E)
     part_SND = torch.empty(tile["SPLITS"], N, D, dtype=torch.float32, device=h_NF.device)
     tensors, fixed = _described(w2)
     _rows_kernel[(*grid(N, E, D, tile), tile["SPLITS"])](
-        h_NF, *tensors, count_E, order_N, part_SND, N, OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, **tile, **fixed
-    )
+        h_NF, *tensors, count_E, count_E if order_N is None else order_N, part_SND, N, first,
+        OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, ONE=order_N is None, **tile, **fixed, **overlap(h_NF.device),
+    )  # fmt: skip
     return part_SND
 
 
@@ -251,27 +303,29 @@ def experts_in_tiles(
     w1, w2, w3 = w1_EFD.weight, w2_EDF.weight, w3_EFD.weight
     (T, D), E, K = x_TD.shape, w1.shape[0], expert_TK.shape[1]
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
-    order_N, count_E = sort_pairs(expert_TK, E, first)
-    h_NF = up(x_TD, w1, w3, count_E, order_N, K)
-    part_SND = down(h_NF, w2, count_E, order_N)
+    order_N, count_E = (None, expert_TK) if T == 1 else sort_pairs(expert_TK, E, first)
+    h_NF = up(x_TD, w1, w3, count_E, order_N, K, first=first)
+    part_SND = down(h_NF, w2, count_E, order_N, first=first)
     splits = len(part_SND)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     cols = min(1024, triton.next_power_of_2(D))
     _combine_kernel[(T, triton.cdiv(D, cols))](
-        part_SND, weight_TK, expert_TK, y_TD, T * K, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4
-    )
+        part_SND, weight_TK, expert_TK, y_TD, T * K, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4,
+        **overlap(x_TD.device),
+    )  # fmt: skip
     return y_TD
 
 
 @on_its_card
-def linear(x_NI: Tensor, p: Packed) -> Tensor:
+def linear(x_NI: Tensor, p: Packed, tile: dict[str, Any] | None = None) -> Tensor:
     """x (N, I) times a quantised weight (O, I): (N, O) in x's dtype."""
     x_NI = x_NI.contiguous()
     (N, I), O = x_NI.shape, p.shape[0]  # noqa: E741
     y_NO = torch.empty(N, O, dtype=x_NI.dtype, device=x_NI.device)
-    tile = _tile(ALONE, p, N)
+    tile = tile or _tile(ALONE, p, N)
     tensors, fixed = _described(p)
     _rows_kernel[grid(N, 1, O, tile)](
-        x_NI, *tensors, x_NI, x_NI, y_NO, N, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, **tile, **fixed
-    )
+        x_NI, *tensors, x_NI, x_NI, y_NO, N, 0, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, ONE=False, **tile, **fixed,
+        **overlap(x_NI.device),
+    )  # fmt: skip
     return y_NO

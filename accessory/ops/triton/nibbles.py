@@ -26,6 +26,7 @@ def _nf4_half(dtype: torch.dtype, shift: bool, mask: str, pairs: tuple[str, str]
     """PTX for four numbers of a word. Three bits of a number select from each half of the table, the fourth bit selects
     between the two halves. Low and high bytes are then joined."""
     low, high = _table_words(0, dtype), _table_words(1, dtype)
+    low[0], low[2], high[0], high[2] = (f"${operand}" for operand in (5, 9, 13, 17))  # `_words` has them
     lines = ["shr.b32 s, s, 16;"] if shift else []
     lines.append(f"prmt.b32 m, w, u, {mask};")  # the fourth bit of each number, as a whole byte
     for name, words in (("l", low), ("h", high)):
@@ -38,7 +39,7 @@ def _nf4_half(dtype: torch.dtype, shift: bool, mask: str, pairs: tuple[str, str]
 
 
 def _nf4_asm(dtype: torch.dtype) -> tl.constexpr:
-    """In: four bytes. Out: the four high numbers as two pairs of 16 bits, then the four low ones."""
+    """In: four bytes, four words. Out: the four high numbers as two pairs of 16 bits, then the four low ones."""
     return tl.constexpr(
         "\n".join(
             [
@@ -56,6 +57,17 @@ def _nf4_asm(dtype: torch.dtype) -> tl.constexpr:
 
 
 _NF4_ASM, _NF4_BF16_ASM = _nf4_asm(torch.float16), _nf4_asm(torch.bfloat16)
+_NF4_OPERANDS = tl.constexpr("=r,=r,=r,=r,r" + ",r" * 16)
+
+
+def literals() -> list[int]:
+    """The words that PTX finds in registers, in the order in which `held_words` reads them.
+
+    A literal would be copied to a register before each use, which is a sixth of a loop.
+    """
+    nf4 = [_table_words(byte, dtype)[n] for dtype in (torch.float16, torch.bfloat16) for byte in (0, 1) for n in (0, 2)]
+    return [*(int(word, 16) for word in nf4), 0x43000000]
+
 
 # In: four bytes. Out: 128 + q in fp32 for the four high numbers, then for the four low ones.
 _INT4_ASM = tl.constexpr(
@@ -87,18 +99,18 @@ def _int4_pairs_asm(above: int) -> tl.constexpr:
 
 _INT4_BF16_ASM, _INT4_FP16_ASM = _int4_pairs_asm(0x43), _int4_pairs_asm(0x64)
 
-# In: four bytes. Out: two pairs of bf16. Below 0x43, the low seven bits u make 128 + u, and the sign bit alone makes
-# 128 or 256. Their difference is the number, exactly.
+# In: four bytes, a word. Out: two pairs of bf16. Below 0x43, the word's upper byte, the low seven bits u make 128 + u,
+# and the sign bit alone makes 128 or 256. Their difference is the number, exactly.
 _INT8_BF16_ASM = tl.constexpr(
     """{
     .reg .b32 w, t, a, c, one;
     mov.b32 w, $2;
     mov.b32 one, 0x3F803F80;
-    prmt.b32 t, w, 0x43000000, 0x7170;
+    prmt.b32 t, w, $3, 0x7170;
     and.b32 a, t, 0xFF7FFF7F;
     lop3.b32 c, t, 0xFF80FF80, 0x80008000, 0x6A;
     fma.rn.bf16x2 $0, a, one, c;
-    prmt.b32 t, w, 0x43000000, 0x7372;
+    prmt.b32 t, w, $3, 0x7372;
     and.b32 a, t, 0xFF7FFF7F;
     lop3.b32 c, t, 0xFF80FF80, 0x80008000, 0x6A;
     fma.rn.bf16x2 $1, a, one, c;
@@ -145,13 +157,37 @@ _ONES_FP16_ASM = tl.constexpr("mov.b32 $0, 0x3C003C00;\nmov.b32 $1, 0x3C003C00;"
 
 
 @triton.jit
-def byte_numbers(data, kind: tl.constexpr, FP8: tl.constexpr, PERMUTE: tl.constexpr):
+def held_words(table_ptr, kind: tl.constexpr, CODE: tl.constexpr, PERMUTE: tl.constexpr):
+    """Four of `literals`, int32 (1, 1), for the functions below, which unpack to dtype `kind`.
+
+    table_ptr: `packed.pointers` has the table, in which every thread of a warp has its own copy of each word. What all
+    threads load from one place, ptxas holds as it holds literals.
+    """
+    if PERMUTE and (CODE == 0 or CODE >= 3):
+        lane = tl.inline_asm_elementwise(
+            "mov.u32 $0, %laneid;", "=r,r", [tl.zeros((1, 1), dtype=tl.int32)], dtype=tl.int32, is_pure=True, pack=1
+        )
+        at = table_ptr.to(tl.pointer_type(tl.int32)) + 16 + 256 + lane
+        if CODE == 0:
+            word = tl.load(at + 8 * 32)
+            return word, word, word, word
+        else:
+            at += 4 * 32 if kind == tl.bfloat16 else 0
+            return tl.load(at), tl.load(at + 32), tl.load(at + 64), tl.load(at + 96)
+    else:
+        return 0, 0, 0, 0
+
+
+@triton.jit
+def byte_numbers(data, words, kind: tl.constexpr, FP8: tl.constexpr, PERMUTE: tl.constexpr):
     """The int8 or fp8 numbers of `data` in dtype `kind`, exactly, before scaling. With PERMUTE, fp8's are bytes."""
     if PERMUTE and kind == tl.bfloat16:
         if FP8:
             return tl.inline_asm_elementwise(_FP8_BF16_ASM, "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=True, pack=4)
         else:
-            return tl.inline_asm_elementwise(_INT8_BF16_ASM, "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                _INT8_BF16_ASM, "=r,=r,r,r,r,r,r", [data, words[0]], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
     elif PERMUTE and kind == tl.float16 and not FP8:
         return tl.inline_asm_elementwise(_INT8_FP16_ASM, "=r,=r,r", [data], dtype=tl.float16, is_pure=True, pack=4)
     elif PERMUTE and FP8:
@@ -161,7 +197,22 @@ def byte_numbers(data, kind: tl.constexpr, FP8: tl.constexpr, PERMUTE: tl.conste
 
 
 @triton.jit
-def nibble_numbers(byte, table_ptr, kind: tl.constexpr, INT4: tl.constexpr, PERMUTE: tl.constexpr):
+def _nf4_pairs(byte, words, BF16: tl.constexpr):
+    """Of the four operands that each word has, one a byte, the programs use the first."""
+    if BF16:
+        return tl.inline_asm_elementwise(
+            _NF4_BF16_ASM, _NF4_OPERANDS, [byte, words[0], words[1], words[2], words[3]],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            _NF4_ASM, _NF4_OPERANDS, [byte, words[0], words[1], words[2], words[3]],
+            dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def nibble_numbers(byte, words, table_ptr, kind: tl.constexpr, INT4: tl.constexpr, PERMUTE: tl.constexpr):
     """(high, low) in dtype `kind`: the two numbers of each byte before scaling.
 
     int4's are exact, each plus `nibble_bias`. nf4's values are rounded to `kind`.
@@ -172,22 +223,18 @@ def nibble_numbers(byte, table_ptr, kind: tl.constexpr, INT4: tl.constexpr, PERM
                 _INT4_BF16_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
         else:
-            return tl.inline_asm_elementwise(
-                _NF4_BF16_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
+            return _nf4_pairs(byte, words, True)
     elif PERMUTE and kind == tl.float16:
         if INT4:
             return tl.inline_asm_elementwise(
                 _INT4_FP16_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
-            return tl.inline_asm_elementwise(
-                _NF4_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
+            return _nf4_pairs(byte, words, False)
     elif INT4:
         return (byte >> 4).to(kind), (byte & 15).to(kind)
     else:
-        high, low = nf4_values(byte, table_ptr, False)
+        high, low = nf4_values(byte, words, table_ptr, False)
         return high.to(kind), low.to(kind)
 
 
@@ -217,12 +264,10 @@ def nibble_bias(kind: tl.constexpr, PERMUTE: tl.constexpr):
 
 
 @triton.jit
-def nf4_values(byte, table_ptr, PERMUTE: tl.constexpr):
+def nf4_values(byte, words, table_ptr, PERMUTE: tl.constexpr):
     """(high, low), fp32: the nf4 values of the two numbers of each byte, before scaling."""
     if PERMUTE:
-        high, low = tl.inline_asm_elementwise(
-            _NF4_ASM, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+        high, low = _nf4_pairs(byte, words, False)
         return high.to(tl.float32), low.to(tl.float32)
     else:
         return tl.load(table_ptr + (byte >> 4).to(tl.int32)), tl.load(table_ptr + (byte & 15).to(tl.int32))

@@ -24,7 +24,16 @@ from accessory.ops.linear import Weight
 from accessory.ops.quantized import ZERO_STEPS, Packed, nf4_table
 from accessory.ops.triton.card import on_its_card
 from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
-from accessory.ops.triton.nibbles import int4_bias, int4_values, nested_scale, nf4_values, permutes
+from accessory.ops.triton.nibbles import (
+    held_words,
+    int4_bias,
+    int4_values,
+    literals,
+    nested_scale,
+    nf4_values,
+    permutes,
+)
+from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 CODES = {"int8": 0, "fp8": 1, "int4": 2, "nf4": 3, "nf4-dq": 4}
 
@@ -69,6 +78,7 @@ def _row_dot(
         HALF: tl.constexpr = COLS // 2
         CHUNKS: tl.constexpr = COLS // CHUNK
         sums = tl.zeros((ROWS, CHUNKS), dtype=tl.float32)
+        words = held_words(table_ptr, tl.float16, CODE, PERMUTE)
         for start in range(0, IN // 2, HALF):
             pair = start + tl.arange(0, HALF)
             even, odd = _input_pairs(x_ptr, pair, pair < IN // 2)
@@ -86,7 +96,7 @@ def _row_dot(
             if CODE == 2:
                 high, low = int4_values(byte, PERMUTE)
             else:
-                high, low = nf4_values(byte, table_ptr, PERMUTE)
+                high, low = nf4_values(byte, words, table_ptr, PERMUTE)
             part = high * even[None, :] + low * odd[None, :]
             by_chunk = tl.sum(tl.reshape(part, (ROWS, CHUNKS, CHUNK // 2)), 2)
             if CODE == 2:
@@ -102,9 +112,10 @@ def _row_dot(
 def _linear_kernel(
     x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, y_ptr, OUT: tl.constexpr, IN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
-    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_TO = x_TI Wᵀ, ROWS outputs of one token."""
+    wait_for_inputs(OVERLAPS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1)
     x_ptr += token * IN
@@ -112,6 +123,7 @@ def _linear_kernel(
         x_ptr, data_ptr, scale_ptr, zero_ptr, offset_ptr, table_ptr, rows,
         OUT, IN, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
     )  # fmt: skip
+    let_next_begin(OVERLAPS)
     tl.store(y_ptr + token * OUT + rows, y.to(y_ptr.dtype.element_ty), mask=rows < OUT)
 
 
@@ -122,9 +134,10 @@ def _up_kernel(
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, R1: tl.constexpr, R3: tl.constexpr,
     BIAS1: tl.constexpr, BIAS3: tl.constexpr, SLOTS: tl.constexpr, STACKED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
-    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """h_NF = silu(w1 x) ⊙ (w3 x) for ROWS hidden units of one pair. Pairs with another rank's expert write nothing."""
+    wait_for_inputs(OVERLAPS)
     pair = tl.program_id(1)
     e = tl.load(expert_ptr + pair) - first
     if (e >= 0) & (e < experts):
@@ -140,6 +153,7 @@ def _up_kernel(
             x_ptr, d3_ptr + at, s3_ptr + at_scale, z3_ptr + at_zero, o3_ptr + e * F, table_ptr, rows,
             F, D, ROWS, COLS, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
+        let_next_begin(OVERLAPS)
         number = adapter_number(adapter_ptr, pair // K, e, experts, STACKED)
         low_ptr += pair * (R1 + R3)
         gate += beside(low_ptr, b1_ptr, bias1_ptr, rows, e, number, F, R1, SLOTS, BIAS1)
@@ -154,9 +168,10 @@ def _down_kernel(
     y_ptr, first, experts, data_e, scale_e, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, STACKED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
-    NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    NESTED: tl.constexpr, PERMUTE: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_TD = Σ_k weight · (w2 h) for ROWS outputs of one token, always in the order of k."""
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     y = tl.zeros((ROWS,), dtype=tl.float32)
@@ -173,6 +188,7 @@ def _down_kernel(
             number = adapter_number(adapter_ptr, token, e, experts, STACKED)
             part += beside(low_ptr + pair * R, b_ptr, bias_ptr, rows, e, number, D, R, SLOTS, BIAS)
             y += tl.load(weight_ptr + pair) * part
+    let_next_begin(OVERLAPS)
     tl.store(y_ptr + token * D + rows, y, mask=rows < D)
 
 
@@ -204,7 +220,7 @@ def _dequantize_kernel(
             zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * (1.0 / STEPS)
             high, low = (byte >> 4).to(tl.float32) - zero, (byte & 15).to(tl.float32) - zero
         else:
-            high, low = nf4_values(byte, table_ptr, False)  # the exact table: memory bounds this pass anyway
+            high, low = nf4_values(byte, (), table_ptr, False)  # the exact table: memory bounds this pass anyway
         both = tl.interleave((high * scale).to(kind), (low * scale).to(kind))
         out = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
         tl.store(out_ptr + out, both, mask=out < 2 * n_bytes)
@@ -222,7 +238,8 @@ def pointers(p: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _tables(device: torch.device) -> Tensor:
-    return torch.cat([nf4_table(device), double_quantization.values(device)])
+    bits = torch.tensor(literals(), device=device).to(torch.int32).repeat_interleave(32).view(torch.float32)
+    return torch.cat([nf4_table(device), double_quantization.values(device), bits])
 
 
 def constants(p: Packed) -> dict[str, Any]:
@@ -264,7 +281,7 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     y_TO = torch.empty(T, OUT, dtype=x_TI.dtype, device=x_TI.device)
     tile = _tile(p, "linear", IN)
     _linear_kernel[(triton.cdiv(OUT, tile["ROWS"]), T)](
-        x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p)
+        x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p), **overlap(x_TI.device)
     )
     return y_TO
 
@@ -291,10 +308,12 @@ def decode_experts(
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
         x_TD, *pointers(w1)[:4], *pointers(w3), *terms, expert_TK, h_NF, first, E,
         w1.data[0].numel(), w1.scale[0].numel(), D=D, F=F, K=K, **beside_them, **up, **constants(w1),
+        **overlap(x_TD.device),
     )  # fmt: skip
     terms, beside_them = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
         h_NF, *pointers(w2), *terms, expert_TK, weight_TK, y_TD, first, E,
         w2.data[0].numel(), w2.scale[0].numel(), D=D, F=F, K=K, **beside_them, **down, **constants(w2),
+        **overlap(x_TD.device),
     )  # fmt: skip
     return y_TD

@@ -20,7 +20,7 @@ from torch import Tensor
 from accessory.ops.quantized import Packed
 from accessory.ops.triton.card import measured_on, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
-from accessory.ops.triton.nibbles import finished, int4_bias, int4_values, nested_scale, nf4_values
+from accessory.ops.triton.nibbles import finished, held_words, int4_bias, int4_values, nested_scale, nf4_values
 from accessory.ops.triton.packed import constants, pointers
 
 
@@ -47,7 +47,7 @@ def _scales(
 
 @triton.jit
 def _values(
-    data, scale, less, table_ptr, A: tl.constexpr, B: tl.constexpr,
+    data, words, scale, less, table_ptr, A: tl.constexpr, B: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """A tile of a weight, (A, B) fp32, from its loaded bytes and the `_scales` of its groups."""
@@ -57,7 +57,7 @@ def _values(
         if CODE == 2:
             high, low = int4_values(data, PERMUTE)
         else:
-            high, low = nf4_values(data, table_ptr, PERMUTE)
+            high, low = nf4_values(data, words, table_ptr, PERMUTE)
         if B > GROUP:
             high = tl.reshape(high, (A, B // GROUP, GROUP // 2))
             low = tl.reshape(low, (A, B // GROUP, GROUP // 2))
@@ -105,6 +105,7 @@ def _forward_kernel(
                 scale_ptr, zero_ptr, offset_ptr, table_ptr, out_held, groups, IN, CODE, GROUP, STEPS, NESTED, PERMUTE
             )
         acc = tl.zeros((P, M) if SWAP else (M, P), dtype=tl.float32)
+        words = held_words(table_ptr, tl.float16, CODE, PERMUTE)
         for start in range(0, IN, R):
             if IN % R == 0:
                 data, x = tl.load(at_data), tl.load(at_x)
@@ -112,7 +113,7 @@ def _forward_kernel(
                 left = IN - start
                 data = tl.load(at_data, mask=byte[None, :] < (left if CODE < 2 else left // 2), other=0.0)
                 x = tl.load(at_x, mask=col[None, :] < left, other=0.0)
-            w = _values(data, scale, less, table_ptr, P, R, CODE, GROUP, PERMUTE).to(x.dtype)
+            w = _values(data, words, scale, less, table_ptr, P, R, CODE, GROUP, PERMUTE).to(x.dtype)
             if CODE >= 2:  # load the scales of the next turn while this turn multiplies
                 group = (start + R) // GROUP + groups
                 scale, less = _scales(
@@ -157,6 +158,7 @@ def _backward_kernel(
             offset_ptr += weight
             groups = block * P // GROUP + tl.arange(0, P // GROUP if P > GROUP else 1)
         acc = tl.zeros((M, P), dtype=tl.float32)
+        words = held_words(table_ptr, tl.float16, CODE, PERMUTE)
         for start in range(0, OUT, R):
             out_held = start + out if OUT % R == 0 else tl.minimum(start + out, OUT - 1)
             at_data = data_ptr + (weight + out_held[:, None].to(tl.int64)) * IN_BYTES + byte[None, :]
@@ -173,7 +175,7 @@ def _backward_kernel(
                     scale_ptr, zero_ptr, offset_ptr, table_ptr, out_held, groups,
                     IN, CODE, GROUP, STEPS, NESTED, PERMUTE,
                 )  # fmt: skip
-            w = _values(data, scale, less, table_ptr, R, P, CODE, GROUP, PERMUTE).to(dy.dtype)
+            w = _values(data, words, scale, less, table_ptr, R, P, CODE, GROUP, PERMUTE).to(dy.dtype)
             acc = tl.dot(dy, w, acc, input_precision="ieee")
             at_dy += R
         at_dx = dx_ptr + row[:, None].to(tl.int64) * IN + col[None, :]

@@ -27,6 +27,7 @@ from accessory.ops.attention import has_varlen, packed_attention
 from accessory.ops.paged_attention import PagedBatch, Pages
 from accessory.ops.quantized import FP8_LARGEST
 from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 # Stands for the largest score of no keys. Minus infinity would make NaN of the difference of two such.
 NOTHING = tl.constexpr(-1e30)
@@ -80,12 +81,14 @@ def _attend_kernel(
     part_ptr, top_ptr, total_ptr, q_stride, first, P, splits, least, temperature,
     G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, FP8: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of queries of one sequence, one key/value head, one split: y_NHd, or with SPLIT its part of the sum.
 
     first: the first sequence of this launch, and also its first query, as all before it have one each. DECODE: every
     sequence has one. least: the fewest tiles of keys for which a split is worth while.
     """
+    wait_for_inputs(OVERLAPS)
     QUERIES: tl.constexpr = M // HEADS
     b = first + tl.program_id(2)
     g = tl.program_id(1) % G
@@ -131,6 +134,7 @@ def _attend_kernel(
             acc, top, total, q, seen, length, tl.maximum(from_, whole), to, g, temperature,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_ptr, P, G, d, S, KEYS, D, FP8, True,
         )  # fmt: skip
+        let_next_begin(OVERLAPS)
         y_row = (begin + query).to(tl.int64) * (G * R) + g * R + head
         if SPLIT:
             part = (y_row - first.to(tl.int64) * (G * R)) * splits + split
@@ -145,9 +149,12 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["first", "splits"])
 def _combine_kernel(
-    part_ptr, top_ptr, total_ptr, y_ptr, first, splits, d: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr
-):
+    part_ptr, top_ptr, total_ptr, y_ptr, first, splits, d: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
+):  # fmt: skip
     """y of one query head from the parts of its splits. A split that saw no keys wrote a total of 0 and no part."""
+    let_next_begin(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, MOST)
     c = tl.arange(0, D)
@@ -178,9 +185,11 @@ def _write_kernel(
     q_ptr, k_ptr, v_ptr, rotation_ptr, slot_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_ptr,
     q_out_ptr, k_out_ptr, q_stride, k_stride, v_stride,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-    FP8: tl.constexpr, LARGEST: tl.constexpr,
+    FP8: tl.constexpr, LARGEST: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """Program 0 of a token: its rotated keys and its values to their slot. The others: HEADS rotated queries."""
+    let_next_begin(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, D)
     rotation_ptr += token * (d // 2) * 2
@@ -248,7 +257,7 @@ def rotate_and_write(
         q_NHd, k_NGd, v_NGd, torch.view_as_real(rotation_N1c), slot_N, *_pointers(pages), turned_NHd, turned_NGd,
         q_NHd.stride(0), k_NGd.stride(0), v_NGd.stride(0),
         H=H, G=G, d=d, HEADS=heads, GROUPS=triton.next_power_of_2(G), D=triton.next_power_of_2(d),
-        FP8=pages.fp8, LARGEST=FP8_LARGEST,
+        FP8=pages.fp8, LARGEST=FP8_LARGEST, **overlap(q_NHd.device),
     )  # fmt: skip
     return turned_NHd, turned_NGd
 
@@ -301,11 +310,13 @@ def _launch(
         math.log2(math.e) / d**0.5,
         G=G, R=R, d=d, S=PAGE_SIZE, M=M, KEYS=tile.KEYS, HEADS=heads, D=D,
         DECODE=longest == 0, SPLIT=splits > 1, FP8=pages.fp8, num_warps=tile.warps, num_stages=tile.stages,
+        **overlap(q_NHd.device),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(rows,)](
-            part_NHKd, top_NHK, total_NHK, y_NHd, first * H, splits, d=d, D=triton.next_power_of_2(d), MOST=MOST_SPLITS
-        )
+            part_NHKd, top_NHK, total_NHK, y_NHd, first * H, splits, d=d, D=triton.next_power_of_2(d), MOST=MOST_SPLITS,
+            **overlap(q_NHd.device),
+        )  # fmt: skip
 
 
 def tile_of(rows: int, row_bytes: int) -> Tile:

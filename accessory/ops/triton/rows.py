@@ -11,14 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, y_ptr, T, OUT: tl.constexpr, IN: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_TO = x_TI Wᵀ, ROWS outputs of all tokens."""
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, TOKENS)
     sums = tl.zeros((ROWS, TOKENS, COLS), dtype=tl.float32)
@@ -28,6 +30,7 @@ def _linear_kernel(
         w = tl.load(at, mask=(row < OUT)[:, None] & (col < IN)[None, :], other=0.0).to(tl.float32)
         x = tl.load(x_ptr + t[:, None] * IN + col[None, :], mask=(t < T)[:, None] & (col < IN)[None, :], other=0.0)
         sums += w[:, None, :] * x.to(tl.float32)[None, :, :]
+    let_next_begin(OVERLAPS)
     y = tl.sum(sums, 2)
     cell = (row < OUT)[:, None] & (t < T)[None, :]
     tl.store(y_ptr + t[None, :] * OUT + row[:, None], y.to(y_ptr.dtype.element_ty), mask=cell)
@@ -47,6 +50,6 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     _linear_kernel[(triton.cdiv(O, rows),)](
         x_TI, weight_OI, y_TO, T, OUT=O, IN=I, TOKENS=tokens, ROWS=rows, COLS=min(cols, triton.next_power_of_2(I)),
-        num_warps=warps,
+        num_warps=warps, **overlap(x_TI.device),
     )  # fmt: skip
     return y_TO

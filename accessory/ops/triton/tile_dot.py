@@ -15,7 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accessory.ops.triton.nibbles import byte_numbers, finished, nested_scale, nibble_bias, nibble_numbers, nibble_ones
+from accessory.ops.triton.nibbles import (
+    byte_numbers,
+    finished,
+    held_words,
+    nested_scale,
+    nibble_bias,
+    nibble_numbers,
+    nibble_ones,
+)
 
 DENSE = tl.constexpr(-1)  # in place of one of `packed.CODES`
 
@@ -62,10 +70,11 @@ def _group_terms(
 
 @triton.jit
 def _add_group(
-    acc, even, odd, total, byte, scale, zero, table_ptr, SWAP: tl.constexpr, CODE: tl.constexpr, PERMUTE: tl.constexpr
+    acc, even, odd, total, byte, words, scale, zero, table_ptr,
+    SWAP: tl.constexpr, CODE: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """acc plus one group's part: scale · (Σ x q - zero · Σ x). total: Σ x, in every column; only int4 needs it."""
-    high, low = nibble_numbers(byte, table_ptr, even.dtype, CODE == 2, PERMUTE)
+    high, low = nibble_numbers(byte, words, table_ptr, even.dtype, CODE == 2, PERMUTE)
     part = _multiply(even, high, tl.zeros_like(acc), SWAP, PERMUTE)
     part = _multiply(odd, low, part, SWAP, PERMUTE)
     if CODE == 2:
@@ -90,6 +99,7 @@ def tile_dot(
     acc_b = acc_a
     at_M = at_M.to(tl.int64)
     row = e * OUT + out.to(tl.int64)
+    words = held_words(table_ptr, kind, CODE, PERMUTE)
     if CODE < 2:
         PART: tl.constexpr = (IN + R * SPLITS - 1) // (R * SPLITS) * R
         from_ = split * PART
@@ -106,12 +116,12 @@ def tile_dot(
                 x = tl.load(at_x, mask=held_M[:, None] & left, other=0.0)
                 a = tl.load(at_a, mask=left, other=0.0)
             if CODE >= 0:
-                a = byte_numbers(a, kind, CODE == 1, PERMUTE)
+                a = byte_numbers(a, words, kind, CODE == 1, PERMUTE)
             acc_a = _multiply(x, a, acc_a, SWAP, PERMUTE)
             if TWO:
                 b = tl.load(at_b) if IN % R == 0 else tl.load(at_b, mask=(col < IN - start + from_)[None, :], other=0.0)
                 if CODE >= 0:
-                    b = byte_numbers(b, kind, CODE == 1, PERMUTE)
+                    b = byte_numbers(b, words, kind, CODE == 1, PERMUTE)
                 acc_b = _multiply(x, b, acc_b, SWAP, PERMUTE)
                 at_b += R
             at_x += R
@@ -154,7 +164,7 @@ def tile_dot(
                 a_scale, a_zero = _group_terms(
                     a_scale_ptr, a_zero_ptr, a_offset_ptr, table_ptr, row, after, kind, G, CODE, STEPS, NESTED, PERMUTE
                 )
-                acc_a = _add_group(acc_a, even, odd, total, a, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
+                acc_a = _add_group(acc_a, even, odd, total, a, words, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
                 if TWO:
                     b = tl.load(first_b + (group * HALF + pair)[None, :])
                     scale, zero = b_scale, b_zero
@@ -162,7 +172,7 @@ def tile_dot(
                         b_scale_ptr, b_zero_ptr, b_offset_ptr, table_ptr, row, after,
                         kind, G, CODE, STEPS, NESTED, PERMUTE,
                     )  # fmt: skip
-                    acc_b = _add_group(acc_b, even, odd, total, b, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
+                    acc_b = _add_group(acc_b, even, odd, total, b, words, scale, zero, table_ptr, SWAP, CODE, PERMUTE)
     if not TWO:
         acc_b = acc_a
     if SWAP:
