@@ -14,7 +14,7 @@ from accessory.bench.figures import row
 from accessory.parallel.mesh import Ranks
 
 REPLAYS = 10
-COMMUNICATION = re.compile(r"all_?reduce|nccl|all_?gather|broadcast", re.IGNORECASE)
+COMMUNICATION = re.compile(r"all_?reduce|nccl|all_?gather|broadcast|exchange", re.IGNORECASE)
 COLUMNS = ("kernel", "a layer", "µs each", "share of the step")
 LONGEST = 70  # characters of a kernel's name
 
@@ -50,19 +50,22 @@ def kernels_of(step: Callable[[], object], layers: int, ranks: Ranks | None = No
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         replay(REPLAYS)
     on_card = torch.autograd.DeviceType.CUDA
-    events = [(e.name, e.time_range.elapsed_us()) for e in found.events() if e.device_type == on_card]
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == on_card]
     return rows_of(events, REPLAYS, layers, whole)
 
 
-def rows_of(events: Iterable[tuple[str, float]], replays: int, layers: int, step: float) -> list[Kernel]:
+def rows_of(events: Iterable[tuple[str, float, float]], replays: int, layers: int, step: float) -> list[Kernel]:
     """The kernels by name, the longest in sum first.
 
-    events: (name, µs) of every kernel that ran in `replays` steps. step: µs of a step, with the gaps between kernels.
-    Three sums come last: all kernels, those that communicate, and the gaps.
+    events: (name, begin, end) in µs of every kernel that ran in `replays` steps. step: µs of a step, with the gaps
+    between kernels. A kernel may take its place while the one before still runs, and wait: its time counts from the end
+    of the one before. Three sums come last: all kernels, those that communicate, and the gaps.
     """
     times: dict[str, list[float]] = defaultdict(list)
-    for name, us in events:
-        times[short(name)].append(us)
+    last = float("-inf")
+    for name, begin, end in sorted(events, key=lambda event: event[2]):
+        times[short(name)].append(max(0.0, end - max(begin, last)))
+        last = max(last, end)
     rows = [
         Kernel(name, len(us) / replays / layers, sum(us) / len(us), sum(us) / replays / step)
         for name, us in times.items()

@@ -46,9 +46,15 @@ def test_a_table_and_a_line_of_a_log():
 
 
 def test_kernels_of_a_step():
-    """Two replays of two layers: a product a layer, a sum over ranks a layer, one copy."""
-    replay = [("void gemm_kernel_of_mine<int, 3>(float*)", 10.0), ("ncclDevKernel_AllReduce_Sum", 4.0)] * 2
-    rows = kernels.rows_of([*replay, ("Memcpy DtoD", 2.0)] * 2, replays=2, layers=2, step=40.0)
+    """Two replays of two layers: a product a layer, a sum over ranks a layer, one copy.
+
+    The sums take their place 3 µs before the products end, and wait.
+    """
+    product, total = "void gemm_kernel_of_mine<int, 3>(float*)", "ncclDevKernel_AllReduce_Sum"
+    replay = [(product, 0.0, 10.0), (total, 7.0, 14.0), (product, 14.0, 24.0), (total, 21.0, 28.0)]
+    once = [*replay, ("Memcpy DtoD", 30.0, 32.0)]
+    again = [(name, begin + 40, end + 40) for name, begin, end in once]
+    rows = kernels.rows_of([*once, *again], replays=2, layers=2, step=40.0)
     assert [kernel.name for kernel in rows[:3]] == ["gemm_kernel_of_mine", "ncclDevKernel_AllReduce_Sum", "Memcpy DtoD"]
     assert rows[0][1:] == (1.0, 10.0, 0.5)
     assert rows[2][1:] == (0.5, 2.0, 0.05)

@@ -97,7 +97,7 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
     decoder = decoder_from_canonical(sizes(), implementation, tensors, torch.bfloat16).requires_grad_(False).cuda()
     runner = Runner(decoder, pages=50, max_seq_len=400, vocab_size=512)
     tokens = torch.randint(0, 512, (batch, 400), generator=torch.Generator().manual_seed(0))
-    bucket = runner._graphs.bucket(batch)
+    bucket = runner._graphs.bucket(batch, False)
     assert bucket == (8 if batch == 6 else batch)
     begin = Begin(SamplingParams(), (), (), frozenset(), -1, ())
     errors = []
@@ -111,7 +111,7 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
         for step in range(20):
             ends = [n + step for n in lengths[:batch]]
             entries = [Entry(b, n, (int(tokens[b, n]),), (), None, None) for b, n in enumerate(ends)]
-            graphed_BV = runner._graphs.step(bucket, runner._numbers(entries))
+            graphed_BV = runner._graphs.step(bucket, runner._numbers(entries), False)
             for b, n in enumerate(ends):
                 whole_V = decoder(tokens[b : b + 1, : n + 1].cuda()).logits[0, -1]
                 errors.append(relative_error(graphed_BV[b], whole_V))

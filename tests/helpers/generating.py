@@ -18,7 +18,7 @@ def engine_over(decoder: Decoder, *, graphs: bool = True, pages: int = 200, max_
     if not graphs:
         runner._graphs.buckets = []
     elif runner.device.type == "cuda":
-        assert all(runner._graphs.bucket(b) == b for b in runner._graphs.buckets)
+        assert all(runner._graphs.bucket(b, False) == b for b in runner._graphs.buckets)
     return Engine.of(LocalExecutor(runner), runner.about)
 
 
