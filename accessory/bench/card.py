@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from accessory.ops.graphs import record
+
 # The sizes of the copy (bytes) and of the product (rows, columns) that give the rates.
 COPIED_GPU, COPIED_CPU = 2**32, 2**26
 MULTIPLIED_GPU, MULTIPLIED_CPU = 8192, 512
@@ -88,22 +90,13 @@ def seconds_in_turn(
         return seconds_of(all_turns, device, rounds=3, warm=1) / len(turns)
     if not graph:
         return _card_seconds(all_turns) / len(turns)
-    recorded = captured(all_turns, ways)
-    return _card_seconds(recorded.replay) / len(turns)
 
-
-def captured(run: Callable[[], object], ways: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph. The ways in it run once before, because a capture cannot hold their compilation."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    def each_once() -> None:
         for way in ways:
             way()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        run()
-    return graph
+
+    replay, _ = record(all_turns, torch.cuda.Stream(), warm=each_once)
+    return _card_seconds(replay) / len(turns)
 
 
 def _card_seconds(run: Callable[[], object], rounds: int = 9) -> float:

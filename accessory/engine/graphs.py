@@ -1,4 +1,4 @@
-"""Decoding steps replayed as CUDA graphs: one launch a step instead of hundreds, and no compiler.
+"""Decoding steps replayed as CUDA graphs (`ops.graphs`).
 
 A graph has a fixed number of rows, a bucket. A step with fewer sequences fills the other rows with padding, which
 writes to page 0. Collectives between ranks are inside; all ranks replay the same bucket.
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from accessory.limits import GRAPH_BUCKETS
+from accessory.ops.graphs import Graphs, possible
 
 
 class DecodeGraphs:
-    """The graphs of one network, captured when first needed, in one memory pool.
+    """The graphs of one network, captured when first needed.
 
     forward: computes logits (B, V) from a step's numbers (B, C) int32 on the device. fits: whether so many rows run
     without the host. Both are told whether a row takes one of several adapters: such steps have graphs of their own, so
@@ -33,11 +34,10 @@ class DecodeGraphs:
         device: torch.device,
         most: int,
     ) -> None:
-        self._forward, self._fits, self._padding_C, self._device = forward, fits, padding_C, device
-        self.buckets = [b for b in GRAPH_BUCKETS if b < most] + [most] if device.type == "cuda" else []
+        self._forward, self._fits, self._padding_C = forward, fits, padding_C
+        self.buckets = [b for b in GRAPH_BUCKETS if b < most] + [most] if possible(device) else []
         self._fit: dict[tuple[int, bool], bool] = {}
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._memory = torch.cuda.graph_pool_handle() if self.buckets else None
+        self._graphs: Graphs[Tensor] = Graphs(device)
 
     def bucket(self, sequences: int, adapted: bool) -> int | None:
         """The rows of the graph for a step of so many sequences; None where such a step needs the host."""
@@ -52,30 +52,9 @@ class DecodeGraphs:
         """Logits (bucket, V) of a step, valid until the next one."""
         rows_BC = np.tile(self._padding_C, (bucket, 1))
         rows_BC[: len(numbers_BC)] = numbers_BC
-        host_BC = torch.from_numpy(rows_BC).pin_memory()
-        if (bucket, adapted) not in self._graphs:
-            self._graphs[bucket, adapted] = self._capture(host_BC.to(self._device), adapted)
-        graph, input_BC, logits_BV = self._graphs[bucket, adapted]
-        input_BC.copy_(host_BC, non_blocking=True)
-        graph.replay()
-        return logits_BV
+        key, host_BC = (bucket, adapted), torch.from_numpy(rows_BC)
+        return self._graphs.run(key, lambda input_BC: self._forward(input_BC, adapted), host_BC)
 
     def again(self, bucket: int, adapted: bool) -> Callable[[], None] | None:
         """Replays the last step of so many rows, for measurements; None where there was none."""
-        made = self._graphs.get((bucket, adapted))
-        return None if made is None else made[0].replay
-
-    def _capture(self, input_BC: Tensor, adapted: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        # Kernels are compiled and libraries started on first use, which a capture cannot hold. Running a step several
-        # times is harmless: it writes the same keys to the same slots.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._forward(input_BC, adapted)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # A stream of its own, because torch's default one belongs to the card of the process's first capture.
-        # thread_local: another thread, as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
-            logits_BV = self._forward(input_BC, adapted)
-        return graph, input_BC, logits_BV
+        return self._graphs.again((bucket, adapted))
