@@ -19,6 +19,9 @@ VIEWS = (1, 5)
 
 CACHE_BYTES = 256 * 2**20  # size of the feature cache, which saves encoding an image again
 VIEWS_AT_ONCE = 16  # bounds the memory that encoding many images takes
+# A CUDA graph keeps the memory of its views, so only few views are one: an image's. A card with more views at once has
+# work enough not to wait for the host. There is a graph for each number of images and each part of their views.
+VIEWS_A_GRAPH, MOST_GRAPHS = 5, 8
 
 # The id of image tokens among token ids. No tokenizer has it. `data.image_tokens` inserts it.
 IMAGE_ID = -1

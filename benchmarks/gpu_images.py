@@ -1,9 +1,10 @@
 """Times SPHINX's ensemble and Mixtral-8x7B together, at their real sizes with random weights, on one 80 GB card.
 
-    python benchmarks/gpu_images.py [--quant int8] [--images 1 4] [--views 1 5] [--layers 32]
+    python benchmarks/gpu_images.py [--quant int8] [--images 1 4] [--views 1 5] [--layers 32] [--encoders]
 
-Encoders are in bf16, and the network is quantised. The floor of encoding is its operations, which torch counts, divided
-by the measured bf16 matmul rate. Images are new in every run, so no features are cached; "again" is the same
+Encoders are in bf16, and the network is quantised. The floor of encoding is the larger of two times: of its operations,
+which torch counts, at the measured bf16 matmul rate, and of reading all weights at the measured copy rate. `--encoders`
+stops after encoding. Images are new in every run, so no features are cached; "again" is the same
 image in the same prompt: then pages of the key/value cache are shared too. Prints Markdown.
 """
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.adapt.peft import trainable_rule
-from accessory.bench.card import free, measure_card, seconds_of
+from accessory.bench.card import Card, free, measure_card, seconds_in_turn, seconds_of
 from accessory.bench.engines import engine_over
 from accessory.bench.job import Noise, noise
 from accessory.build.network import NetworkSpec, TrainingSpec, build
@@ -32,9 +34,10 @@ from accessory.engine.sequence import ImageSpan
 from accessory.engine.sequence import Sequence as Request
 from accessory.formats import Quant
 from accessory.nn.vision import VisionTower
+from accessory.nn.vision_encoders import run_encoder
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
-from accessory.vision_config import SPHINX
+from accessory.vision_config import SPHINX, VIEWS_A_GRAPH
 
 DEVICE = torch.device("cuda")
 
@@ -47,23 +50,25 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--step-images", type=int, default=8, help="of a stage 1 step, 128 tokens of text each")
+    parser.add_argument("--encoders", action="store_true", help="time the encoders alone, without a network")
     options = parser.parse_args()
     args = PRESETS["8x7b"].replace(vision=SPHINX)
     args = args.replace(n_layers=options.layers or args.n_layers)
-    rate = measure_card(DEVICE, torch.bfloat16).matmul
-    print(f"{torch.cuda.get_device_name()}: bf16 matmul {rate / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n")
+    card = measure_card(DEVICE, torch.bfloat16)
+    print(f"{card}\n")
     print("| what | value | images/s | times the floor |\n|---|---|---|---|")
     for views in options.views:
         tower = random_tower(views)
         if views == options.views[0]:
             row("encoders resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
         for images in options.images:
-            encoding(tower, images, rate)
-        if views == options.views[-1]:
+            encoding(tower, images, card)
+        if views == options.views[-1] and not options.encoders:
             answering(args, tower, options)
         del tower
         free(DEVICE)
-    stage_1(args, options)
+    if not options.encoders:
+        stage_1(args, options)
 
 
 def random_tower(views: int) -> VisionTower:
@@ -79,17 +84,36 @@ def pixels(tower: VisionTower, images: int) -> torch.Tensor:
     return torch.randn(images, 3, tower.pixels, tower.pixels, device="cuda")
 
 
-def encoding(tower: VisionTower, images: int, rate: float) -> None:
-    with FlopCounterMode(display=False) as counter:
-        tower.run(pixels(tower, images))
-    floor = counter.get_total_flops() / rate
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def encoding(tower: VisionTower, images: int, card: Card) -> None:
+    """With and without a CUDA graph, and each encoder's part of one image."""
     x_I3PP = pixels(tower, images)
-    seconds = seconds_of(partial(tower.run, x_I3PP), DEVICE)
-    more = (torch.cuda.max_memory_allocated() - before) / 1e9
-    what = f"encoding {images} × {tower.views} views, ms (memory beside, GB)"
-    row(what, f"{seconds * 1e3:.1f} ({more:.2f})", images / seconds, seconds / floor)
+    floor = floor_of(tower, partial(tower.run, x_I3PP), card)
+    for graphed in (False, True)[: 1 + (images * tower.views <= VIEWS_A_GRAPH)]:
+        tower.graphed = graphed
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds = seconds_of(partial(tower.run, x_I3PP), DEVICE)
+        more = (torch.cuda.max_memory_allocated() - before) / 1e9
+        way = "graph" if graphed else "plain"
+        what = f"encoding {images} × {tower.views} views, {way}, ms (memory beside, GB; floor, ms)"
+        row(what, f"{seconds * 1e3:.1f} ({more:.2f}; {floor * 1e3:.2f})", images / seconds, seconds / floor)
+    if images > 1:
+        return
+    for encoder in tower.args.all:
+        module = tower.encoders[encoder.name]
+        x_V3SS = torch.randn(tower.views, 3, encoder.size, encoder.size, device=DEVICE, dtype=tower.dtype)
+        run = torch.no_grad()(partial(run_encoder, encoder.kind, module, x_V3SS))
+        floor = floor_of(module, run, card)
+        seconds = seconds_in_turn([run], DEVICE, 5)
+        row(f"of it {encoder.name}, ms (floor, ms)", f"{seconds * 1e3:.2f} ({floor * 1e3:.2f})", ratio=seconds / floor)
+
+
+def floor_of(module: torch.nn.Module, run: Callable[[], object], card: Card) -> float:
+    """Seconds that the operations of `run` must take, or the reading of the weights."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    read = sum(p.nbytes for p in module.parameters())
+    return max(counter.get_total_flops() / card.matmul, read / card.copy)
 
 
 def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) -> None:
@@ -103,6 +127,7 @@ def answering(args: ModelArgs, tower: VisionTower, options: argparse.Namespace) 
     row(f"encoders and {options.quant} network resident, GB", f"{torch.cuda.memory_allocated() / 1e9:.2f}")
     words = SPHINX.image_tokens(tower.views)
     images = pixels(tower, 8).cpu()
+    tower.graphed = True
     engine = engine_over(decoder, 2**15, see=lambda several: tower.encode(torch.stack(list(several))))
 
     def first(image: int | None, seed: int) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from accessory.launch.memory import Room, room_for
+from accessory.planner.encoders import encoding_bytes
 from accessory.planner.fit import check_cache, check_fit, explain, explained
 from accessory.planner.peak import estimate
 from accessory.planner.setup import Inference, Setup
@@ -36,6 +37,11 @@ class ModelMemory:
     def step_bytes(self, max_seq_len: int) -> int:
         """What the largest step with a prompt of `max_seq_len` takes beside weights and cache."""
         return estimate(self._setup(1, max_seq_len)).passing
+
+    def graph_bytes(self) -> int:
+        """What the image encoders' CUDA graph takes, which no step without an image shows."""
+        setup = self.setup
+        return encoding_bytes(setup.args.sees_with, setup.images, setup.views, setup.tp) if setup.views else 0
 
     @contextmanager
     def explained(self, batch: int, tokens: int) -> Iterator[None]:

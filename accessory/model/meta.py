@@ -80,6 +80,7 @@ class MetaModel(nn.Module, TextModel):
             from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
 
             self.image_processor = ImageProcessor(tower.args, tower.views, image_transform)
+            tower.graphed = True
         self._making = threading.Lock()
         self._made: Engine | Follower | None = None
         self._calls, self._calling = 0, 0  # calls that all ranks are in, and the thread that makes them
@@ -212,11 +213,13 @@ class MetaModel(nn.Module, TextModel):
         llma, free = self.llma, self._cache_gb == FREE
         if self._cache_gb is not None and not isinstance(self._cache_gb, str):
             return pages_in(self._cache_gb, bytes_a_page(llma.args, llma.kv_heads, llma.products_in, self._fp8))
-        beside = 0 if self._memory is None else self._memory.step_bytes(self.max_seq_len)
+        beside, graph = 0, 0
+        if self._memory is not None:
+            beside, graph = self._memory.step_bytes(self.max_seq_len), self._memory.graph_bytes()
         if free and self.device.type == "cuda":
             measured = worst_step_bytes(self.runner, self.max_seq_len, self._ranks)
             # No image is in the measured steps. The estimate knows how much encoding takes.
-            beside = measured if self.tower is None else max(measured, beside)
+            beside = measured if self.tower is None else max(measured + graph, beside)
         wanted = self.args.max_batch_size * self._longest + 1
         return fitting_pages(llma, wanted, self._ranks, beside, fp8=self._fp8, more=free)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -21,7 +22,18 @@ from torch import Tensor, nn
 
 from accessory.errors import ConfigError, InputError
 from accessory.nn.vision_encoders import build_encoder, run_encoder
-from accessory.vision_config import CACHE_BYTES, CLIP_MEAN, CLIP_STD, VIEWS, VIEWS_AT_ONCE, EncoderArgs, VisionArgs
+from accessory.ops.graphs import Graphs, possible
+from accessory.vision_config import (
+    CACHE_BYTES,
+    CLIP_MEAN,
+    CLIP_STD,
+    MOST_GRAPHS,
+    VIEWS,
+    VIEWS_A_GRAPH,
+    VIEWS_AT_ONCE,
+    EncoderArgs,
+    VisionArgs,
+)
 
 
 class Features(NamedTuple):
@@ -51,6 +63,7 @@ class VisionTower(nn.Module):
 
     A tower built on the meta device needs `to_empty`, then its weights (`checkpoint.vision.load_tower`). It always
     stays in evaluation mode. `runs` counts the images that the encoders ran on. `cache_bytes` limits the feature cache.
+    `graphed`, which may be set: on a GPU few views are encoded by replaying a CUDA graph, whose memory stays taken.
     Raises ConfigError for configurations that cannot be built, MissingExtraError without transformers.
     """
 
@@ -67,17 +80,23 @@ class VisionTower(nn.Module):
         self.requires_grad_(False)
         self.train(False)
         self.feature_cache = FeatureCache(cache_bytes)
+        self.graphed = False
+        self._graphs: Graphs[Features] | None = None
         self.runs = 0
-        self.register_load_state_dict_post_hook(lambda tower, _: tower.feature_cache.clear())
+        self.register_load_state_dict_post_hook(lambda tower, _: tower._forget())
 
     def train(self, mode: bool = True) -> VisionTower:
         """Ignores `mode` and stays in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
-        self.feature_cache.clear()  # device, dtype or weights change
+        self._forget()  # device, dtype or weights change
         super()._apply(fn, recurse)
         return self
+
+    def _forget(self) -> None:
+        self.feature_cache.clear()
+        self._graphs = None
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> VisionTower:
         super().to_empty(device=device, recurse=recurse)
@@ -138,6 +157,7 @@ class VisionTower(nn.Module):
                 return new
         return _joined([found[key] for key in keys])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, pixels_I3PP: Tensor, first: int = 0, count: int | None = None) -> Features:
         """Run the encoders without the cache, on all views of the images or on `count` views from `first` on."""
@@ -148,6 +168,8 @@ class VisionTower(nn.Module):
             for start in range(first, last, VIEWS_AT_ONCE)
         ]
         self.runs += -(-last // self.views) - first // self.views if last > first else 0
+        if len(parts) == 1:
+            return parts[0]
         return _joined(parts) if parts else self.empty()
 
     def empty(self, views: int = 0) -> Features:
@@ -160,13 +182,24 @@ class VisionTower(nn.Module):
 
     def _run_some(self, pixels_I3PP: Tensor, first: int, last: int) -> Features:
         images = slice(first // self.views, -(-last // self.views))
-        pixels_I3PP = pixels_I3PP[images].to(self.device, torch.float32)
-        start = first - images.start * self.views
+        pixels_I3PP, start = pixels_I3PP[images].float(), first - images.start * self.views
+        run = partial(self._features, start=start, count=last - first)
+        if not self.graphed or not possible(self.device) or last - first > VIEWS_A_GRAPH:
+            return run(pixels_I3PP.to(self.device))
+        if self._graphs is None:
+            self._graphs = Graphs(self.device)
+        key = len(pixels_I3PP), start, last - first
+        if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
+            return run(pixels_I3PP.to(self.device))
+        return self._graphs.run(key, run, pixels_I3PP).map(torch.clone)  # the next replay writes there again
+
+    def _features(self, pixels_I3PP: Tensor, start: int, count: int) -> Features:
+        """The features of `count` views from `start` on. On a GPU nothing in it waits for the host or asks it."""
         seen: dict[int, Tensor] = {}
         tokens: list[Tensor] = []
         for encoder in self.args.all:
             if encoder.size not in seen:
-                seen[encoder.size] = views_of(pixels_I3PP, encoder.size, self.views)[start : start + last - first]
+                seen[encoder.size] = views_of(pixels_I3PP, encoder.size, self.views)[start : start + count]
             x_V3SS = normalised(seen[encoder.size], encoder).to(self.dtype)
             tokens.append(run_encoder(encoder.kind, self.encoders[encoder.name], x_V3SS))
         query_VQC = None if self.args.query is None else tokens.pop()
@@ -245,10 +278,16 @@ def normalised(pixels_V3SS: Tensor, encoder: EncoderArgs) -> Tensor:
     if (mean, std) == (CLIP_MEAN, CLIP_STD):
         return pixels_V3SS
     clip_mean, clip_std, own_mean, own_std = (
-        torch.tensor(v, dtype=pixels_V3SS.dtype, device=pixels_V3SS.device).view(3, 1, 1)
-        for v in (CLIP_MEAN, CLIP_STD, mean, std)
+        _colours(v, pixels_V3SS.dtype, pixels_V3SS.device) for v in (CLIP_MEAN, CLIP_STD, mean, std)
     )
     return (pixels_V3SS * clip_std + clip_mean - own_mean) / own_std
+
+
+@cache
+def _colours(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of red, green and blue (3, 1, 1). They are kept, because a copy from the host would wait for the card."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 def _joined(parts: list[Features]) -> Features:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,17 @@ from accessory.errors import AccessoryError, ConfigError, MissingExtraError
 from accessory.vision_config import EncoderArgs, Kind
 
 _STRIDE = 32  # convolutional encoders: pixels between neighbouring positions
+
+
+class _Resampled(NamedTuple):
+    """Position embeddings resampled to a view's size, kept as long as `learnt` is in `state`.
+
+    Torch's bicubic kernel goes through the channels in turn, and a GPU does nothing else meanwhile.
+    """
+
+    learnt: Tensor
+    state: tuple[object, ...]
+    positions_1TC: Tensor
 
 
 class Blip2(nn.Module):
@@ -112,13 +123,25 @@ def _build_dinov2(encoder: EncoderArgs) -> nn.Module:
     config = _configuration(encoder, transformers.Dinov2Config, image_size=encoder.size, use_mask_token=False)
     model = transformers.Dinov2Model(config)
     offset = _number(encoder, "interpolate_offset")
-    if offset:
+    theirs = type(model.embeddings).interpolate_pos_encoding
 
-        def positions(embeddings: Any, x_VTC: Tensor, height: int, width: int) -> Tensor:
-            sizes = height // config.patch_size, width // config.patch_size
-            return resampled_positions(embeddings.position_embeddings, sizes, offset)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def positions(embeddings: Any, x_VTC: Tensor, height: int, width: int) -> Tensor:
+        learnt_1TC, kept = embeddings.position_embeddings, embeddings.resampled
+        version = None if learnt_1TC.is_inference() else learnt_1TC._version
+        state = version, learnt_1TC.dtype, learnt_1TC.device, height, width
+        if kept is None or kept.learnt is not learnt_1TC or kept.state != state:
+            if offset:
+                sizes = height // config.patch_size, width // config.patch_size
+                new_1TC = resampled_positions(learnt_1TC, sizes, offset)
+            else:
+                new_1TC = theirs(embeddings, x_VTC, height, width)
+            kept = embeddings.resampled = _Resampled(learnt_1TC, state, new_1TC)
+        return kept.positions_1TC
 
-        model.embeddings.interpolate_pos_encoding = MethodType(positions, model.embeddings)
+    model.embeddings.resampled = None
+    model.embeddings.interpolate_pos_encoding = MethodType(positions, model.embeddings)
     return model
 
 

@@ -102,7 +102,8 @@ def _add_images(setup: Setup, moments: dict[str, dict[str, int]]) -> None:
     """Add the image encoders and what they make to the moments, and the moment at which they encode.
 
     Encoders are loaded after the network and stay, as do features of earlier images. They encode new images before the
-    network runs: of its own memory only what lasts is there then.
+    network runs: of its own memory only what lasts is there then. On a GPU that generates, encoding is a CUDA graph,
+    whose memory stays too.
     """
     vision, images, views = setup.args.sees_with, setup.images, setup.views
     lasting = {"image encoders": encoders_bytes(vision), "features that are kept": CACHE_BYTES}
@@ -112,10 +113,12 @@ def _add_images(setup: Setup, moments: dict[str, dict[str, int]]) -> None:
         embeddings = 4 * images * setup.image_tokens * setup.args.dim  # fp32, kept for backward
     else:
         gradients = embeddings = 0
+    encoding = {"gradients": gradients, "images": encoding_bytes(vision, images, views, setup.tp)}
+    graphed = isinstance(setup.task, Inference) and setup.device == "cuda"
     for name, terms in moments.items():
         if name != "loading":
             terms.update(lasting)
+            terms["the encoders' graph"] = encoding["images"] if graphed else 0
         if name not in ("loading", "the optimiser's step"):
             terms["images"] = features_bytes(vision, images * views) + embeddings
-    encoding = {"gradients": gradients, "images": encoding_bytes(vision, images, views, setup.tp)}
     moments["looking at images"] = network | lasting | encoding
