@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
 
 import pytest
 from helpers.command_line import write_hf
+from helpers.distributed import run_ranks
 
 from accessory.cli import _parser, main
 
@@ -23,9 +28,31 @@ SHORT = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Let collections of garbage, of which each figure makes some, leave out what imports made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def card():
+    import torch
+
+    from accessory.bench.card import measure_card
+
+    return measure_card(torch.device("cpu"), torch.bfloat16)
+
+
 @pytest.fixture
-def bench(capsys, tmp_path):
-    """Run the command; returns the status, what it wrote into --out, what it printed, and its errors."""
+def bench(capsys, tmp_path, monkeypatch, card):
+    """Run the command; returns the status, what it wrote into --out, what it printed, and its errors.
+
+    All runs share one measurement of this machine.
+    """
+    monkeypatch.setattr("accessory.commands.bench.measure_card", lambda device, dtype: card)
 
     def run(target: str, what: str, *options: str):
         out = tmp_path / "out.json"
@@ -164,7 +191,13 @@ def test_gpt_fast_runs_in_a_process_of_its_own(bench, tmp_path):
     assert str(folder) not in found["command"]
 
 
-def test_a_peer_that_fails_is_a_line(bench, tmp_path):
+@pytest.mark.parametrize("process", ["stood in for", pytest.param("its own", marks=pytest.mark.slow)])
+def test_a_peer_that_fails_is_a_line(bench, tmp_path, monkeypatch, process):
+    def failed(command, **how):
+        raise subprocess.CalledProcessError(1, command, stderr="Traceback …\nValueError: not today\n")
+
+    if process == "stood in for":
+        monkeypatch.setattr("accessory.bench.peer_gpt_fast.subprocess.run", failed)
     (tmp_path / "model.py").write_text("raise ValueError('not today')")
     (tmp_path / "quantize.py").write_text("")
     how = ("--vs", "gpt-fast", "--gpt-fast-path", str(tmp_path), *SHORT["decode"], *CPU)
@@ -220,26 +253,50 @@ def ranks(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(["decode", *SHORT["decode"], "--implementation", "sparse", "base"], id="decode"),
-        pytest.param(["prefill", *SHORT["prefill"]], id="prefill", marks=pytest.mark.slow),
-        pytest.param(["layer", *SHORT["layer"], "--implementation", "base", "sparse"], id="layer"),
-        pytest.param(["allreduce"], id="allreduce"),
-    ],
-)
-def test_two_ranks_print_once(words, tmp_path):
-    done = ranks("--what", *words, "--out", str(tmp_path / "out.json"))
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
+WORDS = {
+    "decode": ["decode", *SHORT["decode"], "--implementation", "sparse", "base"],
+    "prefill": ["prefill", *SHORT["prefill"]],
+    "layer": ["layer", *SHORT["layer"], "--implementation", "base", "sparse"],
+    "allreduce": ["allreduce"],
+}
+
+
+def check_printed_once(found: dict, printed: str) -> None:
     assert found["ranks"] == 2
     figures = check(found)
     assert found["command"].startswith("torchrun --nproc-per-node 2 -m accessory bench tiny --what ")
-    assert done.stdout.count("| who | what |") == 1
-    assert len([line for line in done.stdout.splitlines() if line.startswith(("| accessory", "| gloo"))]) == len(
-        figures
-    )
+    assert printed.count("| who | what |") == 1
+    assert len([line for line in printed.splitlines() if line.startswith(("| accessory", "| gloo"))]) == len(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WORDS)
+def test_two_ranks_of_a_launcher_print_once(what, tmp_path):
+    done = ranks("--what", *WORDS[what], "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    check_printed_once(json.loads((tmp_path / "out.json").read_text()), done.stdout)
+
+
+def in_a_rank(rank: int, world: int, folder: str, card: Any) -> dict[str, str]:
+    """What the rank prints in each run. Its group exists already, as no launcher has started it."""
+    import torch.distributed as dist
+
+    printed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accessory.commands.bench.join_launched", lambda: dist.group.WORLD)
+        patch.setattr("accessory.commands.bench.measure_card", lambda device, dtype: card)
+        for what, words in WORDS.items():
+            with redirect_stdout(StringIO()) as out:
+                assert main(["bench", "tiny", "--what", *words, "--out", f"{folder}/{what}.json", *CPU]) == 0
+            printed[what] = out.getvalue()
+    return printed
+
+
+def test_two_ranks_measure_everything_that_takes_ranks(tmp_path, card):
+    first, second = run_ranks(in_a_rank, 2, str(tmp_path), card)
+    assert set(second.values()) == {""}
+    for what, printed in first.items():
+        check_printed_once(json.loads((tmp_path / f"{what}.json").read_text()), printed)
 
 
 # --------------------------------------------------------------------------- mistakes
