@@ -278,12 +278,9 @@ def test_two_ranks_of_a_launcher_print_once(what, tmp_path):
 
 
 def in_a_rank(rank: int, world: int, folder: str, card: Any) -> dict[str, str]:
-    """What the rank prints in each run. Its group exists already, as no launcher has started it."""
-    import torch.distributed as dist
-
+    """What the rank prints in each run. Its group exists already."""
     printed = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accessory.commands.bench.join_launched", lambda: dist.group.WORLD)
         patch.setattr("accessory.commands.bench.measure_card", lambda device, dtype: card)
         for what, words in WORDS.items():
             with redirect_stdout(StringIO()) as out:

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from helpers.distributed import run_ranks
 from helpers.random_models import write_speaking
 from helpers.sizes import SPEAKING
 
+from accessory.cli import main
 from accessory.model.meta import MetaModel
 
 ARGS = SPEAKING.replace(n_layers=1, max_seq_len=256)
@@ -47,9 +49,9 @@ def torchrun(*words):
     return [*launcher, "-m", "accessory", *words]
 
 
-def test_n_gpus_starts_ranks_itself(folder, expected):
-    done = run([sys.executable, "-m", "accessory", "generate", folder, "--prompt", PROMPT, *HOW, "--n-gpus", "2"])
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+def test_n_gpus_starts_ranks_itself(folder, expected, capfd):
+    assert main(["generate", str(folder), "--prompt", PROMPT, *HOW, "--n-gpus", "2"]) == 0
+    assert capfd.readouterr().out == expected
 
 
 @pytest.mark.slow
@@ -80,25 +82,29 @@ def test_torchrun_prints_once_and_shares_standard_input(folder, expected):
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
-def test_srun_ranks_meet_by_slurms_variables(folder, expected):
-    command = [sys.executable, "-m", "accessory", "generate", folder, "--prompt", PROMPT, *HOW]
-    ranks = []
-    port = free_port()
-    for rank in range(2):
-        slurm = {
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": str(rank),
-            "SLURM_STEP_ID": "0",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_JOB_ID": "7",
-            "MASTER_PORT": str(port),
-        }
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **slurm}
-        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
-    (first, _), (second, _) = (rank.communicate(timeout=120) for rank in ranks)
-    assert (first, second) == (expected, "")
-    assert [rank.returncode for rank in ranks] == [0, 0]
+def task_of_srun(rank, world, words, port, out):
+    """The status of a command that `srun` starts. What it prints goes to `out`, a file for each rank."""
+    slurm = {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(world),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "7",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", **slurm})
+    with open(f"{out}{rank}", "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        status = main(words)
+        sys.stdout.flush()
+    return status
+
+
+def test_srun_ranks_meet_by_slurms_variables(folder, expected, tmp_path):
+    words = ["generate", str(folder), "--prompt", PROMPT, *HOW]
+    assert run_ranks(task_of_srun, 2, words, free_port(), f"{tmp_path}/", grouped=False) == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [expected, ""]
 
 
 @pytest.mark.slow
@@ -115,8 +121,6 @@ def test_a_mistake_is_told_once(folder):
     [(["chat"], "chat: started as one of several ranks"), (["generate", "--n-gpus", "2"], "--n-gpus")],
 )
 def test_what_makes_no_sense_under_a_launcher_says_so(folder, words, names, monkeypatch, capsys):
-    from accessory.cli import main
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     prompt = ["--prompt", PROMPT] if words[0] == "generate" else []
@@ -125,8 +129,6 @@ def test_what_makes_no_sense_under_a_launcher_says_so(folder, words, names, monk
 
 
 def test_ranks_that_make_no_sense_say_so(folder, capsys):
-    from accessory.cli import main
-
     assert main(["generate", str(folder), "--prompt", PROMPT, *HOW, "--n-gpus", "0"]) == 1
     assert "gpus: got 0" in capsys.readouterr().err
 

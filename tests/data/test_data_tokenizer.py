@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.small_tokenizers import MIXTRAL_CHAT, byte_level_folder, mixtral_json_folder, write_json
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HfTokenizer
@@ -74,6 +74,8 @@ def test_decodes_random_ids_as_sentencepiece_where_those_are_text(mixtral, sente
 @given(text=st.text(max_size=40), ids=st.lists(st.integers(0, 299), max_size=20))
 def test_byte_level_encodes_and_decodes_as_tokenizers(byte_level, byte_level_original, text, ids):
     theirs = byte_level_original
+    # To us the text of a special token is text. Hypothesis takes strings that it finds in loaded modules, those too.
+    assume("<|" not in text)
     assert byte_level.encode(text, bos=False) == theirs.encode(text).ids
     assert byte_level.decode(ids) == theirs.decode(ids)
 

@@ -20,9 +20,12 @@ def rank_context() -> Any:
     return context
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120, grouped: bool = True
+) -> list[Any]:
     """Runs `function(rank, world, *args)` on every rank of a gloo group; returns the results in order of rank.
 
+    grouped: False where the function itself joins the group.
     Fails with the ranks' tracebacks. Ignores how a process ends after it has returned its result, because gloo
     sometimes aborts at interpreter exit.
     """
@@ -30,7 +33,8 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        ranks = [context.Process(target=_main, args=(function, r, world, store, queue, args)) for r in range(world)]
+        alike = world, store if grouped else None, queue, args
+        ranks = [context.Process(target=_main, args=(function, r, *alike)) for r in range(world)]
         for process in ranks:
             process.start()
         try:
@@ -52,7 +56,9 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
                     process.join()
 
 
-def _main(function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
+def _main(
+    function: Callable[..., Any], rank: int, world: int, store: str | None, queue: Any, args: tuple[Any, ...]
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
@@ -60,11 +66,13 @@ def _main(function: Callable[..., Any], rank: int, world: int, store: str, queue
     torch.set_num_threads(1)
     try:
         timeout = timedelta(seconds=60)
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout
-        )
+        if store is not None:
+            dist.init_process_group(
+                "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout
+            )
         result = function(rank, world, *args)
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         # Pickled here: a queue would share tensors through this process, which may end before they are read.
         queue.put((rank, pickle.dumps(result), None))
     except BaseException:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
+from helpers.rank_kills import gone
 from helpers.traffic import check_empty
 
 from accessory.engine.sampling_params import SamplingParams
@@ -100,9 +102,12 @@ def test_on_a_cpu_all_that_is_free_is_half_of_it(speaking, monkeypatch):
 
 
 def test_ranks_have_the_cache_that_the_driver_was_asked_for(speaking):
-    """Each has half of the heads, so a page takes half of the bytes."""
-    with MultiGpuWrapper(speaking, gpus=2, cache_gb=10 * PAGE / 1e9, cache_dtype="fp8", **HOW) as wrapper:
-        assert pages(wrapper) == 40
-        (answer,) = wrapper.complete([PROMPT], max_gen_len=8, params=SCORED)
+    """Each has half of the heads, so a page takes half of the bytes. The ranks end when nobody holds the driver."""
+    wrapper = MultiGpuWrapper(speaking, gpus=2, cache_gb=10 * PAGE / 1e9, cache_dtype="fp8", **HOW)
+    assert pages(wrapper) == 40
+    (answer,) = wrapper.complete([PROMPT], max_gen_len=8, params=SCORED)
+    ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks._ranks]
+    del wrapper
+    assert gone(ranks)
     (alone,) = load(speaking, cache_dtype="fp8").complete([PROMPT], max_gen_len=8, params=SCORED)
     assert answer.prompt_logprobs == pytest.approx(alone.prompt_logprobs, abs=1e-4)

@@ -214,13 +214,16 @@ def test_the_command_tells_of_a_killed_rank_in_one_line(cut_folder):
     assert program.returncode == 1
 
 
-@pytest.mark.parametrize(
-    "ways",
-    [
-        ["close", "drop"],
-        pytest.param(["close in a call", "close"], marks=pytest.mark.slow),
-    ],
-)
+def test_closing_ends_the_ranks_and_a_later_call_starts_them(wrapper, expected):
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+    ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks._ranks]
+    wrapper.close()
+    assert gone(ranks)
+    assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [["close", "drop"], ["close in a call", "close"]])
 def test_closing_or_dropping_ends_the_ranks_and_a_later_call_starts_them(cut_folder, expected, ways):
     wrapper = MultiGpuWrapper(cut_folder, gpus=2, **HOW)
     for leave in ways:

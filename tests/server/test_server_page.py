@@ -27,15 +27,19 @@ def started(folders, tmp_path_factory, *words):
     return web.Served(command, ROOT, log)
 
 
-@pytest.fixture(scope="module")
-def served(folders, tmp_path_factory):
-    """A server without a key, and one with; both start at once."""
-    key = tmp_path_factory.mktemp("key") / "key"
-    key.write_text(KEY)
-    both = started(folders, tmp_path_factory), started(folders, tmp_path_factory, "--api-key-file", str(key))
-    yield both
-    for server in both:
-        server.kill()
+@pytest.fixture(scope="module", params=["with a key", pytest.param("without", marks=pytest.mark.slow)])
+def served(folders, tmp_path_factory, request):
+    """A server, what a browser gives for its key, and the headers of a caller."""
+    if request.param == "without":
+        server, given, headers = started(folders, tmp_path_factory), {}, {}
+    else:
+        key = tmp_path_factory.mktemp("key") / "key"
+        key.write_text(KEY)
+        server = started(folders, tmp_path_factory, "--api-key-file", str(key))
+        given = {"http_credentials": {"username": "anybody", "password": KEY}}
+        headers = {"Authorization": f"Bearer {KEY}"}
+    yield server, given, headers
+    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +71,19 @@ def basic(word, name="anybody"):
 @needs_browser
 def test_visitors_and_callers_are_answered_at_once(served, folders, browser):
     """While one visitor's answer is written, another visitor's and a caller's begin and end."""
-    server = served[0]
-    first, second = (web.Visitor(browser, server.url) for _ in range(2))
+    server, given, headers = served
+    first, second = (web.Visitor(browser, server.url, **given) for _ in range(2))
     first.set("max_gen_len", LONG)
     first.ask("Tell me all", wait="Writing")
     second.set("max_gen_len", 8)
     second.ask("What is a router?")
     assert [who for who, _ in second.rounds()] == ["user", "bot"]
     body = {"model": folders[0].name, "prompt": "A", "max_tokens": 8, "temperature": 0}
-    answer = httpx.post(f"{server.url}v1/completions", json=body, timeout=60).json()
+    answer = httpx.post(f"{server.url}v1/completions", json=body, headers=headers, timeout=60).json()
     assert answer["usage"]["completion_tokens"] == 8
     running = [
         line
-        for line in httpx.get(f"{server.url}metrics").text.splitlines()
+        for line in httpx.get(f"{server.url}metrics", headers=headers).text.splitlines()
         if line.startswith("accessory:num_requests_r")
     ]
     assert running == ["accessory:num_requests_running 1.0"]  # the engine is one: the first visitor is still in it
@@ -94,8 +98,10 @@ def test_visitors_and_callers_are_answered_at_once(served, folders, browser):
 
 @needs_browser
 def test_the_key_is_the_pages_password(served, browser):
-    server = served[1]
-    visitor = web.Visitor(browser, server.url, http_credentials={"username": "anybody", "password": KEY})
+    server, given, _ = served
+    if not given:
+        pytest.skip("there is no key")
+    visitor = web.Visitor(browser, server.url, **given)
     visitor.set("max_gen_len", 8)
     visitor.ask("What is a router?")
     assert len(visitor.rounds()) == 2
@@ -107,13 +113,14 @@ def test_the_key_is_the_pages_password(served, browser):
 
 @needs_browser
 def test_a_signal_ends_it_while_a_visitor_looks_on(served, browser):
-    visitor = web.Visitor(browser, served[0].url)
+    server, given, _ = served
+    visitor = web.Visitor(browser, server.url, **given)
     visitor.set("max_gen_len", LONG)
     visitor.ask("Tell me all", wait="Writing")
     begun = time.monotonic()
-    assert served[0].interrupt() < 10
-    assert served[0].process.returncode == 0, served[0].log.read_text()
-    assert "Traceback" not in served[0].log.read_text()
+    assert server.interrupt() < 10
+    assert server.process.returncode == 0, server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
     assert time.monotonic() - begun < 10
     visitor.leave()
 
