@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.errors import ConfigError
+from accessory.launch.cgroups import MOUNTED, PROC, cgroup_folders, lines_of
 
 if TYPE_CHECKING:
     import torch
@@ -117,36 +118,21 @@ def _host_room(with_own: bool) -> Room | None:
     return Room(max(0, free) + own, HOST)
 
 
-def _cgroup_rooms(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+def _cgroup_rooms(proc: Path = PROC, mounted: Path = MOUNTED) -> Iterator[int]:
     """What each cgroup that this process is in, and each of those above it, leaves of its limit."""
-    for line in _lines(proc):
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        for base in (mounted / "memory",) if controllers else (mounted, mounted / "unified"):
-            folder = base / path.lstrip("/")
-            for above in (folder, *folder.parents):
-                yield from _left(above)
-                if above == base:
-                    break
+    for folder in cgroup_folders("memory", proc, mounted):
+        yield from _left(folder)
 
 
 def _left(folder: Path) -> Iterator[int]:
     for limit, use, reclaimed in _CGROUPS:
-        numbers = [line for name in (limit, use) for line in _lines(folder / name)[:1]]
+        numbers = [line for name in (limit, use) for line in lines_of(folder / name)[:1]]
         if len(numbers) == 2 and all(number.isdigit() for number in numbers):  # "max": no limit
-            pages = dict(line.split(None, 1) for line in _lines(folder / "memory.stat"))
+            pages = dict(line.split(None, 1) for line in lines_of(folder / "memory.stat"))
             yield int(numbers[0]) - int(numbers[1]) + sum(int(pages.get(name, 0)) for name in reclaimed)
 
 
 def _fields(path: Path) -> Mapping[str, int]:
     """Bytes by name, from lines such as `MemAvailable: 1024 kB`."""
-    words = (line.split() for line in _lines(path))
+    words = (line.split() for line in lines_of(path))
     return {w[0].rstrip(":"): int(w[1]) * 1024 for w in words if len(w) == 3 and w[2] == "kB"}
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

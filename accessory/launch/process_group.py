@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from datetime import timedelta
 
@@ -13,6 +12,7 @@ from accessory.errors import ConfigError, InputError, RankError
 from accessory.launch.environment import launch_of
 from accessory.launch.meeting import meet
 from accessory.launch.memory import check_gpu
+from accessory.launch.threads import cores
 
 
 def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGroup | None:
@@ -40,7 +40,7 @@ def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGro
             raise RankError(f"rank {launch.rank} of {launch.size}: {error}") from error
         torch.cuda.set_device(launch.local_rank)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // min(launch.size, os.cpu_count() or 1)))
+        torch.set_num_threads(max(1, cores() // launch.size))
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=meet(launch), rank=launch.rank, world_size=launch.size, timeout=timeout
     )

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from accessory.launch.threads import cores
+
 # Seconds that a rank has after Ctrl-C to end its step and save its state. torchrun's default is 30.
 SAVING = "600"
 
@@ -21,7 +23,7 @@ def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     if not debug:
         logging.disable(logging.ERROR)  # hides torchrun's own messages about failures
     arguments = torchrun.parse_args(["--standalone", f"--nproc-per-node={n}", "--no-python", sys.executable, *words])

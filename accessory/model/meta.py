@@ -26,6 +26,7 @@ from accessory.engine.worst_step import worst_step_bytes
 from accessory.errors import InputError, RankError
 from accessory.formats import CacheDtype
 from accessory.launch.gpus import default_device
+from accessory.launch.threads import use_cores
 from accessory.limits import PAGE_SIZE
 from accessory.model.loading import Loading, PathLike
 from accessory.model.memory import ModelMemory
@@ -165,6 +166,8 @@ class MetaModel(nn.Module, TextModel):
         ranks = None if mp_group is None else Ranks.of(mp_group)
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
         where = {"device": asked.device or default_device(), "dtype": asked.dtype}
+        if ranks is None and torch.device(where["device"]).type == "cpu":
+            use_cores()
         progress = progress and (ranks is None or ranks.rank == 0)
         mesh, tower = DeviceMesh(model=ranks), None
         planned = spec.planned(Inference(cache_dtype=cache_dtype), tp=mesh.model_size, dp=1, **where)

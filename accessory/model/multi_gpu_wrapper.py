@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from accessory.errors import InputError, RankError
 from accessory.launch.gpus import count_ranks, default_device
 from accessory.launch.process_group import host_store
 from accessory.launch.rank_processes import LOOPBACK, RankProcess, start_processes
+from accessory.launch.threads import cores, use_cores
 from accessory.model.loading import Loading, PathLike
 from accessory.model.text_model import TextModel
 
@@ -74,8 +74,10 @@ class MultiGpuWrapper(TextModel):
             from accessory.model.image_processor import ImageProcessor
 
             self.image_processor = ImageProcessor(spec.args.sees_with, spec.image_views, asked.image_transform)
-        if device == "cpu" and self.size > (cores := os.cpu_count() or 1):
-            log.warning("%d ranks share %d cores; as many ranks as cores are quicker", self.size, cores)
+        if device == "cpu":
+            use_cores()  # which the ranks then share
+            if self.size > cores():
+                log.warning("%d ranks share %d cores; as many ranks as cores are quicker", self.size, cores())
         self._ranks = RankExecutor(
             partial(
                 _start,

@@ -98,7 +98,7 @@ def test_no_rank_starts_for_what_cannot_work(speaking, given, message, no_ranks)
 
 
 def test_more_ranks_than_cores_are_warned_of(speaking, monkeypatch, caplog):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("accessory.model.multi_gpu_wrapper.cores", lambda: 1)
     monkeypatch.setattr(RankExecutor, "load", lambda self: About(2, 1, 1, on_cpu=True))
     with caplog.at_level(logging.WARNING):
         MultiGpuWrapper(speaking, gpus=2, device="cpu")
@@ -115,3 +115,13 @@ def test_positions_far_beyond_the_models_are_refused_and_some_beyond_warned_of(s
             Loading(pretrained_path=speaking, max_seq_len=200_000).open()
         (tmp_path / "longer.json").write_text('{"max_seq_len": 200000}')
         Loading(pretrained_path=speaking, max_seq_len=200_000, llama_config=tmp_path / "longer.json").open()
+
+
+def test_on_a_cpu_the_cores_compute(speaking, monkeypatch):
+    calls = []
+    for module in ("meta", "multi_gpu_wrapper"):
+        monkeypatch.setattr(f"accessory.model.{module}.use_cores", lambda: calls.append(1))
+    monkeypatch.setattr(RankExecutor, "load", lambda self: About(2, 1, 1, on_cpu=True))
+    MetaModel.from_pretrained(speaking, device="cpu")
+    MultiGpuWrapper(speaking, gpus=2, device="cpu")
+    assert calls == [1, 1]
