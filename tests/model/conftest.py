@@ -46,15 +46,18 @@ def cut_folder(tmp_path_factory):
     return root / "base"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(cut_folder):
     """The model of `wrapper` in this process."""
     return MetaModel.from_pretrained(cut_folder, **HOW)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wrapper(cut_folder):
-    """A wrapper on a port of its own. Each new set of ranks must be able to open the same port."""
+    """A wrapper on a port of its own. Each new set of ranks must be able to open the same port.
+
+    All modules share it, since starting ranks takes seconds. Who ends its ranks makes a call that starts them again.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
