@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from accessory.bench import tune as tuning
 from accessory.cli import main
+from accessory.commands import tune
 from accessory.ops import tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -46,7 +48,10 @@ def test_transformers_is_compiled(tmp_path):
 
 
 def test_tiles_are_measured_and_found(tmp_path, monkeypatch):
+    """A few of the tiles: to compile all takes minutes."""
     pytest.importorskip("triton")
+    few = tuple(f._replace(candidates=lambda *weight, f=f: f.candidates(*weight)[::24]) for f in tuning.FAMILIES)
+    monkeypatch.setattr(tune.run, "__defaults__", (few,))
     out = tmp_path / "tiles.json"
     command = ["tune", "--sizes", "tiny", "--format", "none", "int8", "--rows", "3", "--out", str(out)]
     assert main(command) == 0
