@@ -18,6 +18,11 @@ from accessory.ops import dispatch
 
 def dense_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x (…, I) times a weight: (…, O). All have one dtype."""
+    if dispatch.fixed():
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = dispatch.choose(dispatch.product("linear", x_TI, weight_OI, len(x_TI))).load()(x_TI, weight_OI)
+        y = y_TO.view(*x.shape[:-1], len(weight_OI))
+        return y if bias_O is None else y + bias_O
     if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and bias_O is None:
         # One row in bf16: torch's `linear` takes a third to two thirds longer than its product with a vector.
         return torch.mv(weight_OI, x.view(-1)).view(*x.shape[:-1], -1)

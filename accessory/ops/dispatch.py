@@ -6,6 +6,9 @@ asks about networks that do not exist yet, so this module imports torch only ins
 
 A new kernel is a file and a row here. A new format needs no row: it is dequantised before its products until a kernel
 that reads it has a row. docs/extending.md lists the steps.
+
+Most kernels are chosen by the number of rows, and each sums in its own order. Inside `fixing` only those run that give
+a row the same bits beside any others.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import logging
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +45,27 @@ Op = Literal[
 ]  # fmt: skip
 DENSE = "dense"
 
+# Whether a row's bits may depend on the rows beside it ("": they may). If not, all rows of a product are tokens that
+# decode, or all are of prompts: each has kernels of one tile for any number of rows.
+Fixed = Literal["", "decode", "prompt"]
+_FIXED: tuple[Fixed, ...] = ("decode", "prompt")
+_fixed: ContextVar[Fixed] = ContextVar("fixed", default="")
+
+
+def fixed() -> Fixed:
+    """What `fixing` says here."""
+    return _fixed.get()
+
+
+@contextmanager
+def fixing(what: Fixed) -> Iterator[None]:
+    """Choose kernels that give a row the same bits beside any others. No gradients are recorded."""
+    before = _fixed.set(what)
+    try:
+        yield
+    finally:
+        _fixed.reset(before)
+
 
 class Product(NamedTuple):
     """Describes a product. The defaults are those of the planner: a card of compute capability 9.0, in 16 bits."""
@@ -58,6 +84,7 @@ class Product(NamedTuple):
     plain: bool = True  # whether nothing stands beside the weights: no bias and no adapter
     triton: bool = True  # whether Triton can be used
     amx: bool = False  # whether this is a CPU that multiplies tiles of matrices (Intel's AMX)
+    fixed: Fixed = ""  # whether a row's bits must not depend on the others
 
 
 class Kernel(NamedTuple):
@@ -79,10 +106,12 @@ class Kernel(NamedTuple):
     triton: bool = False  # whether it needs Triton
     amx: bool = False  # whether it needs AMX
     host_free: bool = True  # whether it runs without telling the host which expert got which rows; CUDA graphs need it
+    fixed: Collection[str] = ("",)  # the kinds of `Fixed` for which it may run
 
     def fits(self, p: Product) -> bool:
         return (
             self.op == p.op
+            and p.fixed in self.fixed
             and (p.weight in self.weights if self.weights else p.weight != DENSE)
             and p.device in self.devices
             and (not self.dtypes or p.dtype in self.dtypes)
@@ -106,6 +135,7 @@ class Kernel(NamedTuple):
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _16_BITS, _BF16 = ("bfloat16", "float16"), ("bfloat16",)
 _FP32 = ("float32",)
+_ANY_ROWS = ("", *_FIXED)  # for kernels that compute each row, or each number, on its own
 _AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 _ANY_FORMAT: tuple[str, ...] = ()
 _ROW_FORMATS, _GROUP_FORMATS = ("int8", "fp8"), ("int4", "nf4", "nf4-dq")  # by what shares a scale
@@ -173,21 +203,61 @@ TABLE: tuple[Kernel, ...] = (
            triton=True),
     Kernel("adapters", "linear:adapters_in_turn", (DENSE,), host_free=False),
 
-    Kernel("dequantize", "triton.packed:dequantize", _TRITON_FORMATS, _CUDA, triton=True),
-    Kernel("dequantize", "quantized:dequantize", _ANY_FORMAT),
+    Kernel("dequantize", "triton.packed:dequantize", _TRITON_FORMATS, _CUDA, triton=True, fixed=_ANY_ROWS),
+    Kernel("dequantize", "quantized:dequantize", _ANY_FORMAT, fixed=_ANY_ROWS),
 
     Kernel("attention", "triton.paged_attention:attention", (DENSE,), _CUDA, grad=False, triton=True),
     Kernel("attention", "triton.paged_attention:attention", ("fp8",), _CUDA, _ADA, grad=False, triton=True),
     Kernel("attention", "paged_attention:sequence_by_sequence", (DENSE, "fp8"), grad=False, host_free=False),
-    Kernel("rotate_and_write", "triton.paged_attention:rotate_and_write", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("rotate_and_write", "triton.paged_attention:rotate_and_write", (DENSE,), _CUDA, grad=False, triton=True,
+           fixed=_ANY_ROWS),
     Kernel("rotate_and_write", "triton.paged_attention:rotate_and_write", ("fp8",), _CUDA, _ADA, grad=False,
-           triton=True),
-    Kernel("rotate_and_write", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False),
+           triton=True, fixed=_ANY_ROWS),
+    Kernel("rotate_and_write", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False, fixed=_ANY_ROWS),
 
     # Elsewhere, and while gradients are recorded, torch's operations do these, one after the other.
-    Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True),
+    Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
     Kernel("route", "triton.add_norm:add_norm_route", (DENSE,), _CUDA, experts=limits.ROUTED_EXPERTS, grad=False,
-           triton=True),
+           triton=True, fixed=_ANY_ROWS),
+
+    # For rows whose bits must not depend on the others: no limit here is one of rows.
+    Kernel("linear", "triton.fixed:decoding_linear_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,
+           multiple=16, grad=False, triton=True, fixed=("decode",)),
+    Kernel("linear", "triton.fixed:decoding_linear", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS, grad=False,
+           triton=True, fixed=("decode",)),
+    Kernel("linear", "triton.fixed:prompt_linear", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS, grad=False,
+           triton=True, fixed=("prompt",)),
+    Kernel("linear", "triton.fixed:decoding_linear", (DENSE,), _CUDA, _AMPERE, _FP32, grad=False, triton=True,
+           fixed=("decode",)),
+    Kernel("linear", "triton.fixed:prompt_linear", (DENSE,), _CUDA, _AMPERE, _FP32, grad=False, triton=True,
+           fixed=("prompt",)),
+    Kernel("linear", "quantized_products:dequantized_linear", _ANY_FORMAT, _CUDA, _AMPERE, grad=False, triton=True,
+           fixed=_FIXED),
+    Kernel("linear", "fixed_cpu:linear", (DENSE, *_ROW_FORMATS, *_GROUP_FORMATS), _CPU, grad=False, fixed=_FIXED),
+    Kernel("grouped", "triton.fixed:decoding_grouped", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS, grad=False,
+           triton=True, fixed=("decode",)),
+    Kernel("grouped", "triton.fixed:prompt_grouped", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS, grad=False,
+           triton=True, fixed=("prompt",)),
+    Kernel("grouped", "triton.fixed:decoding_grouped", (DENSE,), _CUDA, _AMPERE, _FP32, grad=False, triton=True,
+           fixed=("decode",)),
+    Kernel("grouped", "triton.fixed:prompt_grouped", (DENSE,), _CUDA, _AMPERE, _FP32, grad=False, triton=True,
+           fixed=("prompt",)),
+    Kernel("grouped", "quantized_products:dequantized_grouped", _ANY_FORMAT, _CUDA, _AMPERE, grad=False, triton=True,
+           fixed=_FIXED),
+    Kernel("grouped", "dense_products:grouped_loop", (DENSE,), _CPU, grad=False, host_free=False, fixed=_FIXED),
+    Kernel("grouped", "quantized_products:expert_by_expert", _ANY_FORMAT, _CPU, grad=False, host_free=False,
+           fixed=_FIXED),
+    Kernel("decode", "triton.fixed:decoding_experts", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS, multiple=16,
+           grad=False, plain=True, triton=True, fixed=("decode",)),
+    Kernel("adapters", "triton.low_rank:add_row_by_row", (DENSE,), _CUDA, dtypes=(*_16_BITS, *_FP32), grad=False,
+           triton=True, fixed=_FIXED),
+    Kernel("adapters", "linear:adapters_in_turn", (DENSE,), _CPU, grad=False, host_free=False, fixed=_FIXED),
+    Kernel("attention", "triton.paged_attention:fixed_attention", (DENSE,), _CUDA, _AMPERE, grad=False, triton=True,
+           fixed=_FIXED),
+    Kernel("attention", "triton.paged_attention:fixed_attention", ("fp8",), _CUDA, _ADA, grad=False, triton=True,
+           fixed=_FIXED),
+    Kernel("attention", "paged_attention:query_by_query", (DENSE, "fp8"), _CPU, grad=False, host_free=False,
+           fixed=_FIXED),
 )  # fmt: skip
 
 
@@ -242,6 +312,7 @@ def product(
         plain,
         has_triton(),
         device.type == "cpu" and has_amx(),
+        fixed(),
     )
 
 
@@ -249,7 +320,9 @@ def over_pages(op: Op, device: torch.device, dtype: torch.dtype, fp8: bool) -> P
     """Describes what is done with a paged cache. fp8: whether its numbers are fp8."""
     weight = "fp8" if fp8 else DENSE
     capability = _capability(device)
-    return Product(op, weight, device=device.type, capability=capability, dtype=_name(dtype), triton=has_triton())
+    return Product(
+        op, weight, device=device.type, capability=capability, dtype=_name(dtype), triton=has_triton(), fixed=fixed()
+    )
 
 
 def over_tokens(op: Op, x: Tensor, experts: int = 1) -> Product:
@@ -259,7 +332,7 @@ def over_tokens(op: Op, x: Tensor, experts: int = 1) -> Product:
     device = x.device
     return Product(
         op, experts=experts, device=device.type, capability=_capability(device), dtype=_name(x.dtype),
-        grad=torch.is_grad_enabled(), triton=has_triton(),
+        grad=torch.is_grad_enabled(), triton=has_triton(), fixed=fixed(),
     )  # fmt: skip
 
 

@@ -18,7 +18,18 @@ from accessory.ops.quantized import Packed
 
 def swiglu(x: Tensor, w1_FD: Tensor | Weight, w2_DF: Tensor | Weight, w3_FD: Tensor | Weight) -> Tensor:
     """One feed-forward network: w2 · (silu(w1 · x) ⊙ (w3 · x)), arXiv 2002.05202."""
-    return linear(F.silu(linear(x, w1_FD)) * linear(x, w3_FD), w2_DF)
+    return linear(silu(linear(x, w1_FD)) * linear(x, w3_FD), w2_DF)
+
+
+def silu(x_NF: Tensor) -> Tensor:
+    """x · sigmoid(x).
+
+    On a CPU torch takes several numbers at a time, the last ones singly, with another exp. Which are the last depends
+    on the number of rows, so rows are computed one by one where their bits must not.
+    """
+    if x_NF.device.type == "cpu" and dispatch.fixed() and len(x_NF):
+        return torch.stack([F.silu(x_F) for x_F in x_NF.unbind()])
+    return F.silu(x_NF)
 
 
 def grouped_experts(
@@ -42,7 +53,7 @@ def grouped_experts(
     token_N = order_N // expert_TK.shape[1]
     rows = None if adapters is None else adapters.of_pairs(token_N, expert_TK.flatten()[order_N] - (first or 0), E)
     x_ND = x_TD[token_N]
-    h_NF = F.silu(grouped_linear(x_ND, w1_EFD, count_E, rows)) * grouped_linear(x_ND, w3_EFD, count_E, rows)
+    h_NF = silu(grouped_linear(x_ND, w1_EFD, count_E, rows)) * grouped_linear(x_ND, w3_EFD, count_E, rows)
     y_ND = grouped_linear(h_NF, w2_EDF, count_E, rows)
     return combine(y_ND, order_N, weight_TK, None if first is None else count_E.sum())
 
@@ -58,7 +69,8 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, rows: Tensor | Non
     part_TKD = y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]
     if rows is not None:
         part_TKD = part_TKD.where((inverse_N < rows).view(T, K, 1), 0.0)
-    return part_TKD.sum(1)
+    first_TD, *others = part_TKD.unbind(1)
+    return sum(others, start=first_TD)  # always in the order of k
 
 
 def _stack(weight: Tensor | Packed | Weight) -> Tensor | Packed:

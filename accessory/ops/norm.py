@@ -14,7 +14,8 @@ from accessory.ops import dispatch
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · w over the last dimension; fp32 in and out."""
-    if x.device.type == "cpu" and x.numel() == len(weight_D) and not torch.is_grad_enabled():
+    single = x.device.type == "cpu" and x.numel() == len(weight_D)
+    if single and not torch.is_grad_enabled() and not dispatch.fixed():
         # Decoding on a CPU: one row's scale is a plain number, which takes a third of the operations.
         row_D = x.view(-1)
         return x.mul(1 / math.sqrt(torch.dot(row_D, row_D).item() / len(row_D) + eps)).mul_(weight_D)

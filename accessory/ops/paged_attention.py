@@ -108,7 +108,8 @@ Attend = Callable[[Tensor, Pages, PagedBatch, tuple[Tensor, Tensor] | None], Ten
 
 
 @lru_cache
-def _kernel(op: dispatch.Op, device: torch.device, dtype: torch.dtype, fp8: bool) -> Any:
+def _kernel(op: dispatch.Op, device: torch.device, dtype: torch.dtype, fp8: bool, fixed: dispatch.Fixed) -> Any:
+    assert fixed == dispatch.fixed(), "the product asks there"
     return dispatch.choose(dispatch.over_pages(op, device, dtype, fp8)).load()
 
 
@@ -126,7 +127,7 @@ def rotate_and_write(
 
     rotation_N1c: `ops.rope.rotations` of the tokens' positions.
     """
-    write: Write = _kernel("rotate_and_write", k_NGd.device, k_NGd.dtype, pages.fp8)
+    write: Write = _kernel("rotate_and_write", k_NGd.device, k_NGd.dtype, pages.fp8, dispatch.fixed())
     return write(pages, slot_N, q_NHd, k_NGd, v_NGd, rotation_N1c)
 
 
@@ -136,7 +137,7 @@ def paged_attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[T
     The new keys and values are in `pages` already. `new`: the same as (N, G, d) each, as they were written; prompts
     without earlier context may read them there.
     """
-    attend: Attend = _kernel("attention", q_NHd.device, q_NHd.dtype, pages.fp8)
+    attend: Attend = _kernel("attention", q_NHd.device, q_NHd.dtype, pages.fp8, dispatch.fixed())
     return attend(q_NHd, pages, batch, new)
 
 
@@ -185,6 +186,19 @@ def sequence_by_sequence(
             mask_1TL = None if T in (1, L) else causal_mask(T, L, q_NHd.device)[None]
             parts.append(attention(q_THd[None], k_LGd[None], v_LGd[None], mask_1TL)[0])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def query_by_query(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`paged_attention` with torch's kernel, one query after the other: its bits depend on its own keys alone."""
+    parts = []
+    for first, T, L, start, page_P in _read_spans(batch) if batch.spans is None else batch.spans:
+        k_LGd, v_LGd = _keys_and_values(pages, L, start, page_P, q_NHd.dtype)
+        for t in range(T):
+            seen = L - T + t + 1
+            # A copy of the query: libraries choose their ways by where a tensor begins, too.
+            q_11Hd = q_NHd[None, first + t : first + t + 1].clone()
+            parts.append(attention(q_11Hd, k_LGd[None, :seen], v_LGd[None, :seen], None)[0])
+    return torch.cat(parts)
 
 
 def causal_mask(T: int, L: int, device: torch.device) -> Tensor:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
-from accessory.ops.dense_products import by_expert, grouped_dense
+from accessory.ops.dense_products import by_expert, dense_linear, grouped_dense
 from accessory.ops.quantized import Packed
 
 
@@ -79,7 +78,7 @@ class _FrozenGrouped(torch.autograd.Function):
 
 
 def dequantized_linear(x_TI: Tensor, packed: Packed) -> Tensor:
-    return F.linear(x_TI, dequantized(packed, x_TI.dtype))
+    return dense_linear(x_TI, dequantized(packed, x_TI.dtype))
 
 
 def dequantized_linear_backward(dy_TO: Tensor, packed: Packed) -> Tensor:

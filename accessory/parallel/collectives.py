@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.limits import TWO_SHOT_NUMBERS
+from accessory.ops import dispatch
 from accessory.parallel.mesh import Ranks
 from accessory.parallel.symmetric import symmetric_sum
 
@@ -59,12 +60,18 @@ class _GatherFromRanks(torch.autograd.Function):
 
 def _total(x: Tensor, ranks: Ranks) -> Tensor:
     """The sum over ranks. Gloo's all-reduce of a small tensor takes several times as long as its all-gather, so on a
-    CPU small tensors are gathered and added up here. On GPUs of one host they are read from the other ranks' memory."""
-    if x.is_cuda and x.numel() <= TWO_SHOT_NUMBERS and not torch.is_grad_enabled():
+    CPU small tensors are gathered and added up here. On GPUs of one host they are read from the other ranks' memory.
+
+    Where a row's bits must not depend on the others, tensors of any size are summed in these ways, rank after rank.
+    NCCL and gloo choose an order by the size, and by a number's place."""
+    fixed = bool(dispatch.fixed())
+    if x.is_cuda and (fixed or x.numel() <= TWO_SHOT_NUMBERS) and not torch.is_grad_enabled():
         add = symmetric_sum(ranks, x.device)
+        if add is not None and fixed:
+            return torch.cat([add(part, one_shot=True) for part in x.reshape(-1).split(TWO_SHOT_NUMBERS)]).view(x.shape)
         if add is not None:
             return add(x)
-    if x.is_cuda or x.numel() > GATHERED_AT_MOST:
+    if not fixed and (x.is_cuda or x.numel() > GATHERED_AT_MOST):
         total = x.contiguous().clone()
         dist.all_reduce(total, group=ranks.group)
         return total

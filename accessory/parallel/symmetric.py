@@ -38,11 +38,14 @@ class SymmetricSum:
         symmetric_memory.rendezvous(self._buffer_N, ranks.group)
         self._name = ranks.group.group_name
 
-    def __call__(self, part: Tensor) -> Tensor:
-        """The sum of the ranks' parts (N ≤ `TWO_SHOT_NUMBERS` fp32 numbers), in a tensor of its own."""
+    def __call__(self, part: Tensor, one_shot: bool = False) -> Tensor:
+        """The sum of the ranks' parts (N ≤ `TWO_SHOT_NUMBERS` fp32 numbers), in a tensor of its own.
+
+        one_shot: in this way for any N; by default for few numbers.
+        """
         buffer_N = self._buffer_N[: part.numel()]
         buffer_N.copy_(part.reshape(-1))
-        if part.numel() <= ONE_SHOT_NUMBERS:
+        if one_shot or part.numel() <= ONE_SHOT_NUMBERS:
             return torch.ops.symm_mem.one_shot_all_reduce(buffer_N, "sum", self._name).view(part.shape)
         torch.ops.symm_mem.two_shot_all_reduce_(buffer_N, "sum", self._name)
         return buffer_N.clone().view(part.shape)

@@ -16,6 +16,7 @@ SIZES = {"in_features": 4096, "out_features": 14336}
 OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
 PAGED = ("attention", "rotate_and_write")  # their "weight" is a cache, dense or fp8
 TOKENS = ("add_norm", "route")
+FIXED = ("decode", "prompt")
 PRODUCTS = st.builds(
     Product,
     op=st.sampled_from((*OPS, "decode")),
@@ -31,6 +32,7 @@ PRODUCTS = st.builds(
     fused=st.booleans(),
     triton=st.booleans(),
     amx=st.booleans(),
+    fixed=st.just(""),
 )
 
 
@@ -67,11 +69,22 @@ def test_every_paged_cache_has_a_kernel(p, op):
     assert kernel.function.startswith("triton.") == on_gpu
 
 
+@given(p=PRODUCTS.filter(lambda p: p.triton or p.device == "cpu"), fixed=st.sampled_from(FIXED))
+@settings(max_examples=300)
+def test_fixed_products_have_one_kernel_for_any_number_of_rows(p, fixed):
+    p = p._replace(fixed=fixed, grad=False, capability=max(p.capability, (8, 0)))
+    kernels = {find(p._replace(rows=rows)) for rows in (0, 1, 2, 3, 8, 9, 16, 65, 513, 4096, 100_000)}
+    assert len(kernels) == 1
+    if p.op in ("linear", "grouped") and p.dtype != "float64" and (p.device == "cuda" or p.dtype != "float16"):
+        assert None not in kernels
+
+
 def test_every_row_is_reached_by_some_product():
     """A row is dead if an earlier row fits all its products."""
     found = set()
     for op, weight, device in product(PAGED, (dispatch.DENSE, "fp8"), ("cpu", "cuda")):
         found.add(find(Product(op, weight, device=device)))
+        found |= {find(Product(op, weight, device=device, fixed=fixed)) for fixed in FIXED}
     found |= {find(Product(op, experts=8)) for op in TOKENS}
     found.add(find(Product("decode", "int4", 2, 8, **SIZES, plain=False)))
     for op in (*OPS, "decode"):
@@ -83,6 +96,8 @@ def test_every_row_is_reached_by_some_product():
                                             ("cuda", "float16", False)):  # fmt: skip
                     p = Product(op, weight, rows, 8, **SIZES, device=device, dtype=dtype, grad=grad, fused=True)
                     found.add(find(p._replace(amx=device == "cpu")))
+                    found |= {find(p._replace(fixed=fixed, grad=False)) for fixed in FIXED}
+                    found |= {find(p._replace(fixed=fixed, grad=False, out_features=7)) for fixed in FIXED}
     assert set(TABLE) <= found
 
 

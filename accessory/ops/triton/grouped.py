@@ -70,7 +70,8 @@ def slots(E: int) -> int:
     return max(2, triton.next_power_of_2(E))
 
 
-@triton.jit
+# Not compiled anew for numbers of rows that are 1 or multiples of 16: a row's bits must not depend on them.
+@triton.jit(do_not_specialize=["N"])
 def _product_kernel(
     x_ptr, w_ptr, count_ptr, from_ptr, to_ptr, scale_ptr, y_ptr, N, stride_e, stride_out, stride_in,
     OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
@@ -147,12 +148,14 @@ def product(
     to_N: Tensor | None = None,
     add_to: Tensor | None = None,
     tile: dict[str, Any] | None = None,
+    as_rows: float | None = None,
 ) -> Tensor:
     """Rows of x, sorted by expert, times their expert's weight: (N, O) in x's dtype, which is the weights' too.
 
     Rows behind the last expert's (another rank's) stay uninitialised. from_N: row n is x[from_N[n]], so N is its
     length. scale_N: fp32, multiplies each row of the result. add_to: a contiguous tensor (…, O); the product is added
     to it in place, and it is returned. to_N: the row of `add_to` to which row n goes; no two rows may share one.
+    as_rows: take the tile for so many rows an expert, by default for as many as there are.
     """
     (E, O, I), N = weight_EOI.shape, len(x_NI if from_N is None else from_N)  # noqa: E741
     x_NI = x_NI.contiguous()
@@ -161,11 +164,12 @@ def product(
     assert y_NO.is_contiguous(), "rows are found by the number of columns"
     if N == 0:
         return y_NO
+    rows = N / E if as_rows is None else as_rows
     if tile is None:
-        tile = measured_on(x_NI.device, "grouped", "none", O, I, N / E) if x_NI.element_size() == 2 else None
+        tile = measured_on(x_NI.device, "grouped", "none", O, I, rows) if x_NI.element_size() == 2 else None
     if tile is None:
         table = TILES_32_BITS if x_NI.dtype == torch.float32 else TILES_16_BITS
-        tile = tile_of(next(sizes for most, sizes in table.items() if most * E >= N), O, I)
+        tile = tile_of(next(sizes for most, sizes in table.items() if most >= rows), O, I)
     _product_kernel[grid(N, E, O, tile)](
         x_NI, weight_EOI, count_E, *(count_E if t is None else t for t in (from_N, to_N)),
         x_NI if scale_N is None else scale_N, y_NO, N, *weight_EOI.stride(),

@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.formats import GROUP
+from accessory.limits import TILED_PAIRS
+from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
 from accessory.ops.triton.card import measured_on, on_its_card
@@ -120,7 +122,7 @@ def _rows_kernel(
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (out < OUT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _combine_kernel(
     part_ptr, weight_ptr, expert_ptr, y_ptr, N, first, experts,
     D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr = False,
@@ -165,7 +167,8 @@ DOWN: dict[str, dict[float, tuple[Any, ...]]] = {
     "nibble": {0.25: (8, 32, 0, 4, True, 4, 2, 3), 4: (8, 64, 0, 4, True, 4, 4, 3), 8: (16, 64, 0, 2, False, 2, 4, 3),
                inf: (32, 64, 0, 2, False, 1, 4, 3)},
 }  # fmt: skip
-ALONE: dict[str, dict[float, tuple[Any, ...]]] = {
+ALONE: dict[str, dict[float, tuple[Any, ...]]] = {  # those of dense weights have not been measured
+    "dense": {16: (16, 32, 128, 1, False, 1, 4, 4), inf: (32, 32, 128, 1, False, 1, 4, 4)},
     "byte": {4: (8, 64, 128, 1, True, 1, 4, 3), 8: (8, 32, 256, 1, True, 1, 2, 3), 16: (16, 32, 128, 1, True, 1, 2, 3),
              32: (32, 64, 128, 1, False, 1, 4, 3), inf: (64, 64, 256, 1, False, 1, 4, 3)},
     "nibble": {8: (8, 32, 0, 2, True, 1, 2, 3), 16: (16, 32, 0, 2, True, 1, 2, 3), inf: (32, 64, 0, 2, False, 1, 4, 3)},
@@ -293,19 +296,28 @@ def experts_in_tiles(
     expert_TK: Tensor,
     first: int = 0,
     adapter_T: Tensor | None = None,
+    as_rows: float | None = None,
 ) -> Tensor:
     """Σ_k weight · swiglu of the experts `first … first + E - 1`: (T, D) fp32. h is in x's dtype, sums are in fp32.
 
-    Nothing may stand beside the weights, so no token has an adapter.
+    Nothing may stand beside the weights, so no token has an adapter. as_rows: take the tiles for so many pairs an
+    expert, by default for as many as there are.
     """
     assert adapter_T is None, "this kernel reads the weights alone"
     assert all(w.plain for w in (w1_EFD, w2_EDF, w3_EFD)), "this kernel reads the weights alone"
     w1, w2, w3 = w1_EFD.weight, w2_EDF.weight, w3_EFD.weight
     (T, D), E, K = x_TD.shape, w1.shape[0], expert_TK.shape[1]
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
-    order_N, count_E = (None, expert_TK) if T == 1 else sort_pairs(expert_TK, E, first)
-    h_NF = up(x_TD, w1, w3, count_E, order_N, K, first=first)
-    part_SND = down(h_NF, w2, count_E, order_N, first=first)
+    one = T == 1 and as_rows is None
+    if one:
+        order_N, count_E = None, expert_TK
+    elif expert_TK.numel() <= TILED_PAIRS:
+        order_N, count_E = sort_pairs(expert_TK, E, first)
+    else:  # too many for one program's registers
+        order_N, count_E = (t.to(torch.int32) for t in sort_by_expert(expert_TK, E, first))
+    rows = T * K / E if as_rows is None else as_rows
+    h_NF = up(x_TD, w1, w3, count_E, order_N, K, _tile(UP, w1, rows), first if one else 0)
+    part_SND = down(h_NF, w2, count_E, order_N, _tile(DOWN, w2, rows), first if one else 0)
     splits = len(part_SND)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     cols = min(1024, triton.next_power_of_2(D))
@@ -317,12 +329,17 @@ def experts_in_tiles(
 
 
 @on_its_card
-def linear(x_NI: Tensor, p: Packed, tile: dict[str, Any] | None = None) -> Tensor:
-    """x (N, I) times a quantised weight (O, I): (N, O) in x's dtype."""
+def linear(
+    x_NI: Tensor, p: Tensor | Packed, tile: dict[str, Any] | None = None, as_rows: float | None = None
+) -> Tensor:
+    """x (N, I) times a quantised or dense weight (O, I): (N, O) in x's dtype.
+
+    as_rows: take the tile for so many rows, by default for as many as there are.
+    """
     x_NI = x_NI.contiguous()
     (N, I), O = x_NI.shape, p.shape[0]  # noqa: E741
     y_NO = torch.empty(N, O, dtype=x_NI.dtype, device=x_NI.device)
-    tile = tile or _tile(ALONE, p, N)
+    tile = tile or _tile(ALONE, p, N if as_rows is None else as_rows)
     tensors, fixed = _described(p)
     _rows_kernel[grid(N, 1, O, tile)](
         x_NI, *tensors, x_NI, x_NI, y_NO, N, 0, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, ONE=False, **tile, **fixed,

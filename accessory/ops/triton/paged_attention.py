@@ -242,6 +242,9 @@ PROGRAMS_A_PROCESSOR = 2
 MOST_KEYS = 4096
 # Where there are programs enough without splits, a split has at least this many keys.
 LEAST_KEYS = 256
+# Where a row's bits must not depend on the others, decoding's splits have so many keys, from the first key on. They
+# have more where MOST_SPLITS of them do not hold the longest sequence that the cache may have.
+FIXED_KEYS = 256
 
 
 @on_its_card
@@ -281,6 +284,19 @@ def attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[Tensor,
     return y_NHd
 
 
+@on_its_card
+def fixed_attention(q_NHd: Tensor, pages: Pages, batch: PagedBatch, new: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The same, but a query's bits depend on its own keys alone, however its prompt was cut: one tile, equal splits.
+
+    Either all sequences decode or none does. Two batches compare only where `longest_length` is the same.
+    """
+    q_NHd = _rows(q_NHd)
+    y_NHd = torch.empty(q_NHd.shape, dtype=q_NHd.dtype, device=q_NHd.device)
+    assert batch.decodes in (0, len(batch.length_B)), "tokens that decode and prompts run apart"
+    _launch(q_NHd, pages, batch, y_NHd, 0, len(batch.length_B), 0 if batch.decodes else batch.longest, fixed=True)
+    return y_NHd
+
+
 def _pointers(pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's tensors for the kernels. The numbers stand in for scales that there are not."""
     k, v, k_scale, v_scale = pages.k_PSGd, pages.v_PSGd, pages.k_scale_PSG, pages.v_scale_PSG
@@ -288,18 +304,33 @@ def _pointers(pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _launch(
-    q_NHd: Tensor, pages: Pages, batch: PagedBatch, y_NHd: Tensor, first: int, sequences: int, longest: int
+    q_NHd: Tensor,
+    pages: Pages,
+    batch: PagedBatch,
+    y_NHd: Tensor,
+    first: int,
+    sequences: int,
+    longest: int,
+    fixed: bool = False,
 ) -> None:
-    """Attention of `sequences` sequences from `first` on, of at most `longest` queries each; 0: one query each."""
+    """Attention of `sequences` sequences from `first` on, of at most `longest` queries each; 0: one query each.
+
+    fixed: with a tile and splits that depend on no batch.
+    """
     (_, H, d), G = q_NHd.shape, pages.k_PSGd.shape[2]
     R = H // G
     heads, D = triton.next_power_of_2(R), max(16, triton.next_power_of_2(d))
-    tile = tile_of(max(longest, 1) * heads, D * q_NHd.element_size())
+    rows = 2**62 if fixed and longest else max(longest, 1) * heads
+    tile = tile_of(rows, D * q_NHd.element_size())
     M = max(tile.M, heads)
     tiles = triton.cdiv(max(longest, 1), M // heads)
     programs, processors = tiles * G * sequences, _processors(q_NHd.device)
     splits = splits_of(programs, processors, batch.longest_length, decode=longest == 0)
     least = LEAST_KEYS if programs >= processors else 1
+    if fixed:
+        # Without splits the kernel shares nothing, and with them each takes `least` keys: it never needs more.
+        least = max(FIXED_KEYS, PAGE_SIZE * triton.cdiv(batch.longest_length, PAGE_SIZE * MOST_SPLITS))
+        splits = 1 if longest else triton.cdiv(batch.longest_length, least)
     rows = (sequences if longest == 0 else len(q_NHd) - first) * H if splits > 1 else 0
     part_NHKd, top_NHK, total_NHK = (
         torch.empty(rows * splits * n, dtype=torch.float32, device=q_NHd.device) for n in (d, 1, 1)
