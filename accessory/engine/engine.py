@@ -45,6 +45,7 @@ class Engine:
             max_waiting=max_waiting,
             longest=about.max_seq_len,
             vocab_size=about.vocab_size,
+            deterministic=about.deterministic,
         )
         return cls(scheduler, executor)
 

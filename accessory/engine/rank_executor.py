@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from accessory.engine.executor import RUN, SCORE, failure_line, perform
-from accessory.engine.runner import Runner, Step
+from accessory.engine.runner import Runner
 from accessory.engine.scheduler import StepPlan
+from accessory.engine.step import Step
 from accessory.errors import AccessoryError, RankError
 from accessory.launch.rank_processes import GRACE, POLL, RankProcess, end_processes, who_ended
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from accessory.engine.graphs import DecodeGraphs
 from accessory.engine.sampler import Drawn, Sampler
-from accessory.engine.scheduler import Entry, StepPlan, StepResult
-from accessory.engine.sequence import Draw
+from accessory.engine.scheduler import Entry, StepPlan
+from accessory.engine.step import Step
 from accessory.launch.memory import room_for
 from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU, PAGE_SIZE, STEP_TOKENS_CPU, STEP_TOKENS_GPU
 from accessory.nn.cache import PagedCache, bytes_a_page
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
+from accessory.ops import dispatch
 from accessory.ops.linear import AdapterRows
 from accessory.ops.paged_attention import PagedBatch, Span, runs_host_free
 from accessory.parallel.collectives import broadcast
@@ -37,62 +38,6 @@ CACHE_OF_GPU, CACHE_OF_HOST = 0.9, 0.5
 _TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _ADAPTER, _TABLE = range(7)
 
 
-class Step:
-    """A step under way on the device. `result` waits for it.
-
-    asked: for each drawn row, and by entry for each judged prompt, how many of the likeliest tokens its request wants;
-    None for no log-probabilities at all.
-    """
-
-    def __init__(
-        self, drawn: Drawn | None, asked: list[int | None], scored: dict[int, tuple[Drawn, int]], device: torch.device
-    ) -> None:
-        self._drawn, self._asked = None if drawn is None else _to_host(drawn), asked
-        self._scored = {n: (_to_host(rows), most) for n, (rows, most) in scored.items()}
-        self._ready = torch.cuda.Event() if device.type == "cuda" else None
-        if self._ready is not None:
-            self._ready.record()
-
-    def result(self) -> StepResult:
-        if self._ready is not None:
-            self._ready.synchronize()
-        draws = [] if self._drawn is None else _draws(self._drawn, self._asked)
-        judged = {n: _draws(rows, [most] * len(rows.token_B)) for n, (rows, most) in self._scored.items()}
-        return StepResult(draws, judged)
-
-
-def _to_host(drawn: Drawn) -> Drawn:
-    """Start copies to the host. They are done when the step is."""
-
-    def copy(x: Tensor | None) -> Tensor | None:
-        if x is None or x.device.type == "cpu":
-            return x
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-    columns = (drawn.token_B, drawn.logprob_B, drawn.top_ids_BK, drawn.top_logprobs_BK)
-    return Drawn(*(copy(column) for column in columns))  # type: ignore[arg-type]
-
-
-def _draws(drawn: Drawn, asked: list[int | None]) -> list[Draw | None]:
-    """Rows as plain values; None where no token was drawn."""
-    tokens = drawn.token_B.tolist()
-    if drawn.logprob_B is None:
-        return [None if token < 0 else Draw(token) for token in tokens]
-    logprobs = drawn.logprob_B.tolist()
-    ids = [[]] * len(tokens) if drawn.top_ids_BK is None else drawn.top_ids_BK.tolist()
-    best = [[]] * len(tokens) if drawn.top_logprobs_BK is None else drawn.top_logprobs_BK.tolist()
-    out: list[Draw | None] = []
-    for row, (token, most) in enumerate(zip(tokens, asked, strict=True)):
-        if token < 0:
-            out.append(None)
-        elif most is None:
-            out.append(Draw(token))
-        else:
-            top = dict(zip(ids[row][:most], best[row][:most], strict=True)) if most else None
-            out.append(Draw(token, logprobs[row], top))
-    return out
-
-
 class About(NamedTuple):
     """What a scheduler must know of the ranks that run its steps."""
 
@@ -102,6 +47,7 @@ class About(NamedTuple):
     on_cpu: bool
     max_seq_len: int | None = None
     vocab_size: int | None = None  # tokens that may be drawn
+    deterministic: bool = False  # whether a request's bits do not depend on what runs beside it
 
 
 class Runner:
@@ -109,7 +55,8 @@ class Runner:
 
     pages: of the cache. fp8: whether they hold fp8 numbers. see: turns the pixels of images into the encoders'
     features; None for a text-only model. vocab_size: of the tokenizer; larger ids are never drawn. explained: a context
-    that says more of memory that runs out in it. The first rank draws for all.
+    that says more of memory that runs out in it. deterministic: a request's bits do not depend on what runs beside it,
+    or on how its prompt is cut. The first rank draws for all.
     """
 
     def __init__(
@@ -123,6 +70,7 @@ class Runner:
         see: Callable[[Sequence[Any]], Any] | None = None,
         ranks: Ranks | None = None,
         explained: Callable[[], AbstractContextManager[None]] = nullcontext,
+        deterministic: bool = False,
     ) -> None:
         self.decoder, self._see, self._explained = decoder.fuse(), see, explained
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
@@ -133,7 +81,7 @@ class Runner:
         self._on_card = nullcontext if on_cpu else partial(torch.cuda.device, self.device)
         max_running = MAX_RUNNING_CPU if on_cpu else MAX_RUNNING_GPU
         budget = STEP_TOKENS_CPU if on_cpu else STEP_TOKENS_GPU
-        self.about = About(pages, max_running, budget, on_cpu, max_seq_len, vocab_size)
+        self.about = About(pages, max_running, budget, on_cpu, max_seq_len, vocab_size, deterministic)
         with explained():
             self.cache = PagedCache(decoder.args, pages, self.device, decoder.products_in, decoder.kv_heads, fp8)
         self._sampler = Sampler(max_running, vocab_size, self.device)
@@ -160,19 +108,47 @@ class Runner:
         for entry in entries:
             self._take(entry)
         draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
-        scores = [n for n, entry in enumerate(entries) if entry.targets]
-        single = all(entry.ids is None or len(entry.ids) == 1 for entry in entries)
-        adapted = any(self._adapter_S[entry.slot] >= 0 for entry in entries)
-        bucket = self._graphs.bucket(len(entries), adapted) if single and not scores else None
-        if bucket is not None:
-            logits_RV = self._graphs.step(bucket, self._numbers(entries), adapted)
-            logits_RV = logits_RV[: len(entries)] if len(draws) == len(entries) else logits_RV[draws]
-            scored: dict[int, tuple[Drawn, int]] = {}
-        else:
-            logits_RV, scored = self._forward(entries, draws, scores, adapted)
+        rows: dict[int, Tensor] = {}  # logits (V,) of the entries that draw
+        scored: dict[int, tuple[Drawn, int]] = {}
+        passes = self._passes(entries)
+        for fixed, numbers in passes:
+            mine = [n for n in numbers if entries[n].draw is not None]
+            with dispatch.fixing(fixed):
+                logits_RV, judged = self._pass([entries[n] for n in numbers])
+            scored |= {numbers[n]: found for n, found in judged.items()}
+            if len(passes) > 1:  # a copy: the next pass may be a graph, and all graphs have one memory
+                rows |= dict(zip(mine, logits_RV.clone().unbind(), strict=True))
+        if rows:
+            logits_RV = torch.stack([rows[n] for n in draws])
         drawing = [entries[n] for n in draws]
         asked = [self._logprobs[entry.slot] for entry in drawing]
         return Step(self._draw(drawing, logits_RV), asked, scored, self.device)
+
+    def _passes(self, entries: list[Entry]) -> list[tuple[dispatch.Fixed, Sequence[int]]]:
+        """The passes through the network that make up a step: the numbers of their entries.
+
+        Where bits must not depend on what else runs, decoding, prompts, and both with adapters take kernels of their
+        own. So a pass has tokens of one kind only.
+        """
+        if not self.about.deterministic:
+            return [("", range(len(entries)))]
+        kinds: dict[tuple[dispatch.Fixed, bool], list[int]] = {}
+        for n, entry in enumerate(entries):
+            kind: dispatch.Fixed = "decode" if entry.decodes else "prompt"
+            kinds.setdefault((kind, bool(self._adapter_S[entry.slot] >= 0)), []).append(n)
+        return [(kind, numbers) for (kind, _), numbers in kinds.items()]
+
+    def _pass(self, entries: list[Entry]) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
+        """The logits (R, V) of the entries that draw, and what is asked for of prompts, by the entry's number."""
+        draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
+        scores = [n for n, entry in enumerate(entries) if entry.targets]
+        adapted = any(self._adapter_S[entry.slot] >= 0 for entry in entries)
+        single = all(entry.ids is None or len(entry.ids) == 1 for entry in entries) and dispatch.fixed() != "prompt"
+        bucket = self._graphs.bucket(len(entries), adapted) if single and not scores else None
+        if bucket is None:
+            return self._forward(entries, draws, scores, adapted)
+        logits_RV = self._graphs.step(bucket, self._numbers(entries), adapted)
+        return logits_RV[: len(entries)] if len(draws) == len(entries) else logits_RV[draws], {}
 
     def _take(self, entry: Entry) -> None:
         """Note what is new of a sequence: its pages, and in its first step how it draws and what it sees."""
@@ -218,7 +194,8 @@ class Runner:
 
         It changes nothing, so measurements may call it as often as they like. On several ranks all must.
         """
-        bucket = self._graphs.bucket(sequences, False)
+        with dispatch.fixing("decode" if self.about.deterministic else ""):
+            bucket = self._graphs.bucket(sequences, False)
         return None if bucket is None else self._graphs.again(bucket, False)
 
     def _numbers(self, entries: list[Entry]) -> np.ndarray:
@@ -281,15 +258,17 @@ class Runner:
         slot_N = np.repeat(slot_B, count_B)
         token_N = np.concatenate([[LAST_DRAW] if entry.ids is None else entry.ids for entry in entries])
         length_B = start_B + count_B
-        P = -(-int(length_B.max()) // PAGE_SIZE)
+        P, fixed = -(-int(length_B.max()) // PAGE_SIZE), dispatch.fixed()
+        prompts = fixed == "prompt" or count_B.max() > 1
         batch = PagedBatch(
             slot_N=self._upload(self._write(slot_N, position_N)),
             page_BP=self._upload(self._table_SP[slot_B, :P], np.int32),
             length_B=self._upload(length_B, np.int32),
             query_C=self._upload(query_C, np.int32),
-            decodes=int((count_B == 1).sum()),
-            longest=int(count_B.max()) if count_B.max() > 1 else 0,
-            longest_length=int(length_B.max()),
+            decodes=0 if fixed == "prompt" else int((count_B == 1).sum()),
+            longest=int(count_B.max()) if prompts else 0,
+            # How many keys a split has may follow from this number, which must not follow from the batch then.
+            longest_length=self._table_SP.shape[1] * PAGE_SIZE if fixed else int(length_B.max()),
             fresh=not start_B[count_B > 1].any(),
             spans=[
                 Span.of(first, count, length, self._table_SP[slot, : -(-length // PAGE_SIZE)].tolist())
@@ -363,7 +342,7 @@ class Runner:
 
     def _score(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Tensor]:
         out: list[Tensor] = []
-        together = self.decoder.args.max_batch_size
+        together = 1 if self.about.deterministic else self.decoder.args.max_batch_size
         for first in range(0, len(rows), together):
             here = rows[first : first + together]
             # Padding is on the right and attention is causal, so no real token sees the padding.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -127,7 +128,10 @@ class Sampler:
         return torch.cat(chosen), torch.cat(top_ids) if n else None, torch.cat(top) if n else None
 
     def _logprobs(self, raw_TV: Tensor, ids_T: Tensor, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logprob_TV = raw_TV.float().log_softmax(-1)
+        x_TV = raw_TV.float()
+        if x_TV.is_cuda:  # a GPU sums a row in an order that depends on where in 16 bytes the row begins
+            x_TV = F.pad(x_TV, (0, -self.vocab_size % 4), value=-torch.inf)
+        logprob_TV = x_TV.log_softmax(-1)[:, : self.vocab_size]
         chosen_T = logprob_TV.gather(1, ids_T.clamp(0, self.vocab_size - 1)[:, None]).squeeze(1)
         top_TK, top_ids_TK = best(logprob_TV, n) if n else (None, None)
         return chosen_T, top_ids_TK, top_TK

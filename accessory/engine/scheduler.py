@@ -43,6 +43,7 @@ class Entry(NamedTuple):
     begin: Begin | None  # in its first step in this slot
     targets: tuple[int, ...] = ()  # where the prompt's log-probabilities are asked for: what follows each token
     mask: bytes | None = None  # tokens that may be drawn, a bit each; None: all
+    decodes: bool = False  # whether its token was drawn: it is none of the prompt
 
 
 class StepPlan(NamedTuple):
@@ -72,7 +73,9 @@ class Scheduler:
     """pool: the pages. max_running: sequences that run at once. budget: the most tokens of a step. whole: a sequence
     gets the pages of its longest answer at once where there are enough, so that they lie side by side. max_waiting:
     requests that wait at once, besides those that were put back. longest: the most tokens of a sequence, prompt and
-    answer together; None where only the pool limits them. vocab_size: tokens that a mask must speak of."""
+    answer together; None where only the pool limits them. vocab_size: tokens that a mask must speak of. deterministic:
+    a sequence begins when there are pages for its longest answer, so none is put back; and only pages of prompts are
+    shared, because keys made while decoding differ in bits from those of a prompt."""
 
     pool: PagePool
     max_running: int
@@ -81,6 +84,7 @@ class Scheduler:
     max_waiting: int = MAX_WAITING
     longest: int | None = None
     vocab_size: int | None = None
+    deterministic: bool = False
     waiting: deque[Sequence] = field(init=False, default_factory=deque)
     running: list[Sequence] = field(init=False, default_factory=list)  # in the order in which they began
     counts: Counts = field(init=False, default_factory=Counts)
@@ -163,6 +167,7 @@ class Scheduler:
             if pages is not None:
                 sequence.pages += pages
                 return True
+            assert not self.deterministic, "every sequence has all its pages"
             youngest = self.running[-1]
             chosen.pop(youngest, None)
             self._put_back(youngest)
@@ -199,6 +204,8 @@ class Scheduler:
         after = sequence.pages[-1] if sequence.pages else None
         # Where others run, a page for each of them stays free. Otherwise they would put this sequence back at once.
         room = self.pool.free - len(self.running)
+        if self.deterministic:
+            room, need = self.pool.free, longest
         if (self.running and need > room) or need > self.pool.free:
             self.pool.release(sequence.pages)
             sequence.pages = []
@@ -264,12 +271,13 @@ class Scheduler:
         if draw is not None:
             sequence.pending += 1
         self._publish(sequence)
-        return Entry(sequence.slot, start, ids, pages, draw, begin, targets, mask)
+        return Entry(sequence.slot, start, ids, pages, draw, begin, targets, mask, start >= sequence.prompt_length)
 
     def _publish(self, sequence: Sequence) -> None:
         """Let other sequences share the pages that are full: this step or an earlier one writes them."""
+        end = min(sequence.computed, sequence.prompt_length) if self.deterministic else sequence.computed
         for n, digest in sequence.full_pages(sequence.published):
-            if (n + 1) * PAGE_SIZE > sequence.computed:
+            if (n + 1) * PAGE_SIZE > end:
                 break
             self.pool.publish(sequence.pages[n], digest)
             sequence.published = n + 1

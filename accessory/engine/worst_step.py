@@ -53,7 +53,7 @@ def worst_steps(about: About, max_seq_len: int) -> Iterator[StepPlan]:
     """
     few = max(1, min(about.step_tokens // about.max_running, max_seq_len - 1))
     yield StepPlan([_prompt(slot, few, judged=False) for slot in range(about.max_running)])
-    yield StepPlan([Entry(slot, few, None, (), 1, None) for slot in range(about.max_running)])
+    yield StepPlan([Entry(slot, few, None, (), 1, None, decodes=True) for slot in range(about.max_running)])
     left = about.step_tokens
     entries: list[Entry] = []
     while left and len(entries) < about.max_running:

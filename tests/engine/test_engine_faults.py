@@ -21,8 +21,8 @@ from helpers.traffic import (
 
 from accessory.engine.engine import Engine
 from accessory.engine.executor import LocalExecutor
-from accessory.engine.runner import Step
 from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.step import Step
 from accessory.errors import BusyError, InputError, NonFiniteError
 
 
