@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accessory.bench import engines, floors
@@ -28,14 +29,18 @@ def decode(job: Job, implementation: Implementation, format: str) -> None:
     if job.requests:
         room = max(room, CACHE_OF_REQUESTS)
     longest = max(4096, job.context + job.tokens[0])
-    runner = engines.runner_over(decoder, room, max_seq_len=longest, ranks=job.ranks)
-    engines.with_engine(runner, job.ranks, lambda engine: _measure(job, engine, spec, who, format))
-    if job.kernels:
-        for batch in job.batches:
+    for deterministic in (False, True) if job.deterministic else (False,):
+        how = {"max_seq_len": longest, "ranks": job.ranks, "deterministic": deterministic}
+        runner = engines.runner_over(decoder, room, **how)
+        name = f"{who}, deterministic" if deterministic else who
+        engines.with_engine(runner, job.ranks, partial(_measure, job, spec=spec, who=name, format=format))
+        for batch in job.batches if job.kernels else ():
             again = runner.again(batch)
             if again is not None:
-                job.tables[f"{who}, batch {batch}"] = kernels_of(again, spec.args.n_layers, job.ranks)
-    del runner, decoder
+                job.tables[f"{name}, batch {batch}"] = kernels_of(again, spec.args.n_layers, job.ranks)
+        del runner
+        free(job.device)
+    del decoder
     free(job.device)
 
 

@@ -35,11 +35,15 @@ def runner_over(
     max_seq_len: int = 4096,
     see: Callable[[Sequence[Any]], Any] | None = None,
     ranks: Ranks | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """A runner whose cache has room for so many tokens, or for as many as there is memory for."""
     pages, vocabulary = -(-tokens // PAGE_SIZE) + 1, decoder.args.vocab_size
     pages = fitting_pages(decoder, pages, ranks)
-    return Runner(decoder, pages=pages, max_seq_len=max_seq_len, vocab_size=vocabulary, see=see, ranks=ranks)
+    return Runner(
+        decoder, pages=pages, max_seq_len=max_seq_len, vocab_size=vocabulary, see=see, ranks=ranks,
+        deterministic=deterministic,
+    )  # fmt: skip
 
 
 def engine_over(decoder: Decoder, tokens: int, **options: Any) -> Engine:

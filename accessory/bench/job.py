@@ -45,6 +45,7 @@ class Job:
     prompt: int = 2048
     requests: int = 0
     kernels: bool = False
+    deterministic: bool = False  # measure that way of running too
     parts: Sequence[str] = ("lora",)
     recompute: bool = False
     peers: Sequence[str] = ()

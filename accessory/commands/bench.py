@@ -20,6 +20,7 @@ from accessory.bench.run import measure
 from accessory.checkpoint.folder import Checkpoint, open_checkpoint
 from accessory.commands.bench_options import KEPT_OUT, NOT_SHOWN, one_format
 from accessory.config import PRESETS, ModelArgs
+from accessory.engine.deterministic import check_deterministic
 from accessory.errors import InputError
 from accessory.formats import Quant
 from accessory.launch.gpus import check_device, default_device
@@ -46,6 +47,8 @@ def bench(options: argparse.Namespace) -> int:
     _check_size(options, args, ranks, device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if options.deterministic:
+        check_deterministic(device, torch_dtype(options.dtype), False, "--deterministic")
     with torch.device("cpu"):
         torch.manual_seed(0)
     job = Job(
@@ -63,6 +66,7 @@ def bench(options: argparse.Namespace) -> int:
         prompt=options.prompt or 0,
         requests=options.requests or 0,
         kernels=options.kernels,
+        deterministic=options.deterministic or False,
         parts=options.part or [],
         recompute=options.recompute,
         peers=options.vs,

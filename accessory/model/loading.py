@@ -21,9 +21,10 @@ from accessory.checkpoint.chain import chained_args, chained_quant, open_chain, 
 from accessory.checkpoint.hub import resolve
 from accessory.config import LlamaType
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of
+from accessory.engine.deterministic import check_deterministic
 from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
-from accessory.launch.gpus import check_device
+from accessory.launch.gpus import check_device, default_device
 from accessory.limits import EXTRAPOLATION
 from accessory.model.options import IMAGE_TRANSFORMS, NO_ADAPTER, torch_dtype
 from accessory.parallel.sharding import check_ranks
@@ -57,6 +58,7 @@ class Loading:
     adapters: Any = None
     cache_dtype: Any = None
     cache_gb: Any = None
+    deterministic: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -77,8 +79,13 @@ class Loading:
         check_max_seq_len(self.max_seq_len)
         check_cache_dtype(self.cache_dtype)
         check_cache_gb(self.cache_gb)
+        if not isinstance(self.deterministic, bool):
+            raise InputError(f"deterministic: got {self.deterministic!r:.60}, but it must be True or False")
         self.dtype = torch_dtype(self.dtype) or torch.bfloat16
         self.device = check_device(self.device, "device")
+        if self.deterministic:
+            on = torch.device(self.device or default_device())
+            check_deterministic(on, self.dtype, self.cache_dtype == "fp8", "deterministic")
         self._quant = Quant.parse(self.quant, self.quant_attention, self.quant_output)
 
     def fetch(self) -> None:

@@ -51,7 +51,8 @@ class MetaModel(nn.Module, TextModel):
     max_seq_len: tokens of prompt and answer together. ranks: the ranks that share the decoder; None for one process.
     tower: the image encoders; None for text alone. image_transform: how an image becomes a square. memory: what the
     planner is asked about the model; without it, memory that runs out is not explained. adapters: digests by the names
-    of the adapters that stand beside the decoder's weights. cache_dtype, cache_gb: see `from_pretrained`.
+    of the adapters that stand beside the decoder's weights. cache_dtype, cache_gb, deterministic: see
+    `from_pretrained`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MetaModel(nn.Module, TextModel):
         adapters: Mapping[str, bytes] | None = None,
         cache_dtype: CacheDtype | None = None,
         cache_gb: float | str | None = None,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         check_cache_dtype(cache_dtype)
@@ -75,7 +77,7 @@ class MetaModel(nn.Module, TextModel):
         self.adapters = dict(adapters or {})
         self._ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.tower, self._memory = tower, memory
-        self._fp8, self._cache_gb = cache_dtype == "fp8", cache_gb
+        self._fp8, self._cache_gb, self._deterministic = cache_dtype == "fp8", cache_gb, deterministic
         self.image_processor = None
         if tower is not None:
             from accessory.model.image_processor import ImageProcessor  # here, because text-only models do not need it
@@ -115,6 +117,7 @@ class MetaModel(nn.Module, TextModel):
         adapters: Mapping[str, PathLike] | None = None,
         cache_dtype: CacheDtype | None = None,
         cache_gb: float | str | None = None,
+        deterministic: bool = False,
         progress: bool = False,
     ) -> MetaModel:
         """Load a checkpoint of any layout into either implementation.
@@ -139,6 +142,9 @@ class MetaModel(nn.Module, TextModel):
         cache_gb: GB (10⁹ bytes) of the cache of keys and values, on each rank. By default it has room for
         `max_batch_size` (of the configuration) answers of `max_seq_len`, or what memory has. "free": 90 % of what a GPU
         has free beside the largest step, which is measured; half of what a CPU has.
+        deterministic: a request's tokens and log-probabilities do not depend on what runs beside it, on its place in
+        the batch or on how its prompt is cut into steps, bit for bit, in bf16 too. Kernels then have fixed tiles, which
+        takes longer, and a request waits until the cache has room for its whole answer.
         mp_group: a torch.distributed group whose ranks, 2, 4 or 8 for example, share the model. Each rank must call
         every method with the same arguments, and gets the same result.
 
@@ -162,6 +168,7 @@ class MetaModel(nn.Module, TextModel):
             adapters=adapters,
             cache_dtype=cache_dtype,
             cache_gb=cache_gb,
+            deterministic=deterministic,
         )
         ranks = None if mp_group is None else Ranks.of(mp_group)
         spec, tokenizer = asked.open(1 if ranks is None else ranks.size)
@@ -180,7 +187,7 @@ class MetaModel(nn.Module, TextModel):
                 tower = build_tower(spec, **where, progress=progress)
         return cls(
             llma, tokenizer, max_seq_len, ranks, tower, image_transform, memory, adapter_roots(spec),
-            cache_dtype, cache_gb,
+            cache_dtype, cache_gb, deterministic,
         )  # fmt: skip
 
     # ----------------------------------------------------------------- the engine
@@ -204,6 +211,7 @@ class MetaModel(nn.Module, TextModel):
             see=see,
             ranks=self._ranks,
             explained=explained,
+            deterministic=self._deterministic,
         )
 
     @property

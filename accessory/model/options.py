@@ -51,6 +51,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False, or
     add_cache_dtype(parser, "those of --dtype")
     about = "memory for keys and values on each rank, or free: most of what is free"
     add_option(parser, "cache_gb", type=cache_size, metavar="GB", help=about)
+    about = "an answer's bits do not depend on what runs beside it; slower"
+    add_option(parser, "deterministic", action="store_true", help=about)
     if demo:
         about = "while loading: nf4 (alone), nf4-dq, int4, int8, fp8"
         add_option(parser, "quant", nargs="?", const=True, help=about)
@@ -131,7 +133,7 @@ def loading_arguments(options: argparse.Namespace, *, with_visual: bool) -> dict
 
     with_visual: load the image encoders too. InputError for a device that does not exist.
     """
-    more = ("quant_attention", "quant_output", "cache_dtype", "cache_gb")
+    more = ("quant_attention", "quant_output", "cache_dtype", "cache_gb", "deterministic")
     names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len", *more)
     arguments = {name: getattr(options, name) for name in names}
     arguments |= {"quant": options.quant or False, "dtype": torch_dtype(options.dtype), "progress": True}

@@ -18,6 +18,7 @@ from helpers.seeing import write_seeing
 from accessory.cli import main
 from accessory.data.conversation import Conversation
 from accessory.data.templates import get_template
+from accessory.engine.sampling_params import SamplingParams
 from accessory.model import text_model
 from accessory.model.meta import MetaModel
 from accessory.nn.decoder import Decoder
@@ -48,6 +49,16 @@ def test_a_file_is_answered_line_by_line(answer, model, here):
     printed = answer(out=None)
     assert printed[1] == "".join(f"# {n}/7: {w}\n{t}\n" for n, (w, t) in enumerate(zip(WORDS, texts, strict=True), 1))
     assert answer("--json", out=None)[1] == (here / "out.jsonl").read_text()
+
+
+def test_deterministic_answers_are_those_of_one_prompt_alone_in_bf16_too(answer, lines_folder, here):
+    assert answer("--dtype", "bf16", "--deterministic", "--logprobs", "2", "--max-gen-len", "12")[0] == 0
+    model = MetaModel.from_pretrained(lines_folder, device="cpu", max_seq_len=128, deterministic=True)
+    params = SamplingParams(logprobs=2)
+    for word, found in zip(WORDS, read(here / "out.jsonl"), strict=True):
+        (alone,) = model.complete([word], max_gen_len=12, params=params)
+        assert found["text"] == alone.text
+        assert [token["logprob"] for token in found["logprobs"]] == alone.logprobs
 
 
 def test_the_order_is_kept_though_later_ones_end_first(answer, model, here, monkeypatch):

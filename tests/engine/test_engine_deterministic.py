@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,10 @@ from helpers.traffic import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accessory.engine.deterministic import check_deterministic
 from accessory.engine.sampling_params import SamplingParams
+from accessory.errors import InputError
+from accessory.ops import dispatch
 
 EXACT = 0.0
 
@@ -85,3 +89,23 @@ def test_without_the_mode_bits_do_depend(fixed):
     singles = alone(plain, wishes)
     drawn = [[draw.logprob for draw in request.drawn] for request in (*together, *singles)]
     assert drawn[: len(wishes)] != drawn[len(wishes) :]
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "fp8", "refused"),
+    [
+        (True, (8, 0), False, None),
+        (False, (9, 0), False, "--deterministic: on a GPU it needs "),
+        (True, (7, 5), False, "--deterministic: it needs a GPU of compute capability 8.0, but card has 7.5"),
+        (True, (8, 0), True, "--deterministic: it needs a GPU of compute capability 8.9 for keys and values in fp8"),
+    ],
+)
+def test_a_gpu_without_such_kernels_is_refused(triton, capability, fp8, refused, monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(InputError) if refused else nullcontext() as error:
+        check_deterministic(torch.device("cuda"), torch.bfloat16, fp8, "--deterministic")
+    if refused:
+        assert str(error.value).startswith(refused)

@@ -70,7 +70,8 @@ def test_every_request_gets_what_it_gets_alone(data):
     """Random lengths, common beginnings, stops, aborts, a pool that is too small, a host that plans ahead."""
     seed = data.draw(st.integers(0, 2**32))
     ahead = data.draw(st.integers(0, 1))
-    run_randomly(random.Random(seed), requests=25, ahead=ahead, whole=data.draw(st.booleans()))
+    how = {"whole": data.draw(st.booleans()), "deterministic": data.draw(st.booleans())}
+    run_randomly(random.Random(seed), requests=25, ahead=ahead, **how)
 
 
 @pytest.mark.slow
@@ -83,11 +84,12 @@ def test_no_page_is_lost_or_held_twice_over_100_000_operations():
     pytest.fail(f"only {done} operations")
 
 
-def run_randomly(r: random.Random, requests: int, ahead: int, whole: bool) -> int:
+def run_randomly(r: random.Random, requests: int, ahead: int, whole: bool, deterministic: bool = False) -> int:
     pages = r.randint(4, 30)
     pool = PagePool(pages)
     slots = r.randint(1, 6)
-    scheduler = Scheduler(pool, max_running=slots, budget=r.choice([1, 7, 64, 200, 1000]), whole=whole)
+    budget = r.choice([1, 7, 64, 200, 1000])
+    scheduler = Scheduler(pool, max_running=slots, budget=budget, whole=whole, deterministic=deterministic)
     network = Network(slots)
     beginnings = [[r.randrange(1000) for _ in range(r.randint(1, 200))] for _ in range(3)]
     every, under_way, operations = [], [], 0
@@ -127,6 +129,7 @@ def run_randomly(r: random.Random, requests: int, ahead: int, whole: bool) -> in
     assert pool.free == pages - 1
     assert not scheduler.running
     assert not scheduler.waiting
+    assert not (deterministic and scheduler.counts.put_back)
     return operations
 
 
@@ -145,6 +148,48 @@ def test_equal_beginnings_are_computed_once():
     assert all(s.ids[2002:] == answer(s.ids[:2002], 4) for s in sequences)
     assert 1 - (computed - 64 * 5) / (64 * 2002) >= 0.95
     assert scheduler.counts.cached_tokens == 63 * (2000 // PAGE_SIZE) * PAGE_SIZE
+
+
+def run_to_the_end(scheduler, network):
+    while (plan := scheduler.plan()) is not None:
+        scheduler.commit(network.run(plan))
+
+
+@pytest.mark.parametrize(("deterministic", "together"), [(False, 2), (True, 1)])
+def test_a_deterministic_request_begins_when_there_are_pages_for_its_whole_answer(deterministic, together):
+    """Five pages; each of two requests takes one at first, and three in the end."""
+    scheduler = Scheduler(PagePool(6), max_running=4, budget=1000, deterministic=deterministic)
+    requests = [Sequence([n, *range(40)], SamplingParams(), max_tokens=140) for n in (1, 2)]
+    for request in requests:
+        scheduler.add(request)
+    network = Network(4)
+    scheduler.commit(network.run(scheduler.plan()))
+    assert len(scheduler.running) == together
+    run_to_the_end(scheduler, network)
+    assert [request.finished for request in requests] == ["length", "length"]
+    assert (scheduler.counts.put_back > 0) != deterministic
+
+
+@pytest.mark.parametrize(("deterministic", "shared"), [(False, 2), (True, 1)])
+def test_pages_filled_while_decoding_are_shared_only_where_bits_may_differ(deterministic, shared):
+    scheduler = Scheduler(PagePool(20), max_running=4, budget=1000, deterministic=deterministic)
+    network, first = Network(4), Sequence(list(range(70)), SamplingParams(), max_tokens=90)
+    scheduler.add(first)
+    plan = scheduler.plan()
+    assert [entry.decodes for entry in plan.entries] == [False]
+    scheduler.commit(network.run(plan))
+    plan = scheduler.plan()
+    assert [(entry.start, entry.decodes) for entry in plan.entries] == [(70, True)]
+    scheduler.commit(network.run(plan))
+    run_to_the_end(scheduler, network)
+    follows = Sequence([*first.ids, 3], SamplingParams(), max_tokens=5)  # a dialogue goes on
+    scheduler.add(follows)
+    run_to_the_end(scheduler, network)
+    assert follows.cached == shared * PAGE_SIZE
+    again = Sequence([*first.ids, 4], SamplingParams(), max_tokens=5)  # now a prompt has filled the pages
+    scheduler.add(again)
+    run_to_the_end(scheduler, network)
+    assert again.cached == 2 * PAGE_SIZE
 
 
 def test_other_weights_adapters_and_images_share_nothing():

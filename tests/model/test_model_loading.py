@@ -60,6 +60,7 @@ WRONG = [
     ({"cache_gb": float("inf")}, "cache_gb: got inf"),
     ({"cache_gb": True}, "cache_gb: got True"),
     ({"cache_gb": "all"}, "cache_gb: got 'all'"),
+    ({"deterministic": 1}, "deterministic: got 1"),
 ]
 
 

@@ -23,11 +23,11 @@ from accessory.model.options import (
 )
 
 GIVEN = "--llama_type mixtral --llama-config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 --quant int8 "
-GIVEN = [*GIVEN.split(), "--cache-dtype", "fp8", "--cache_gb", "1.5"]
+GIVEN = [*GIVEN.split(), "--cache-dtype", "fp8", "--cache_gb", "1.5", "--deterministic"]
 EXPECTED = {
     "pretrained_path": ["a", "b"], "llama_type": "mixtral", "llama_config": ["c", "d"], "tokenizer_path": "t",
     "max_seq_len": 9, "dtype": torch.float16, "quant": "int8", "quant_attention": None, "quant_output": None,
-    "cache_dtype": "fp8", "cache_gb": 1.5, "progress": True,
+    "cache_dtype": "fp8", "cache_gb": 1.5, "deterministic": True, "progress": True,
 }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def test_every_launcher_of_the_package_does():
         "decode_experts.decode_experts", "packed.dequantize", "packed.linear", "packed.decode_experts",
         "packed_grouped.product", "packed_grouped.gradient", "grouped.product", "low_rank.up_terms",
         "low_rank.down_terms", "low_rank.add_row_by_row", "paged_attention.attention",
-        "paged_attention.fixed_attention", "paged_attention.rotate_and_write", "add_norm.add_rms_norm", "add_norm.add_norm_route",
+        "paged_attention.fixed_attention", "paged_attention.rotate_and_write",
+        "add_norm.add_rms_norm", "add_norm.add_norm_route",
         "rows.linear", "grouped_experts.sort_pairs", "grouped_experts.up",
         "grouped_experts.down", "grouped_experts.experts_in_tiles", "grouped_experts.linear",
     }  # fmt: skip
