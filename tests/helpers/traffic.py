@@ -81,11 +81,13 @@ def rich_decoder(kind: str, dtype: torch.dtype = torch.float32) -> Decoder:
 def stand_random_adapters(decoder: Decoder, generator: torch.Generator) -> None:
     """Two: one of rank 3 beside every linear and expert, one of rank 1 beside some, with biases and norms."""
 
+    device = decoder.tok_embeddings.weight.device
+
     def part(*shape: int, number: int) -> LinearAdapter:
         *stack, out_features, in_features = shape
         rank = 3 if number == 0 else 1
         a, b, bias = (
-            torch.randn(*stack, *size, generator=generator) * 0.3
+            (torch.randn(*stack, *size, generator=generator) * 0.3).to(device)
             for size in ((rank, in_features), (out_features, rank), (out_features,))
         )
         return LinearAdapter(a, b, 0.5 + number, bias if number else None)
@@ -99,7 +101,8 @@ def stand_random_adapters(decoder: Decoder, generator: torch.Generator) -> None:
             shape = tuple(module.weight.shape)
             module.set_adapters([part(*shape, number=0), None if name.endswith("wk") else part(*shape, number=1)])
         elif isinstance(module, RMSNorm):
-            module.set_adapters([None, 1 + 0.3 * torch.randn(module.weight.shape, generator=generator)])
+            weight = 1 + 0.3 * torch.randn(module.weight.shape, generator=generator)
+            module.set_adapters([None, weight.to(device)])
     decoder.adapters = 2
 
 
