@@ -81,12 +81,13 @@ class TextModel:
         `image_words` positions.
 
         A text ends at an end-of-sequence token, before the first of `additional_stop_symbols`, or after `max_gen_len`
-        tokens. In fp32 a prompt gets the same answer in a batch as alone. In bf16 and fp16 it does so except where two
-        tokens are nearly equally likely: products of another size round otherwise. If a prompt leaves no room for
-        `max_gen_len` in `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once
-        a step (on the first of several ranks); when it returns true, the texts end there. `on_step` is called after
-        each step with the tokens of the longest text. adapter: the name of one of the adapters that the model was
-        loaded with, for all prompts, or one for each; None: none.
+        tokens. A prompt gets the same answer in a batch as alone except where two tokens are nearly equally likely:
+        products of another size round otherwise. In fp32 that is hardly ever so, in bf16 and fp16 it is now and then;
+        with `deterministic` of `from_pretrained` it is never so. If a prompt leaves no room for `max_gen_len` in
+        `max_seq_len`, its beginning is cut (never its BOS), with a warning. `cancelled` is called once a step (on the
+        first of several ranks); when it returns true, the texts end there. `on_step` is called after each step with the
+        tokens of the longest text. adapter: the name of one of the adapters that the model was loaded with, for all
+        prompts, or one for each; None: none.
 
         sampling: the other fields of `SamplingParams`: top_k, min_p, repetition_penalty and so on. With a seed, equal
         prompts of one call are answered as copies 0, 1, 2 … of one request, which draw other numbers.

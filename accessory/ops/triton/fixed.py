@@ -9,11 +9,10 @@ Legend: T rows of x, N rows sorted by expert, E experts, O out, I in features.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
 from accessory.ops.triton import grouped, grouped_experts, packed_grouped
 
@@ -44,9 +43,20 @@ def prompt_grouped(x_NI: Tensor, weight_EOI: Tensor | Packed, count_E: Tensor) -
     return _grouped(x_NI, weight_EOI, count_E, PROMPT)
 
 
-def decoding_experts(x_TD: Tensor, *others: Any) -> Tensor:
+def decoding_experts(
+    x_TD: Tensor,
+    w1_EFD: Weight,
+    w2_EDF: Weight,
+    w3_EFD: Weight,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    first: int = 0,
+    adapter_T: Tensor | None = None,
+) -> Tensor:
     """`grouped_experts.experts_in_tiles`."""
-    return grouped_experts.experts_in_tiles(x_TD, *others, as_rows=DECODING)
+    return grouped_experts.experts_in_tiles(
+        x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first, adapter_T, as_rows=DECODING
+    )
 
 
 def _linear(x_TI: Tensor, weight: Tensor | Packed, as_rows: float) -> Tensor:
