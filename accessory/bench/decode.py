@@ -29,9 +29,8 @@ def decode(job: Job, implementation: Implementation, format: str) -> None:
     if job.requests:
         room = max(room, CACHE_OF_REQUESTS)
     longest = max(4096, job.context + job.tokens[0])
-    for deterministic in (False, True) if job.deterministic else (False,):
+    for name, deterministic in job.ways(who):
         runner = engines.runner_over(decoder, room, max_seq_len=longest, ranks=job.ranks, deterministic=deterministic)
-        name = f"{who}, deterministic" if deterministic else who
         engines.with_engine(runner, job.ranks, partial(_measure, job, spec=spec, who=name, format=format))
         for batch in job.batches if job.kernels else ():
             again = runner.again(batch)

@@ -68,6 +68,11 @@ class Job:
         dense = next(short for short, name in SHORT_DTYPES.items() if f"torch.{name}" == str(self.dtype))
         return f"{OURS} {implementation} {dense if format == 'none' else format}"
 
+    def ways(self, who: str) -> list[tuple[str, bool]]:
+        """The ways in which a network's engine runs: what a table calls the network then, and whether it is
+        deterministic."""
+        return [(who, False), (f"{who}, deterministic", True)][: 1 + self.deterministic]
+
     def add(self, figure: Figure) -> None:
         self.figures.append(figure)
         self.show(figure)

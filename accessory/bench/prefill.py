@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from accessory.bench import engines, floors
 from accessory.bench.card import free, peak_gb
@@ -19,9 +20,14 @@ def prefill(job: Job, implementation: Implementation, format: str) -> None:
     spec = job.spec(format, implementation)
     decoder, who = job.build(spec), job.who(implementation, format)
     room = engines.room_for(max(job.batches), job.prompt + 1)
-    runner = engines.runner_over(decoder, room, max_seq_len=max(4096, job.prompt + 1), ranks=job.ranks)
-    engines.with_engine(runner, job.ranks, lambda engine: _measure(job, engine, spec, who, format))
-    del runner, decoder
+    for name, deterministic in job.ways(who):
+        runner = engines.runner_over(
+            decoder, room, max_seq_len=max(4096, job.prompt + 1), ranks=job.ranks, deterministic=deterministic
+        )
+        engines.with_engine(runner, job.ranks, partial(_measure, job, spec=spec, who=name, format=format))
+        del runner
+        free(job.device)
+    del decoder
     free(job.device)
 
 

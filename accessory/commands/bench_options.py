@@ -49,7 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "part": {"train": ["lora"]},
     "recompute": {"train": False},
     "kernels": {"decode": False},
-    "deterministic": {"decode": False},
+    "deterministic": {"decode": False, "prefill": False},
     "vs": dict.fromkeys(_NETWORK),
     "gpt_fast_path": {"decode": None},
     "dtype": {what: "bf16" for what in WHAT if what != SERVE},
@@ -112,7 +112,7 @@ def _network_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--recompute", action="store_true", default=None, help=about)
     about = "decode: the kernels of a step, with the time of each"
     bench.add_argument("--kernels", action="store_true", default=None, help=about)
-    about = "decode: the same again, with bits that depend on no neighbour"
+    about = "decode, prefill: the same again, with bits that depend on no neighbour"
     bench.add_argument("--deterministic", action="store_true", default=None, help=about)
     about = "peers, measured in the same run: transformers, gpt-fast, grouped_mm (of a layer)"
     bench.add_argument("--vs", nargs="+", choices=PEERS, metavar="PEER", help=about)

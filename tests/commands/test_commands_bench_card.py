@@ -98,8 +98,9 @@ def test_all_formats_in_both_implementations(bench, what, works, tokens):
     assert len([line for line in out.splitlines() if line.startswith("| accessory ")]) == 8
 
 
-def test_both_ways_of_running_in_one_run(bench):
-    status, found, *_ = bench("tiny", "decode", "--deterministic", *SHORT["decode"], *CPU)
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_both_ways_of_running_in_one_run(bench, what):
+    status, found, *_ = bench("tiny", what, "--deterministic", *SHORT[what], *CPU)
     assert status == 0
     who = ["accessory sparse bf16"] * 2 + ["accessory sparse bf16, deterministic"] * 2
     assert [name for name, _ in check(found)] == who
