@@ -39,8 +39,10 @@ class Exchange(NamedTuple):
     words: Tensor  # this rank's inbox
 
     def takes(self, part: Tensor) -> bool:
-        """Whether this sums `part`, the same on every rank. All else is summed before it comes to the norm."""
-        return part.is_cuda and not torch.is_grad_enabled() and part.numel() <= self.rows * self.dim
+        """Whether this sums `part`, the same on every rank. All else is summed before it comes to the norm: also where
+        one way of summing must serve any number of rows."""
+        fits = part.is_cuda and part.numel() <= self.rows * self.dim
+        return fits and not torch.is_grad_enabled() and not dispatch.fixed()
 
 
 def add_rms_norm(
