@@ -52,19 +52,19 @@ def fixed(request):
     kind, dtype = request.param
     runner, r = rich_runner(rich_decoder(kind, dtype), deterministic=True), random.Random(3)
     wishes = [
-        w._replace(params=replace(w.params, logprobs=2)) for w in with_adapters_and_images(r, random_wishes(r, 24))
+        w._replace(params=replace(w.params, logprobs=2)) for w in with_adapters_and_images(r, random_wishes(r, 16))
     ]
     return runner, wishes, alone(runner, wishes)
 
 
-@settings(max_examples=examples(6))
+@settings(max_examples=examples(4))
 @given(st.integers(0, 2**32), st.integers(0, 1))
 def test_bits_do_not_depend_on_what_runs_beside(fixed, seed, ahead):
     """Late arrivals, any order, prompts cut anywhere, shared beginnings, adapters and images beside others."""
     (runner, wishes, singles), r = fixed, random.Random(seed)
     slots, budget = r.randint(1, 12), r.choice([1, 13, 64, 200, 512])
     engine = tiny_engine(runner, pages=r.choice([7, 12, PAGES]), slots=slots, budget=budget, ahead=ahead)
-    for number, request in Traffic(engine, wishes, r).run(10):
+    for number, request in Traffic(engine, wishes, r).run(8):
         check_against(request, singles[number], EXACT)
     assert engine.scheduler.counts.put_back == 0
     step_to_the_end(engine)
