@@ -58,7 +58,9 @@ def test_ranks_parts_and_other_weights_have_graphs_of_their_own():
     other = random_tower(seed=1, views=5, cache_bytes=0).cuda()
     graphed.load_state_dict(other.state_dict())
     assert_same(graphed.encode(pixels), other.encode(pixels))
-    assert_same(graphed.bfloat16().encode(pixels), other.bfloat16().encode(pixels))
+    found, expected = graphed.bfloat16().encode(pixels).visual_VTC, other.bfloat16().encode(pixels).visual_VTC
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).float().norm() <= 1e-2 * expected.float().norm()
 
 
 def test_nothing_waits_for_the_card():

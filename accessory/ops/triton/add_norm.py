@@ -141,7 +141,7 @@ def _launch(
             sum_TD, h_TD, weight_TK, expert_TK, *ranks, eps,
             D=D, C=columns, E=E, EXPERTS=experts, K=k, KS=triton.next_power_of_2(max(k, 1)),
             ADDS=y_TD is not None, ROUTES=gate_ED is not None, **turns, num_warps=8 if columns <= 2048 else 16,
-            **overlap(x_TD.device),
+            **overlap(x_TD, T),
         )  # fmt: skip
     return sum_TD, h_TD, weight_TK, expert_TK
 

@@ -108,11 +108,11 @@ def decode_experts(
     terms, constants = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
         x_TD, w1_EFD.weight, w3_EFD.weight, *terms, expert_TK, h_NF, first, E, D=D, F=F, K=K, **constants, **up,
-        **overlap(x_TD.device),
+        **overlap(x_TD),
     )  # fmt: skip
     terms, constants = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
         h_NF, w2_EDF.weight, *terms, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **constants, **down,
-        **overlap(x_TD.device),
+        **overlap(x_TD),
     )  # fmt: skip
     return y_TD

@@ -171,7 +171,8 @@ ALONE: dict[str, dict[float, tuple[Any, ...]]] = {  # those of dense weights hav
     "dense": {16: (16, 32, 128, 1, False, 1, 4, 4), inf: (32, 32, 128, 1, False, 1, 4, 4)},
     "byte": {4: (8, 64, 128, 1, True, 1, 4, 3), 8: (8, 32, 256, 1, True, 1, 2, 3), 16: (16, 32, 128, 1, True, 1, 2, 3),
              32: (32, 64, 128, 1, False, 1, 4, 3), inf: (64, 64, 256, 1, False, 1, 4, 3)},
-    "nibble": {8: (8, 32, 0, 2, True, 1, 2, 3), 16: (16, 32, 0, 2, True, 1, 2, 3), inf: (32, 64, 0, 2, False, 1, 4, 3)},
+    "nibble": {8: (8, 16, 0, 4, True, 1, 1, 3), 16: (16, 32, 0, 4, True, 1, 2, 3), 32: (16, 32, 0, 2, True, 1, 2, 3),
+               inf: (32, 64, 0, 4, False, 1, 4, 3)},
 }  # fmt: skip
 _KIND = {"none": "dense", "int8": "byte", "fp8": "byte", "int4": "nibble", "nf4": "nibble", "nf4-dq": "nibble"}
 
@@ -231,7 +232,7 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
     pairs = max(16, triton.next_power_of_2(N))
     _sort_kernel[(1,)](
         expert_TK.contiguous(), order_N, count_E, N, first, E=experts, SLOTS=slots(experts), PAIRS=pairs, num_warps=4,
-        **overlap(expert_TK.device),
+        **overlap(expert_TK),
     )  # fmt: skip
     return order_N, count_E
 
@@ -257,7 +258,7 @@ def up(
     (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
     _up_kernel[grid(N, E, F, tile)](
         x_TD, *tensors1[:4], *tensors3, count_E, count_E if order_N is None else order_N, h_NF, N, first,
-        D=D, F=F, K=K, E=E, SLOTS=slots(E), ONE=order_N is None, **tile, **fixed, **overlap(x_TD.device),
+        D=D, F=F, K=K, E=E, SLOTS=slots(E), ONE=order_N is None, **tile, **fixed, **overlap(x_TD),
     )  # fmt: skip
     return h_NF
 
@@ -281,7 +282,8 @@ def down(
     tensors, fixed = _described(w2)
     _rows_kernel[(*grid(N, E, D, tile), tile["SPLITS"])](
         h_NF, *tensors, count_E, count_E if order_N is None else order_N, part_SND, N, first,
-        OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, ONE=order_N is None, **tile, **fixed, **overlap(h_NF.device),
+        OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, ONE=order_N is None, **tile, **fixed,
+        **overlap(h_NF, 1 if order_N is None else N),
     )  # fmt: skip
     return part_SND
 
@@ -323,7 +325,7 @@ def experts_in_tiles(
     cols = min(1024, triton.next_power_of_2(D))
     _combine_kernel[(T, triton.cdiv(D, cols))](
         part_SND, weight_TK, expert_TK, y_TD, T * K, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4,
-        **overlap(x_TD.device),
+        **overlap(x_TD),
     )  # fmt: skip
     return y_TD
 
@@ -343,6 +345,6 @@ def linear(
     tensors, fixed = _described(p)
     _rows_kernel[grid(N, 1, O, tile)](
         x_NI, *tensors, x_NI, x_NI, y_NO, N, 0, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, ONE=False, **tile, **fixed,
-        **overlap(x_NI.device),
+        **overlap(x_NI),
     )  # fmt: skip
     return y_NO

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from accessory.ops.triton.nibbles import permutes
@@ -38,9 +39,18 @@ def let_next_begin(OVERLAPS: tl.constexpr):
         gdc_launch_dependents()
 
 
+def overlap(x: Tensor, rows: int | None = None) -> dict[str, Any]:
+    """Options for the launch of a kernel that calls `wait_for_inputs`. rows: tokens of the step, by default x's rows.
+
+    Only a step of one token gains by it: 4% in int8, 5% in int4 on an H200. With 16 tokens the kernels fill the card,
+    and programs that wait there cost 4 to 10%.
+    """
+    return _OPTIONS if (len(x) if rows is None else rows) == 1 and _overlaps(x.device) else {}
+
+
+_OPTIONS = {"OVERLAPS": True, "launch_pdl": True}
+
+
 @cache
-def overlap(device: torch.device) -> dict[str, Any]:
-    """Options for the launch of a kernel that calls `wait_for_inputs`."""
-    if device.type != "cuda" or not permutes() or torch.cuda.get_device_capability(device) < (9, 0):
-        return {}
-    return {"OVERLAPS": True, "launch_pdl": True}
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and permutes() and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -281,7 +281,7 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     y_TO = torch.empty(T, OUT, dtype=x_TI.dtype, device=x_TI.device)
     tile = _tile(p, "linear", IN)
     _linear_kernel[(triton.cdiv(OUT, tile["ROWS"]), T)](
-        x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p), **overlap(x_TI.device)
+        x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p), **overlap(x_TI)
     )
     return y_TO
 
@@ -308,12 +308,12 @@ def decode_experts(
     _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
         x_TD, *pointers(w1)[:4], *pointers(w3), *terms, expert_TK, h_NF, first, E,
         w1.data[0].numel(), w1.scale[0].numel(), D=D, F=F, K=K, **beside_them, **up, **constants(w1),
-        **overlap(x_TD.device),
+        **overlap(x_TD),
     )  # fmt: skip
     terms, beside_them = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
     _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
         h_NF, *pointers(w2), *terms, expert_TK, weight_TK, y_TD, first, E,
         w2.data[0].numel(), w2.scale[0].numel(), D=D, F=F, K=K, **beside_them, **down, **constants(w2),
-        **overlap(x_TD.device),
+        **overlap(x_TD),
     )  # fmt: skip
     return y_TD

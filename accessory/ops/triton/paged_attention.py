@@ -81,12 +81,13 @@ def _attend_kernel(
     part_ptr, top_ptr, total_ptr, q_stride, first, P, splits, least, temperature,
     G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, FP8: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
+    FIXED: tl.constexpr = False, OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of queries of one sequence, one key/value head, one split: y_NHd, or with SPLIT its part of the sum.
 
     first: the first sequence of this launch, and also its first query, as all before it have one each. DECODE: every
-    sequence has one. least: the fewest tiles of keys for which a split is worth while.
+    sequence has one. least: the fewest tiles of keys for which a split is worth while. FIXED: a query's bits must not
+    depend on the other queries.
     """
     wait_for_inputs(OVERLAPS)
     QUERIES: tl.constexpr = M // HEADS
@@ -112,7 +113,9 @@ def _attend_kernel(
         before = length - queries + from_query  # keys that the first query of the tile sees, but for its own
         until = length - queries + tl.minimum(from_query + QUERIES, queries)  # keys that its last query sees
         tiles = tl.cdiv(until, KEYS)
-        whole = (before + 1) // KEYS  # tiles of which every query sees all keys
+        # Tiles of which every query sees all keys. Which these are depends on the tile of queries, and without a mask
+        # the compiler rounds otherwise.
+        whole = 0 if FIXED else (before + 1) // KEYS
         from_, to = 0, tiles
         if SPLIT:
             share = tl.maximum(tl.cdiv(tiles, splits), least)
@@ -260,7 +263,7 @@ def rotate_and_write(
         q_NHd, k_NGd, v_NGd, torch.view_as_real(rotation_N1c), slot_N, *_pointers(pages), turned_NHd, turned_NGd,
         q_NHd.stride(0), k_NGd.stride(0), v_NGd.stride(0),
         H=H, G=G, d=d, HEADS=heads, GROUPS=triton.next_power_of_2(G), D=triton.next_power_of_2(d),
-        FP8=pages.fp8, LARGEST=FP8_LARGEST, **overlap(q_NHd.device),
+        FP8=pages.fp8, LARGEST=FP8_LARGEST, **overlap(q_NHd),
     )  # fmt: skip
     return turned_NHd, turned_NGd
 
@@ -340,13 +343,13 @@ def _launch(
         q_NHd.stride(0), first, batch.page_BP.shape[1], splits, triton.cdiv(least, tile.KEYS),
         math.log2(math.e) / d**0.5,
         G=G, R=R, d=d, S=PAGE_SIZE, M=M, KEYS=tile.KEYS, HEADS=heads, D=D,
-        DECODE=longest == 0, SPLIT=splits > 1, FP8=pages.fp8, num_warps=tile.warps, num_stages=tile.stages,
-        **overlap(q_NHd.device),
+        DECODE=longest == 0, SPLIT=splits > 1, FP8=pages.fp8, FIXED=fixed, num_warps=tile.warps, num_stages=tile.stages,
+        **overlap(q_NHd),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(rows,)](
             part_NHKd, top_NHK, total_NHK, y_NHd, first * H, splits, d=d, D=triton.next_power_of_2(d), MOST=MOST_SPLITS,
-            **overlap(q_NHd.device),
+            **overlap(q_NHd),
         )  # fmt: skip
 
 

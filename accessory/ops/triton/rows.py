@@ -50,6 +50,6 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     _linear_kernel[(triton.cdiv(O, rows),)](
         x_TI, weight_OI, y_TO, T, OUT=O, IN=I, TOKENS=tokens, ROWS=rows, COLS=min(cols, triton.next_power_of_2(I)),
-        num_warps=warps, **overlap(x_TI.device),
+        num_warps=warps, **overlap(x_TI),
     )  # fmt: skip
     return y_TO
