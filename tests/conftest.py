@@ -13,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Python keeps compiled files, whatever the shell asks for. Otherwise every worker and every process that a test starts
+# would compile the same sources anew, and pytest would rewrite the assertions of all tests in each run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # No deadline: how long an example takes depends on the machine's load, not on the tested code.
 settings.register_profile("shared machine", deadline=None)
 # `make test` tries the same examples every time, so a failure comes from the change. `make test-all` tries new ones.
