@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shlex
@@ -26,15 +25,6 @@ SHORT = {
     "layer": ["--tokens", "1", "9"],
     "train": ["--tokens", "8", "--batch", "1"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects():
-    """Let collections of garbage, of which each figure makes some, leave out what imports made."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
