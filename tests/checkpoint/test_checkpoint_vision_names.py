@@ -315,9 +315,14 @@ def test_of_two_encoders_of_a_kind_the_originals_names_mean_the_first():
     assert {n.split(".")[1] for n in found} == {"clip", "other"}
 
 
+@pytest.fixture(scope="module")
+def shapes():
+    return expected_shapes(tiny_clip())
+
+
 @given(st.data())
-def test_what_is_wrong_with_an_encoder_is_named(data):
-    good = lazily({n: torch.zeros(s) for n, s in SHAPES.items()})
+def test_what_is_wrong_with_an_encoder_is_named(shapes, data):
+    good = lazily({n: torch.zeros(s) for n, s in shapes.items()})
     name = data.draw(st.sampled_from(sorted(good)))
     within = name.split(".", 2)[2]
     what = data.draw(st.sampled_from(["missing", "shape", "unknown", "twice"]))
@@ -325,8 +330,8 @@ def test_what_is_wrong_with_an_encoder_is_named(data):
         del good[name]
         wanted = f"1 tensors missing: {within}"
     elif what == "shape":
-        good[name] = Constant(torch.zeros(*SHAPES[name], 2))
-        wanted = f"{within} {good[name].shape} instead of {SHAPES[name]}"
+        good[name] = Constant(torch.zeros(*shapes[name], 2))
+        wanted = f"{within} {good[name].shape} instead of {shapes[name]}"
     elif what == "unknown":
         good[name + "_more"] = good[name]
         wanted = f"1 tensors unknown: {within}_more"
@@ -334,12 +339,9 @@ def test_what_is_wrong_with_an_encoder_is_named(data):
         good[f"clip.vision_model.{within}"] = good[name]
         wanted = f"1 tensors there twice, under different names: {within}"
     with pytest.raises(CheckpointError, match=re.escape(wanted)) as raised:
-        canonical(good, tiny_clip(), SHAPES)
+        canonical(good, tiny_clip(), shapes)
     assert "encoder clip" in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-SHAPES = expected_shapes(tiny_clip())
 
 
 def test_a_stack_that_cannot_be_cut_is_named():

@@ -19,7 +19,6 @@ from accessory.convert.peft_format import export_adapter, import_adapter
 from accessory.convert.peft_reader import read_adapter
 from accessory.errors import CheckpointError, ConfigError
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
 
 MODEL = hf_mixtral(ARGS, std=0.1)
@@ -28,6 +27,11 @@ EVERYWHERE = (*SEVEN, "gate", "output")
 NORMS = {n: TENSORS[n] + 0.1 for n in TENSORS if n.endswith("norm.weight")}
 WHOLE = NORMS | {n: TENSORS[n] * 1.3 for n in TENSORS if n.endswith((".gate.weight", "tok_embeddings.weight"))}
 IDS = torch.randint(ARGS.vocab_size, (2, 24), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peft_is_there():
+    pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,8 @@ def ours(base, adapter, implementation="sparse"):
 
 
 def theirs(folder):
+    import peft
+
     model = peft.PeftModel.from_pretrained(copy.deepcopy(MODEL), str(folder)).eval()
     with torch.no_grad():
         return model(IDS).logits
@@ -66,6 +72,8 @@ def equal(a, b):
 def trained(kind="lora", seed=5, **changes):
     """A PEFT model with random values in all trained parameters."""
     torch.manual_seed(seed)
+    import peft
+
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **changes})
     model = peft.get_peft_model(copy.deepcopy(MODEL), config).eval()
     with torch.no_grad():
@@ -123,6 +131,8 @@ def test_peft_gives_our_logits_and_everything_comes_back(tmp_path, base, targets
     assert str(back.llama_type) == "mixtral_sparse_peft"
     assert back.trained_on == trained_on([open_checkpoint(base)], ())
     # PEFT has fused experts, and saves them fused.
+    import peft
+
     peft.PeftModel.from_pretrained(copy.deepcopy(MODEL), str(tmp_path / "peft")).save_pretrained(tmp_path / "fused")
     import_adapter(tmp_path / "fused", tmp_path / "again", base=base, to="base")
     assert equal(read(tmp_path / "again"), tensors)
