@@ -102,6 +102,7 @@ def test_ranks_that_cannot_load_say_why(cut_folder, tmp_path):
     assert {p.pid for p in rank_processes()} == before
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_all(cut_folder, monkeypatch):
     """One rank does not find the file. The others find it and would wait for that rank."""
     real = RankProcess.__init__
@@ -214,6 +215,7 @@ def test_the_command_tells_of_a_killed_rank_in_one_line(cut_folder):
     assert program.returncode == 1
 
 
+@pytest.mark.slow
 def test_closing_ends_the_ranks_and_a_later_call_starts_them(wrapper, expected):
     assert wrapper.generate([PROMPT], max_gen_len=4) == expected.generate([PROMPT], max_gen_len=4)
     ranks = [psutil.Process(rank._process.pid) for rank in wrapper._ranks._ranks]
