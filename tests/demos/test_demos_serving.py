@@ -77,7 +77,7 @@ def test_the_pages_flags_in_both_spellings(dash):
     line = (
         "--pretrained_path a b --llama_type mixtral --llama_config c d --tokenizer_path t --max_seq_len 9 --dtype fp16 "
         "--quant --quant_attention int8 --gpu_ids 0 1 --master_port 23560 --master_addr h --host 0.0.0.0 --port 0 "
-        "--share --cache_dtype fp8 --cache_gb 1.5"
+        "--share --cache_dtype fp8 --cache_gb 1.5 --deterministic"
     )
     words = [word.replace("_", dash) if word.startswith("--") else word for word in line.split()]
     options = vars(serving.parser("demo", "").parse_args(words))
@@ -86,6 +86,7 @@ def test_the_pages_flags_in_both_spellings(dash):
         "max_seq_len": 9, "dtype": "fp16", "quant": True, "quant_attention": "int8",
         "quant_output": None, "gpu_ids": [0, 1], "master_port": 23560, "master_addr": "h",
         "cache_dtype": "fp8", "cache_gb": 1.5, "host": "0.0.0.0", "port": 0, "share": True, "debug": False,
+        "deterministic": True,
     }  # fmt: skip
     defaults = serving.parser("demo", "").parse_args(["--pretrained_path", "a"])
     assert (defaults.host, defaults.port, defaults.share) == ("127.0.0.1", 7860, False)
