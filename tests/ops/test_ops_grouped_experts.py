@@ -9,8 +9,14 @@ pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 FORMATS = ["dense", "int8", "fp8", "int4", "nf4", "nf4-dq"]
 # (tokens, dim, hidden dim, experts in all, experts here, first, experts a token): idle experts, other ranks' experts,
 # one expert for all, sizes that are no multiple of a tile.
-CASES = [(1, 128, 256, 4, 4, 0, 2), (9, 384, 128, 8, 4, 4, 2), (40, 128, 384, 3, 2, 1, 3), (21, 256, 128, 8, 8, 0, 1)]
-LARGE = [(T, 512, 768, 8, 8, 0, 2) for T in (3, 4, 16, 64, 100, 256)] + [(64, 256, 512, 8, 4, 4, 2)]
+CASES = [
+    (1, 128, 256, 4, 4, 0, 2),
+    (1, 128, 256, 8, 4, 4, 5),
+    (9, 384, 128, 8, 4, 4, 2),
+    (40, 128, 384, 3, 2, 1, 3),
+    (21, 256, 128, 8, 8, 0, 1),
+]
+LARGE = [(T, 512, 768, 8, 8, 0, 2) for T in (1, 2, 3, 4, 16, 64, 100, 256, 512)] + [(64, 256, 512, 8, 4, 4, 2)]
 
 
 def make(format, case, device, dtype):
