@@ -237,6 +237,11 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
     return order_N, count_E
 
 
+def _programs(N: int, E: int, keeps: int, tile: dict[str, Any], one: bool) -> tuple[int]:
+    """`grouped.grid`; one token's pairs are N tiles, also where some are of other ranks' experts."""
+    return (N * triton.cdiv(keeps, tile["P"]),) if one else grid(N, E, keeps, tile)
+
+
 @on_its_card
 def up(
     x_TD: Tensor,
@@ -256,7 +261,7 @@ def up(
     tile = tile or _tile(UP, w1, N / E)
     h_NF = torch.empty(N, F, dtype=x_TD.dtype, device=x_TD.device)
     (tensors1, fixed), (tensors3, _) = _described(w1), _described(w3)
-    _up_kernel[grid(N, E, F, tile)](
+    _up_kernel[_programs(N, E, F, tile, one=order_N is None)](
         x_TD, *tensors1[:4], *tensors3, count_E, count_E if order_N is None else order_N, h_NF, N, first,
         D=D, F=F, K=K, E=E, SLOTS=slots(E), ONE=order_N is None, **tile, **fixed, **overlap(x_TD),
     )  # fmt: skip
@@ -280,7 +285,7 @@ def down(
     tile = tile or _tile(DOWN, w2, N / E)
     part_SND = torch.empty(tile["SPLITS"], N, D, dtype=torch.float32, device=h_NF.device)
     tensors, fixed = _described(w2)
-    _rows_kernel[(*grid(N, E, D, tile), tile["SPLITS"])](
+    _rows_kernel[(*_programs(N, E, D, tile, one=order_N is None), tile["SPLITS"])](
         h_NF, *tensors, count_E, count_E if order_N is None else order_N, part_SND, N, first,
         OUT=D, IN=F, E=E, SLOTS=slots(E), COUNTED=True, ONE=order_N is None, **tile, **fixed,
         **overlap(h_NF, 1 if order_N is None else N),
