@@ -1,4 +1,4 @@
-"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100. Then limits
+"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100 or H200. Then limits
 of arguments.
 
 `benchmarks/README.md` has the measurements. `ops.dispatch` and the engine decide by these numbers, and the planner

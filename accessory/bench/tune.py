@@ -196,7 +196,7 @@ def _rows(family: Family, rows: Sequence[float]) -> list[float]:
 
 
 def count(formats: Sequence[str], rows: Sequence[float], families: Sequence[Family] = FAMILIES) -> int:
-    """How many products `tune` times: two shapes of each."""
+    """How many products `tune` times."""
     each = {family.name: len(family.weights) * len(_rows(family, rows)) for family in families}
     return sum(each[family.name] for family in families for format in formats if format in family.formats)
 

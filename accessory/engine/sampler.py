@@ -129,9 +129,8 @@ class Sampler:
 
     def _logprobs(self, raw_TV: Tensor, ids_T: Tensor, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x_TV = raw_TV.float()
-        if (
-            x_TV.is_cuda and self.vocab_size % 4
-        ):  # a GPU sums a row in an order that depends on where in 16 bytes the row begins
+        # A GPU sums a row in an order that depends on where in 16 bytes the row begins.
+        if x_TV.is_cuda and self.vocab_size % 4:
             x_TV = F.pad(x_TV, (0, -self.vocab_size % 4), value=-torch.inf)
         logprob_TV = x_TV.log_softmax(-1)[:, : self.vocab_size]
         chosen_T = logprob_TV.gather(1, ids_T.clamp(0, self.vocab_size - 1)[:, None]).squeeze(1)

@@ -9,10 +9,11 @@ Legend: T rows of x, N rows sorted by expert, E experts, O out, I in features.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
 from accessory.ops.triton import grouped, grouped_experts, packed_grouped
 
@@ -20,46 +21,8 @@ from accessory.ops.triton import grouped, grouped_experts, packed_grouped
 DECODING, PROMPT = 16, 2**20
 
 
-def decoding_linear_in_tiles(x_TI: Tensor, weight: Tensor | Packed) -> Tensor:
-    """x (T, I) times a weight (O, I): (T, O) in x's dtype."""
-    return grouped_experts.linear(x_TI, weight, as_rows=DECODING)
-
-
-def decoding_linear(x_TI: Tensor, weight: Tensor | Packed) -> Tensor:
-    """The same for sizes that are no multiples of 16, and in fp32."""
-    return _linear(x_TI, weight, DECODING)
-
-
-def prompt_linear(x_TI: Tensor, weight: Tensor | Packed) -> Tensor:
-    return _linear(x_TI, weight, PROMPT)
-
-
-def decoding_grouped(x_NI: Tensor, weight_EOI: Tensor | Packed, count_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their expert's weight: (N, O) in x's dtype."""
-    return _grouped(x_NI, weight_EOI, count_E, DECODING)
-
-
-def prompt_grouped(x_NI: Tensor, weight_EOI: Tensor | Packed, count_E: Tensor) -> Tensor:
-    return _grouped(x_NI, weight_EOI, count_E, PROMPT)
-
-
-def decoding_experts(
-    x_TD: Tensor,
-    w1_EFD: Weight,
-    w2_EDF: Weight,
-    w3_EFD: Weight,
-    weight_TK: Tensor,
-    expert_TK: Tensor,
-    first: int = 0,
-    adapter_T: Tensor | None = None,
-) -> Tensor:
-    """`grouped_experts.experts_in_tiles`."""
-    return grouped_experts.experts_in_tiles(
-        x_TD, w1_EFD, w2_EDF, w3_EFD, weight_TK, expert_TK, first, adapter_T, as_rows=DECODING
-    )
-
-
 def _linear(x_TI: Tensor, weight: Tensor | Packed, as_rows: float) -> Tensor:
+    """x (T, I) times a weight (O, I): (T, O) in x's dtype, also for sizes that are no multiples of 16, and in fp32."""
     if isinstance(weight, Packed):
         return packed_grouped.product(x_TI, weight, as_rows=as_rows)
     count_1 = torch.full((1,), len(x_TI), dtype=torch.int64, device=x_TI.device)
@@ -67,6 +30,14 @@ def _linear(x_TI: Tensor, weight: Tensor | Packed, as_rows: float) -> Tensor:
 
 
 def _grouped(x_NI: Tensor, weight_EOI: Tensor | Packed, count_E: Tensor, as_rows: float) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's weight: (N, O) in x's dtype."""
     if isinstance(weight_EOI, Packed):
         return packed_grouped.product(x_NI, weight_EOI, count_E, as_rows)
     return grouped.product(x_NI, weight_EOI, count_E, as_rows=as_rows)
+
+
+# Products with a single weight, those of rows sorted by expert, and a whole feed-forward, as `ops.dispatch` names them.
+decoding_linear_in_tiles = partial(grouped_experts.linear, as_rows=DECODING)
+decoding_linear, prompt_linear = (partial(_linear, as_rows=rows) for rows in (DECODING, PROMPT))
+decoding_grouped, prompt_grouped = (partial(_grouped, as_rows=rows) for rows in (DECODING, PROMPT))
+decoding_experts = partial(grouped_experts.experts_in_tiles, as_rows=DECODING)

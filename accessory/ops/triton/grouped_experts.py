@@ -1,10 +1,10 @@
-"""The experts' feed-forward for 2 to 256 tokens, in weights of any format, and a single quantised weight for as many.
+"""The experts' feed-forward for up to 512 tokens, in weights of any format, and a single quantised weight for as many.
 
 Four kernels do all of it: one sorts the (token, expert) pairs by expert; one multiplies by w1 and w3 and applies SiLU;
-one multiplies by w2; one sums each token's experts. Nothing is padded and nothing copied: the first product gathers
-its rows, the second scatters its own to their pairs. Each weight is read once if no expert has more rows than a tile.
-The host never learns which experts were chosen, so a CUDA graph can record the whole step. No sum depends on the order
-in which programs run.
+one multiplies by w2; one sums each token's experts. One token needs no order. Nothing is padded and nothing copied: the
+first product gathers its rows, the second scatters its own to their pairs. Each weight is read once if no expert has
+more rows than a tile. The host never learns which experts were chosen, so a CUDA graph can record the whole step. No
+sum depends on the order in which programs run.
 
 Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim.
 A tile has M rows of x and P rows of the weight.
