@@ -1,5 +1,5 @@
-"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100 or H200. Then limits
-of arguments.
+"""Limits of kernels, graphs and blocks: sizes at which another method becomes quicker, measured on an H100 or H200.
+Then limits of arguments.
 
 `benchmarks/README.md` has the measurements. `ops.dispatch` and the engine decide by these numbers, and the planner
 counts with them. This file imports only the standard library.
