@@ -6,7 +6,9 @@ for the card. A replay reads and writes the very tensors of the recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import gc
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,9 +37,21 @@ def record(
     graph = torch.cuda.CUDAGraph()
     # A stream of its own, because torch's default one belongs to the card of the process's first capture.
     # thread_local: another thread, as NCCL's watchdog, may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+    with _nothing_collected(), torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         out = run()
     return graph.replay, out
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No graph is freed by the garbage collector meanwhile: CUDA refuses to, and the recording would fail with it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Graphs(Generic[Out]):
