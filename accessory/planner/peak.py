@@ -69,12 +69,15 @@ def estimate(setup: Setup) -> Estimate:
     moments = _inference_moments(setup, task) if isinstance(task, Inference) else training_moments(setup, task)
     if setup.views:
         _add_images(setup, moments)
-    moment, terms = max(moments.items(), key=lambda item: sum(item[1].values()))
-    passing = sum(n for name, n in terms.items() if name not in LASTING)
-    terms = {name: n for name, n in terms.items() if n}
+
+    def holes(terms: dict[str, int]) -> int:
+        return int(FRAGMENTATION * sum(n for name, n in terms.items() if name not in LASTING))
+
+    moment, terms = max(moments.items(), key=lambda item: sum(item[1].values()) + holes(item[1]))
+    gaps, terms = holes(terms), {name: n for name, n in terms.items() if n}
     terms["libraries' workspace"] = WORKSPACE
     terms[OUTSIDE] = CONTEXT + (COLLECTIVES if setup.gpus > 1 else 0)
-    terms[HOLES] = int(FRAGMENTATION * passing)
+    terms[HOLES] = gaps
     return Estimate(moment, terms)
 
 
