@@ -18,7 +18,7 @@ from torch import Tensor
 from accessory.bench.card import free, seconds_in_turn
 from accessory.config import ModelArgs
 from accessory.formats import GROUP, Format
-from accessory.limits import FEW_ROWS, TILED_PAIRS
+from accessory.limits import FEW_ROWS, TILED_PAIRS_BYTES
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
 
@@ -100,6 +100,8 @@ def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequ
     few = [(M, P, warps, True) for M in (8, 16, 32) for P, warps in ((16, 1), (32, 2), (64, 4))]
     some = [(M, P, warps, False) for M in (16, 32) for P, warps in ((32, 2), (64, 4), (128, 8))]
     many = [(M, P, warps, swap) for M in (64, 128) for P, warps in ((64, 4), (128, 8)) for swap in (True, False)]
+    if len(splits) > 1:  # a single weight, whose sums fit the registers
+        many.append((128, 256, 8, False))
     sizes: list[tuple[Any, ...]] = []
     for M, P, warps, swap in few + some + many:
         if nibble:
@@ -134,11 +136,17 @@ def _linear(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tens
     return linear(x_NI, problem.weight, tile)
 
 
+FEW = TILED_PAIRS_BYTES / 8  # rows an expert; the best tile for so many is the best for more
 QUANTIZED = ("int8", "fp8", "int4", "nf4", "nf4-dq")
 FAMILIES = (
-    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, ("w1",), TILED_PAIRS / 8),
+    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, ("w1",), TILED_PAIRS_BYTES / 8),
     Family(
-        "experts_down", (DENSE, *QUANTIZED), partial(_expert_tiles, splits=(1, 2, 4)), _down, ("w2",), TILED_PAIRS / 8
+        "experts_down",
+        (DENSE, *QUANTIZED),
+        partial(_expert_tiles, splits=(1, 2, 4)),
+        _down,
+        ("w2",),
+        TILED_PAIRS_BYTES / 8,
     ),
     Family("linear", QUANTIZED, _expert_tiles, _linear, ("wqkv", "wo"), FEW_ROWS),
     Family("grouped", (DENSE,), _grouped_tiles, _grouped),

@@ -43,7 +43,8 @@ def sort_by_expert(expert_TK: Tensor, experts: int, first: int = 0) -> tuple[Ten
     local_N = torch.where((local_N >= 0) & (local_N < experts), local_N, experts)
     # bincount would make the host wait for a GPU; a sum over one-hot rows does not.
     count_E = (local_N[:, None] == torch.arange(experts, device=local_N.device)).sum(0)
-    return torch.argsort(local_N, stable=True), count_E
+    # A GPU sorts numbers of a byte in fewer passes.
+    return torch.argsort(local_N.to(torch.uint8) if experts < 256 else local_N, stable=True), count_E
 
 
 def grouped_dense(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:

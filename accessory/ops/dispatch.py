@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # router chose.
 Op = Literal[
     "linear", "linear_backward", "grouped", "grouped_backward", "decode", "adapters", "dequantize", "attention",
-    "rotate_and_write", "add_norm", "route",
+    "rotate_and_write", "add_norm", "route", "gate", "combine",
 ]  # fmt: skip
 DENSE = "dense"
 
@@ -187,7 +187,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE,), _CUDA, _AMPERE, _16_BITS,
            rows=(limits.IN_PLACE_PAIRS + 1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", _ROW_FORMATS, _CUDA, _AMPERE, _16_BITS,
-           rows=(1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
+           rows=(1, limits.TILED_PAIRS_BYTES), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", _GROUP_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows=(1, limits.TILED_PAIRS_4_BITS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,
@@ -219,6 +219,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
     Kernel("route", "triton.add_norm:add_norm_route", (DENSE,), _CUDA, experts=limits.ROUTED_EXPERTS, grad=False,
            triton=True, fixed=_ANY_ROWS),
+    Kernel("gate", "triton.prompt_experts:gate", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
+    Kernel("combine", "triton.prompt_experts:combine", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
 
     # For rows whose bits must not depend on the others: no limit here is one of rows.
     Kernel("linear", "triton.fixed:decoding_linear_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,

@@ -53,9 +53,15 @@ def grouped_experts(
     token_N = order_N // expert_TK.shape[1]
     rows = None if adapters is None else adapters.of_pairs(token_N, expert_TK.flatten()[order_N] - (first or 0), E)
     x_ND = x_TD[token_N]
-    h_NF = silu(grouped_linear(x_ND, w1_EFD, count_E, rows)) * grouped_linear(x_ND, w3_EFD, count_E, rows)
+    h_NF = gate(grouped_linear(x_ND, w1_EFD, count_E, rows), grouped_linear(x_ND, w3_EFD, count_E, rows))
     y_ND = grouped_linear(h_NF, w2_EDF, count_E, rows)
     return combine(y_ND, order_N, weight_TK, None if first is None else count_E.sum())
+
+
+def gate(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """silu(gate) ⊙ up."""
+    kernel = dispatch.find(dispatch.over_tokens("gate", gate_NF))
+    return silu(gate_NF) * up_NF if kernel is None else kernel.load()(gate_NF, up_NF)
 
 
 def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -66,6 +72,9 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, rows: Tensor | Non
     """
     T, K = weight_TK.shape
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    kernel = dispatch.find(dispatch.over_tokens("combine", y_ND))
+    if kernel is not None:
+        return kernel.load()(y_ND, inverse_N, weight_TK, inverse_N.new_full((), len(y_ND)) if rows is None else rows)
     part_TKD = y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]
     if rows is not None:
         part_TKD = part_TKD.where((inverse_N < rows).view(T, K, 1), 0.0)

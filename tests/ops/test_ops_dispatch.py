@@ -15,7 +15,7 @@ from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_fr
 SIZES = {"in_features": 4096, "out_features": 14336}
 OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
 PAGED = ("attention", "rotate_and_write")  # their "weight" is a cache, dense or fp8
-TOKENS = ("add_norm", "route")
+TOKENS = ("add_norm", "route", "gate", "combine")
 FIXED = ("decode", "prompt")
 PRODUCTS = st.builds(
     Product,
@@ -108,7 +108,7 @@ def test_every_row_is_reached_by_some_product():
         ("decode", "dense", limits.IN_PLACE_PAIRS, "triton.decode_experts:decode_experts",
          "triton.grouped_experts:experts_in_tiles"),
         ("decode", "dense", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
-        ("decode", "fp8", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
+        ("decode", "fp8", limits.TILED_PAIRS_BYTES, "triton.grouped_experts:experts_in_tiles", None),
         ("decode", "nf4", limits.TILED_PAIRS_4_BITS, "triton.grouped_experts:experts_in_tiles", None),
         ("adapters", "dense", limits.ADAPTER_ROWS, "triton.low_rank:add_row_by_row", "triton.low_rank:add_grouped"),
         ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),
