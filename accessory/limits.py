@@ -15,9 +15,8 @@ DECODE_PAIRS_GPU = 8
 DECODE_PAIRS_GPU_QUANTIZED = 12  # grouped products of quantised weights are slower, so the limit is higher
 
 # (token, expert) pairs up to which experts run in tiles of few rows, with SiLU and the sum over experts in the same
-# kernels. With more, products for prompts are quicker: of dense weights, of int8 and fp8, and of 4 bits.
-TILED_PAIRS = 4096
-TILED_PAIRS_BYTES = 1024
+# kernels. With more, products for prompts are quicker.
+TILED_PAIRS = 1024
 TILED_PAIRS_4_BITS = 512
 # Pairs up to which reading a dense weight for each pair is quicker than that: they rarely share an expert.
 IN_PLACE_PAIRS = 4

@@ -18,7 +18,7 @@ from torch import Tensor
 from accessory.bench.card import free, seconds_in_turn
 from accessory.config import ModelArgs
 from accessory.formats import GROUP, Format
-from accessory.limits import FEW_ROWS, TILED_PAIRS_BYTES
+from accessory.limits import FEW_ROWS, TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
 
@@ -136,18 +136,11 @@ def _linear(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tens
     return linear(x_NI, problem.weight, tile)
 
 
-FEW = TILED_PAIRS_BYTES / 8  # rows an expert; the best tile for so many is the best for more
+FEW = TILED_PAIRS / 8  # rows an expert
 QUANTIZED = ("int8", "fp8", "int4", "nf4", "nf4-dq")
 FAMILIES = (
-    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, ("w1",), TILED_PAIRS_BYTES / 8),
-    Family(
-        "experts_down",
-        (DENSE, *QUANTIZED),
-        partial(_expert_tiles, splits=(1, 2, 4)),
-        _down,
-        ("w2",),
-        TILED_PAIRS_BYTES / 8,
-    ),
+    Family("experts_up", (DENSE, *QUANTIZED), _expert_tiles, _up, ("w1",), FEW),
+    Family("experts_down", (DENSE, *QUANTIZED), partial(_expert_tiles, splits=(1, 2, 4)), _down, ("w2",), FEW),
     Family("linear", QUANTIZED, _expert_tiles, _linear, ("wqkv", "wo"), FEW_ROWS),
     Family("grouped", (DENSE,), _grouped_tiles, _grouped),
     Family("packed_grouped", QUANTIZED, _grouped_tiles, _packed),

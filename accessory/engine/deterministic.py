@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from accessory.errors import InputError
 from accessory.ops import dispatch
 
-log = logging.getLogger(__name__)
-
 
 def check_deterministic(device: torch.device, dtype: torch.dtype, fp8: bool, field: str) -> None:
-    """InputError where it has not; a CPU has. On a GPU a warning says what is not proven.
+    """InputError where it has not; a CPU has.
 
     fp8: whether keys and values are in fp8. field: what asked for the kernels.
     """
@@ -28,4 +24,3 @@ def check_deterministic(device: torch.device, dtype: torch.dtype, fp8: bool, fie
         least = "8.9 for keys and values in fp8" if fp8 else "8.0"
         card, has = torch.cuda.get_device_name(device), ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise InputError(f"{field}: it needs a GPU of compute capability {least}, but {card} has {has}; leave it out")
-    log.warning("%s: on a GPU it is not proven yet that bits stay the same (docs/tutorial.md)", field)

@@ -187,7 +187,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE,), _CUDA, _AMPERE, _16_BITS,
            rows=(limits.IN_PLACE_PAIRS + 1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", _ROW_FORMATS, _CUDA, _AMPERE, _16_BITS,
-           rows=(1, limits.TILED_PAIRS_BYTES), multiple=16, grad=False, plain=True, triton=True),
+           rows=(1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", _GROUP_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows=(1, limits.TILED_PAIRS_4_BITS), multiple=16, grad=False, plain=True, triton=True),
     Kernel("decode", "triton.decode_experts:decode_experts", (DENSE,), _CUDA, dtypes=_16_BITS,

@@ -108,7 +108,7 @@ def test_every_row_is_reached_by_some_product():
         ("decode", "dense", limits.IN_PLACE_PAIRS, "triton.decode_experts:decode_experts",
          "triton.grouped_experts:experts_in_tiles"),
         ("decode", "dense", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
-        ("decode", "fp8", limits.TILED_PAIRS_BYTES, "triton.grouped_experts:experts_in_tiles", None),
+        ("decode", "fp8", limits.TILED_PAIRS, "triton.grouped_experts:experts_in_tiles", None),
         ("decode", "nf4", limits.TILED_PAIRS_4_BITS, "triton.grouped_experts:experts_in_tiles", None),
         ("adapters", "dense", limits.ADAPTER_ROWS, "triton.low_rank:add_row_by_row", "triton.low_rank:add_grouped"),
         ("decode", "int4", limits.DECODE_PAIRS_GPU_QUANTIZED, "triton.packed:decode_experts", None),

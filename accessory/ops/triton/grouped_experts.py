@@ -1,4 +1,4 @@
-"""The experts' feed-forward for up to 2048 tokens, in weights of any format, and a single quantised weight for as many.
+"""The experts' feed-forward for up to 512 tokens, in weights of any format, and a single quantised weight for as many.
 
 Four kernels do all of it: one sorts the (token, expert) pairs by expert; one multiplies by w1 and w3 and applies SiLU;
 one multiplies by w2; one sums each token's experts. One token needs no order. Nothing is padded and nothing copied: the
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.formats import GROUP
+from accessory.limits import TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
@@ -142,7 +143,6 @@ def _combine_kernel(
     tl.store(y_ptr + token * D + col, y, mask=col < D)
 
 
-SORTED_PAIRS = 1024  # of them, one program's registers hold so many
 NAMES = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
 # Tiles by kind of number and by the most rows an expert, as in NAMES, for w1 with w3, for w2, and for a weight alone:
 # the best of 60 to 140 on an H200 at Mixtral-8x7B's sizes, found by `accessory tune`. Few rows are the right operand of
@@ -319,9 +319,9 @@ def experts_in_tiles(
     one = T == 1 and as_rows is None
     if one:
         order_N, count_E = None, expert_TK
-    elif expert_TK.numel() <= SORTED_PAIRS:
+    elif expert_TK.numel() <= TILED_PAIRS:
         order_N, count_E = sort_pairs(expert_TK, E, first)
-    else:
+    else:  # too many for one program's registers
         order_N, count_E = (t.to(torch.int32) for t in sort_by_expert(expert_TK, E, first))
     rows = T * K / E if as_rows is None else as_rows
     h_NF = up(x_TD, w1, w3, count_E, order_N, K, _tile(UP, w1, rows), first if one else 0)
