@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from accessory.data.image_tokens import without_tag
 from accessory.data.images import open_image
 from accessory.errors import AccessoryError, MissingExtraError
-from accessory.server.page_sampling import NAMES, sampling_fields, sampling_of
+from accessory.server.page_sampling import sampling_fields, sampling_of
 from accessory.server.page_text import plain, without_html
 from accessory.server.uploads import LARGEST, Uploads
 
@@ -168,8 +168,9 @@ class Page:
                 with gr.Column(scale=1, min_width=260):
                     self.image = self._image_box() if demo.images else None
                     own += demo.settings(self.model.tokenizer)
-                    sampling = sampling_fields(gr, self.max_seq_len)
-            self._wire([*sampling, *own])
+                    drawn = sampling_fields(gr, self.max_seq_len, list(getattr(self.model, "adapters", ())))
+                    self._drawing = len(drawn)
+            self._wire([*drawn, *own])
             blocks.unload(self._leave)
         return blocks
 
@@ -297,8 +298,8 @@ class Page:
 
     def _stream(self, history: list[Message], fields: Sequence[Any], stop: threading.Event) -> Iterator[str]:
         """Yield the answer so far, at most once in `SHOW_EVERY` seconds; the last one always comes."""
-        how, stops = sampling_of(fields[: len(NAMES)])
-        own, max_gen_len = fields[len(NAMES) :], how["max_gen_len"]
+        how, stops = sampling_of(fields[: self._drawing])
+        own, max_gen_len = fields[self._drawing :], how["max_gen_len"]
         ask = self.demo.ask(self.model.tokenizer, history, *own)
         image = _image_of(history)
         self._warn_of_cut(ask, max_gen_len, 0 if image is None else getattr(self.model, "image_words", 0))

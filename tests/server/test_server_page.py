@@ -23,6 +23,7 @@ LONG = 900  # tokens: an answer that goes on while others are given
 def started(folders, tmp_path_factory, *words):
     log = tmp_path_factory.mktemp("page") / "log"
     how = ["--device", "cpu", "--dtype", "fp32", "--max-seq-len", "1024", "--port", "0", "--page"]
+    how += ["--adapter", f"pirate={folders[1]}"]
     command = [sys.executable, "-m", "accessory", "serve", str(folders[0]), *how, *words]
     return web.Served(command, ROOT, log)
 
@@ -109,6 +110,27 @@ def test_the_key_is_the_pages_password(served, browser):
     for path in ("", "config", "gradio_api/info", "gradio_api/queue/data?session_hash=a", "theme.css", "login"):
         assert httpx.get(server.url + path).status_code == 401, path
     assert httpx.post(f"{server.url}gradio_api/upload", files={"files": b"a"}).status_code == 401
+
+
+@needs_browser
+def test_a_visitor_chooses_an_adapter(served, folders, browser):
+    """The page gives what the API gives for the same adapter."""
+    server, given, headers = served
+    visitor = web.Visitor(browser, server.url, **given)
+    visitor.set("max_gen_len", 12)
+    assert visitor.options("adapter") == ["none: the model itself", "pirate"]
+    texts = {}
+    for name in (folders[0].name, "pirate"):
+        if name == "pirate":
+            visitor.choose("adapter", name)
+        visitor.ask("Tell me all")
+        texts[name] = visitor.rounds()[1][1]
+        visitor.press("clear")
+        body = {"model": name, "messages": [{"role": "user", "content": "Tell me all"}], "max_tokens": 12}
+        answer = httpx.post(f"{server.url}v1/chat/completions", json=body | {"temperature": 0}, headers=headers).json()
+        assert texts[name].split() == answer["choices"][0]["message"]["content"].split()
+    assert len(set(texts.values())) == 2
+    visitor.leave()
 
 
 @needs_browser
