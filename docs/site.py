@@ -1,7 +1,7 @@
 """What `mkdocs.yml` asks of Python: pages from outside `docs/`, and links that hold on the site too.
 
-In the repository, pages link to each other as files. On the site all pages lie side by side. Files that are no pages are
-copied, so that links to them hold; folders have no page, and a link to one becomes its name.
+In the repository, pages link to each other as files. On the site all pages lie side by side. Files that are no pages
+are copied, so that links to them hold; folders have no page, and a link to one becomes its name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ What a program of yours may use. [reference.md](docs/reference.md#metamodel) say
 ::: accessory.model.meta.MetaModel
     options:
       inherited_members: true
-      members: [from_pretrained, generate, stream_generate, complete, stream, answers, compute_logits, evaluate_examples]
+      members:
+        - from_pretrained
+        - generate
+        - stream_generate
+        - complete
+        - stream
+        - answers
+        - compute_logits
+        - evaluate_examples
 
 ::: accessory.model.multi_gpu_wrapper.MultiGpuWrapper
 
