@@ -12,8 +12,18 @@ from typing import Any
 from accessory import __version__
 from accessory.command_line import Parser
 from accessory.commands.bench_options import SERVE, add_bench_arguments, add_tune_arguments, check_bench_options
+from accessory.commands.checkpoint_options import (
+    add_adapter_arguments,
+    add_convert_arguments,
+    add_info_arguments,
+    add_merge_arguments,
+    add_quantize_arguments,
+    add_upcycle_arguments,
+    add_verify_arguments,
+)
 from accessory.commands.data_options import add_data_check_arguments
 from accessory.commands.demo_options import add_demo_arguments, check_demo_options
+from accessory.commands.finetune_options import add_finetune_arguments
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
 from accessory.commands.text_options import (
@@ -23,12 +33,11 @@ from accessory.commands.text_options import (
     check_text_options,
 )
 from accessory.data.template_names import TEMPLATES
-from accessory.model.options import DTYPES, add_model_options, add_option, add_quant_options, torch_dtype
+from accessory.model.options import add_json_option, add_model_options, torch_dtype
 
 EPILOG = "A PATH is a folder in any published layout, or hf://owner/name[/folder]. docs/ has a tutorial."
 # The arguments that name checkpoints to read. `accessory plan` has its own: its PATH may be a preset's name.
 READ = ("pretrained_path", "a", "b", "src", "paths", "base")
-LAYOUTS = ("base", "sparse", "hf", "torrent")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,15 +162,24 @@ def _verify(options: argparse.Namespace) -> int:
     from accessory.convert.verify import verify
 
     report = verify(_resolved(options.a), None if options.b is None else _resolved(options.b))
-    print("\n".join(report.lines()))
+    _print_report(report, as_json=options.json)
     return 0 if report.ok else 1
 
 
 def _info(options: argparse.Namespace) -> int:
     from accessory.convert.info import info
 
-    print("\n".join(info(_resolved(options.path)).lines()))
+    _print_report(info(_resolved(options.path)), as_json=options.json)
     return 0
+
+
+def _print_report(report: Any, *, as_json: bool) -> None:
+    from accessory.commands.json_output import print_json
+
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print("\n".join(report.lines()))
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -255,13 +273,11 @@ def _parser() -> Parser:
     add_image_arguments(generate, several=True)
     add_sampling_arguments(generate, several=True)
     generate.add_argument("--stream", action="store_true", help="show the text while it is written")
-    generate.add_argument(
-        "--json",
-        action="store_true",
-        help="one JSON object a prompt; with --stream, before it one a piece",
-    )
+    add_json_option(generate, "one JSON object a prompt; with --stream, before it one a piece")
     about = "with --json: log-probabilities of the answer's tokens, and of the N likeliest ones"
     generate.add_argument("--logprobs", type=int, metavar="N", help=about)
+    about = "with --json: the seconds that each answer took, and its tokens a second"
+    generate.add_argument("--timing", action="store_true", help=about)
 
     chat = _command(commands, "chat", _chat, "talk to a model in the terminal")
     add_chat_arguments(chat)
@@ -278,84 +294,31 @@ def _parser() -> Parser:
     add_tune_arguments(tune)
 
     convert = _command(commands, "convert", _convert, "write a checkpoint in another layout")
-    convert.add_argument("src", metavar="SRC", help="the checkpoint to read")
-    convert.add_argument("dst", metavar="DST", help="the folder to make")
-    convert.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
-    convert.add_argument("--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over SRC's own")
-    _writing_arguments(convert)
+    add_convert_arguments(convert)
 
     verify = _command(commands, "verify", _verify, "check every tensor; with two paths, prove them equal")
-    verify.add_argument("a", metavar="A", help="a checkpoint")
-    verify.add_argument("b", metavar="B", nargs="?", help="another, in any layout")
+    add_verify_arguments(verify)
 
     info = _command(commands, "info", _info, "what a checkpoint is")
-    info.add_argument("path", metavar="PATH", help="a checkpoint, complete or not")
+    add_info_arguments(info)
 
     quantize = _command(commands, "quantize", _quantize, "save a checkpoint quantised; it loads without --quant")
-    quantize.add_argument("src", metavar="SRC", help="the checkpoint to read")
-    quantize.add_argument("dst", metavar="DST", help="the folder to make")
-    add_quant_options(quantize, "nf4, nf4-dq, int4, int8 or fp8", required=True)
-    add_option(
-        quantize,
-        "no_quant_search",
-        dest="quant_search",
-        action="store_false",
-        help="int4's scales from a group's ends: quicker, worse",
-    )
-    quantize.add_argument("--calibrate", metavar="FILE", help="a text that int4's and int8's numbers are to suit")
-    add_option(quantize, "calibrate_tokens", type=int, metavar="N", help="of the text (default: 65536)")
-    add_option(quantize, "allow_unreached", action="store_true", help="search for experts that the text misses")
-    quantize.add_argument("--device", help="that computes (default: cuda where there is one, else cpu)")
-    _folder_arguments(quantize)
+    add_quantize_arguments(quantize)
 
     plan = _command(commands, "plan", _plan, "what fits which GPUs, before anything is downloaded or loaded")
     add_plan_arguments(plan)
 
     upcycle = _command(commands, "upcycle", _upcycle, "grow a mixture from a dense Llama or Mistral (arXiv 2212.05055)")
-    upcycle.add_argument("src", metavar="SRC", help="a Hugging Face folder or a GGUF file")
-    upcycle.add_argument("dst", metavar="DST", help="the folder to make")
-    upcycle.add_argument("--experts", type=int, default=8, metavar="N", help="experts a layer (default: 8)")
-    upcycle.add_argument("--top-k", type=int, default=2, metavar="K", help="experts a token visits (default: 2)")
-    upcycle.add_argument(
-        "--noise", type=float, default=0.0, metavar="X", help="of each matrix's own deviation (default: 0)"
-    )
-    upcycle.add_argument("--seed", type=int, default=0, metavar="N", help="of routers and noise (default: 0)")
-    upcycle.add_argument("--to", choices=LAYOUTS, default="base", help="the layout to write (default: base)")
-    _writing_arguments(upcycle)
+    add_upcycle_arguments(upcycle)
 
     merge = _command(commands, "merge", _merge, "work adapters into the weights, and prove that nothing else happened")
-    merge.add_argument("paths", metavar="PATH", nargs="+", help="the base model and its adapters, in order")
-    merge.add_argument("dst", metavar="DST", help="the folder to make")
-    merge.add_argument("--to", choices=LAYOUTS, help="the layout to write (default: the first PATH's)")
-    merge.add_argument(
-        "--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over the folders' own"
-    )
-    merge.add_argument(
-        "--allow-unchanged", action="store_true", help="accept adapters, or updates, that change nothing"
-    )
-    merge.add_argument(
-        "--allow-other-base", action="store_true", help="accept adapters that say they were trained on another model"
-    )
-    merge.add_argument("--no-certificate", dest="certificate", action="store_false", help="do not compare the logits")
-    merge.add_argument("--device", default="cpu", help="where the logits are computed (default: cpu)")
-    _writing_arguments(merge)
+    add_merge_arguments(merge)
 
     adapter = _command(commands, "adapter", _adapter, "exchange adapters with Hugging Face's PEFT")
-    adapter.add_argument("direction", choices=("export", "import"), help="export: to PEFT's folder; import: from it")
-    adapter.add_argument("src", metavar="SRC", help="the adapter to read")
-    adapter.add_argument("dst", metavar="DST", help="the folder to make")
-    adapter.add_argument("--base", required=True, metavar="PATH", help="the model that the adapter is for")
-    adapter.add_argument("--to", choices=LAYOUTS[:2], help="import: the layout to write (default: the base's)")
-    adapter.add_argument("--shards", type=int, metavar="N", help="import: files to split it into (default: 1)")
-    adapter.add_argument("--safetensors", action="store_true", help="import: instead of .pth")
-    adapter.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
+    add_adapter_arguments(adapter)
 
     finetune = _command(commands, "finetune", _finetune, "train a model, or adapters for one, as a recipe says")
-    finetune.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe: lora_one_gpu, …")
-    finetune.add_argument("overrides", metavar="key=value", nargs="*", help="wins over what the file says")
-    finetune.takes_more = True
-    add_option(finetune, "n_gpus", type=int, metavar="N", help="ranks to start here; on a CPU, processes")
-    add_option(finetune, "dry_run", action="store_true", help="check and show the recipe, train nothing")
+    add_finetune_arguments(finetune)
 
     data = commands.add_parser("data", help="look at finetuning data before a GPU is used", epilog=EPILOG)
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, help="check")
@@ -376,18 +339,6 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     command.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
     command.set_defaults(run=run)
     return command
-
-
-def _writing_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--shards", type=int, metavar="N", help="files to split it into; not for torrent")
-    command.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help="bf16, fp16, fp32; default: the source's")
-    command.add_argument("--safetensors", action="store_true", help="instead of .pth, for base and sparse")
-    _folder_arguments(command)
-
-
-def _folder_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--overwrite", action="store_true", help="replace a DST that is not empty")
-    command.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-read what was written")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ LIGHT = (
     "limits.py", "vision_config.py",
     "launch/__init__.py", "launch/ending.py", "launch/environment.py", "launch/gpus.py", "launch/speaking.py",
     "model/__init__.py", "model/options.py",
-    "commands/__init__.py", "commands/bench_options.py", "commands/data_options.py", "commands/demo_options.py",
-    "commands/interrupting.py", "commands/outcome.py", "commands/plan_options.py", "commands/serve_options.py",
-    "commands/text_options.py",
+    "commands/__init__.py", "commands/bench_options.py", "commands/checkpoint_options.py", "commands/data_options.py",
+    "commands/demo_options.py", "commands/finetune_options.py", "commands/interrupting.py", "commands/outcome.py",
+    "commands/plan_options.py", "commands/serve_options.py", "commands/text_options.py",
     "data/template_names.py",
 )  # fmt: skip
 DISTRIBUTION_TO_IMPORT = {"pyyaml": "yaml"}

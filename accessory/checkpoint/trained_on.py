@@ -73,6 +73,12 @@ class Adapter:
         where = "" if self.trained_on is None else f", trained on {self.trained_on.name}"
         return f"{kind}, {spell_parameters(self.parameters)} parameters{where}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON. The hash is that of the model's norms and routers."""
+        on = self.trained_on
+        told = {"lora_rank": self.rank, "parameters": self.parameters}
+        return {**told, KEY: None if on is None else {"name": on.name, "hash": on.hash}}
+
     def command(self, name: str) -> str:
         """`accessory NAME` with the model and the adapter."""
         models = ["MODEL"] if self.trained_on is None else self.trained_on.name.split(BETWEEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from accessory.commands.json_output import print_json
 from accessory.convert import peft_format
 from accessory.convert.merge import merge as merge_folders
 from accessory.errors import InputError
@@ -30,6 +31,9 @@ def merge(options: argparse.Namespace) -> int:
             verify=options.verify,
             config_files=options.config,
         )
+    if options.json:
+        print_json({"written": str(options.dst), "verified": options.verify, **report.to_dict()})
+        return 0
     print("\n".join(report.lines()))
     print(f"{options.dst}: written" + (", read again and equal" if options.verify else ""))
     return 0

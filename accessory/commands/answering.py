@@ -31,7 +31,7 @@ class Asking:
     """How prompts become requests to a model, and its answers lines: with the template of the options, if any."""
 
     def __init__(self, options: argparse.Namespace, model: TextModel) -> None:
-        self._system, self._tokenizer = options.system, model.tokenizer
+        self._system, self._tokenizer, self._timing = options.system, model.tokenizer, options.timing
         self._sees = model.image_processor is not None
         self._named = None if options.template is None else get_template(options.template, model.tokenizer)
         # Messages are written with a template in any case: that of a chat.
@@ -77,6 +77,8 @@ class Asking:
             "tokens": len(answer.token_ids),
             "finish_reason": answer.finish_reason,
         }
+        if self._timing and answer.seconds:
+            told |= {"seconds": answer.seconds, "tokens_per_second": len(answer.token_ids) / answer.seconds}
         if answer.logprobs is not None:
             tokens = [_token(*pair, self._tokenizer) for pair in zip(answer.token_ids, answer.logprobs, strict=True)]
             for token, top in zip(tokens, answer.top_logprobs or (), strict=False):

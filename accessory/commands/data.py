@@ -9,6 +9,8 @@ from rich.console import Console
 
 from accessory.commands import data_view as view
 from accessory.commands.data_choices import Choices, read_choices, sizes_of
+from accessory.commands.data_result import Checked, as_json, images
+from accessory.commands.json_output import print_json
 from accessory.commands.training_speed import expected_speed
 from accessory.config import ModelArgs
 from accessory.data.bos_check import check_bos
@@ -26,18 +28,26 @@ def check(options: argparse.Namespace) -> int:
     args = sizes_of(Path(choices.model))
     if args is not None:
         check_vocabulary(tokenizer, args.vocab_size)
+    if options.json:
+        checked = {title: _check_one(title, choices, tokenizer, args) for title in choices.data}
+        print_json(as_json(choices, tokenizer, checked))
+        return int(any(one.problems for one in checked.values()))
     console = Console(highlight=False, soft_wrap=True)
     console.print(view.heading(choices, tokenizer))
-    return max([_check_one(console, title, choices, tokenizer, args) for title in choices.data])
+    wrong = False
+    for title in choices.data:
+        console.rule(f"{title}: {choices.data[title]}", align="left")
+        one = _check_one(title, choices, tokenizer, args)
+        _show(console, one, choices, tokenizer)
+        wrong = wrong or bool(one.problems)
+    return int(wrong)
 
 
-def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokenizer, args: ModelArgs | None) -> int:
-    training = title == "data_config"
-    problems: list[str] = []
-    console.rule(f"{title}: {choices.data[title]}", align="left")
+def _check_one(title: str, choices: Choices, tokenizer: Tokenizer, args: ModelArgs | None) -> Checked:
+    path, problems = choices.data[title], list[str]()
     try:
         data = FinetuneData.open(
-            Path(choices.data[title]),
+            Path(path),
             tokenizer,
             max_words=choices.max_words,
             template=choices.template,
@@ -50,35 +60,37 @@ def _check_one(console: Console, title: str, choices: Choices, tokenizer: Tokeni
     except InputError:
         if not problems:
             raise
-        console.print(view.problems(problems))
-        return 1
+        return Checked(path, problems)
     misplaced = check_bos(data, tokenizer, get_template(choices.template or "default", tokenizer))
     problems += misplaced or []
-    console.print(view.counts(data))
-    console.print(view.histogram(data))
-    if training:
-        schedule = Schedule(
-            data,
-            rows=choices.rows,
-            max_words=choices.max_words,
-            packing=choices.packing,
-            seed=choices.seed,
-            epochs=choices.epochs,
-            max_steps=choices.max_steps,
-        )
-        console.print(view.steps(choices, schedule))
-        speed = expected_speed(
-            choices.tokens_per_second,
-            choices.output_dir,
-            args,
-            gpus=choices.gpus,
-            checkpointing=choices.checkpointing,
-        )
-        console.print(view.time(data, schedule, speed))
-    if any(file.encoded.images for file in data.files):
-        console.print(view.images(data, choices.image_tokens))
-    console.print(view.bos(data, tokenizer, misplaced))
-    for group in range(len(data.group_names)):
-        console.print(view.preview(data, group, tokenizer, marked=console.color_system is None))
-    console.print(view.problems(problems))
-    return 1 if problems else 0
+    if title != "data_config":
+        return Checked(path, problems, data, misplaced)
+    schedule = Schedule(
+        data,
+        rows=choices.rows,
+        max_words=choices.max_words,
+        packing=choices.packing,
+        seed=choices.seed,
+        epochs=choices.epochs,
+        max_steps=choices.max_steps,
+    )
+    speed = expected_speed(
+        choices.tokens_per_second, choices.output_dir, args, gpus=choices.gpus, checkpointing=choices.checkpointing
+    )
+    return Checked(path, problems, data, misplaced, schedule, speed)
+
+
+def _show(console: Console, one: Checked, choices: Choices, tokenizer: Tokenizer) -> None:
+    data = one.data
+    if data is not None:
+        console.print(view.counts(data))
+        console.print(view.histogram(data))
+        if one.schedule is not None:
+            console.print(view.steps(choices, one.schedule))
+            console.print(view.time(data, one.schedule, one.speed))
+        if (seen := images(data)) is not None:
+            console.print(view.images(seen, data, choices.image_tokens))
+        console.print(view.bos(data, tokenizer, one.misplaced))
+        for group in range(len(data.group_names)):
+            console.print(view.preview(data, group, tokenizer, marked=console.color_system is None))
+    console.print(view.problems(one.problems))

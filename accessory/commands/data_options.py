@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from accessory.data.template_names import TEMPLATES
-from accessory.model.options import add_option
+from accessory.model.options import add_json_option, add_option
 
 
 def add_data_check_arguments(check: argparse.ArgumentParser) -> None:
@@ -22,3 +22,4 @@ def add_data_check_arguments(check: argparse.ArgumentParser) -> None:
     check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: CONFIG's model_parallel_size)")
     check.add_argument("--epochs", type=float, metavar="X", help="times every item is seen (1)")
     add_option(check, "tokens_per_second", type=float, metavar="X", help="of all GPUs together")
+    add_json_option(check)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from accessory.commands import data_result as result
 from accessory.commands.data_choices import Choices
 from accessory.commands.training_speed import Speed
 from accessory.data.dataset import FinetuneData
@@ -21,8 +21,6 @@ from accessory.train.metrics import METRICS_FILE
 from accessory.vision_config import IMAGE_ID
 
 SHOWN_PROBLEMS = 20
-_PREVIEWED = 2  # items shown of each group
-_TOKENS = 400  # tokens shown of an item
 _BAR = 40  # characters of the histogram's longest bar
 LEARNT, REST, SPECIAL = "green", "dim", "bold magenta"
 MARKS = ("⟦", "⟧")  # put around learnt tokens where there are no colours
@@ -42,47 +40,30 @@ def counts(data: FinetuneData) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "type", "items", "tokens", "mean", "cut", "left out", "learnt"):
         table.add_column(name, justify="left" if name in ("file", "type") else "right", overflow="fold")
-    learnt = data.learnt_tokens()
-    for number, file in enumerate(data.files):
-        share = "" if file.taken == file.items else f" of {file.items:,}"
-        own = data.file_of == number
-        dropped = len(file.encoded.lines) - len(file.broken) - int(own.sum())
-        table.add_row(str(file.source.path), file.source.group, *_cells(data, own, learnt, dropped, share))
-    if len(data.group_names) > 1:
-        for number, name in enumerate(data.group_names):
-            table.add_row("all of", name, *_cells(data, data.groups == number, learnt))
-    if len(data.files) > 1:
-        every = np.ones(len(data), bool)
-        table.add_row("all", "", *_cells(data, every, learnt, data.dropped))
+    for count in result.counts(data):
+        file = count.file or ("all" if count.type is None else "all of")
+        table.add_row(file, count.type or "", *_cells(count))
     return table
 
 
-def _cells(
-    data: FinetuneData, own: np.ndarray, learnt: np.ndarray, dropped: int | None = None, share: str = ""
-) -> list[str]:
-    items, tokens = int(own.sum()), int(data.lengths[own].sum())
-    cut = int((data.whole[own] > data.max_words).sum())
+def _cells(count: result.Count) -> list[str]:
     return [
-        f"{items:,}{share}",
-        f"{tokens:,}",
-        f"{tokens / max(items, 1):,.0f}",
-        f"{cut:,} ({_percent(cut, items)})",
-        "" if dropped is None else f"{dropped:,}",
-        _percent(int(learnt[own].sum()), tokens),
+        f"{count.items:,}" + ("" if count.of is None else f" of {count.of:,}"),
+        f"{count.tokens:,}",
+        f"{count.tokens / max(count.items, 1):,.0f}",
+        f"{count.cut:,} ({_percent(count.cut, count.items)})",
+        "" if count.left_out is None else f"{count.left_out:,}",
+        _percent(count.learnt, count.tokens),
     ]
 
 
-def images(data: FinetuneData, image_tokens: int | None) -> str:
+def images(found: result.Images, data: FinetuneData, image_tokens: int | None) -> str:
     """The number of items with an image, and the share of image tokens among all tokens."""
-    items = sum(len(f.encoded.images) for f in data.files)
-    paths = {(f.source.root, image) for f in data.files for image in f.encoded.images.values()}
-    every = sum(len(f.encoded.lines) for f in data.files)
-    share = f"images    {items:,} of {every:,} items have one, of {len(paths):,} files"
-    left = f"; {data.broken:,} items are left out for theirs" if data.broken else ""
+    share = f"images    {found.items:,} of {found.of:,} items have one, of {found.files:,} files"
+    left = f"; {found.left_out:,} items are left out for theirs" if found.left_out else ""
     if image_tokens:
-        tokens = int(data.lengths.sum())
-        taken = int(data.places.sum())
-        return f"{share}; {image_tokens:,} positions each, {_percent(taken, tokens)} of all tokens{left}"
+        taken = _percent(found.positions, int(data.lengths.sum()))
+        return f"{share}; {image_tokens:,} positions each, {taken} of all tokens{left}"
     if image_tokens is None:
         return f"{share}; the positions they take are not counted: --model is no folder of a model that sees{left}"
     return f"{share}; the run looks at none{left}"
@@ -90,33 +71,27 @@ def images(data: FinetuneData, image_tokens: int | None) -> str:
 
 def histogram(data: FinetuneData) -> RenderableType:
     """The number of items by their tokens before any cut. Each bin is twice as wide as the one before."""
-    lines = [Text("tokens of an item", style="bold")]
-    bins = np.floor(np.log2(np.maximum(data.whole, 1))).astype(int)
-    numbers = np.bincount(bins)
-    for power in range(int(bins.min()), len(numbers)):
-        low, high = 2**power, 2 ** (power + 1) - 1
-        bar = "█" * round(_BAR * numbers[power] / numbers.max()) or ("▏" if numbers[power] else "")
+    lines, found = [Text("tokens of an item", style="bold")], result.lengths(data)
+    most = max(number for _, _, number in found.bins)
+    for low, high, number in found.bins:
+        bar = "█" * round(_BAR * number / most) or ("▏" if number else "")
         cut = "  longer ones are cut" if low <= data.max_words < high and data.truncated else ""
-        share = _percent(int(numbers[power]), len(data))
-        lines.append(Text(f"{low:>7,} – {high:<7,} {bar:<{_BAR}} {numbers[power]:>9,} {share:>6}{cut}"))
-    middle, most = np.percentile(data.whole, [50, 99])
-    lines.append(Text(f"median {middle:,.0f}, 99 of 100 at most {most:,.0f}, longest {data.whole.max():,}"))
+        lines.append(Text(f"{low:>7,} – {high:<7,} {bar:<{_BAR}} {number:>9,} {_percent(number, len(data)):>6}{cut}"))
+    summary = f"median {found.median:,.0f}, 99 of 100 at most {found.of_99_in_100:,.0f}, longest {found.longest:,}"
+    lines.append(Text(summary))
     return Group(*lines)
 
 
 def steps(choices: Choices, schedule: Schedule) -> str:
-    first = schedule.plans[0]
-    rows = [row for step in range(first.steps) for row in first.rows(step)]
-    full = sum(1 for row in rows if row)
+    first = result.rows(schedule)
     if choices.packing:
-        documents = sum(len(row) for row in rows) / max(full, 1)
-        how = f"{first.fill:.1%} of {choices.max_words:,} tokens a row filled, {documents:.1f} items a row"
+        how = f"{first.fill:.1%} of {choices.max_words:,} tokens a row filled, {first.items_a_row:.1f} items a row"
     else:
         how = "one item a row, neighbours by length together"
     split = f"{choices.batch_size} a GPU × {choices.accum_iter} accumulated × {choices.replicas} data-parallel"
     return (
         f"packing   {'on' if choices.packing else 'off'}: {how}\n"
-        f"steps     {first.steps:,} an epoch of {full:,} rows, {choices.rows} a step ({split}); "
+        f"steps     {first.steps:,} an epoch of {first.full:,} rows, {choices.rows} a step ({split}); "
         f"{schedule.steps:,} in all ({choices.epochs:g} epoch{'s' * (choices.epochs != 1)})"
     )
 
@@ -128,7 +103,7 @@ def time(data: FinetuneData, schedule: Schedule, speed: Speed | None) -> str:
             "time      unknown here; give --tokens-per-second (of all GPUs together), or make a few steps of the run: "
             f"its {METRICS_FILE} tells"
         )
-    tokens = sum(int(data.lengths[i]) for step in range(schedule.steps) for row in schedule.rows(step) for i in row)
+    tokens = result.tokens_in_all(data, schedule)
     rate = speed.tokens_per_second
     return f"time      about {duration(tokens / rate)} for {tokens:,} tokens at {rate:,.0f} a second ({speed.source})"
 
@@ -166,18 +141,18 @@ def _file_of(problem: str) -> str:
 def preview(data: FinetuneData, group: int, tokenizer: Tokenizer, *, marked: bool) -> RenderableType:
     """The first items of a group as the model reads them. `marked`: show learnt tokens by brackets, not colours."""
     lines = []
-    for item in np.flatnonzero(data.groups == group)[:_PREVIEWED].tolist():
+    for item in result.previewed(data, group):
         example = data.example(item)
         title = f"{data.where(item)} ({data.group_names[group]}), {len(example.ids):,} tokens"
         cut = f", cut from {data.whole[item]:,}" if example.truncated else ""
         image = f", image {example.image}{_size(example.image)}" if example.image else ""
         lines.append(Text.assemble("\n", (title + cut + image, "bold"), ": learnt is ", _legend(marked)))
         words = [(i, on) for i, on in zip(example.ids, example.learn, strict=True) if i != IMAGE_ID]
-        ids, learn = [i for i, _ in words[:_TOKENS]], [on for _, on in words[:_TOKENS]]
+        ids, learn = [i for i, _ in words[: result.TOKENS]], [on for _, on in words[: result.TOKENS]]
         at = example.ids.index(IMAGE_ID) if example.places else 0
         lines.append(painted(ids, learn, tokenizer, marked=marked, places=example.places, at=at))
-        if len(words) > _TOKENS:
-            lines.append(Text(f"… {len(words) - _TOKENS:,} tokens more", style=REST))
+        if len(words) > result.TOKENS:
+            lines.append(Text(f"… {len(words) - result.TOKENS:,} tokens more", style=REST))
     return Group(*lines)
 
 

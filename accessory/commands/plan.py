@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from accessory.commands.json_output import print_json
 from accessory.commands.plan_result import Model, Plan
 from accessory.commands.plan_view import formats_of, show
 from accessory.config import PRESETS, Implementation, ModelArgs
@@ -26,7 +26,7 @@ def plan(options: argparse.Namespace) -> int:
     """Print the plan. Returns 1 where the task does not fit the cards, else 0. AccessoryError for wrong options."""
     made = make_plan(options)
     if options.json:
-        print(json.dumps(as_json(made), indent=1))
+        print_json(as_json(made))
     else:
         show(made)
     return 1 if made.fits is False else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from accessory.model.options import add_cache_dtype, add_option, add_quant_options
+from accessory.model.options import add_cache_dtype, add_json_option, add_option, add_quant_options
 
 
 def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
@@ -29,4 +29,4 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (--gpus divided by --tp)")
     add_option(plan, "data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
     plan.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute layers again in backward")
-    plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+    add_json_option(plan, "print one JSON object, in bytes")

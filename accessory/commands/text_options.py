@@ -130,5 +130,7 @@ def check_text_options(options: argparse.Namespace) -> None:
     except InputError as error:
         name, said = str(error).split(":", 1)
         raise InputError(f"{option_of(name)}:{said}") from error
+    if getattr(options, "timing", False) and not (options.json or options.out):
+        raise InputError("--timing: it comes in the lines of --json; give --json too, or --lines with --out")
     if options.sampling.logprobs is not None and not (options.json or options.out):
         raise InputError("--logprobs: they come in the lines of --json; give --json too, or --lines with --out")

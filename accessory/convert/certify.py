@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,18 @@ class Certificate:
                 f"merged and unmerged logits differ: merged, in fp32, by {self.exact.largest:.2g} of the logits, of "
                 f"which rounding explains {self.exact_bound:.2g}; nothing was written"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        differences = ("exact", "stored", "rounded", "adapter")
+        told = {name: getattr(self, name) for name in differences}
+        return {
+            "tokens": self.tokens,
+            "dtype": _short(self.dtype),
+            "bound": self.exact_bound,
+            **{name: None if difference is None else asdict(difference) for name, difference in told.items()},
+            "decisions": self.tokens * self.layers,
+        }
 
     def lines(self) -> list[str]:
         kind = _short(self.dtype)

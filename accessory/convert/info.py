@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accessory.checkpoint.folder import UNFINISHED, Checkpoint, survey_folder
 from accessory.checkpoint.trained_on import Adapter
@@ -64,6 +65,41 @@ class Info:
             out.append(f"use it          {self.adapter.command('generate')}")
             out.append(f"merge it        {self.adapter.command('merge')} DST")
         return out + [f"  problem: {problem}" for problem in self.problems]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `lines` tells, as plain values for JSON. Sizes are in bytes."""
+        total, active = (None, None) if self.adapter is not None or self.parameters is None else self.parameters
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "llama_type": None if self.llama_type is None else str(self.llama_type),
+            "implementation": None if self.llama_type is None else self.llama_type.implementation,
+            "shards": self.shards,
+            "adapter": None if self.adapter is None else self.adapter.to_dict(),
+            "parameters": total,
+            "active_parameters": active,
+            "quant": None if self.quant is None else self.quant.to_dict(),
+            "images": self._images(),
+            "files": [path.name for path in self.files],
+            "nbytes": self.nbytes,
+            "dtype": self.dtype,
+            "resources": [path.name for path in self.resources],
+            "config": None if self.args is None else self.args.to_dict(),
+            "complete": self.complete,
+            "problems": self.problems,
+        }
+
+    def _images(self) -> dict[str, Any] | None:
+        if self.args is None or self.llama_type is None or not self.llama_type.image_views:
+            return None
+        views, vision = self.llama_type.image_views, self.args.sees_with
+        return {
+            "positions": vision.image_tokens(views),
+            "views": views,
+            "pixels": vision.pixels(views),
+            "encoders": {encoder.name: encoder.size for encoder in vision.all},
+            "encoder_parameters": self.encoders,
+        }
 
 
 def info(path: str | Path) -> Info:

@@ -7,9 +7,9 @@ adapter that changes nothing, an update that rounding removes, and a merged netw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,6 +104,16 @@ class Report:
     @property
     def unchanged(self) -> list[Effect]:
         return [e for e in self.effects if e.state != "changed"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was merged, weight by weight, as plain values for JSON."""
+        return {
+            "weights": [asdict(effect) for effect in self.effects],
+            "unchanged_experts": self.idle_experts(),
+            "replaced": self.replaced,
+            "biases": self.biases,
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+        }
 
     def idle_experts(self) -> dict[str, list[int]]:
         """Layer ("layers.3") → experts that have LoRA adapters, none of which changed a weight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash
@@ -41,6 +42,19 @@ class Side:
             out.append("  note: dtypes are mixed within this model")
         return out + [f"  problem: {problem}" for problem in self.problems]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `lines` tells, and the hash, as plain values for JSON."""
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "shards": self.shards,
+            "tensors": self.tensors,
+            "dtypes": self.dtypes,
+            "quantized": bool(self.pieces),
+            "problems": self.problems,
+            "hash": self.hash or None,
+        }
+
 
 @dataclass(frozen=True)
 class Report:
@@ -67,6 +81,11 @@ class Report:
         if self.ok:
             return [*out, f"equal: {self.hash}"]
         return [*out, f"NOT equal: {self.a.hash or 'none'} {self.b.hash or 'none'}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `lines` tells, as plain values for JSON. ok: whole and, if two were compared, equal."""
+        b = None if self.b is None else self.b.to_dict()
+        return {"ok": self.ok, "a": self.a.to_dict(), "b": b, "differences": self.differences}
 
 
 def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True) -> Report:

@@ -28,6 +28,10 @@ def add_option(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
     parser.add_argument(*dict.fromkeys(["--" + name.replace("_", "-"), f"--{name}"]), **how)
 
 
+def add_json_option(parser: argparse.ArgumentParser, help: str = "print one JSON object") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, demo: bool = False, or_url: bool = False) -> None:
     """Declare the options for the checkpoint, for loading it, and for the GPUs.
 

@@ -6,6 +6,7 @@ Legend: T tokens, V vocabulary, P height and width in pixels.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -266,6 +267,7 @@ class TextModel:
                     if (writing := next(left, None)) is None:
                         break
                     if not writing.request.finished:
+                        writing.began = time.monotonic()
                         engine.add(writing.request)
                     at_once[begun] = writing
                     begun += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
@@ -37,6 +38,7 @@ class Completion:
     cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request had computed
     finish_reason: FinishReason | None = None  # None while it is written
     error: BaseException | None = None
+    seconds: float | None = field(default=None, compare=False)  # from when the engine took it to its end
 
     def raise_error(self) -> None:
         """Raise the error that it ended with, if any: a copy, see `told_again`."""
@@ -70,6 +72,7 @@ class Writing:
     taken = 0
 
     def __init__(self, request: Request, tokenizer: Tokenizer, text_ids: list[int], stops: Sequence[str]) -> None:
+        self.began = time.monotonic()  # set anew when the engine takes the request
         self.request, self._stop_ids = request, tokenizer.stop_ids
         self._decoder, self._scanner = StreamDecoder(tokenizer, text_ids), StopScanner(stops)
         wanted = request.params.logprobs
@@ -105,6 +108,7 @@ class Writing:
         if (request.finished and not request.drawn) or self._scanner.stopped:
             answer.finish_reason = "stop" if self._scanner.stopped else request.finished
             answer.error, answer.cached_tokens = request.error, request.cached
+            answer.seconds = time.monotonic() - self.began
             if request.params.prompt_logprobs is not None:
                 answer.prompt_logprobs = [draw and draw.logprob for draw in request.prompt_logprobs]
                 answer.prompt_top_logprobs = [(draw and draw.top) or {} for draw in request.prompt_logprobs]
