@@ -242,6 +242,13 @@ def _demo(options: argparse.Namespace) -> int:
     return first_run(Path(options.dir), options.question, options.max_gen_len)
 
 
+def _completion(options: argparse.Namespace) -> int:
+    from accessory.commands.completion import script
+
+    print(script(_parser(), options.shell))
+    return 0
+
+
 def _resolved(path: str) -> Path:
     from accessory.checkpoint.hub import resolve
 
@@ -331,6 +338,9 @@ def _parser() -> Parser:
 
     demo = _command(commands, "demo", _demo, "a real language model of this architecture, made and run here")
     add_demo_arguments(demo)
+
+    completion = _command(commands, "completion", _completion, "print a script that completes commands for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="docs/install.md says where to put it")
     return parser
 
 
