@@ -12,7 +12,7 @@ from typing import Any
 from accessory.checkpoint.hub import fetch_resources, is_remote
 from accessory.commands.finetune import find_recipe
 from accessory.config import LlamaType, ModelArgs
-from accessory.data.records import read_yaml
+from accessory.data.records import is_data_file, listed_kinds, read_yaml
 from accessory.errors import ConfigError, InputError
 from accessory.train.config import FinetuneConfig
 from accessory.vision_config import SPHINX
@@ -55,10 +55,7 @@ def read_choices(options: argparse.Namespace) -> Choices:
     """
     path = Path(options.config)
     path = path if path.exists() else find_recipe(options.config)
-    values = read_yaml(path)
-    if not isinstance(values, Mapping) or not {"META", "data_config"} & values.keys():
-        raise ConfigError(f"{path}: neither a list of data (META) nor a finetune's configuration (data_config)")
-    recipe = None if "META" in values else FinetuneConfig.from_yaml(path)
+    recipe = None if is_data_file(path) or _is_list(path) else FinetuneConfig.from_yaml(path)
     if recipe is None:
         defaults: dict[str, Any] = {name: f.default for name, f in FinetuneConfig.__dataclass_fields__.items()}
     else:
@@ -100,6 +97,17 @@ def read_choices(options: argparse.Namespace) -> Choices:
         tokens_per_second=options.tokens_per_second,
         image_tokens=_image_tokens(recipe, Path(model)),
     )
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a YAML lists data files. ConfigError where it is no recipe either."""
+    values = read_yaml(path)
+    if not isinstance(values, Mapping) or not {"META", "data_config"} & values.keys():
+        raise ConfigError(
+            f"{path}: neither a list of data (META) nor a finetune's configuration (data_config), nor a data file, "
+            f"which ends in {listed_kinds()}"
+        )
+    return "META" in values
 
 
 def _image_tokens(recipe: FinetuneConfig | None, model: Path) -> int | None:

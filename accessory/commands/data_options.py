@@ -10,7 +10,11 @@ from accessory.model.options import add_json_option, add_option
 
 
 def add_data_check_arguments(check: argparse.ArgumentParser) -> None:
-    check.add_argument("config", metavar="CONFIG", help="a YAML of data (META), or of a finetune, whose choices count")
+    check.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a data file, a YAML of such files (META), or of a finetune, whose choices count",
+    )
     check.add_argument("--model", metavar="PATH", help="a model or a tokenizer, file or folder (default: CONFIG's)")
     add_option(check, "max_words", type=int, metavar="N", help="tokens of a row (default: 4096)")
     check.add_argument("--template", choices=TEMPLATES, help="of dialogues (default: default)")

@@ -24,6 +24,7 @@ import yaml
 from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.errors import ConfigError, InputError, MissingExtraError, listed
 
+_BEGINNING = 1 << 20  # characters of a .json file that tell a list of data files from data
 _KEYS = ("path", "type", "ratio", "root", "preprocess", "prompt_type")
 PREPROCESSES = ("single_turn_llava", "caption")
 ANSWERS = ("conversations", "messages", "output", "caption")  # the columns that hold what a model learns
@@ -43,10 +44,13 @@ class Source:
 
 
 def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
-    """The files that a YAML (or its contents) names. ConfigError names the entry and key that cannot be used.
+    """The files that a YAML (or its contents) names, or the data file itself.
 
-    A relative path is looked for from the current folder first, then from the YAML's folder.
+    ConfigError names the entry and key that cannot be used. A relative path is looked for from the current folder
+    first, then from the YAML's folder.
     """
+    if isinstance(meta, str | Path) and is_data_file(meta):
+        return [Source(Path(meta))]
     beside, where = Path(), "data_config"
     if isinstance(meta, str | Path):
         beside, where = Path(meta).parent, str(meta)
@@ -56,6 +60,22 @@ def read_meta(meta: str | Path | Mapping[str, Any]) -> list[Source]:
         raise ConfigError(f"{where}: expected META, a list of files, each with path and type")
     refuse_unknown(meta, ("META",), where)
     return [_source(entry, f"{where}: META[{n}]", beside) for n, entry in enumerate(entries)]
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether a file holds items, and is no list of such files. The beginning of a .json file tells."""
+    path = Path(path)
+    if path.suffix not in _KINDS or not path.is_file():
+        return False
+    if path.suffix != ".json":
+        return True
+    with open(path, encoding="utf-8", errors="replace") as file:
+        begin = file.read(_BEGINNING).lstrip("\ufeff \t\r\n")
+    try:
+        first, _ = json.JSONDecoder().raw_decode(begin)
+    except (ValueError, RecursionError):  # longer than its beginning, or broken; else it is YAML
+        return begin[:1] in "[{"
+    return not (isinstance(first, Mapping) and {"META", "data_config"} & first.keys())
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -68,6 +88,11 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
+def listed_kinds() -> str:
+    """How the names of data files end, for messages."""
+    return ", ".join(_KINDS)
+
+
 def _source(entry: Any, where: str, beside: Path) -> Source:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: got {entry!r}, but it must have path and type")
@@ -76,7 +101,7 @@ def _source(entry: Any, where: str, beside: Path) -> Source:
         if not isinstance(entry.get(key, ""), str | None):
             raise ConfigError(f"{where}: {key}: got {entry[key]!r}, but it must be text")
     if not entry.get("path"):
-        raise ConfigError(f"{where}: path: missing; give a {', '.join(_KINDS)} file")
+        raise ConfigError(f"{where}: path: missing; give a {listed_kinds()} file")
     path = Path(entry["path"])
     if not path.exists() and (beside / path).exists():
         path = beside / path
@@ -85,7 +110,7 @@ def _source(entry: Any, where: str, beside: Path) -> Source:
             f"{where}: path: {entry['path']}: no such file, neither from {Path.cwd()} nor from {beside.absolute()}"
         )
     if path.suffix not in _KINDS:
-        raise ConfigError(f"{where}: path: {path}: cannot be read; known are {', '.join(_KINDS)} files")
+        raise ConfigError(f"{where}: path: {path}: cannot be read; known are {listed_kinds()} files")
     ratio = 1.0 if entry.get("ratio") is None else entry["ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise ConfigError(f"{where}: ratio: got {ratio!r}, but it must be above 0 and at most 1")

@@ -63,7 +63,7 @@ class FinetuneConfig:
     quant_output: str | None = option(None, "the output head's own format, or none", FORMAT_OR_NONE)
 
     # The data
-    data_config: str = required("a YAML file with META, the list of data files")
+    data_config: str = required("a data file, or a YAML file with META, the list of data files")
     dialog: bool = option(True, "write single turns as dialogues")  # False: as the prompt_type of their file
     template: str | None = option(
         None,
@@ -77,7 +77,7 @@ class FinetuneConfig:
     )
     max_words: int = option(4096, "tokens of a row", A_TOKEN_AND_THE_NEXT)
     packing: bool = option(True, "put several documents into a row, where they never see one another (on)")
-    eval_data: str | None = option(None, "a YAML file like data_config, of items that are held out")
+    eval_data: str | None = option(None, "a file like data_config, of items that are held out")
     # 0: only before the first step and after the last one.
     eval_interval: int = option(0, "steps between evaluations of eval_data", NOT_NEGATIVE)
     image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = option(

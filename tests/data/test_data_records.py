@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.data import records as module
-from accessory.data.records import Source, open_records, read_meta
+from accessory.data.records import Source, is_data_file, open_records, read_meta
 from accessory.errors import ConfigError, InputError, MissingExtraError
 
 values = st.recursive(
@@ -243,3 +243,27 @@ def test_mistakes_in_the_yaml_itself(tmp_path, text, message):
         read_meta(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_meta(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "holds_items"),
+    [
+        ("a.jsonl", "", True),
+        ("a.csv", "instruction,output\n", True),
+        ("a.json", '[{"messages": []}]', True),
+        ("a.json", '\ufeff{"output": "x"}\n{"output": "y"}\n', True),
+        ("a.json", '[{"output": "' + "x" * (1 << 21) + '"}]', True),
+        ("a.json", "[broken", True),
+        ("a.json", '{"META": [{"path": "b.jsonl"}]}', False),
+        ("a.json", '{"data_config": "b.jsonl"}', False),
+        ("a.json", "META:\n- path: b.jsonl\n", False),
+        ("a.yaml", "[]", False),
+    ],
+)
+def test_a_data_file_is_told_from_a_list_of_them(tmp_path, name, text, holds_items):
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert is_data_file(tmp_path / name) is holds_items
+    assert not is_data_file(tmp_path / f"absent-{name}")
+    if holds_items:
+        assert read_meta(tmp_path / name) == [Source(tmp_path / name)]
