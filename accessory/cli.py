@@ -23,7 +23,7 @@ from accessory.commands.checkpoint_options import (
 )
 from accessory.commands.data_options import add_data_check_arguments
 from accessory.commands.demo_options import add_demo_arguments, check_demo_options
-from accessory.commands.finetune_options import add_finetune_arguments
+from accessory.commands.finetune_options import add_finetune_arguments, is_init
 from accessory.commands.plan_options import add_plan_arguments
 from accessory.commands.serve_options import add_serve_arguments, check_serve_options
 from accessory.commands.text_options import (
@@ -207,6 +207,10 @@ def _adapter(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
+    if is_init(options):
+        from accessory.commands.finetune_init import init
+
+        return init(options)
     from accessory.commands.finetune import finetune
 
     return finetune(options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.checkpoint.hub import is_remote
+from accessory.commands.finetune_options import RECIPES, recipes
 from accessory.config import PEFT_FIELDS
 from accessory.errors import ConfigError, InputError
 from accessory.launch.ending import end_with_torchrun, leave
@@ -21,8 +22,6 @@ from accessory.train.config import PACKAGE, FinetuneConfig
 
 if TYPE_CHECKING:
     from accessory.train.preparation import Prepared
-
-RECIPES = PACKAGE / "configs" / "finetune"
 
 
 def finetune(options: argparse.Namespace) -> int:
@@ -57,8 +56,7 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), PACKAGE / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise ConfigError(f"{name}: no such file, and no recipe of that name; there are {known}")
+    raise ConfigError(f"{name}: no such file, and no recipe of that name; there are {', '.join(recipes())}")
 
 
 def carry_out(config: FinetuneConfig, *, dry_run: bool = False, world: int | None = None) -> int:

@@ -35,7 +35,7 @@ def plan(options: argparse.Namespace) -> int:
 def make_plan(options: argparse.Namespace) -> Plan:
     _check(options)
     model = look_at(options.path)
-    card = _card(options)
+    card = chosen_card(options.card, options.memory, options.gpus)
     setup = _setup(options, model)
     found = estimate(setup)
     setups = smallest(setup, card) if card is not None else smallest_of_each(setup, [card_of(name) for name in USUAL])
@@ -92,10 +92,6 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: got {value}, but it must be at least 1")
-    if options.memory is not None and not 0 < options.memory < float("inf"):
-        raise InputError(f"--memory: got {options.memory:g}, but it must be a number of GB above 0")
-    if options.card is not None and options.memory is not None:
-        raise InputError("--card, --memory: both say how large a card is; give one of them")
     inference = ("batch", "context", "prompt", "cache_dtype")
     training = ("lora_rank", "batch_size", "max_words", "accum_iter", "dp", "data_parallel", "checkpointing")
     wrong = dict.fromkeys(training, "is for --finetune")
@@ -116,15 +112,23 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--quant: got none, but qlora stands on quantised weights; use --finetune lora")
 
 
-def _card(options: argparse.Namespace) -> Card | None:
-    """The card that the options name, else this machine's cards, else None. `--gpus` sets their number."""
-    if options.card is not None:
-        card = card_of(options.card)
-    elif options.memory is not None:
-        card = Card(f"{options.memory:g} GB", int(options.memory * GB))
+def chosen_card(name: str | None, memory: float | None, gpus: int | None, option: str = "--memory") -> Card | None:
+    """The card of this name, or with so many GB of memory, else this machine's cards, else None. gpus: their number.
+
+    option: the one that gives the memory. InputError for a memory that no card has, and for a name beside it;
+    ConfigError for an unknown name.
+    """
+    if memory is not None and not 0 < memory < float("inf"):
+        raise InputError(f"{option}: got {memory:g}, but it must be a number of GB above 0")
+    if name is not None and memory is not None:
+        raise InputError(f"--card, {option}: both say how large a card is; give one of them")
+    if name is not None:
+        card = card_of(name, option)
+    elif memory is not None:
+        card = Card(f"{memory:g} GB", int(memory * GB))
     else:
-        return _present(options.gpus)
-    return Card(card.name, card.nbytes, options.gpus)
+        return _present(gpus)
+    return Card(card.name, card.nbytes, gpus)
 
 
 def _present(gpus: int | None) -> Card | None:

@@ -36,10 +36,13 @@ class Card:
     count: int | None = None  # None: as many as are needed
 
 
-def card_of(name: str) -> Card:
-    """The card of this name. ConfigError for an unknown one lists those that are known."""
+def card_of(name: str, option: str = "--memory") -> Card:
+    """The card of this name. ConfigError for an unknown one lists those that are known.
+
+    option: the one that gives the memory of another card.
+    """
     known = {key.lower(): key for key in CARDS}
     key = known.get(name.lower())
     if key is None:
-        raise ConfigError(f"card: got {name!r}, but known are {', '.join(CARDS)}; give --memory GB for another")
+        raise ConfigError(f"card: got {name!r}, but known are {', '.join(CARDS)}; give {option} GB for another")
     return Card(key, int(CARDS[key] * 2**30))

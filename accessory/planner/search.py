@@ -63,6 +63,20 @@ def smallest(setup: Setup, card: Card, limit: int = 5) -> list[Fitting]:
     return found
 
 
+def on_all(setup: Setup, card: Card, batch_sizes: Sequence[int]) -> Fitting | None:
+    """The setup for the training task of `setup` on all `card.count` cards, with the largest batch that fits.
+
+    Without recomputing where that fits, with the fewest model-parallel ranks, and with frozen weights sharded only
+    where it must be. None where nothing fits.
+    """
+    for candidate in _candidates(setup, card.count or 1, setup.quant):
+        for size in batch_sizes:
+            sized = replace(candidate, task=replace(candidate.task, batch_size=size))  # type: ignore[arg-type]
+            if (found := fitting(sized, card)) is not None:
+                return found
+    return None
+
+
 def smallest_of_each(setup: Setup, cards: Sequence[Card]) -> list[Fitting]:
     """The first of `smallest` for each kind of card."""
     return [best for card in cards for best in smallest(setup, card, 1)]
