@@ -8,10 +8,11 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from accessory.data.messages import Message, check_ends_with_user, read_messages
+from accessory.data.messages import TOOL, Message, check_ends_with_user, is_learnt, read_messages, speaks_of_tools
 from accessory.data.template_base import Template
 from accessory.data.template_names import OWN
 from accessory.data.tokenizer import Tokenizer
@@ -43,9 +44,13 @@ class TokenizerTemplate(Template):
         check_ends_with_user(checked)
         return self._ids(self._render(checked, prompt=True), guard, tokenizer, prefix=True)
 
-    def encode(self, messages: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        checked, guard = self._guarded(read_messages(messages))
-        whole = self._render(checked, prompt=False)
+    def encode(
+        self, messages: Iterable[Message], tokenizer: Tokenizer, tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        read = read_messages(messages, training=True)
+        self._check_tools(read, tools)
+        (checked, tools), guard = self._guarded((read, tools))
+        whole = self._render(checked, prompt=False, tools=tools)
         ids: list[int] = []
         mask: list[bool] = []
         done = 0
@@ -59,16 +64,18 @@ class TokenizerTemplate(Template):
 
         for index, message in enumerate(checked):
             if message["role"] == "assistant":
-                begin, end = self._answer_span(checked, index, whole)
+                begin, end = self._answer_span(checked, index, whole, tools)
                 add(begin, learn=False)
-                add(end, learn=True)
+                add(end, learn=is_learnt(message))
         add(len(whole), learn=False)
         return ids, mask
 
-    def _answer_span(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
+    def _answer_span(
+        self, messages: Sequence[Message], index: int, whole: str, tools: Sequence[Any] | None
+    ) -> tuple[int, int]:
         """Where the answer in `messages[index]` begins in the rendered dialogue, and where its end marker ends."""
-        before = self._render(messages[:index], prompt=True) if index else ""
-        until = self._render(messages[: index + 1], prompt=False)
+        before = self._render(messages[:index], prompt=True, tools=tools) if index else ""
+        until = self._render(messages[: index + 1], prompt=False, tools=tools)
         if not (whole.startswith(until) and until.startswith(before)):
             raise InputError(
                 f"messages[{index}]: the tokenizer's chat template writes this turn differently once it is past, so "
@@ -77,6 +84,46 @@ class TokenizerTemplate(Template):
         marked = until.rstrip()
         ends_in_marker = any(marked.endswith(text) for text in self._control)
         return len(before), len(marked) if ends_in_marker and len(marked) >= len(before) else len(until)
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """InputError for tools, calls and results that the template leaves out, or writes as something else."""
+        if not tools and not speaks_of_tools(messages):
+            return
+        lacks = [what for what, there in self._tool_support.items() if not there]
+        used = {
+            "tools": bool(tools),
+            "tool_calls": any("tool_calls" in message for message in messages),
+            "the role tool": any(message["role"] == TOOL for message in messages),
+        }
+        for what in lacks:
+            if used[what]:
+                raise InputError(f"tools: the tokenizer's chat template has no place for {what}; leave such items out")
+
+    @cached_property
+    def _tool_support(self) -> dict[str, bool]:
+        """Which of tools, their calls and their results the template writes, each as nothing else."""
+        question = {"role": "user", "content": "Question"}
+        call = {"id": "callprobe", "type": "function", "function": {"name": _PROBE, "arguments": {"of": _PROBE}}}
+        calls: list[Message] = [{"role": "assistant", "content": c, "tool_calls": [call]} for c in (None, "")]
+        plain: Message = {"role": "assistant", "content": "Answer"}
+        tool = {"type": "function", "function": {"name": _PROBE, "description": _PROBE, "parameters": {}}}
+        result = {"content": _PROBE, "tool_call_id": "callprobe", "name": "f"}
+
+        def text(*messages: Message, tools: Sequence[Any] | None = None) -> str:
+            try:
+                return self._render(messages, prompt=False, tools=tools)
+            except InputError:
+                return ""
+
+        def tells_results(said: Message) -> bool:
+            written, *others = (text(question, said, {"role": r, **result}) for r in (TOOL, "user", "assistant"))
+            return _PROBE in written.replace(text(question, said), "") and written not in others
+
+        return {
+            "tools": _PROBE in text(question, tools=[tool]),
+            "tool_calls": any(_PROBE in text(question, said) for said in calls),
+            "the role tool": any(tells_results(said) for said in (*calls, plain)),
+        }
 
     def _space_before_reply(self) -> str:
         question = {"role": "user", "content": _PROBE}
@@ -88,20 +135,17 @@ class TokenizerTemplate(Template):
         before, found, _ = whole.removeprefix(prompt).partition(_PROBE)
         return before if found and whole.startswith(prompt) and before.isspace() else ""
 
-    def _guarded(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
-        """The messages with a guard character inside every control string of their contents, and that character.
+    def _guarded(self, said: Any) -> tuple[Any, str]:
+        """Messages (and tools) with a guard character inside every control string of their texts, and that character.
 
-        The guard occurs nowhere else, and `_ids` takes it out again. It is "" where no content holds a control string.
+        The guard occurs nowhere else, and `_ids` takes it out again. It is "" where no text holds a control string.
         """
-        contents = "".join(message["content"] for message in messages)
+        contents = "".join(_texts(said))
         if not any(text in contents for text in self._control):
-            return messages, ""
+            return said, ""
         guard = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in contents)
         control = re.compile("|".join(map(re.escape, self._control)))
-        return [
-            {**message, "content": control.sub(lambda found: found[0][0] + guard + found[0][1:], message["content"])}
-            for message in messages
-        ], guard
+        return _changed(said, lambda text: control.sub(lambda m: m[0][0] + guard + m[0][1:], text)), guard
 
     def _ids(self, text: str, guard: str, tokenizer: Tokenizer, prefix: bool) -> list[int]:
         if not guard or guard not in text:
@@ -118,10 +162,11 @@ class TokenizerTemplate(Template):
                 ids += tokenizer.encode(piece, bos=False, special=True, prefix=opens)
         return ids
 
-    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], prompt: bool, tools: Sequence[Any] | None = None) -> str:
         try:
             return self._template.render(
-                messages=[dict(m) for m in messages],
+                messages=[{key: value for key, value in m.items() if key != "weight"} for m in messages],
+                tools=tools or None,
                 add_generation_prompt=prompt,
                 **self._tokenizer.template_variables,
             )
@@ -130,6 +175,27 @@ class TokenizerTemplate(Template):
         except Exception as error:  # the template is somebody else's program and may raise anything
             message = f"template: the tokenizer's chat template cannot write these messages ({error})"
             raise InputError(message) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain values, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (*_texts(key), *_texts(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain values with every text changed. No role and no key of a message is a control string."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(key, change): _changed(inner, change) for key, inner in value.items()}
+    return type(value)(_changed(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _compile(source: str) -> Any:

@@ -1,7 +1,7 @@
 """From the items of a file to token ids, and whether a model learns each of them: `encode_source`.
 
-Items are dialogues (`conversations`, or OpenAI's `messages`) or single turns (`instruction`, `input`, `output`). A
-message about a broken item names its file and line. All ids of a file lie in flat arrays, and an item is a slice.
+Items are dialogues (`conversations`, or OpenAI's `messages`), single turns (`instruction`, `input`, `output`) or plain
+`text`. A message about a broken item names its file and line. All ids of a file lie in flat arrays; an item is a slice.
 """
 
 from __future__ import annotations
@@ -71,19 +71,42 @@ def encode_item(item: Any, source: Source, how: Encoding, index: int = 0) -> tup
         item = item_without_tags(item)
     turns = next((item[key] for key in ("conversations", "messages") if item.get(key) is not None), None)
     if turns is not None:
-        messages = read_messages(turns)
+        messages = read_messages(turns, training=True)
         check_answers(messages)
-        ids, learn = how.template.encode(messages, how.tokenizer)
+        ids, learn = how.template.encode(messages, how.tokenizer, _tools(item))
     elif item.get("output") is not None:
         ids, learn = _single_turn(item, source, how)
+    elif item.get("text") is not None:
+        ids, learn = _plain_text(item["text"], how)
     else:
         raise InputError(
             f"no dialogue and no single turn: found {', '.join(map(str, item)) or 'nothing'}; "
-            "an item has conversations, or messages, or instruction and output"
+            "an item has conversations, or messages, or instruction and output, or text"
         )
     if not any(learn[1:]):  # the first id follows nothing, so no model learns to write it
-        raise InputError("there is nothing to learn: the assistant says nothing")
+        speaks = turns is not None and any(message["role"] == "assistant" for message in messages)
+        why = "every turn of the assistant has weight 0" if speaks else "the assistant says nothing"
+        raise InputError(f"there is nothing to learn: {why}")
     return ids, learn, image
+
+
+def _tools(item: Mapping[str, Any]) -> list[Any] | None:
+    """The tools that an item offers to the assistant: a list of objects, as OpenAI's."""
+    tools = item.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InputError(f"tools: got {tools!r:.60}, but it must be a list of objects")
+    return tools
+
+
+def _plain_text(text: Any, how: Encoding) -> tuple[list[int], list[bool]]:
+    """A text that is learnt whole, with the EOS that ends it."""
+    if not isinstance(text, str):
+        raise InputError(f"text: got {text!r:.60}, but it must be text")
+    if not text.strip():
+        raise InputError("text: there is nothing to learn: it is empty")
+    begins = how.template.begins_with_bos(how.tokenizer)
+    ids = how.tokenizer.encode(text, bos=begins, eos=True)
+    return ids, [False] + [True] * (len(ids) - 1)
 
 
 def image_path(image: Any, source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,20 @@ _ROLES = {
 }
 
 
-def read_messages(turns: Iterable[Message] | Mapping[str, Any]) -> list[dict[str, str]]:
+TOOL = "tool"  # the role of what a tool answers
+
+
+def read_messages(turns: Iterable[Message] | Mapping[str, Any], *, training: bool = False) -> list[dict[str, Any]]:
     """Messages as `[{"role": "system"|"user"|"assistant", "content": text}]`.
 
     Four spellings are read: that list itself, OpenAI's content as a list of text parts, the original's
     `[{"from": "human"|"gpt"|"assistant", "value": text}]`, and an object that holds such a list under "messages" or
     "conversations". Raises InputError naming the message and what is wrong with it.
+
+    training: read what only training takes, too: an assistant's `weight`, 0 or 1, and its `tool_calls` (then the
+    content may be None), and messages of the role "tool". Arguments of calls that are JSON text become objects.
     """
+    roles = {**_ROLES, TOOL: TOOL} if training else _ROLES
     if isinstance(turns, Mapping):
         inner = turns.get("messages", turns.get("conversations"))
         if inner is None:
@@ -39,10 +47,13 @@ def read_messages(turns: Iterable[Message] | Mapping[str, Any]) -> list[dict[str
         if not isinstance(turn, Mapping):
             raise InputError(f"{where}: got a {type(turn).__name__}, but it must be an object with role and content")
         name = turn.get("role", turn.get("from"))
-        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
+        role = roles.get(name.lower()) if isinstance(name, str) else None
         if role is None:
-            raise InputError(f"{where}: unknown role {name!r}; known are {', '.join(_ROLES)}")
-        messages.append({"role": role, "content": _text_of(turn.get("content", turn.get("value")), where)})
+            raise InputError(f"{where}: unknown role {name!r}; known are {', '.join(roles)}")
+        content = turn.get("content", turn.get("value"))
+        more = _for_training(turn, role, where) if training else {}
+        calls = content is None and "tool_calls" in more
+        messages.append({"role": role, "content": None if calls else _text_of(content, where), **more})
     if not messages:
         raise InputError("messages: the list is empty; give at least one message")
     return messages
@@ -54,6 +65,52 @@ def _text_of(content: object, where: str) -> str:
     if not isinstance(content, str):
         raise InputError(f"{where}: content: got {content!r:.80}, but it must be text")
     return content
+
+
+def _for_training(turn: Message, role: str, where: str) -> dict[str, Any]:
+    """What a message has beside role and content. Keys that are null are absent."""
+    given = {key: turn[key] for key in ("weight", "tool_calls", "tool_call_id", "name") if turn.get(key) is not None}
+    if role == TOOL:
+        return {key: given[key] for key in ("tool_call_id", "name") if key in given}
+    if role != "assistant":
+        return {}
+    weight = given.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise InputError(f"{where}: weight: got {weight!r:.60}, but it must be 0, for a turn that is not learnt, or 1")
+    calls = given.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise InputError(f"{where}: tool_calls: got {calls!r:.60}, but it must be a list of calls")
+    told: dict[str, Any] = {} if weight else {"weight": 0}
+    return told | (
+        {"tool_calls": [_call(c, f"{where}: tool_calls[{n}]") for n, c in enumerate(calls)]} if calls else {}
+    )
+
+
+def _call(call: object, where: str) -> dict[str, Any]:
+    """A call as templates read it: its arguments are an object, as transformers has them. OpenAI's are JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where}: got {call!r:.60}, but it must have function, with name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise InputError(
+            f"{where}: arguments: got {function.get('arguments')!r:.60}, but it must be an object, or its JSON"
+        )
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a model learns a message: an assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def speaks_of_tools(messages: Iterable[Message]) -> bool:
+    return any(message["role"] == TOOL or "tool_calls" in message for message in messages)
 
 
 def check_alternation(messages: Sequence[Message], template: str) -> None:
@@ -81,9 +138,12 @@ def check_ends_with_user(messages: Sequence[Message]) -> None:
 
 
 def check_answers(messages: Sequence[Message]) -> None:
-    """Raise InputError for an assistant's turn that is empty or blank: of it, a model would learn only its end."""
+    """Raise InputError for an assistant's turn that is empty or blank: of it, a model would learn only its end.
+
+    A turn that calls tools, and one that is not learnt, may be empty.
+    """
     for index, message in enumerate(messages):
-        if message["role"] == "assistant" and not message["content"].strip():
+        if is_learnt(message) and "tool_calls" not in message and not message["content"].strip():
             raise InputError(f"messages[{index}]: there is nothing to learn: the assistant's turn is empty")
 
 

@@ -27,8 +27,10 @@ from accessory.errors import ConfigError, InputError, MissingExtraError, listed
 _BEGINNING = 1 << 20  # characters of a .json file that tell a list of data files from data
 _KEYS = ("path", "type", "ratio", "root", "preprocess", "prompt_type")
 PREPROCESSES = ("single_turn_llava", "caption")
-ANSWERS = ("conversations", "messages", "output", "caption")  # the columns that hold what a model learns
-KNOWN_COLUMNS = ("conversations", "messages", "instruction", "input", "output", "image", "url", "caption")
+ANSWERS = ("conversations", "messages", "output", "text", "caption")  # the columns that hold what a model learns
+KNOWN_COLUMNS = (
+    "conversations", "messages", "tools", "instruction", "input", "output", "text", "image", "url", "caption",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if columns and not set(columns) & set(ANSWERS):
         raise InputError(
             f"{path}: found the columns {listed(columns, 8)}, but items need conversations, or messages, or "
-            "instruction and output (with preprocess: caption: url and caption)"
+            "instruction and output, or text (with preprocess: caption: url and caption)"
         )
 
 

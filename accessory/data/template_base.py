@@ -10,10 +10,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
-from accessory.data.messages import Message, check_alternation, check_ends_with_user, read_messages
+from accessory.data.messages import (
+    Message,
+    check_alternation,
+    check_ends_with_user,
+    is_learnt,
+    read_messages,
+    speaks_of_tools,
+)
 from accessory.data.tokenizer import Tokenizer
+from accessory.errors import InputError
 
 BOS, EOS = "<s>", "</s>"  # how text shows them; their ids are the tokenizer's own
 
@@ -34,8 +44,13 @@ class Template(ABC):
         """The dialogue as a reader sees it. With `prompt` it ends with the header of the assistant's next turn."""
 
     @abstractmethod
-    def encode(self, messages: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        """The ids of a whole dialogue, and for each id whether the model learns it."""
+    def encode(
+        self, messages: Iterable[Message], tokenizer: Tokenizer, tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a whole dialogue, and for each id whether the model learns it.
+
+        tools: those that are offered to the assistant. InputError where the template has no place for tools.
+        """
 
     @abstractmethod
     def prompt_ids(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
@@ -60,12 +75,14 @@ class Part:
 
     marker: the text is one control token where the tokenizer has it, else characters. opens: the part is encoded apart
     from the text before it, as if a new text began here (SentencePiece then puts a space before its first word).
+    muted: what `learn` marks is not learnt after all, though it is encoded in the same way.
     """
 
     text: str
     learn: bool = False
     marker: bool = False
     opens: bool = False
+    muted: bool = False
 
 
 class PartsTemplate(Template):
@@ -82,16 +99,23 @@ class PartsTemplate(Template):
         """What follows the messages when the assistant is to speak."""
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
-        return "".join(part.text for part in self._parts(messages, None, prompt))
+        return "".join(part.text for part in self._parts(read_messages(messages), None, prompt))
 
-    def encode(self, messages: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        return self._ids(self._parts(messages, tokenizer, prompt=False), tokenizer)
+    def encode(
+        self, messages: Iterable[Message], tokenizer: Tokenizer, tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        checked = read_messages(messages, training=True)
+        if tools or speaks_of_tools(checked):
+            raise InputError(
+                f"tools: the template {self.name!r} has no place for tools, their calls and their results; "
+                "template: tokenizer, the tokenizer's own, may have one"
+            )
+        return self._ids(self._weighed(self._parts(checked, tokenizer, prompt=False), checked), tokenizer)
 
     def prompt_ids(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
-        return self._ids(self._parts(messages, tokenizer, prompt=True), tokenizer)[0]
+        return self._ids(self._parts(read_messages(messages), tokenizer, prompt=True), tokenizer)[0]
 
-    def _parts(self, messages: Iterable[Message], tokenizer: Tokenizer | None, prompt: bool) -> list[Part]:
-        checked = read_messages(messages)
+    def _parts(self, checked: list[dict[str, Any]], tokenizer: Tokenizer | None, prompt: bool) -> list[Part]:
         if self.strict:
             check_alternation(checked, self.name)
         if not prompt:
@@ -99,26 +123,37 @@ class PartsTemplate(Template):
         check_ends_with_user(checked)
         return self.turns(checked, tokenizer) + self.header(checked)
 
+    def _weighed(self, parts: list[Part], messages: Sequence[Message]) -> list[Part]:
+        """The parts, muted where they are of a turn of weight 0. Each assistant's turn is a run of learnt parts."""
+        weights = [is_learnt(message) for message in messages if message["role"] == "assistant"]
+        if all(weights):
+            return parts
+        runs = [list(run) for learn, run in groupby(range(len(parts)), lambda n: parts[n].learn) if learn]
+        if len(runs) != len(weights):
+            raise InputError(f"weight: the template {self.name!r} does not write each turn of the assistant by itself")
+        muted = {n for run, weight in zip(runs, weights, strict=True) if not weight for n in run}
+        return [replace(part, muted=n in muted) for n, part in enumerate(parts)]
+
     def _ids(self, parts: Iterable[Part], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
         bos = tokenizer.bos_id if self.begins_with_bos(tokenizer) else None
         ids: list[int] = [] if bos is None else [bos]
         mask = [False] * len(ids)
         first = len(ids)
-        run, run_opens, run_learn = "", False, False
+        run, run_opens, run_learn, run_muted = "", False, False, False
 
         def close_run() -> None:
             new = tokenizer.encode(run, bos=False, prefix=run_opens or len(ids) == first) if run else []
             ids.extend(new)
-            mask.extend([run_learn] * len(new))
+            mask.extend([run_learn and not run_muted] * len(new))
 
         for part in parts:
             marker = _marker_id(part.text, tokenizer) if part.marker else None
             if marker is not None or part.opens or part.learn != run_learn:
                 close_run()
-                run, run_opens, run_learn = "", part.opens, part.learn
+                run, run_opens, run_learn, run_muted = "", part.opens, part.learn, part.muted
             if marker is not None:
                 ids.append(marker)
-                mask.append(part.learn)
+                mask.append(part.learn and not part.muted)
             elif not (part.marker and part.text == EOS):  # a tokenizer without EOS gets nothing in its place
                 run += part.text
         close_run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from accessory.data.chat_template import TokenizerTemplate
-from accessory.data.messages import Message, split_system
+from accessory.data.messages import Message, read_messages, split_system
 from accessory.data.system_prompt import ALPACA_PREAMBLE
 from accessory.data.template_base import BOS, EOS, Part, PartsTemplate, Template
 from accessory.data.template_names import OWN, TEMPLATES
@@ -77,7 +77,7 @@ class MistralTemplate(PartsTemplate):
     always_bos = True
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
-        parts = self._parts(messages, None, prompt)
+        parts = self._parts(read_messages(messages), None, prompt)
         return BOS + "".join(" " + part.text if part.opens else part.text for part in parts)
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".accessory-cache"
 _IMAGES = "images.json"
-_WRITTEN = 3  # the version of the format: raise it when an item becomes other ids and _PROBE does not show it
+_WRITTEN = 4  # the version of the format: raise it when an item becomes other ids and _PROBE does not show it
 _DEAD = 86400  # seconds after which an unfinished folder is a dead writer's
 _ARRAYS = tuple(f.name for f in fields(Encoded) if f.name != "images")
 # A dialogue that shows everything a template does. Its ids are in the digest, so templates need no version number.

@@ -165,7 +165,7 @@ def test_adapters_of_another_rank_are_refused_before_the_first_step(made, fields
     ("item", "message"),
     [
         ({"image": "a.png", "instruction": "q", "output": "a"}, "bad.jsonl:1: image: this item has one, and the model"),
-        ({"text": "x"}, "bad.jsonl:1: no dialogue and no single turn"),
+        ({"words": "x"}, "bad.jsonl:1: no dialogue and no single turn"),
     ],
 )
 def test_a_dry_run_reads_every_item_and_keeps_nothing(fields, capsys, tmp_path, item, message):

@@ -145,8 +145,8 @@ BROKEN = {
     "two users in a row": ({"messages": [*dialogue("x"), *dialogue("y")]}, r"messages\[1\]: the role is user"),
     "no text": ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: got None"),
     "no item": (
-        {"text": "x"},
-        r"no dialogue and no single turn: found text; an item has conversations, or messages, or",
+        {"words": "x"},
+        r"no dialogue and no single turn: found words; an item has conversations, or messages, or",
     ),
     "not an object": (["x"], r"got \['x'\], but an item must be an object"),
     "output of another kind": ({"instruction": "x", "output": 3}, r"output: got 3, but it must be text"),
