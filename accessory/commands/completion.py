@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from accessory.errors import MissingExtraError
 
 # What an argument's value is, by the name that `--help` gives it.
-_FILES = ("PATH", "FILE", "SRC", "DST", "A", "B", "CONFIG", "IMAGE", "OUT.yaml")
+_FILES = ("PATH", "FILE", "SRC", "DST", "A", "B", "CONFIG")
 _FOLDERS = ("DIR",)
 
 
