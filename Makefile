@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve test-slurm lint format types docs check bench clean
+.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve test-slurm lint format types docs release check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -57,6 +57,9 @@ format: .venv/.done  ## let ruff rewrite
 docs: .venv/.done  ## the documentation as a site in build/site; no link leads nowhere
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+release: .venv/.done  ## VERSION=1.2.3: version, changelog, commit, tag, and the packages in dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python deploy/release.py $(VERSION)
 check: test
 clean:  ## remove what make made
 	rm -rf .venv demo-model build dist *.egg-info
