@@ -24,7 +24,7 @@ from accessory.checkpoint.names import (
 from accessory.checkpoint.quantized_names import declared_quant
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.trained_on import Adapter, TrainedOn, adapter_of, read_trained_on
-from accessory.checkpoint.weight_files import WeightFiles, find_resources, find_weights
+from accessory.checkpoint.weight_files import WeightFiles, find_gguf, find_resources, find_weights
 from accessory.config import Implementation, LlamaType, ModelArgs, read_json
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, listed
 from accessory.formats import Quant
@@ -32,9 +32,12 @@ from accessory.formats import Quant
 if TYPE_CHECKING:
     import torch
 
+    from accessory.checkpoint.gguf import GGUF
+
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished: whatever was writing this folder has not ended, or not well; run it again"
+IS_GGUF = "is a GGUF file; write it in another layout first: accessory convert {path} DST --to base"
 _LISTED = 3  # how many problems or names one message spells out
 
 
@@ -58,6 +61,7 @@ class Checkpoint:
     quant: Quant | None = None  # the formats of a quantised folder
     name: str = ""  # the path or hf:// address as it was given
     trained_on: TrainedOn | None = None  # of an adapter that says so
+    gguf: GGUF | None = None  # the file, if it is one
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +89,8 @@ class Checkpoint:
 
     def warn_of_dequantizing(self) -> None:
         """Warn, if this folder is quantised, that a dense layout written from it holds dequantised values."""
+        if self.gguf is not None and self.gguf.quantized:
+            log.warning("%s is %s: written is what its numbers mean, %s", self.path, self.gguf.kind, self.dtype_name)
         if self.quant is not None:
             kind = self.tensors["tok_embeddings.weight"].dtype_name
             log.warning("%s is quantised (%s): written is what its numbers mean, %s", self.path, self.quant, kind)
@@ -119,17 +125,24 @@ class Survey:
 
 
 def open_checkpoint(
-    path: str | Path, config_files: Sequence[str | Path] = (), *, allow_partial: bool = False
+    path: str | Path,
+    config_files: Sequence[str | Path] = (),
+    *,
+    allow_partial: bool = False,
+    allow_gguf: bool = False,
 ) -> Checkpoint:
     """Recognise the layout of a folder (or hf:// address) and open it.
 
     The only tensor data it reads are small norms and routers of sharded layouts. `config_files` take precedence over
     the folder's config.json, and config.json over params.json; later `config_files` override earlier ones. A folder
     that lacks tensors (a save of trained tensors) opens only with `allow_partial` and is then `partial`. A folder that
-    is being written, or that a killed writer left, does not open.
+    is being written, or that a killed writer left, does not open. A GGUF file, or a folder with one, opens only with
+    `allow_gguf`: its tokenizer lies in no file, so most commands cannot use it.
     Raises CheckpointError or ConfigError naming the file, field or tensor that is missing, broken or contradictory.
     """
     survey = survey_folder(path, config_files, allow_partial=allow_partial)
+    if survey.layout == "gguf" and not allow_gguf:
+        raise CheckpointError(f"{survey.path}: {IS_GGUF.format(path=survey.path)}")
     if survey.unfinished:
         raise CheckpointError(f"{survey.path}: {UNFINISHED}")
     survey.raise_problems()
@@ -146,6 +159,8 @@ def survey_folder(
     no folder, or no weight files in it.
     """
     folder = Path(resolve(path))
+    if (gguf := find_gguf(folder)) is not None:
+        return _survey_gguf(gguf, str(path), config_files)
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "no such folder"
         raise CheckpointError(f"{folder}: {what}")
@@ -177,6 +192,43 @@ def survey_folder(
             return survey
     survey.problems += map(CheckpointError, found)
     _configure(survey, tensors, config_files, allow_partial)
+    return survey
+
+
+def _survey_gguf(path: Path, name: str, config_files: Sequence[str | Path]) -> Survey:
+    from accessory.checkpoint.gguf import read_gguf  # torch's
+
+    survey = Survey(path, WeightFiles({path.name: path}), name, "gguf", LlamaType("sparse"))
+    if config_files:
+        survey.problems.append(ConfigError("config: a GGUF file has its own configuration; leave --config out"))
+        return survey
+    try:
+        found = read_gguf(path)
+    except CheckpointError as error:
+        survey.problems.append(CheckpointError(str(error).removeprefix(f"{path}: ")))
+        return survey
+    if not found.mixture:
+        survey.problems.append(CheckpointError("a dense network; make a mixture of it with `accessory upcycle`"))
+        return survey
+    args = survey.args = found.args
+    expected = expected_shapes(args)
+    wrong = [shape_problem(name, tensor, expected) for name, tensor in found.tensors.items()]
+    survey.problems += [CheckpointError(p) for p in wrong if p]
+    survey.missing = [name for name in expected if name not in found.tensors]
+    if survey.missing:
+        missing = f"{listed(survey.missing, _LISTED)} ({len(survey.missing)} of {len(expected)})"
+        survey.problems.append(CheckpointError(f"missing tensors: {missing}"))
+    survey.checkpoint = Checkpoint(
+        path=path,
+        layout="gguf",
+        args=args,
+        llama_type=LlamaType("sparse"),
+        tensors={name: found.tensors[name] for name in expected if name in found.tensors},
+        files=[path],
+        partial=bool(survey.missing),
+        name=name,
+        gguf=found,
+    )
     return survey
 
 

@@ -15,7 +15,7 @@ from accessory.checkpoint.quantized_names import is_quantized_piece
 from accessory.config import Implementation
 from accessory.parallel.sharding import cut_dim, expert_of, is_replicated
 
-Layout = Literal["torrent", "official", "hf", "base", "sparse", "quantized"]
+Layout = Literal["torrent", "official", "hf", "base", "sparse", "quantized", "gguf"]
 
 _TORRENT_EXPERTS = re.compile(r"(layers\.\d+\.)block_sparse_moe\.(w[123])(?:\.weight)?")
 _SPARSE_EXPERTS = re.compile(r"(layers\.\d+\.)feed_forward\.(w[123])(?:\.weight)?")

@@ -84,6 +84,18 @@ def find_weights(folder: Path) -> WeightFiles:
     return weights
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that is the only model in the folder `path`; else None."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    try:
+        names = sorted(p.name for p in path.iterdir() if p.is_file())
+        found = model_files(names, lambda index: read_json(path / index), str(path))
+    except (OSError, AccessoryError):
+        return None
+    return path / found.files[0] if found is not None and found.form.ends and not found.doubt else None
+
+
 def _instead(folder: Path, names: Sequence[str]) -> str:
     """What a folder without a model is or holds."""
     if PEFT_CONFIG in names:

@@ -7,20 +7,20 @@ is the gate projection (F, D), w3 the up projection (F, D), w2 the down projecti
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from accessory.checkpoint.gguf import read_gguf, spelling
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.rotary import rotary_from_hf
 from accessory.checkpoint.weight_files import find_resources, find_weights
 from accessory.config import ModelArgs, MoEArgs, read_json
+from accessory.convert import gguf_tokenizer
 from accessory.errors import CheckpointError, ConfigError, listed
 
 ONE_EXPERT = MoEArgs(num_experts=1, num_experts_per_tok=1)
@@ -83,25 +83,18 @@ def check_dense(found: Mapping[str, Lazy], args: ModelArgs, origin: Path, spelli
             raise CheckpointError(f"{origin}: {spelling(name)} has shape {given}, but the configuration says {shape}")
 
 
-class TensorCache:
-    """Caches the last computed tensors, up to `limit` bytes: a mixture's writer reads one feed-forward per expert."""
+def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
+    """Open the GGUF file of a dense network; no tensor is read. `dtype` and errors are those of `read_gguf`.
 
-    def __init__(self, limit: int = 256 * 2**20) -> None:
-        self.limit = limit
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._lock = Lock()  # so that two threads do not both compute one tensor
-
-    def get(self, key: Hashable, nbytes: int, make: Callable[[], Tensor]) -> Tensor | None:
-        """Return the tensor cached under `key`, after making it if needed; None if it is too large for the cache."""
-        if nbytes > self.limit:
-            return None
-        with self._lock:
-            if key not in self._kept:
-                while self._kept and nbytes + sum(t.nbytes for t in self._kept.values()) > self.limit:
-                    self._kept.popitem(last=False)
-                self._kept[key] = make()
-            self._kept.move_to_end(key)
-            return self._kept[key]
+    Raises CheckpointError also for a file that is incomplete, or that holds a mixture.
+    """
+    file = read_gguf(path, dtype, dense=True)
+    check_dense(file.tensors, file.args, file.path, spelling)
+    return Dense(
+        args=file.args,
+        tensors=file.tensors,
+        resources=lambda scratch: gguf_tokenizer.write(file.metadata, scratch, file.path),
+    )
 
 
 # transformers' defaults for keys that a config.json leaves out.

@@ -304,7 +304,7 @@ def prove(
 
 def _written_as(base: Checkpoint) -> Target:
     """The layout of the base, or the nearest one that can be written."""
-    if base.layout == "quantized":
+    if base.layout == "quantized" or base.layout == "gguf":
         return base.llama_type.implementation
     return "torrent" if base.layout == "official" else base.layout
 

@@ -22,8 +22,7 @@ from accessory.checkpoint.lazy import Computed, Lazy
 from accessory.checkpoint.save import parse_dtype, write_checkpoint
 from accessory.checkpoint.writers import Target
 from accessory.config import MoEArgs, read_json
-from accessory.convert.dense import Dense, open_hf_dense
-from accessory.convert.gguf import open_gguf
+from accessory.convert.dense import Dense, open_gguf, open_hf_dense
 from accessory.errors import CheckpointError, ConfigError, MissingExtraError
 
 ROUTER_STD = 0.02

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.convert.gguf import open_gguf
+from accessory.convert.dense import open_gguf
 from accessory.convert.upcycle import open_dense
 from accessory.errors import CheckpointError, MissingExtraError
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accessory.checkpoint.gguf_header import read_header
 from accessory.convert import gguf_tokenizer
-from accessory.convert.gguf_header import read_header
 from accessory.errors import CheckpointError
 
 TEXTS = [

@@ -1,13 +1,17 @@
-"""GGUF files of dense Llama and Mistral networks: their sizes, and tensors that are dequantised when they are read.
+"""GGUF files of Llama, Mistral and Mixtral: their sizes, and tensors that are dequantised when they are read.
 
-The `gguf` package dequantises blocks. Only the requested parts of the mapped file are read.
+The `gguf` package dequantises blocks. Only the requested parts of the mapped file are read. llama.cpp gives all these
+networks the architecture "llama"; a mixture's file has `llama.expert_count`, and stacks the experts of a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,11 +20,9 @@ from torch import Tensor
 
 from accessory.checkpoint.copying import copy_dense
 from accessory.checkpoint.files import File
+from accessory.checkpoint.gguf_header import Entry, GGUFFile, read_header
 from accessory.checkpoint.lazy import Lazy, Stored
-from accessory.config import ModelArgs
-from accessory.convert import gguf_tokenizer
-from accessory.convert.dense import ONE_EXPERT, Dense, TensorCache, check_dense
-from accessory.convert.gguf_header import Entry, GGUFFile, read_header
+from accessory.config import ModelArgs, MoEArgs
 from accessory.errors import CheckpointError, listed
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,50 +35,100 @@ _NAMES = {
     "output_norm.weight": "norm.weight",
     "output.weight": "output.weight",
 }
-_LAYER_NAMES = {
+_ATTENTION = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
     "attn_q": "attention.wq",
     "attn_k": "attention.wk",
     "attn_v": "attention.wv",
     "attn_output": "attention.wo",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
 }
+_DENSE = {**_ATTENTION, "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3"}
+_MIXTURE = {**_ATTENTION, "ffn_gate_inp": "feed_forward.gate"}
+_STACKS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}  # (E, rows, columns)
+ROPE_FACTORS = "rope_freqs.weight"
 
 
-def open_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Dense:
-    """Open the GGUF file of a dense network of architecture "llama"; no tensor is read.
+@dataclass(frozen=True)
+class GGUF:
+    """An opened file. `tensors` maps canonical names to lazy tensors: of `accessory.convert.dense` if it is no mixture.
+
+    `kind` is the type that most bytes have.
+    """
+
+    path: Path
+    args: ModelArgs
+    tensors: dict[str, Lazy]
+    metadata: Mapping[str, Any]
+    mixture: bool
+    kind: str
+
+    @property
+    def quantized(self) -> bool:
+        return self.kind in QUANTIZED
+
+
+def read_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16, *, dense: bool = False) -> GGUF:
+    """Open the GGUF file of a network of architecture "llama", dense or a mixture; no tensor is read.
 
     Quantised tensors have dtype `dtype`, plain ones (F32, F16, BF16) their own. q and k rows are already interleaved in
-    the file. If there is no output.weight, the embedding is used for it (tied weights).
+    the file. If there is no output.weight, the embedding is used for it (tied weights). The norms and routers of a
+    mixture, which llama.cpp keeps in fp32, have the embedding's dtype.
 
-    Raises CheckpointError for a file that is truncated or incomplete, or of another kind, architecture or type, and
-    MissingExtraError without the gguf package.
+    Raises CheckpointError for a file that is truncated, or of another kind, architecture or type, or that has tensors
+    of no known name, and MissingExtraError without the gguf package. With `dense`, a mixture is a CheckpointError too.
+    Missing tensors are the caller's matter.
     """
     file = read_header(Path(path))
     source = _Source(file.path)
-    factors = file.entries.pop("rope_freqs.weight", None)
+    factors = file.entries.pop(ROPE_FACTORS, None)
     args = _model_args(file, None if factors is None else _lazy(file, factors, source, torch.float32).load())
+    mixture = file.metadata.get("llama.expert_count", 0) > 0
+    if mixture and dense:
+        raise CheckpointError(f"{path}: already a mixture: llama.expert_count is {args.moe.num_experts}")
     tensors: dict[str, Lazy] = {}
     unknown = []
     for name, entry in file.entries.items():
-        canonical = _canonical(name)
-        if canonical is None:
+        found = _canonical(entry, args.moe.num_experts if mixture else 0)
+        tensors |= {canonical: _lazy(file, part, source, dtype) for canonical, part in found.items()}
+        if not found:
             unknown.append(name)
-        else:
-            tensors[canonical] = _lazy(file, entry, source, dtype)
     if unknown:
         raise CheckpointError(f"{path}: holds tensors that a Mixtral cannot have: {listed(sorted(unknown))}")
-    if "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]
-    check_dense(tensors, args, file.path, _spelling)
-    return Dense(
-        args=args,
-        tensors=tensors,
-        resources=lambda scratch: gguf_tokenizer.write(file.metadata, scratch, file.path),
-    )
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    if mixture:
+        plain = tensors["tok_embeddings.weight"].dtype
+        tensors = {name: lazy.to(plain) if is_kept_plain(name) else lazy for name, lazy in tensors.items()}
+    nbytes: Counter[str] = Counter()
+    for entry in file.entries.values():
+        nbytes[entry.kind] += entry.nbytes
+    return GGUF(file.path, args, tensors, file.metadata, mixture, nbytes.most_common(1)[0][0])
+
+
+def is_kept_plain(name: str) -> bool:
+    """Whether llama.cpp keeps a tensor of this canonical name in fp32, whatever the type of the others."""
+    return name.endswith(("norm.weight", "feed_forward.gate.weight"))
+
+
+class TensorCache:
+    """Caches the last computed tensors, up to `limit` bytes: a mixture's writer reads one feed-forward per expert."""
+
+    def __init__(self, limit: int = 256 * 2**20) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()  # so that two threads do not both compute one tensor
+
+    def get(self, key: Hashable, nbytes: int, make: Callable[[], Tensor]) -> Tensor | None:
+        """Return the tensor cached under `key`, after making it if needed; None if it is too large for the cache."""
+        if nbytes > self.limit:
+            return None
+        with self._lock:
+            if key not in self._kept:
+                while self._kept and nbytes + sum(t.nbytes for t in self._kept.values()) > self.limit:
+                    self._kept.popitem(last=False)
+                self._kept[key] = make()
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
 
 class _Source:
@@ -163,28 +215,45 @@ def _lazy(file: GGUFFile, entry: Entry, source: _Source, dtype: torch.dtype) -> 
     return _Dequantized(source, entry, dtype)
 
 
-def _canonical(name: str) -> str | None:
-    if name in _NAMES:
-        return _NAMES[name]
-    parts = name.split(".")
-    if (
-        len(parts) == 4
-        and parts[0] == "blk"
-        and parts[1].isdigit()
-        and parts[3] == "weight"
-        and parts[2] in _LAYER_NAMES
-    ):
-        return f"layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
-    return None
+def _canonical(entry: Entry, experts: int) -> dict[str, Entry]:
+    """An entry under its canonical name; a stack of `experts` as an entry for each expert; {} for unknown names.
+
+    `experts` is 0 for a dense network.
+    """
+    if entry.name in _NAMES:
+        return {_NAMES[entry.name]: entry}
+    parts = entry.name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdigit() or parts[3] != "weight":
+        return {}
+    inner = (_MIXTURE if experts else _DENSE).get(parts[2])
+    if inner is not None:
+        return {f"layers.{parts[1]}.{inner}.weight": entry}
+    if not experts or parts[2] not in _STACKS or len(entry.shape) != 3 or entry.shape[0] != experts:
+        return {}
+    nbytes = entry.nbytes // experts
+    return {
+        f"layers.{parts[1]}.feed_forward.experts.{e}.{_STACKS[parts[2]]}.weight": replace(
+            entry,
+            name=f"{entry.name} of expert {e}",
+            shape=entry.shape[1:],
+            start=entry.start + e * nbytes,
+            nbytes=nbytes,
+        )
+        for e in range(experts)
+    }
 
 
-def _spelling(canonical: str) -> str:
-    """A canonical name as GGUF spells it."""
+def spelling(canonical: str) -> str:
+    """A canonical name as GGUF spells it; for an expert's weight, the name of the stack that holds it."""
     for theirs, ours in _NAMES.items():
         if ours == canonical:
             return theirs
-    _, layer, rest = canonical.split(".", 2)
-    return next(f"blk.{layer}.{theirs}.weight" for theirs, ours in _LAYER_NAMES.items() if f"{ours}.weight" == rest)
+    _, layer, rest = canonical.removesuffix(".weight").split(".", 2)
+    if rest.startswith("feed_forward.experts."):
+        stack = next(theirs for theirs, ours in _STACKS.items() if ours == rest.rpartition(".")[2])
+        return f"blk.{layer}.{stack}.weight"
+    names = _DENSE | _MIXTURE
+    return f"blk.{layer}.{next(theirs for theirs, ours in names.items() if ours == rest)}.weight"
 
 
 def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
@@ -194,8 +263,6 @@ def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
         raise CheckpointError(f"{path}: general.architecture is {arch!r}; only 'llama' (Llama, Mistral) can be read")
     if data.get("split.count", 1) > 1:
         raise CheckpointError(f"{path}: one of {data['split.count']} pieces; join them with llama-gguf-split --merge")
-    if data.get("llama.expert_count", 0) > 0:
-        raise CheckpointError(f"{path}: already a mixture: llama.expert_count is {data['llama.expert_count']}")
 
     def number(key: str, default: Any = None) -> Any:
         value = data.get(f"llama.{key}", default)
@@ -214,6 +281,7 @@ def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
     if "token_embd.weight" not in file.entries:
         raise CheckpointError(f"{path}: tensors are missing: token_embd.weight")
     theta = float(number("rope.freq_base", 10000.0))
+    experts = number("expert_count", 0) or 1
     window, context = data.get("llama.attention.sliding_window") or 0, number("context_length")
     return ModelArgs(
         dim=number("embedding_length"),
@@ -228,7 +296,7 @@ def _model_args(file: GGUFFile, factors: Tensor | None) -> ModelArgs:
         rope_scaling=_rope_scaling(data, path, factors, theta),
         # A Mixtral has no sliding window, so beyond its length the network would compute something else.
         max_seq_len=min(context, window) if window else context,
-        moe=ONE_EXPERT,
+        moe=MoEArgs(num_experts=experts, num_experts_per_tok=number("expert_used_count", 0) or 1),
     )
 
 
@@ -236,7 +304,7 @@ def _rope_scaling(data: Mapping[str, Any], path: Path, factors: Tensor | None, t
     kind = data.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in data else "none")
     factor = float(data.get("llama.rope.scaling.factor", data.get("llama.rope.scale_linear", 1.0)) or 1.0)
     if factors is not None and not bool((factors == 1).all()):
-        return _llama3_scaling(factors, theta, path)
+        return llama3_scaling(factors, theta, path)
     if kind in ("none", "") or (kind == "linear" and factor == 1):
         return None
     if kind == "linear":
@@ -251,7 +319,7 @@ def _rope_scaling(data: Mapping[str, Any], path: Path, factors: Tensor | None, t
     return out
 
 
-def _llama3_scaling(factors: Tensor, theta: float, path: Path) -> dict[str, Any]:
+def llama3_scaling(factors: Tensor, theta: float, path: Path) -> dict[str, Any]:
     """Recover Llama 3's scaling parameters from the divisors of each frequency (head_dim / 2,) that GGUF stores."""
     factor, low, high = float(factors.max()), 1.0, 4.0
     inverse = theta ** -(torch.arange(len(factors), dtype=torch.float64) / len(factors))

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from accessory.errors import CheckpointError, MissingExtraError
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
@@ -56,7 +54,7 @@ def read_header(path: Path) -> GGUFFile:
     try:
         with open(path, "rb") as handle:
             start = handle.read(8)
-            if start[:4] != _MAGIC:
+            if start[:4] != MAGIC:
                 raise CheckpointError(f"{path}: not a GGUF file (it does not begin with GGUF)")
             if len(start) < 8:
                 raise CheckpointError(f"{path}: truncated: a GGUF file of {len(start)} bytes")
@@ -137,8 +135,12 @@ class _Header:
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path}: metadata of unknown type {kind}; the header is damaged or too new")
         value = self.scalar(_SCALARS[kind])
+        if kind != _FLOAT32:
+            return value
+        import numpy as np  # here, because those that need the magic number alone import this module
+
         # A float32 that was written as 1e-5 becomes 1e-5 again, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if kind == _FLOAT32 else value
+        return float(str(np.float32(value)))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string()
