@@ -122,6 +122,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.src,
         options.dst,
         to=options.to,
+        type=options.type,
         shards=options.shards,
         dtype=torch_dtype(options.dtype),
         safetensors=options.safetensors,

@@ -311,7 +311,7 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_loaded(monkeypa
         ["generate", "x", "--max-gen-len", "many"],
         ["generate", "x", "--dtype", "int3"],
         ["convert", "a", "b"],
-        ["convert", "a", "b", "--to", "gguf"],
+        ["convert", "a", "b", "--to", "onnx"],
         ["chat", "x", "--template", "fancy"],
         ["info"],
         ["info", "a", "--unknown"],

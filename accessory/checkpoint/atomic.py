@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accessory.checkpoint.gguf_header import MAGIC
 from accessory.checkpoint.hub import is_remote
-from accessory.checkpoint.weight_files import PEFT_CONFIG, find_weights
+from accessory.checkpoint.weight_files import PEFT_CONFIG, find_gguf, find_weights
 from accessory.errors import CheckpointError
 
 MARKER = ".writing"  # a file in every folder that is being written; it stays if the writer is killed
@@ -64,12 +65,47 @@ def check_destination(dst: str | Path, overwrite: bool, sources: Iterable[str | 
         return
     if not overwrite:
         raise CheckpointError(f"{dst}: is not empty; give --overwrite to replace it, or another folder")
-    if (dst / PEFT_CONFIG).is_file():
+    if (dst / PEFT_CONFIG).is_file() or find_gguf(dst) is not None:
         return
     try:
         find_weights(dst)
     except CheckpointError as error:
         raise CheckpointError(f"{dst}: holds something else than a checkpoint and is not replaced") from error
+
+
+def check_file(dst: Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
+    """Raise CheckpointError unless a file `dst` may be written: it is missing or, with `overwrite`, a file of weights.
+
+    It may be none of the `sources`.
+    """
+    check_place(dst)
+    for source in sources:
+        if not is_remote(source):
+            refuse_overlap(Path(source), dst)
+    if not os.path.lexists(dst):
+        return
+    if not dst.is_file():
+        raise CheckpointError(f"{dst}: is a folder; give a file to write to, or a folder of another name")
+    if not overwrite:
+        raise CheckpointError(f"{dst}: exists; give --overwrite to replace it, or another file")
+    with open(dst, "rb") as handle:
+        if handle.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{dst}: is no GGUF file and is not replaced")
+
+
+@contextmanager
+def new_file(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder. The file of `dst`'s name that is written there becomes `dst` when the block ends.
+
+    It is deleted if the block raises. Leftovers of a killed run are removed first. Raises CheckpointError as
+    `check_file` does, and if another process is writing to `dst`.
+    """
+    dst = Path(os.path.abspath(dst))
+    check_file(dst, overwrite)
+    with set_aside(dst, "partial") as folder:
+        yield folder
+        (folder / dst.name).replace(dst)
+        sync_folder(dst.parent)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,8 @@ class FilePlan:
     name: str
     slots: dict[str, Slot] = field(default_factory=dict)
     nested: bool = False  # {"model": {…}} around the tensors (.pth)
+    # Makes the file without its tensor data and returns where each slot begins, if the ending does not tell how.
+    lay_out: Callable[[Path, FilePlan], dict[str, int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,10 +51,11 @@ class FilePlan:
 
 @dataclass
 class FolderPlan:
-    """All files of a checkpoint folder of one layout except resources: tensor files and JSON files."""
+    """All files of a checkpoint of one layout except resources: tensor files and JSON files."""
 
     files: list[FilePlan]
     documents: dict[str, dict[str, Any]]  # file name → contents
+    is_file: bool = False  # its only file is the destination itself, and no folder is made
 
 
 def plan_folder(
@@ -74,6 +78,16 @@ def plan_folder(
         raise ConfigError(f"shards: got {shards}, but it must be at least 1")
     if to == "base" or to == "sparse":
         return _plan_accessory(to, tensors, args, shards, safetensors, image_views)
+    refuse_companions(to, tensors)
+    if to == "hf":
+        return _plan_hf(tensors, args, shards)
+    if shards not in (None, 1) or safetensors:
+        raise ConfigError("the torrent layout is one consolidated.00.pth: neither shards nor safetensors apply")
+    return _plan_torrent(tensors, args)
+
+
+def refuse_companions(to: str, tensors: Mapping[str, Lazy]) -> None:
+    """Raise CheckpointError if there are tensors of images, biases or LoRA; most layouts have no place for them."""
     seeing = [name for name in tensors if is_of_images(name)]
     if seeing:
         raise CheckpointError(
@@ -86,11 +100,6 @@ def plan_folder(
             f"{foreign[0]}: the {to} layout has no place for biases and LoRA; merge them into the weights first "
             f"({len(foreign)} such tensors)"
         )
-    if to == "hf":
-        return _plan_hf(tensors, args, shards)
-    if shards not in (None, 1) or safetensors:
-        raise ConfigError("the torrent layout is one consolidated.00.pth: neither shards nor safetensors apply")
-    return _plan_torrent(tensors, args)
 
 
 def _whole(lazy: Lazy) -> Lazy:

@@ -10,12 +10,15 @@ import argparse
 from accessory.model.options import DTYPES, add_json_option, add_option, add_quant_options
 
 LAYOUTS = ("base", "sparse", "hf", "torrent")
+GGUF_TYPES = ("f16", "bf16", "q8_0")
 
 
 def add_convert_arguments(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("src", metavar="SRC", help="the checkpoint to read")
-    convert.add_argument("dst", metavar="DST", help="the folder to make")
-    convert.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
+    convert.add_argument("dst", metavar="DST", help="the folder to make; for gguf a folder, or a file FILE.gguf")
+    convert.add_argument("--to", required=True, choices=(*LAYOUTS, "gguf"), help="the layout to write")
+    about = "of gguf's numbers: f16, bf16 or q8_0 (default: bf16 if the source is, else f16)"
+    convert.add_argument("--type", choices=GGUF_TYPES, metavar="TYPE", help=about)
     convert.add_argument("--config", nargs="+", default=[], metavar="FILE", help="JSON files that win over SRC's own")
     _writing_arguments(convert)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from accessory.errors import CheckpointError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
@@ -26,16 +26,16 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 # tokenizer.ggml.pre -> regular expressions that split the text, applied in order; whether a word that is a token skips
 # the merges; whether BOS is put in front if the file does not say.
-_PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        ((r"\p{N}", _GPT2), False, False),
+        ((r"\p{N}", GPT2), False, False),
     ),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), ((_GPT2,), False, False)),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), ((GPT2,), False, False)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), ((_LLAMA3,), True, True)),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), ((_QWEN2,), False, False)),
     "tekken": ((_TEKKEN,), True, True),
@@ -88,7 +88,7 @@ def _vocabulary(metadata: Mapping[str, Any], origin: Path) -> tuple[list[str], l
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise CheckpointError(f"{origin}: tokenizer.ggml.tokens is missing: the file has no tokenizer")
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise CheckpointError(f"{origin}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     return tokens, types
@@ -109,14 +109,14 @@ def _added_tokens(tokens: list[str], types: list[int]) -> dict[str, dict[str, An
     return {
         str(i): {
             "content": tokens[i],
-            "special": kind in (_CONTROL, _UNKNOWN),
+            "special": kind in (CONTROL, UNKNOWN),
             "normalized": False,
             "lstrip": False,
             "rstrip": False,
             "single_word": False,
         }
         for i, kind in enumerate(types)
-        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     }
 
 
@@ -138,9 +138,9 @@ def _write_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int],
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE:
-        raise CheckpointError(f"{origin}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(_PRE))}")
-    expressions, ignore_merges, bos_by_default = _PRE[pre]
+    if pre not in PRE:
+        raise CheckpointError(f"{origin}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(PRE))}")
+    expressions, ignore_merges, bos_by_default = PRE[pre]
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if broken := next((merge for merge in merges if len(merge) != 2), None):
         raise CheckpointError(f"{origin}: tokenizer.ggml.merges: {' '.join(broken)!r} is not a pair")
@@ -153,9 +153,9 @@ def _write_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int],
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    for kind in (_CONTROL, _UNKNOWN, _USER_DEFINED):
+    for kind in (CONTROL, UNKNOWN, USER_DEFINED):
         own = [t for t, k in zip(tokens, types, strict=True) if k == kind]
-        tokenizer.add_tokens([AddedToken(t, special=kind != _USER_DEFINED, normalized=False) for t in own])
+        tokenizer.add_tokens([AddedToken(t, special=kind != USER_DEFINED, normalized=False) for t in own])
     bos, eos = _id(metadata, "bos", tokens), _id(metadata, "eos", tokens)
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", bos_by_default)) and bos is not None
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and eos is not None
@@ -181,7 +181,7 @@ def _sentencepiece_model(metadata: Mapping[str, Any], tokens: list[str], types: 
     )
     ids = {name: _id(metadata, key, tokens) for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))}
     bpe = 2
-    trainer = _field(3, bpe) + _field(4, len(tokens)) + _field(35, int(_BYTE in types))
+    trainer = _field(3, bpe) + _field(4, len(tokens)) + _field(35, int(BYTE in types))
     for number, name in ((40, "unk"), (41, "bos"), (42, "eos")):
         i = ids[name]
         trainer += _field(number, -1 if i is None else i)

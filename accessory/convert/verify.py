@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
+from accessory.checkpoint.gguf_writer import rounded
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized
@@ -31,12 +32,15 @@ class Side:
     hash: str
     digests: dict[str, Digest] = field(repr=False, default_factory=dict)
     pieces: dict[str, Digest] = field(repr=False, default_factory=dict)
+    rounded_to: str = ""  # the type of a GGUF file to which the values were rounded before they were hashed
 
     def lines(self) -> list[str]:
         shards = f", {self.shards} shards" if self.shards > 1 else ""
         dtypes = " + ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
         out = [f"{self.path}: {self.layout}{shards}, {self.tensors} tensors ({dtypes or 'none'})"]
-        if self.pieces:
+        if self.rounded_to:
+            out.append(f"  note: compared, and hashed, are its values as a GGUF file of {self.rounded_to} holds them")
+        elif self.pieces:
             out.append("  note: quantised; the hash is that of what the numbers mean, as `accessory convert` writes it")
         elif len(self.dtypes) > 1:
             out.append("  note: dtypes are mixed within this model")
@@ -91,22 +95,34 @@ class Report:
 def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True) -> Report:
     """Read and hash every tensor of `a` (and `b`), and compare the two.
 
-    The report lists tensors that are missing, extra, misshapen or not finite, and shards of different checkpoints.
+    The report lists tensors that are missing, extra, misshapen or not finite, and shards of different checkpoints. If
+    one of two is a GGUF file, the other's values are rounded to its type before they are hashed.
     Raises CheckpointError only if there is no checkpoint to look at, or an adapter alone.
     """
-    first = _look_at(a, progress)
+    surveys = [_survey(path) for path in (a, b) if path is not None]
+    kinds = [s.checkpoint.gguf.kind if s.checkpoint and s.checkpoint.gguf else "" for s in surveys]
+    sides = [
+        _look_at(survey, progress, "" if own else kind)
+        for survey, own, kind in zip(surveys, kinds, reversed(kinds), strict=True)
+    ]
     if b is None:
-        return Report(first)
-    second = _look_at(b, progress)
-    return Report(first, second, _compare(first, second))
+        return Report(sides[0])
+    return Report(sides[0], sides[1], _compare(sides[0], sides[1]))
 
 
-def _look_at(path: str | Path, progress: bool) -> Side:
+def _survey(path: str | Path) -> Survey:
     survey = survey_folder(path, thorough=True)
     if survey.adapter is not None:
         raise CheckpointError(f"{survey.path}: {survey.adapter.alone()}")
+    return survey
+
+
+def _look_at(survey: Survey, progress: bool, rounded_to: str) -> Side:
     checkpoint = survey.checkpoint
     tensors = checkpoint.tensors if checkpoint else {}
+    own_kinds = dict(Counter(map(_kind, tensors.values())).most_common())
+    if rounded_to:
+        tensors = rounded(tensors, rounded_to)
     problems = [str(p) for p in survey.problems]
     if survey.unfinished:
         problems.insert(0, UNFINISHED)
@@ -128,11 +144,12 @@ def _look_at(path: str | Path, progress: bool) -> Side:
         layout=survey.layout or "unknown layout",
         shards=checkpoint.shards if checkpoint else 1,
         tensors=len(tensors),
-        dtypes=dict(Counter(map(_kind, tensors.values())).most_common()),
+        dtypes=own_kinds,
         problems=problems,
         hash=model_hash(digests) if _is_model(survey) else "",
         digests=digests,
         pieces=pieces,
+        rounded_to=rounded_to,
     )
 
 

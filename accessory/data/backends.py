@@ -21,6 +21,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Backend(Protocol):
     size: int  # highest id + 1
     control: dict[str, int]  # strings that are control tokens, and their ids
+    added: dict[int, tuple[str, bool]]  # id → string, whether it is a control token; of tokens beside the vocabulary
     bos_id: int | None
     eos_id: int | None
     add_bos: bool  # whether the tokenizer itself begins a text with BOS
@@ -63,9 +64,9 @@ class SentencePieceBackend:
         self._continuing: Any = None  # the same model without the space before the first word; made on first use
         pieces = self._processor.get_piece_size()
         added = {text: entry for text, entry in settings.added.items() if entry[0] >= pieces}
-        self._added = {number: (text, control) for text, (number, control) in added.items()}
-        self._added_ids = {text: number for number, (text, _) in self._added.items()}
-        self.size = max([pieces - 1, *self._added]) + 1
+        self.added = {number: (text, control) for text, (number, control) in added.items()}
+        self._added_ids = {text: number for number, (text, _) in self.added.items()}
+        self.size = max([pieces - 1, *self.added]) + 1
         self.control = {self._processor.id_to_piece(i): i for i in range(pieces) if self._processor.is_control(i)} | {
             text: number for text, (number, control) in added.items() if control
         }
@@ -127,8 +128,8 @@ class SentencePieceBackend:
         return self._continuing.encode(text)
 
     def piece(self, token: int) -> bytes:
-        if token in self._added:
-            text, control = self._added[token]
+        if token in self.added:
+            text, control = self.added[token]
             return b"" if control else text.encode()
         processor = self._processor
         if not 0 <= token < processor.get_piece_size() or processor.is_control(token):
@@ -142,7 +143,7 @@ class SentencePieceBackend:
 
     def first_piece(self, token: int) -> bytes:
         piece = self.piece(token)
-        whole_word = self._strips and token not in self._added and piece.startswith(b" ")
+        whole_word = self._strips and token not in self.added and piece.startswith(b" ")
         if whole_word and not self._processor.is_byte(token) and not self._processor.is_unknown(token):
             return piece[1:]
         return piece
@@ -165,15 +166,15 @@ class HuggingFaceBackend:
         steps = _state(tokenizer.normalizer) + _state(tokenizer.pre_tokenizer)
         self._spaces = any(word in steps for word in ('"Prepend"', '"Metaspace"', '"add_prefix_space":true'))
         added = tokenizer.get_added_tokens_decoder()
-        self._added = {number: (token.content, token.special) for number, token in added.items()}
-        self.control = {content: number for number, (content, special) in self._added.items() if special}
+        self.added = {number: (token.content, token.special) for number, token in added.items()}
+        self.control = {content: number for number, (content, special) in self.added.items() if special}
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = self._id_of(settings.eos_token, *settings.eos_ids, "</s>", "<|im_end|>", "<|endoftext|>", "<eos>")
         self.bos_id = self._id_of(settings.bos_token, settings.bos_id, "<s>", "<|begin_of_text|>", "<bos>")
         for text in filter(None, (settings.bos_token, settings.eos_token)):
             number = tokenizer.token_to_id(text)
-            if number is not None and number not in self._added:  # only the configuration calls it a token
-                self._added[number], self.control[text] = (text, True), number
+            if number is not None and number not in self.added:  # only the configuration calls it a token
+                self.added[number], self.control[text] = (text, True), number
         probe = tokenizer.encode("a", add_special_tokens=True).ids
         begins = self.bos_id is not None and probe[:1] == [self.bos_id]
         self.add_bos = begins if settings.add_bos is None else settings.add_bos
@@ -223,8 +224,8 @@ class HuggingFaceBackend:
         return self._bytes(token, [])
 
     def _bytes(self, token: int, before: list[int]) -> bytes:
-        if token in self._added:
-            content, control = self._added[token]
+        if token in self.added:
+            content, control = self.added[token]
             return b"" if control else content.encode()
         text = self._tokenizer.id_to_token(token) if 0 <= token < self.size else None
         if text is None:

@@ -37,8 +37,9 @@ class Tokenizer:
     Attributes: `path` (the file that was read), `kind` ("sentencepiece" or "huggingface"), `vocab_size` (highest id +
     1), `bos_id` and `eos_id` (None where there is none), `bos_token` and `eos_token` (their strings, "" where there is
     none), `add_bos` (whether a prompt begins with BOS), `stop_ids` (EOS, all end ids that Hugging Face's files
-    list, and end-of-turn tokens), `special_tokens` (control strings and their ids), `chat_template` (Jinja source or
-    None) and `template_variables` (the variables that it may use).
+    list, and end-of-turn tokens), `special_tokens` (control strings and their ids), `added_tokens` (of each string
+    beside the vocabulary its id, and whether it is a control token), `chat_template` (Jinja source or None) and
+    `template_variables` (the variables that it may use).
 
     Raises CheckpointError when there is no tokenizer or its file is broken, ConfigError for a broken file beside it.
     """
@@ -57,6 +58,7 @@ class Tokenizer:
         self.eos_id: int | None = backend.eos_id
         self.add_bos: bool = backend.add_bos and backend.bos_id is not None
         self.special_tokens: dict[str, int] = dict(backend.control)
+        self.added_tokens = {text: (number, control) for number, (text, control) in backend.added.items()}
         strings = {number: text for text, number in self.special_tokens.items()}
         self.bos_token: str = settings.bos_token or strings.get(self.bos_id, "") if self.bos_id is not None else ""
         self.eos_token: str = settings.eos_token or strings.get(self.eos_id, "") if self.eos_id is not None else ""
