@@ -204,13 +204,20 @@ def _survey_gguf(path: Path, name: str, config_files: Sequence[str | Path]) -> S
         return survey
     try:
         found = read_gguf(path)
-    except CheckpointError as error:
-        survey.problems.append(CheckpointError(str(error).removeprefix(f"{path}: ")))
-        return survey
-    if not found.mixture:
-        survey.problems.append(CheckpointError("a dense network; make a mixture of it with `accessory upcycle`"))
+    except (CheckpointError, ConfigError) as error:
+        survey.problems.append(type(error)(str(error).removeprefix(f"{path}: ")))
         return survey
     args = survey.args = found.args
+    layers, experts, count = args.n_layers, args.moe.num_experts, len(found.tensors)
+    if not found.mixture:
+        problem = "a dense network; make a mixture of it with `accessory upcycle`"
+    elif layers * experts > count:  # before a damaged number makes us list millions of names
+        problem = f"the metadata say {layers} layers of {experts} experts, which {count} tensors are not"
+    else:
+        problem = ""
+    if problem:
+        survey.problems.append(CheckpointError(problem))
+        return survey
     expected = expected_shapes(args)
     wrong = [shape_problem(name, tensor, expected) for name, tensor in found.tensors.items()]
     survey.problems += [CheckpointError(p) for p in wrong if p]

@@ -28,7 +28,7 @@ from accessory.errors import CheckpointError, listed
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
-_DECODE_ELEMENTS = 2**21  # dequantised at once; intermediate values take about ten times as many bytes
+_DECODE_ELEMENTS = 2**18  # dequantised at once; intermediate values take about ten times as many bytes
 
 _NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
@@ -80,10 +80,10 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16, *, dense: b
     Missing tensors are the caller's matter.
     """
     file = read_header(Path(path))
-    source = _Source(file.path)
+    mixture = file.metadata.get("llama.expert_count", 0) > 0
+    source = _Source(file.path, mixture)
     factors = file.entries.pop(ROPE_FACTORS, None)
     args = _model_args(file, None if factors is None else _lazy(file, factors, source, torch.float32).load())
-    mixture = file.metadata.get("llama.expert_count", 0) > 0
     if mixture and dense:
         raise CheckpointError(f"{path}: already a mixture: llama.expert_count is {args.moe.num_experts}")
     tensors: dict[str, Lazy] = {}
@@ -132,11 +132,11 @@ class TensorCache:
 
 
 class _Source:
-    """The mapped file, and a cache of the last dequantised tensors."""
+    """The mapped file, and a cache of the last dequantised tensors: of a dense network, whose readers repeat them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mixture: bool) -> None:
         self.file = File(path)
-        self.cache = TensorCache()
+        self.cache = TensorCache(0) if mixture else TensorCache()
 
     def rows(self, entry: Entry) -> np.ndarray:
         """The tensor's bytes, uint8 (rows, bytes of a row), as a view of the mapped file."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.gguf import ROPE_FACTORS, is_kept_plain, llama3_scaling, spelling
+from accessory.checkpoint.gguf import PLAIN, ROPE_FACTORS, is_kept_plain, llama3_scaling, spelling
 from accessory.checkpoint.gguf_header import read_header
 from accessory.checkpoint.lazy import Constant, Lazy
 from accessory.checkpoint.writers import FilePlan, FolderPlan, Slot, refuse_companions
@@ -25,11 +25,11 @@ from accessory.ops.rope import rope_frequencies
 from accessory.parallel.sharding import expert_of
 
 FILE_NAME = "model.gguf"  # in a folder
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROUNDED = (*PLAIN, "Q8_0")  # the types to which we can round
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.uint8: "Q8_0"}
 _FILE_TYPES = {"F16": 1, "BF16": 32, "Q8_0": 7}  # llama.cpp's numbers of what most tensors of a file are
 _Q8_NUMBERS, _Q8_BYTES = 32, 34  # in a block
-_ROUNDED_AT_ONCE = 2**20  # bytes of the source; intermediate values take some ten times as many
+_ROUNDED_AT_ONCE = 2**18  # bytes of the source; intermediate values take some ten times as many
 _ALIGNMENT = 32
 _YARN = {"factor", "rope_type", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 
@@ -77,12 +77,12 @@ def plan_gguf(
 
 
 def rounded(tensors: Mapping[str, Lazy], kind: str) -> dict[str, Lazy]:
-    """What reading gives back of canonical `tensors` that were written to a file of this kind.
+    """What reading gives back of canonical `tensors` that were written to a file of this kind, one of ROUNDED.
 
     That is a cast for a plain type. Numbers of Q8_0 are rounded as in the file, and read as bfloat16.
     """
     if kind != "Q8_0":
-        return {name: lazy.to(PLAIN.get(kind, torch.bfloat16)) for name, lazy in tensors.items()}
+        return {name: lazy.to(PLAIN[kind]) for name, lazy in tensors.items()}
     return {
         name: lazy.to(torch.bfloat16) if len(lazy.shape) == 1 or is_kept_plain(name) else _Rounded(lazy)
         for name, lazy in tensors.items()

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from accessory.checkpoint.atomic import check_destination, check_file
 from accessory.checkpoint.folder import Checkpoint
 from accessory.checkpoint.gguf_writer import FILE_NAME, check_gguf, plan_gguf
+from accessory.checkpoint.hub import is_remote
 from accessory.checkpoint.save import write_folder
 from accessory.convert.gguf_vocabulary import vocabulary
 from accessory.errors import CheckpointError, ConfigError
@@ -57,10 +58,18 @@ def write_gguf(
         )
     kind = (type or ("bf16" if source.dtype_name == "bfloat16" else "f16")).upper()
     name = Path(dst).name if _is_file(dst) else FILE_NAME
-    metadata = {"general.name": source.path.name, **vocabulary(tokenizer, source.args.vocab_size)}
+    metadata = {"general.name": _name(source), **vocabulary(tokenizer, source.args.vocab_size)}
     plan, tensors = plan_gguf(name, source.tensors, source.args, kind, metadata)
     plan.is_file = _is_file(dst)
     write_folder(dst, tensors, plan, overwrite=overwrite, verify=verify, progress=progress)
+
+
+def _name(source: Checkpoint) -> str:
+    if source.gguf is not None:
+        return str(source.gguf.metadata.get("general.name", source.path.stem))
+    if is_remote(source.name):  # its folder is named by a revision
+        return source.name.partition("@")[0].rstrip("/").rpartition("/")[2]
+    return source.path.resolve().name
 
 
 def _is_file(dst: str | Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.folder import UNFINISHED, Survey, survey_folder
-from accessory.checkpoint.gguf_writer import rounded
+from accessory.checkpoint.gguf_writer import ROUNDED, rounded
 from accessory.checkpoint.hashing import Digest, digest_all, model_hash
 from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.packed import Quantized
@@ -102,7 +102,7 @@ def verify(a: str | Path, b: str | Path | None = None, *, progress: bool = True)
     surveys = [_survey(path) for path in (a, b) if path is not None]
     kinds = [s.checkpoint.gguf.kind if s.checkpoint and s.checkpoint.gguf else "" for s in surveys]
     sides = [
-        _look_at(survey, progress, "" if own else kind)
+        _look_at(survey, progress, "" if own or kind not in ROUNDED else kind)
         for survey, own, kind in zip(surveys, kinds, reversed(kinds), strict=True)
     ]
     if b is None:

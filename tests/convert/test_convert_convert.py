@@ -21,6 +21,7 @@ from accessory.checkpoint.folder import open_checkpoint
 from accessory.convert.convert import convert
 from accessory.convert.info import info
 from accessory.convert.verify import verify
+from accessory.data.tokenizer import MIXTRAL_TOKENIZER
 from accessory.errors import CheckpointError
 
 TENSORS = random_tensors()
@@ -224,10 +225,12 @@ def test_two_writers_of_one_folder(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_anonymous_memory_stays_small(tmp_path):
+@pytest.mark.parametrize("to", ["sparse", "gguf"])
+def test_anonymous_memory_stays_small(tmp_path, to):
     """Of 184 MB (two tensors have 67 MB), only blocks are in memory at once, in two to four threads."""
     args = ARGS.replace(dim=1024, hidden_dim=1024, vocab_size=32768, n_layers=1)
     make.write_torrent(tmp_path / "source", random_tensors(args), args)
+    shutil.copy(MIXTRAL_TOKENIZER, tmp_path / "source" / "tokenizer.model")
     code = """
 import sys, threading
 import torch
@@ -242,14 +245,14 @@ def watch():
     while not end.wait(0.002):
         peak[0] = max(peak[0], anonymous())
 threading.Thread(target=watch, daemon=True).start()
-convert(source, target, to=to, progress=False)
+convert(source, target, to=to, type="q8_0" if to == "gguf" else None, progress=False)
 assert verify(source, target, progress=False).ok
 end.set()
 print(peak[0] - start)
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
-    arguments = [str(tmp_path / "source"), str(tmp_path / "target"), "sparse"]
+    arguments = [str(tmp_path / "source"), str(tmp_path / "target"), to]
     out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert float(out.stdout) < 140
 

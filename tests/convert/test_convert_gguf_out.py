@@ -428,6 +428,19 @@ def test_what_was_written_wrongly_is_found(source, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_metadata_that_the_tensors_contradict_are_named(source, tmp_path):
+    file = write(source, tmp_path / "m.gguf")
+    field = gguf.GGUFReader(file, "r+").fields["llama.block_count"]
+    whole = file.read_bytes()
+    for layers, message in (
+        (2**31, "2147483648 layers of 4 experts, which 41 tensors are not"),
+        (3, "missing tensor"),
+    ):
+        at = int(field.offset) + len(whole[field.offset :].split(b"count", 1)[0]) + len("count") + 4
+        file.write_bytes(whole[:at] + layers.to_bytes(4, "little") + whole[at + 4 :])
+        assert message in " ".join(verify(file, progress=False).a.problems)
+
+
 @pytest.mark.parametrize("cut", [100, 3000, -1])
 def test_a_file_that_is_broken_off_is_named(source, tmp_path, cut):
     file = write(source, tmp_path / "m.gguf")
