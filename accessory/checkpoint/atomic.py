@@ -74,7 +74,7 @@ def check_destination(dst: str | Path, overwrite: bool, sources: Iterable[str | 
 
 
 def check_file(dst: Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
-    """Raise CheckpointError unless a file `dst` may be written: it is missing or, with `overwrite`, a file of weights.
+    """Raise CheckpointError unless a file `dst` may be written: it is missing or, with `overwrite`, a GGUF file.
 
     It may be none of the `sources`.
     """

@@ -83,10 +83,11 @@ def rounded(tensors: Mapping[str, Lazy], kind: str) -> dict[str, Lazy]:
     """
     if kind != "Q8_0":
         return {name: lazy.to(PLAIN[kind]) for name, lazy in tensors.items()}
-    return {
-        name: lazy.to(torch.bfloat16) if len(lazy.shape) == 1 or is_kept_plain(name) else _Rounded(lazy)
-        for name, lazy in tensors.items()
-    }
+
+    def is_kept(name: str, lazy: Lazy) -> bool:  # or too misshapen for blocks, which is told elsewhere
+        return len(lazy.shape) != 2 or is_kept_plain(name) or lazy.shape[-1] % _Q8_NUMBERS != 0
+
+    return {name: lazy.to(torch.bfloat16) if is_kept(name, lazy) else _Rounded(lazy) for name, lazy in tensors.items()}
 
 
 def _as_stored(lazy: Lazy, kind: str) -> Lazy:

@@ -77,7 +77,7 @@ def convert(
 def _check_options(to: str, type: str | None, others: Mapping[str, object]) -> None:
     """Raise ConfigError for an option that the layout does not have."""
     if to != "gguf" and type is not None:
-        raise ConfigError(f"type: got {type!r}, but only gguf has types; leave it out, or give to gguf")
+        raise ConfigError(f"type: got {type!r}, but only gguf has types; leave it out, or write to gguf")
     given = next((name for name, value in others.items() if value is not None), None)
     if to == "gguf" and given is not None:
         raise ConfigError(f"{given}: does not apply to gguf, which is one file; its numbers are chosen by type")

@@ -418,6 +418,23 @@ def test_a_failing_write_leaves_nothing(source, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_leftovers_of_a_killed_run_are_removed(source, tmp_path):
+    left = tmp_path / "m.gguf.partial"
+    left.mkdir()
+    (left / ".writing").touch()
+    (left / "m.gguf").write_bytes(b"GGUF")
+    write(source, tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "source"]
+
+
+def test_another_model_of_odd_sizes_is_told_apart(source, tmp_path):
+    file = write(source, tmp_path / "m.gguf", "q8_0")
+    odd(source)
+    report = verify(source, file, progress=False)
+    assert not report.ok
+    assert any(text.startswith("shape differs: ") for text in report.differences)
+
+
 def test_what_was_written_wrongly_is_found(source, tmp_path, monkeypatch):
     from accessory.checkpoint import save
 
