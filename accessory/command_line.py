@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
                 return  # what follows is not for this parser to read
             # The beginning of an option stands for it. argparse takes a word with a space for a value.
             if word.startswith("--") and not any(name.startswith(option) for name in known):
-                meant = _meant(option, known) if " " not in option else ""
-                if meant or " " not in word:
-                    self.error(f"{option} is no option of {self._name()}{meant}")
+                near = meant(option, known) if " " not in option else ""
+                if near or " " not in word:
+                    self.error(f"{option} is no option of {self._name()}{near}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
         choices = [str(choice) for choice in action.choices]
         among = f"; there are {', '.join(choices)}"
         if action is self._command_action():
-            self.error(f"{value} is no command of {self.prog}{_meant(value, choices) or among}")
-        raise argparse.ArgumentError(action, f"got {value!r}{_meant(str(value), choices) or among}")
+            self.error(f"{value} is no command of {self.prog}{meant(value, choices) or among}")
+        raise argparse.ArgumentError(action, f"got {value!r}{meant(str(value), choices) or among}")
 
     def _command_action(self) -> argparse.Action | None:
         return next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return self.prog.partition(" ")[2] or self.prog
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def meant(word: str, known: Iterable[str]) -> str:
     """The known word that is most like this one, as the end of a message; "" where none is."""
     spellings = dict.fromkeys(name.replace("_", "-") if name.startswith("--") else name for name in known)
     near = difflib.get_close_matches(word.replace("_", "-"), spellings, n=1)

@@ -355,7 +355,8 @@ def test_help_imports_nothing_heavy():
         f"for words in ([], *([name] for name in {COMMANDS})):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as ended: assert ended.code == 0\n"
-        "print({'torch', 'numpy', 'yaml', 'rich', 'tqdm', 'safetensors', 'tokenizers'} & set(sys.modules))"
+        "print({'torch', 'numpy', 'yaml', 'rich', 'tqdm', 'safetensors', 'tokenizers',"
+        " 'prompt_toolkit'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

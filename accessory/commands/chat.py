@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from accessory.commands.dialogue import Messages, see
 from accessory.commands.opening import open_model
-from accessory.commands.talking import Messages, see, talk
+from accessory.commands.talking import Growing, talk
 from accessory.commands.text import needs_encoders
 from accessory.commands.text_options import named_adapters
 from accessory.data.templates import get_template
@@ -27,7 +28,7 @@ def chat(options: argparse.Namespace) -> int:
         assert model is not None
         template = get_template(options.template, model.tokenizer)
 
-        def answering(messages: Messages, image: Any) -> Iterator[str]:
+        def answering(messages: Messages, image: Any) -> Iterator[Growing]:
             for answer in model.stream(
                 template.prompt_ids(messages, model.tokenizer),
                 image=image,
@@ -36,7 +37,7 @@ def chat(options: argparse.Namespace) -> int:
                 additional_stop_symbols=[*template.stop_strings, *options.stop],
                 adapter=named_adapters(options)[0],
             ):
-                yield template.reply(answer.text)
+                yield Growing(template.reply(answer.text), len(answer.token_ids))
 
         text_only = None if visual else TEXT_ONLY
-        return talk(answering, f"Template {template.name}", system=options.system, text_only=text_only, seen=seen)
+        return talk(answering, f"Template {template.name}", options, text_only=text_only, seen=seen)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 from accessory.commands.api_client import Server, read_key
-from accessory.commands.talking import Messages, talk
+from accessory.commands.dialogue import Messages
+from accessory.commands.talking import Growing, talk
 from accessory.commands.text_options import SAMPLING
 from accessory.engine.sampling_params import SamplingParams
 
@@ -20,18 +22,21 @@ def chat(options: argparse.Namespace) -> int:
     """Talk in the terminal until the input ends."""
     server = Server(options.url, read_key(options.api_key_file))
     model = server.choose_model(options.model)
-    fields = request_fields(options)
 
-    def answering(messages: Messages, _: Any) -> Iterator[str]:
-        whole = ""
+    def answering(messages: Messages, _: Any) -> Iterator[Growing]:
+        whole, tokens = "", None
+        body = {"model": model, "messages": messages, **request_fields(options)}
+        if sys.stdout.isatty():  # the last event then tells how many tokens there are
+            body["stream_options"] = {"include_usage": True}
         # Closed at once where Ctrl-C stops an answer, so that the server stops writing it.
-        with closing(server.stream("/v1/chat/completions", {"model": model, "messages": messages, **fields})) as events:
+        with closing(server.stream("/v1/chat/completions", body)) as events:
             for event in events:
                 for choice in event.get("choices", ()):
                     whole += choice.get("delta", {}).get("content") or ""
-                yield whole
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                yield Growing(whole, tokens)
 
-    return talk(answering, f"{model} at {server.url}", system=options.system, text_only="this chat sends no images")
+    return talk(answering, f"{model} at {server.url}", options, text_only="this chat sends no images")
 
 
 def request_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,75 +1,121 @@
-"""A dialogue in the terminal: questions are read, answers shown, rounds taken back. Who answers is given.
+"""Talks in the terminal: reads what is typed, shows answers, takes back rounds that fail. Who answers is given.
 
 No torch is imported here: the answers may come from a server.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shlex
+import argparse
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from accessory.commands.prompts import NO_IMAGE
-from accessory.data.image_tokens import without_tag
-from accessory.data.images import open_image
-from accessory.data.messages import read_messages
-from accessory.errors import AccessoryError, InputError
+from accessory.commands.dialogue import ENDING, Dialogue, Messages, Seen
+from accessory.commands.line_editor import reader
+from accessory.errors import AccessoryError
 
-Messages = list[dict[str, str]]
-# From the messages of a dialogue and its image, or None, to the answer while it grows: always all of it so far.
-Answering = Callable[[Messages, Any], Iterator[str]]
+
+@dataclass(frozen=True)
+class Growing:
+    """An answer while it grows: all of its text so far. tokens: how many it has; None where nobody tells."""
+
+    text: str
+    tokens: int | None = None
+
+
+# From the messages of a dialogue and its image, or None, to the answer while it grows.
+Answering = Callable[[Messages, Any], Iterator[Growing]]
 
 
 def talk(
-    answering: Answering, greeting: str, *, system: str | None, text_only: str | None, seen: Seen | None = None
+    answering: Answering,
+    greeting: str,
+    options: argparse.Namespace,
+    *,
+    text_only: str | None,
+    seen: Seen | None = None,
 ) -> int:
     """Talk until the input ends. Returns the exit status.
 
-    text_only: why no dialogue may be about an image; None where one may.
+    options: how answers are written, and the system message; /set changes them. text_only: why no dialogue may be about
+    an image; None where one may.
     """
-    messages: Messages = [] if system is None else [{"role": "system", "content": system}]
-    fixed = len(messages)
+    dialogue = Dialogue(options, text_only, seen)
     print(
         f"{greeting}. /undo takes the last round back, /clear all; "
-        f"{'/image PATH begins a dialogue about an image; ' if text_only is None else ''}/quit or Ctrl-D ends."
+        f"{'/image PATH begins a dialogue about an image; ' if text_only is None else ''}"
+        "/help shows all commands; /quit or Ctrl-D ends."
     )
+    read = reader()
     while True:
         try:
-            text = input("\n> ").strip()
+            text = read().strip()
         except EOFError:
             print()
             return 0
-        if text in ("/quit", "/exit"):
+        if text in ENDING:
             return 0
-        if text.split(maxsplit=1)[:1] == ["/image"]:
-            before, seen = seen, _change(seen, text.removeprefix("/image").strip(), text_only)
-            if seen is not before:  # an image comes before the first question, so the dialogue begins again
-                del messages[fixed:]
-            continue
-        if text in ("/undo", "/clear"):
-            seen = None if text == "/clear" else seen
-            keep = fixed if text == "/clear" else max(fixed, len(messages) - 2)
-            del messages[keep:]
-            print("(forgotten)")
-            continue
         if not text:
             continue
-        messages += read_messages([{"role": "user", "content": text if seen is None else without_tag(text)}])
         try:
-            answer = show(answering(messages, None if seen is None else seen.picture))
-        except KeyboardInterrupt:  # stops this answer, not the chat; half an answer would confuse the next one
-            print("\n(stopped; the round is forgotten)")
-            messages.pop()
-            continue
+            question = dialogue.take(text)
         except AccessoryError as error:
-            print(f"\n({error}; the round is forgotten)")
-            messages.pop()
+            print(f"({error})")
             continue
-        print()
-        messages += read_messages([{"role": "assistant", "content": answer}])
+        if question is not None:
+            _ask(dialogue, question, answering)
+
+
+def _ask(dialogue: Dialogue, question: str, answering: Answering) -> None:
+    """A round: a question and its answer. It is forgotten where the answer is stopped or fails, because half an answer
+    would confuse the next one."""
+    watch = _Watch()
+    dialogue.ask(question)
+    try:
+        answer = show(watch.texts(answering(dialogue.messages, dialogue.image)))
+    except KeyboardInterrupt:  # stops this answer, not the chat
+        print("\n(stopped; the round is forgotten)")
+        dialogue.forget()
+        return
+    except AccessoryError as error:
+        print(f"\n({error}; the round is forgotten)")
+        dialogue.forget()
+        return
+    print()
+    watch.tell()
+    dialogue.answer(answer)
+
+
+class _Watch:
+    """How quickly an answer comes."""
+
+    def __init__(self) -> None:
+        self._begun = self._ended = time.monotonic()
+        self._first: float | None = None
+        self._tokens: int | None = None
+
+    def texts(self, growing: Iterator[Growing]) -> Iterator[str]:
+        for answer in growing:
+            if self._first is None and answer.text:
+                self._first = time.monotonic()
+            self._tokens = answer.tokens
+            yield answer.text
+        self._ended = time.monotonic()
+
+    def tell(self) -> None:
+        """On a terminal, a dim line. A first token takes as long as the whole prompt, so it does not count as speed."""
+        if not sys.stdout.isatty() or self._tokens is None:
+            return
+        from rich.console import Console  # here, because a chat in a pipe needs none of it
+
+        first = self._ended if self._first is None else self._first
+        told = f"1 token, {first - self._begun:.2f} s" if self._tokens == 1 else f"{self._tokens} tokens"
+        if self._tokens > 1 and self._ended > first:
+            speed = (self._tokens - 1) / (self._ended - first)
+            told += f", {speed:.1f} tokens/s after {first - self._begun:.2f} s"
+        Console(highlight=False).print(told, style="dim", markup=False)
 
 
 def print_text(piece: str) -> None:
@@ -83,36 +129,3 @@ def show(growing: Iterator[str], write: Callable[[str], None] = print_text) -> s
         write(whole[len(shown) :])
         shown = whole
     return shown
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a dialogue is about."""
-
-    path: str
-    picture: Any  # Pillow's, decoded
-
-
-def see(words: str, text_only: str | None = None) -> Seen | None:
-    """Open the image at a typed path, or None for `NO_IMAGE`. The path may be quoted or escaped, as a terminal writes
-    it when a file is dropped on it, and may begin with ~."""
-    if words in NO_IMAGE:
-        return None
-    if text_only is not None:
-        raise InputError(f"/image: {text_only}")
-    path = os.path.expanduser(words)
-    if not os.path.exists(path):
-        with contextlib.suppress(ValueError):
-            if len(parts := shlex.split(words)) == 1:
-                path = os.path.expanduser(parts[0])
-    return Seen(path, open_image(path))
-
-
-def _change(seen: Seen | None, words: str, text_only: str | None) -> Seen | None:
-    """The dialogue's image after `/image` with these words. Prints it, or the error where the old image stays."""
-    try:
-        seen = see(words, text_only) if words else seen
-        print("(no image)" if seen is None else f"({seen.path}: the dialogue is about this image)")
-    except AccessoryError as error:
-        print(f"({error})")
-    return seen

@@ -6,8 +6,9 @@ Only the standard library is imported here, so that `accessory --help` answers a
 from __future__ import annotations
 
 import argparse
+import contextlib
 
-from accessory.arguments import check_max_gen_len, check_max_seq_len, check_stops, option_of
+from accessory.arguments import Named, check_max_gen_len, check_max_seq_len, check_stops, is_whole, option_of
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import InputError
 from accessory.model.options import NO_ADAPTER, add_image_transform, add_model_options, add_option
@@ -17,6 +18,8 @@ SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs",
 )  # fmt: skip
+# What /set changes in a chat.
+SETTINGS = (*(name for name in SAMPLING if name != "logprobs"), "max_gen_len")
 MAX_GEN_LEN = 512  # tokens of an answer, where nothing else is said
 
 
@@ -110,27 +113,50 @@ def _check_url(options: argparse.Namespace) -> None:
 
 def check_text_options(options: argparse.Namespace) -> None:
     """Fill in what was left out. InputError for a value that the model would refuse, before anything is loaded."""
-    from accessory.engine.sampling_params import SamplingParams  # here, because `--help` reads this file
-
     if "url" in options:
         _check_url(options)
     check_max_seq_len(options.max_seq_len, option_of)
+    _check_settings(options, option_of)
+    check_stops(options.stop, option_of)
+    _check_adapters(options)
+    if getattr(options, "timing", False) and not (options.json or options.out):
+        raise InputError("--timing: it comes in the lines of --json; give --json too, or --lines with --out")
+    if options.sampling.logprobs is not None and not (options.json or options.out):
+        raise InputError("--logprobs: they come in the lines of --json; give --json too, or --lines with --out")
+
+
+def change_setting(options: argparse.Namespace, name: str, text: str) -> None:
+    """Set one of `SETTINGS` as its option does. InputError for a value that is refused; nothing changes then."""
+    command = argparse.ArgumentParser(add_help=False)
+    add_sampling_arguments(command, several=False)
+    action = next(action for action in command._actions if action.dest == name)
+    value: object = text  # where it is no number, the check says what it must be
+    if text == "none" and action.default is None:
+        value = None
+    elif callable(action.type):
+        with contextlib.suppress(ValueError):
+            value = action.type(text)
+    changed = argparse.Namespace(**{**vars(options), name: value})
+    _check_settings(changed, lambda name: name.replace("_", "-"))
+    vars(options).update(vars(changed))
+
+
+def _check_settings(options: argparse.Namespace, named: Named) -> None:
+    """Fill in how long an answer may be, and how its tokens are drawn. InputError for a value that is refused."""
+    from accessory.engine.sampling_params import SamplingParams  # here, because `--help` reads this file
+
     if getattr(options, "url", None) is not None:  # the server knows how long its context is
-        if options.max_gen_len is not None and options.max_gen_len < 1:
-            raise InputError(f"--max-gen-len: got {options.max_gen_len}, but it must be a whole number of at least 1")
+        if options.max_gen_len is not None and not (is_whole(options.max_gen_len) and options.max_gen_len >= 1):
+            raise InputError(
+                f"{named('max_gen_len')}: got {options.max_gen_len!r:.60}, but it must be a whole number of at least 1"
+            )
     else:
         if options.max_gen_len is None:
             options.max_gen_len = min(MAX_GEN_LEN, options.max_seq_len // 2)
-        check_max_gen_len(options.max_gen_len, options.max_seq_len, option_of)
-    check_stops(options.stop, option_of)
-    _check_adapters(options)
+        check_max_gen_len(options.max_gen_len, options.max_seq_len, named)
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
     try:
         options.sampling = SamplingParams(**given)
     except InputError as error:
         name, said = str(error).split(":", 1)
-        raise InputError(f"{option_of(name)}:{said}") from error
-    if getattr(options, "timing", False) and not (options.json or options.out):
-        raise InputError("--timing: it comes in the lines of --json; give --json too, or --lines with --out")
-    if options.sampling.logprobs is not None and not (options.json or options.out):
-        raise InputError("--logprobs: they come in the lines of --json; give --json too, or --lines with --out")
+        raise InputError(f"{named(name)}:{said}") from error

@@ -260,7 +260,7 @@ def test_the_first_image_can_be_an_option(chat):
 
 
 def test_a_chat_that_was_not_started_to_see(chat):
-    out, asked = chat("/image dog.png", "/image", "/image none", "One", "/images are words", options=())
+    out, asked = chat("/image dog.png", "/image", "/image none", "One", "//images are words", options=())
     assert "/image" not in out.splitlines()[0]
     assert "(/image: this chat is text only; start it with --with-visual)" in out
     assert out.count("(no image)") == 2

@@ -81,6 +81,13 @@ def test_sampling_options_reach_the_server(chat, server, monkeypatch):
     assert seen[0].max_gen_len == 2
 
 
+def test_a_terminal_shows_how_many_tokens_the_server_counts(chat, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    out = chat("Hello\n/set max-gen-len 3\nHello\n", "--max-gen-len", "5")[1].split("\n> ")
+    assert "5 tokens, " in out[1].splitlines()[-1]
+    assert "3 tokens, " in out[3].splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
