@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, ConfigError, listed
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 _NEARLY_FULL = 2**20
 _SAFETENSORS_NAMES = {getattr(torch, dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
@@ -75,6 +77,7 @@ def write_checkpoint(
     dtype: str | torch.dtype | None = None,
     safetensors: bool = False,
     resources: Sequence[Path] = (),
+    texts: Mapping[str, str] = _NO_TEXTS,
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = True,
@@ -86,8 +89,9 @@ def write_checkpoint(
 
     `shards`: for base and sparse the number of model-parallel shards, by default the largest number up to 8 that
     divides the sizes; for hf the number of files, by default one per 5 GB. `dtype` converts every tensor. `resources`
-    are copied into the folder. With `verify`, the folder is opened again before it gets its name, and every tensor is
-    read back and compared. `image_views`: the views of an image that a model with images takes, for its meta.json.
+    are copied into the folder. `texts` are more files, by name; one replaces a resource of its name. With `verify`, the
+    folder is opened again before it gets its name, and every tensor is read back and compared. `image_views`: the views
+    of an image that a model with images takes, for its meta.json.
     `trained_on`: the model that an adapter was trained on, for the meta.json of base and sparse.
 
     Raises ConfigError for sizes that do not divide. Raises CheckpointError for tensors that are missing (unless
@@ -102,7 +106,9 @@ def write_checkpoint(
         plan.documents["config.json"] |= _special_ids(resources)
     if trained_on is not None and "meta.json" in plan.documents:
         plan.documents["meta.json"] |= trained_on.to_dict()
-    write_folder(dst, tensors, plan, resources=resources, overwrite=overwrite, verify=verify, progress=progress)
+    write_folder(
+        dst, tensors, plan, resources=resources, texts=texts, overwrite=overwrite, verify=verify, progress=progress
+    )
 
 
 def write_folder(
@@ -111,6 +117,7 @@ def write_folder(
     plan: FolderPlan,
     *,
     resources: Sequence[Path] = (),
+    texts: Mapping[str, str] = _NO_TEXTS,
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = True,
@@ -125,6 +132,9 @@ def write_folder(
             for resource in resources:
                 shutil.copyfile(resource, folder / resource.name)
                 _sync(folder / resource.name)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+                _sync(folder / name)
         except OSError as error:
             place = f": {error.filename}" if error.filename else ""
             raise CheckpointError(f"{dst}{place}: cannot be written ({error.strerror})") from error

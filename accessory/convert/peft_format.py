@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def export_adapter(
     """Write the adapter in `src`, trained on `base`, as PEFT's folder `dst`; returns lines that say what is in it.
 
     `peft.PeftModel.from_pretrained(MixtralForCausalLM, dst)` then gives our logits. Norms, router, embeddings and
-    output head that were trained whole become `modules_to_save`. Raises CheckpointError for biases, which Hugging
-    Face's Mixtral does not have, and for other weights that were trained whole.
+    output head that were trained whole become `modules_to_save`. The adapter's tokenizer and chat template come along.
+    Raises CheckpointError for biases, which Hugging Face's Mixtral does not have, and for other weights that were
+    trained whole.
     """
     check_destination(dst, overwrite, [src, base])
     whole, adapter = open_chain([base, src])
@@ -75,7 +77,7 @@ def export_adapter(
     for name, tensor in saved.items():
         # In transformers 5 the router's module is under mlp, and PEFT renames only LoRA's tensors.
         out[PREFIX + to_hf(name).replace("block_sparse_moe.", "mlp.")] = tensor.load().contiguous()
-    _write_folder(Path(dst), out, config, overwrite)
+    _write_folder(Path(dst), out, config, adapter.resources, overwrite)
     text = f"LoRA of rank {rank}, scaled by {args.lora_scale:g}, beside {', '.join(targets)}"
     return [text] + ([f"trained whole: {', '.join(modules)}"] if modules else [])
 
@@ -193,14 +195,18 @@ def _peft_config(
     }
 
 
-def _write_folder(dst: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], overwrite: bool) -> None:
+def _write_folder(
+    dst: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], resources: Sequence[Path], overwrite: bool
+) -> None:
     from safetensors.torch import save_file
 
     with new_folder(dst, overwrite=overwrite) as folder:
         try:
             save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
             (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for path in (folder / WEIGHTS[0], folder / PEFT_CONFIG):
+            for resource in resources:
+                shutil.copyfile(resource, folder / resource.name)
+            for path in (folder / WEIGHTS[0], folder / PEFT_CONFIG, *(folder / r.name for r in resources)):
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
         except OSError as error:

@@ -31,13 +31,16 @@ class TokenizerTemplate(Template):
     name = OWN
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        self._template = _compile(source)
+        self._source, self._template = source, _compile(source)
         self._tokenizer = tokenizer
         self._control = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self.reply_space = self._space_before_reply()
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
         return self._render(read_messages(messages), prompt)
+
+    def jinja(self, tokenizer: Tokenizer) -> str:
+        return self._source
 
     def prompt_ids(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
         checked, guard = self._guarded(read_messages(messages))

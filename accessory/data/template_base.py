@@ -8,6 +8,7 @@ prompt are exactly the beginning of the ids that training sees.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,23 @@ from accessory.data.messages import (
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import InputError
 
+# Jinja that splits the messages into `system` and `turns`, and refuses the orders that `check_alternation` refuses.
+_OPENING = """\
+{%- set system = SYSTEM -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- if not turns -%}
+    {{- raise_exception('there is only a system message') -}}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception('user and assistant must take turns, after one system message at most') -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
 BOS, EOS = "<s>", "</s>"  # how text shows them; their ids are the tokenizer's own
 
 
@@ -55,6 +73,10 @@ class Template(ABC):
     @abstractmethod
     def prompt_ids(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
         """The ids after which the model writes the assistant's next turn."""
+
+    @abstractmethod
+    def jinja(self, tokenizer: Tokenizer) -> str:
+        """The template as Jinja, for readers of `chat_template.jinja`: BOS where the ids begin with it, then `text`."""
 
     def begins_with_bos(self, tokenizer: Tokenizer) -> bool:
         """Whether the ids of every dialogue must begin with BOS."""
@@ -89,6 +111,8 @@ class PartsTemplate(Template):
     """A template whose subclasses write turns as parts."""
 
     strict = True  # user and assistant take turns, the user first; one system message may come before them
+    source: str  # what `turns` and `header` write, as Jinja; where `strict`, of the variables `system` and `turns`
+    system = ""  # what stands for a system message where there is none
 
     @abstractmethod
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
@@ -100,6 +124,14 @@ class PartsTemplate(Template):
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
         return "".join(part.text for part in self._parts(read_messages(messages), None, prompt))
+
+    def jinja(self, tokenizer: Tokenizer) -> str:
+        begin = "{{- bos_token -}}\n" if self.begins_with_bos(tokenizer) else ""
+        opening = _OPENING.replace("SYSTEM", json.dumps(self.system)) if self.strict else ""
+        return begin + opening + self._source_for(tokenizer)
+
+    def _source_for(self, tokenizer: Tokenizer) -> str:
+        return self.source
 
     def encode(
         self, messages: Iterable[Message], tokenizer: Tokenizer, tools: Sequence[Any] | None = None

@@ -26,6 +26,15 @@ class DefaultTemplate(PartsTemplate):
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions."
     )
+    source = """\
+{{- system + '\\n\\n###' -}}
+{%- for message in turns -%}
+    {{- (' Human: ' if message['role'] == 'user' else ' Assistant: ') + (message['content'] | trim) + '\\n###' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- ' Assistant:' -}}
+{%- endif -%}
+"""
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
         system, rest = split_system(messages, self.system)
@@ -50,9 +59,20 @@ class AlpacaTemplate(PartsTemplate):
 
     name = "alpaca"
     stop_strings = ("\n\n### Instruction:", "\n### Instruction:")
+    system = ALPACA_PREAMBLE
+    source = """\
+{{- system -}}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '\\n\\n### Instruction:\\n' + message['content'] + '\\n\\n### Response:' -}}
+    {%- else -%}
+        {{- message['content'] -}}{{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
-        system, rest = split_system(messages, ALPACA_PREAMBLE)
+        system, rest = split_system(messages, self.system)
         parts = [Part(system)]
         for message in rest:
             if message["role"] == "user":
@@ -75,6 +95,25 @@ class MistralTemplate(PartsTemplate):
     name = "mistral"
     reply_space = " "
     always_bos = True
+    source = """\
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- ' [INST] ' + (system + '\\n\\n' if system and loop.first else '') + message['content'] + ' [/INST]' -}}
+    {%- else -%}
+        {{- ' ' + message['content'] -}}{{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+    control_source = """\
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {%- set bears = system and loop.index0 + 2 > turns | length -%}
+        {{- '[INST] ' + (system + '\\n\\n' if bears else '') + message['content'] + '[/INST]' -}}
+    {%- else -%}
+        {{- ' ' + message['content'].rstrip(' ') -}}{{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""  # where "[INST]" is a control token
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
         parts = self._parts(read_messages(messages), None, prompt)
@@ -82,7 +121,7 @@ class MistralTemplate(PartsTemplate):
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
         system, rest = split_system(messages)
-        control = tokenizer is not None and "[INST]" in tokenizer.special_tokens
+        control = tokenizer is not None and _has_control(tokenizer)
         users = [index for index, message in enumerate(rest) if message["role"] == "user"]
         bearer = users[-1] if control else users[0]  # the turn that holds the system prompt: v1 the first, v3 the last
         parts = []
@@ -102,6 +141,13 @@ class MistralTemplate(PartsTemplate):
     def header(self, messages: Sequence[Message]) -> list[Part]:
         return []
 
+    def _source_for(self, tokenizer: Tokenizer) -> str:
+        return self.control_source if _has_control(tokenizer) else self.source
+
+
+def _has_control(tokenizer: Tokenizer) -> bool:
+    return "[INST]" in tokenizer.special_tokens
+
 
 class ChatMLTemplate(PartsTemplate):
     """<|im_start|>role, newline, content, <|im_end|>, newline. The model learns each answer and <|im_end|>."""
@@ -109,6 +155,14 @@ class ChatMLTemplate(PartsTemplate):
     name = "chatml"
     stop_strings = ("<|im_end|>", "<|im_start|>")
     strict = False
+    source = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
         parts = []
@@ -137,6 +191,17 @@ class PlainTemplate(PartsTemplate):
 
     name = "none"
     strict = False
+    source = """\
+{%- for message in messages -%}
+    {%- if not loop.first and not (message['role'] == 'assistant' and loop.previtem['role'] == 'user') -%}
+        {{- '\\n' -}}
+    {%- endif -%}
+    {{- message['content'] -}}
+{%- endfor -%}
+{%- if messages[-1]['role'] == 'assistant' -%}
+    {{- eos_token -}}
+{%- endif -%}
+"""
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer | None) -> list[Part]:
         parts = []
@@ -158,16 +223,28 @@ TEMPLATE_CLASSES: dict[str, type[PartsTemplate]] = {
 }
 
 
+def usual_name(tokenizer: Tokenizer | None) -> str:
+    """The template of a tokenizer's model where none is named: its own, else "default".
+
+    Its own has a built-in template's name where it is that template's Jinja.
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
+        return DefaultTemplate.name
+    own = tokenizer.chat_template.strip()
+    return next((name for name, t in TEMPLATE_CLASSES.items() if t().jinja(tokenizer).strip() == own), OWN)
+
+
 def get_template(name: str | None, tokenizer: Tokenizer | None = None) -> Template:
     """The template called `name`, one of `template_names.TEMPLATES`.
 
-    "tokenizer" is the tokenizer's own chat template. None is that template where the tokenizer has one, else "default".
-    Raises InputError for an unknown name, and for "tokenizer" where the tokenizer has no template.
+    None is `usual_name`. "tokenizer" is the tokenizer's own chat template. Where that is the Jinja of a built-in one,
+    it is the built-in one, so that a finetuned model is asked with the very ids that it learnt from. Raises InputError
+    for an unknown name, and for "tokenizer" where the tokenizer has no template.
     """
-    own = tokenizer.chat_template if tokenizer is not None else None
-    if name is None:
-        name = OWN if own is not None else DefaultTemplate.name
+    if name is None or (name == OWN and tokenizer is not None and tokenizer.chat_template is not None):
+        name = usual_name(tokenizer)
     if name == OWN:
+        own = tokenizer.chat_template if tokenizer is not None else None
         if tokenizer is None or own is None:
             where = "no tokenizer was given" if tokenizer is None else f"{tokenizer.path} comes without one"
             raise InputError(f"template: {OWN!r} is the tokenizer's own chat template, but {where}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from accessory.errors import CheckpointError, ConfigError
 
 Kind = Literal["sentencepiece", "huggingface"]
 
+TEMPLATE_FILE = "chat_template.jinja"
 WANTED = "tokenizer.model, tokenizer.model.v1 (v2, v3, …) or tokenizer.json"
 
 
@@ -117,22 +119,41 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the entry in tokenizer_config.json. Of several named templates, "default" counts."""
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE_FILE
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: cannot be read as text ({error})") from error
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
-        value = named.get("default")
+    value = _field(config)
     if value is not None and not isinstance(value, str):
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: chat_template: got a {type(value).__name__}, "
             "but it must be a string or a list of named templates"
         )
     return value
+
+
+def _field(config: Mapping[str, Any]) -> Any:
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        return {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}.get("default")
+    return value
+
+
+def files_with_template(source: str, files: Iterable[Path]) -> dict[str, str]:
+    """The files that make `source` the chat template of a folder with a tokenizer's `files`: name -> text.
+
+    They replace files of their names. Older readers look into JSON files, so a template there gives way too.
+    """
+    texts = {TEMPLATE_FILE: source}
+    for file in files:
+        if file.name in ("tokenizer_config.json", "chat_template.json"):
+            config = read_json(file)
+            if "chat_template" in config and _field(config) != source:
+                config["chat_template"] = source
+                texts[file.name] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return texts
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:

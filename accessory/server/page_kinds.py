@@ -9,7 +9,7 @@ from typing import Any
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import SYSTEM_PROMPTS, format_prompt
 from accessory.data.template_names import OWN, TEMPLATES
-from accessory.data.templates import get_template
+from accessory.data.templates import get_template, usual_name
 from accessory.server.page import Ask, Demo, Message, import_gradio
 
 # --------------------------------------------------------------------------- dialogues
@@ -20,7 +20,7 @@ def _dialogue_settings(tokenizer: Any, chosen: str | None = None) -> list[Any]:
     own = tokenizer.chat_template is not None
     names = [name for name in TEMPLATES if own or name != OWN]
     template = gr.Dropdown(
-        names, value=chosen or (OWN if own else "default"), label="Template", elem_id="template",
+        names, value=chosen or usual_name(tokenizer), label="Template", elem_id="template",
         info="How the dialogue is written; the one that the model was finetuned with",
     )  # fmt: skip
     system = gr.Textbox(

@@ -13,6 +13,7 @@ from accessory.checkpoint.lazy import Lazy
 from accessory.checkpoint.save import write_checkpoint
 from accessory.checkpoint.weight_files import find_resources
 from accessory.config import Implementation, ModelArgs
+from accessory.data.tokenizer_files import files_with_template
 from accessory.parallel.sharding import expert_tensor, largest_world
 from accessory.train.state import trained_tensors
 
@@ -41,13 +42,15 @@ def export(
     shards: int = 1,
     image_views: int = 0,
     tokenizer: Path | None = None,
+    chat_template: str | None = None,
 ) -> Path:
     """Write a state's parameters to `dst` in the accessory layout, together with those of `checkpoints`.
 
     checkpoints: what the run started from; a trained tensor replaces theirs. only_trained: leave out all others; the
     folder is then loaded behind the one that it was trained on, whose hash it keeps. dtype: of the tensors; None:
     trained ones stay in fp32. shards: at most so many files, fewer where the sizes do not divide. tokenizer: the folder
-    or file of the run's own tokenizer; None: that of the checkpoints.
+    or file of the run's own tokenizer; None: that of the checkpoints. chat_template: Jinja that the tokenizer
+    gets; None: it keeps what it has.
     """
     trained = canonical_tensors(state)
     tensors: dict[str, Lazy] = {}
@@ -73,6 +76,7 @@ def export(
         shards=largest_world(args, implementation, at_most=shards),
         dtype=dtype,
         resources=list(resources.values()),
+        texts={} if chat_template is None else files_with_template(chat_template, resources.values()),
         overwrite=True,
         allow_partial=only_trained,
         trained_on=trained_on(checkpoints, tensors) if only_trained else None,

@@ -12,6 +12,7 @@ from typing import Any
 from accessory.build.network import outline
 from accessory.checkpoint.hub import is_remote
 from accessory.data.records import read_meta
+from accessory.data.template_base import Template
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from accessory.launch.gpus import check_device, default_device
@@ -36,6 +37,7 @@ class Prepared:
     model: dict[str, Any]  # what a run that resumes must have in common with this one
     split: Split
     tokenizer: Tokenizer
+    template: Template | None  # that the finished folder keeps
 
 
 def prepare(config: FinetuneConfig, mesh: DeviceMesh, replicas: int, *, write: bool = True) -> Prepared:
@@ -52,8 +54,18 @@ def prepare(config: FinetuneConfig, mesh: DeviceMesh, replicas: int, *, write: b
     check_memory(config, source, config.device or default_device(), world=world, group=group)
     split = start.split(config.batch_size, config.accum_iter, replicas)
     tokenizer = _open_tokenizer(config, source)
-    get_template(config.template or "default", tokenizer)
-    return Prepared(config, folder, start, source, model, split, tokenizer)
+    template = get_template(config.template or "default", tokenizer)
+    kept = template if _writes_dialogues(config) else None
+    return Prepared(config, folder, start, source, model, split, tokenizer, kept)
+
+
+def _writes_dialogues(config: FinetuneConfig) -> bool:
+    """Whether the run's template is known to write its items. Where all single turns have a prompt of their own, and
+    the recipe names no template, nothing says so."""
+    if config.template is not None:
+        return True
+    files = read_meta(config.data_config)
+    return config.dialog and not all(f.prompt_type or config.prompt_type or f.preprocess == "caption" for f in files)
 
 
 def prepare_without_model(config: FinetuneConfig, mesh: DeviceMesh, *, write: bool) -> tuple[RunFolder, Start]:

@@ -10,6 +10,7 @@ import torch
 
 from accessory.build.network import build, build_tower
 from accessory.counts import spell_parameters
+from accessory.data.template_names import OWN
 from accessory.errors import MissingExtraError
 from accessory.launch.gpus import check_device, default_device
 from accessory.launch.process_group import join_launched
@@ -18,10 +19,9 @@ from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loop import TrainingLoop
 from accessory.train.memory import explained_memory
-from accessory.train.preparation import prepare
+from accessory.train.preparation import Prepared, prepare
 from accessory.train.recorder import open_recorder
 from accessory.train.resume import StateSaver
-from accessory.train.run_folder import RunFolder
 from accessory.train.signals import stop_on_signals
 from accessory.train.source import COMPUTE, Source, counts, warn_of_biases
 from accessory.train.trainer import LossWeights, Trainer
@@ -71,9 +71,9 @@ def finetune(config: FinetuneConfig) -> Path:
             TrainingLoop(config, data, trainer, saver, recorder, start).run(stop)
 
         # The first process writes while the others wait.
-        final = mesh.from_first(lambda: _export(config, source, folder))
+        final = mesh.from_first(lambda: _export(ready))
         if mesh.first:
-            _report(config, source, folder)
+            _report(ready)
     return final
 
 
@@ -108,7 +108,8 @@ def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:
     )
 
 
-def _export(config: FinetuneConfig, source: Source, folder: RunFolder) -> Path:
+def _export(ready: Prepared) -> Path:
+    config, source, folder = ready.config, ready.source, ready.folder
     only = config.only_save_trainable
     return export(
         folder.newest_state(),
@@ -121,12 +122,18 @@ def _export(config: FinetuneConfig, source: Source, folder: RunFolder) -> Path:
         shards=config.model_parallel_size,
         image_views=source.views,
         tokenizer=Path(config.tokenizer_path) if config.tokenizer_path else None,
+        chat_template=None if ready.template is None else ready.template.jinja(ready.tokenizer),
     )
 
 
-def _report(config: FinetuneConfig, source: Source, folder: RunFolder) -> None:
+def _report(ready: Prepared) -> None:
+    config, source, folder = ready.config, ready.source, ready.folder
     behind = f", to be loaded behind {source.checkpoints[0].path}" if config.only_save_trainable else ""
     print(f"{folder.final}: the finetuned model{behind}")
+    if ready.template is not None and ready.template.name != OWN:
+        own = ready.tokenizer.chat_template
+        before = "" if own in (None, ready.template.jinja(ready.tokenizer)) else "; the tokenizer came with another one"
+        print(f"{folder.final}: its chat template is {ready.template.name}, which it was trained with{before}")
     try:
         report = folder.write_report(config)
     except MissingExtraError as error:
