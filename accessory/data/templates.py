@@ -107,7 +107,7 @@ class MistralTemplate(PartsTemplate):
     control_source = """\
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
-        {%- set bears = system and loop.index0 + 2 > turns | length -%}
+        {%- set bears = system and loop.index0 + 2 >= turns | length -%}
         {{- '[INST] ' + (system + '\\n\\n' if bears else '') + message['content'] + '[/INST]' -}}
     {%- else -%}
         {{- ' ' + message['content'].rstrip(' ') -}}{{- eos_token -}}

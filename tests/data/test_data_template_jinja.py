@@ -85,6 +85,9 @@ def test_mistral_with_control_tokens_has_the_ids_of_mistral_common_v3(tmp_path, 
     tokenizer = load_tokenizer(tmp_path)
     rendered = TokenizerTemplate(tokenizer.chat_template, tokenizer)
     assert rendered.prompt_ids(messages, tokenizer) == mistral_common_ids("v3", messages)
+    for whole in (messages[:-1], [*messages, {"role": "assistant", "content": "Good"}]):
+        ids = tokenizer.encode(rendered.text(whole), bos=False, special=True)
+        assert ids == template.encode(whole, tokenizer)[0]
     assert usual_name(tokenizer) == "mistral"
 
 
