@@ -28,14 +28,14 @@ Messages = list[dict[str, str]]
 # A command -> (what follows it, what it does). Each is a method of `Dialogue`, but for those that end the chat.
 COMMANDS = {
     "/help": ("", "this list"),
-    "/system": ("TEXT", "the system message from now on; none for none; alone it shows it"),
+    "/system": ("TEXT", "the system message; none for none; alone it shows it"),
     "/set": ("NAME VALUE", "how answers are written; alone it shows all settings"),
     "/retry": ("", "asks the last question once more"),
     "/undo": ("", "takes the last round back"),
     "/clear": ("", "takes all rounds back"),
-    "/save": ("FILE", "writes the dialogue as messages in JSON; /save --overwrite FILE replaces a file"),
+    "/save": ("FILE", "messages in JSON; /save --overwrite FILE replaces a file"),
     "/load": ("FILE", "goes on with a dialogue that was saved"),
-    "/image": ("PATH", "begins a dialogue about an image; none for none; alone it shows it"),
+    "/image": ("PATH", "a dialogue about an image; none for none; alone it shows it"),
     "/quit": ("", "ends the chat, as Ctrl-D does"),
     "/exit": ("", "the same"),
 }
@@ -105,7 +105,7 @@ class Dialogue:
         for name, (follows, help_) in COMMANDS.items():
             if name != "/image" or self._text_only is None:
                 print(f"{name} {follows}".ljust(18), help_)
-        print("A line that ends with a backslash goes on in the next one. Ctrl-C stops an answer.")
+        print("A backslash at its end carries a line on. Ctrl-C stops an answer.")
 
     def _system(self, text: str) -> None:
         old = self.messages[0]["content"] if self.messages[:1] and self.messages[0]["role"] == "system" else None

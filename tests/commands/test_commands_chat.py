@@ -67,6 +67,7 @@ def questions(asked):
 
 def test_help_names_every_command_that_this_chat_has(chat):
     (told, *_), answering = chat("/help")
+    assert all(len(line) <= 80 for line in told.splitlines())
     assert [line.split()[0] for line in told.splitlines()[:-1]] == [name for name in COMMANDS if name != "/image"]
     assert not answering.asked
 
