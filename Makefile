@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve test-slurm lint format types docs release check bench clean
+.PHONY: help install demo demo-finetune demo-serve demo-emoji test test-all test-long test-serve test-slurm lint format types docs release outputs check bench clean
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -60,6 +60,8 @@ docs: .venv/.done  ## the documentation as a site in build/site; no link leads n
 release: .venv/.done  ## VERSION=1.2.3: version, changelog, commit, tag, and the packages in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
 	$(BIN)/python deploy/release.py $(VERSION)
+outputs: .venv/.done  ## run the commands whose outputs the pages show, and rewrite what is no longer so
+	$(BIN)/python docs/outputs.py
 check: test
 clean:  ## remove what make made
 	rm -rf .venv demo-model build dist *.egg-info
