@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accessory import cli
 from accessory.checkpoint.folder import open_checkpoint
+from accessory.commands import checkpoint_options
 from accessory.config import ModelArgs, MoEArgs
 from accessory.convert import gguf_tokenizer
 from accessory.convert.convert import convert
@@ -388,7 +389,7 @@ def test_a_destination_in_use_is_refused(source, tmp_path):
 
 
 def test_the_command_line_refuses_what_python_does(source, tmp_path, capsys):
-    assert cli.GGUF_TYPES == GGUF_TYPES
+    assert checkpoint_options.GGUF_TYPES == GGUF_TYPES
     for words, message in (
         (["--to", "hf", "--type", "f16"], "type: got 'f16', but only gguf has types"),
         (["--to", "gguf", "--safetensors"], "safetensors: does not apply to gguf"),

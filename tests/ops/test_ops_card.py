@@ -69,6 +69,7 @@ def test_every_launcher_of_the_package_does():
         "paged_attention.fixed_attention", "paged_attention.rotate_and_write",
         "add_norm.add_rms_norm", "add_norm.add_norm_route",
         "rows.linear", "grouped_experts.sort_pairs", "grouped_experts.up",
-        "grouped_experts.down", "grouped_experts.experts_in_tiles", "grouped_experts.linear",
+        "grouped_experts.down", "grouped_experts.experts_in_tiles", "grouped_experts.linear", "prompt_experts.gate",
+        "prompt_experts.combine",
     }  # fmt: skip
     assert all(found.values()), found
