@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +33,13 @@ VARIES = (
 )
 
 
-def main(words: list[str] | None = None, root: Path = ROOT) -> int:
+def main(words: list[str] | None = None, root: Path = ROOT, kept: Path | None = None) -> int:
+    """kept: the empty folder to run in, which stays; by default one that does not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args(words).check
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
         for name in PAGES:
             page = root / name
             text = page.read_text()

