@@ -173,6 +173,7 @@ class Transformer(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_gpt_fast_runs_in_a_process_of_its_own(bench, tmp_path):
     """The folder holds a stand-in with gpt-fast's interface."""
     folder = tmp_path / "mixtral-moe"

@@ -36,6 +36,7 @@ def small_scale() -> Scale:
     )
 
 
+@pytest.mark.slow
 def test_from_packages_to_the_table_on_a_tiny_network(
     packages: Path, small_scale: Scale, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

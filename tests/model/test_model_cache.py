@@ -101,6 +101,7 @@ def test_on_a_cpu_all_that_is_free_is_half_of_it(speaking, monkeypatch):
     assert pages(load(speaking, cache_gb="free")) == 400
 
 
+@pytest.mark.slow
 def test_ranks_have_the_cache_that_the_driver_was_asked_for(speaking):
     """Each has half of the heads, so a page takes half of the bytes. The ranks end when nobody holds the driver."""
     wrapper = MultiGpuWrapper(speaking, gpus=2, cache_gb=10 * PAGE / 1e9, cache_dtype="fp8", **HOW)

@@ -69,6 +69,7 @@ def basic(word, name="anybody"):
     return {"Authorization": "Basic " + base64.b64encode(f"{name}:{word}".encode()).decode()}
 
 
+@pytest.mark.slow
 @needs_browser
 def test_visitors_and_callers_are_answered_at_once(served, folders, browser):
     """While one visitor's answer is written, another visitor's and a caller's begin and end."""
@@ -113,6 +114,7 @@ def test_the_key_is_the_pages_password(served, browser):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_visitor_chooses_an_adapter(served, folders, browser):
     """The page gives what the API gives for the same adapter."""
     server, given, headers = served

@@ -226,6 +226,7 @@ def test_the_heat_map_has_the_right_colours(tmp_path, opened):
     assert 100 < less[3] < cell(2, 2)[3]
 
 
+@pytest.mark.slow
 def test_odd_runs_have_a_report(tmp_path, opened):
     for name, items in {
         "before": [{"kind": "eval", "step": 0, "loss": 2.0, "tokens": 5}, *records(1, 2, 4, evals=1)],
@@ -296,6 +297,7 @@ def test_the_pointer_says_what_was_measured(tmp_path, opened):
     assert share == f"{train[int(step)]['layers']['share'][int(layer)][int(expert)]:.1%}"
 
 
+@pytest.mark.slow
 def test_a_dragged_mouse_zooms_all_charts_and_a_finger_none(report, opened):
     ranges = "Bokeh.documents[0].roots().map(({x_range}) => [x_range.start, x_range.end])"
     zoomed = "() => Bokeh.documents[0].roots()[0].x_range.end < 250"
