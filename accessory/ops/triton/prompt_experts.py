@@ -15,6 +15,7 @@ from accessory.ops.triton.card import on_its_card
 
 @triton.jit
 def _gate_kernel(gate_ptr, up_ptr, h_ptr, SIZE, BLOCK: tl.constexpr):
+    """h = silu(gate) · up, number by number."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
