@@ -26,13 +26,14 @@ class Figure:
     tokens: int = 0  # computed in this time
     nbytes: float = 0.0
     operations: float = 0.0
+    moved: float = 0.0  # bytes that are moved before or after all that, as an optimiser does
     peak_gb: float | None = None
     peer: bool = False  # whether another program did it
     note: str = ""
 
     def floor(self, card: Card) -> float | None:
         """The least seconds that the card could take."""
-        return max(self.nbytes / card.copy, self.operations / card.matmul) or None
+        return max(self.nbytes / card.copy, self.operations / card.matmul) + self.moved / card.copy or None
 
     def times_floor(self, card: Card) -> float | None:
         floor = self.floor(card)

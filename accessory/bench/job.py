@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from accessory.checkpoint.names import expected_shapes
 from accessory.config import SHORT_DTYPES, Implementation, LlamaType, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
+from accessory.parallel.fsdp import DataParallel
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
 STORED = "stored"  # in place of a format: the weights as the checkpoint has them
@@ -48,6 +50,9 @@ class Job:
     deterministic: bool = False  # measure that way of running too
     parts: Sequence[str] = ("lora",)
     recompute: bool = False
+    backward: bool = False  # of a layer
+    data_parallel: DataParallel = "sdp"
+    model_parallel_size: int = 1  # while training; else all ranks hold the model together
     peers: Sequence[str] = ()
     gpt_fast: Path | None = None
     show: Callable[[Figure], None] = lambda figure: None  # a new figure
@@ -83,8 +88,13 @@ class Job:
         quant = checkpoint.quant if format == STORED else Quant.parse(format)
         return NetworkSpec(checkpoints=[checkpoint], args=checkpoint.args, implementation=implementation, quant=quant)
 
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The ranks while training."""
+        return DeviceMesh.of(self.ranks, self.model_parallel_size, self.device.type)
+
     def build(self, spec: NetworkSpec, training: TrainingSpec | None = None) -> Decoder:
-        mesh = DeviceMesh(model=self.ranks, all=self.ranks)
+        mesh = DeviceMesh(model=self.ranks, all=self.ranks) if training is None else self.mesh
         return build(spec, mesh, device=self.device, dtype=self.dtype, training=training)
 
 

@@ -1,4 +1,7 @@
-"""`accessory bench --what layer`: the feed-forward of one mixture, without its router.
+"""`accessory bench --what layer`: the feed-forward of one mixture, without its router; with --backward its training.
+
+Forward and backward are timed as autograd runs them, weights in the products' dtype; the gradients of weights, input
+and routing weights are wanted. The memory is then what a pass takes beside weights, inputs and their gradients.
 
 Peers get the same tokens and the same routing: torch's grouped products over sorted rows, and one dense feed-forward
 (cuBLAS) over as many rows, which has the same operations and no experts.
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.bench import floors
-from accessory.bench.card import free, peak_gb, seconds_in_turn
+from accessory.bench.card import free, peak_gb, seconds_in_turn, wait
 from accessory.bench.figures import Figure
 from accessory.bench.job import Job
 from accessory.config import Implementation
@@ -40,31 +43,64 @@ def layer(job: Job, implementation: Implementation, format: str) -> None:
     args = job.args.replace(n_layers=1, vocab_size=max(16, job.size))
     decoder = job.build(job.spec(format, implementation, args))
     experts = next(m for m in decoder.modules() if isinstance(m, StackedExperts))
+    experts.requires_grad_(job.backward and format == "none")
     for T in job.tokens:
         inputs = inputs_of(job, T)
-        with torch.inference_mode():
-            graph = job.device.type == "cuda" and experts.host_free(inputs[0].x_TD, inputs[0].expert_TK, False)
-            seconds = _seconds([partial(experts, *i) for i in inputs], job, T, graph)
-        met = _met(job, inputs, implementation)
-        job.add(
-            Figure(
-                who=job.who(implementation, format),
-                what=what_of(T),
-                format=format,
-                seconds=seconds,
-                tokens=T,
-                nbytes=floors.layer_bytes(args, format, met, job.dtype.itemsize),
-                operations=floors.layer_operations(args, T) / job.size,
-                peak_gb=peak_gb(job.device),
-                note="" if graph or job.device.type == "cpu" else "no graph",
-            )
-        )
+        figure = Figure(who=job.who(implementation, format), what=what_of(job, T), format=format)
+        if job.backward:
+            figure = _trained(figure, [partial(experts, *i) for i in inputs], list(experts.parameters()), inputs, job)
+        else:
+            with torch.inference_mode():
+                graph = job.device.type == "cuda" and experts.host_free(inputs[0].x_TD, inputs[0].expert_TK, False)
+                seconds = _seconds([partial(experts, *i) for i in inputs], job, T, graph)
+            note = "" if graph or job.device.type == "cpu" else "no graph"
+            figure = replace(figure, seconds=seconds, peak_gb=peak_gb(job.device), note=note)
+        job.add(_with_floor(figure, job, T, format, _met(job, inputs, implementation)))
     del decoder, experts
     free(job.device)
 
 
-def what_of(tokens: int) -> str:
-    return f"layer, {tokens} token{'s' * (tokens > 1)}"
+def _with_floor(figure: Figure, job: Job, T: int, format: str, met: float) -> Figure:
+    """met: the experts whose weights are read. Backward multiplies as often again by each weight, and as often by each
+    input where the weight is trained; it reads the weights and writes their gradients."""
+    passes = 1 if not job.backward else 3 if format == "none" else 2
+    nbytes = passes * floors.layer_bytes(job.args, format, met, job.dtype.itemsize)
+    operations = passes * floors.layer_operations(job.args, T) / job.size
+    return replace(figure, tokens=T, nbytes=nbytes, operations=operations)
+
+
+def _trained(
+    figure: Figure,
+    ways: Sequence[Callable[[], Tensor]],
+    parameters: Sequence[Tensor],
+    inputs: Sequence[Input],
+    job: Job,
+) -> Figure:
+    """The seconds of forward and backward, and their memory."""
+    leaves = [*(p for p in parameters if p.requires_grad), *(t for i in inputs for t in (i.x_TD, i.weight_TK))]
+
+    def both(way: Callable[[], Tensor]) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y_TD = way()
+        y_TD.backward(torch.ones_like(y_TD))
+
+    for i in inputs:
+        i.x_TD.requires_grad_(), i.weight_TK.requires_grad_()
+    both(ways[0])
+    wait(job.device)
+    before = sum(p.nbytes for p in leaves if p.grad is not None)
+    for leaf in leaves:
+        leaf.grad = None
+    free(job.device)
+    held = torch.cuda.memory_allocated(job.device) / 1e9 if job.device.type == "cuda" else 0.0
+    seconds = seconds_in_turn([partial(both, way) for way in ways], job.device, 2 * len(ways), graph=False)
+    peak = peak_gb(job.device)
+    return replace(figure, seconds=seconds, peak_gb=None if peak is None else peak - held - before / 1e9)
+
+
+def what_of(job: Job, tokens: int) -> str:
+    return f"layer, {tokens} token{'s' * (tokens > 1)}" + (", and back" if job.backward else "")
 
 
 def inputs_of(job: Job, T: int) -> list[Input]:
@@ -106,29 +142,24 @@ def grouped_mm(job: Job) -> None:
     E, D, H = job.args.moe.num_experts, job.args.dim, job.args.hidden_dim
     stack = partial(torch.empty, dtype=job.dtype, device=job.device)
     w13, w2 = stack(E, 2 * H, D).normal_(0, 0.02), stack(E, D, H).normal_(0, 0.02)
-    args, number = job.args.replace(n_layers=1), job.dtype.itemsize
     for T in job.tokens:
         inputs = inputs_of(job, T)
         for who, what, one, met in (
-            ("torch grouped_mm", what_of(T), partial(_grouped, w13, w2), _met(job, inputs, "sparse")),
-            ("torch dense", f"{what_of(T)}, all by one expert", partial(_dense, w13, w2), 1),
+            ("torch grouped_mm", what_of(job, T), partial(_grouped, w13, w2), _met(job, inputs, "sparse")),
+            ("torch dense", f"{what_of(job, T)}, all by one expert", partial(_dense, w13, w2), 1),
         ):
             figure = Figure(who=who, what=what, peer=True)
+            ways = [partial(one, *i) for i in inputs]
             try:
-                with torch.inference_mode():
-                    seconds = _seconds([partial(one, *i) for i in inputs], job, T, True)
+                if job.backward:
+                    figure = _trained(figure, ways, [w13.requires_grad_(), w2.requires_grad_()], inputs, job)
+                else:
+                    with torch.inference_mode():
+                        figure = replace(figure, seconds=_seconds(ways, job, T, True))
             except Exception as error:  # one line of the table says what could not be measured
                 job.add(figure.failed(error))
                 continue
-            job.add(
-                replace(
-                    figure,
-                    seconds=seconds,
-                    tokens=T,
-                    nbytes=floors.layer_bytes(args, "none", met, number),
-                    operations=floors.layer_operations(args, T),
-                )
-            )
+            job.add(_with_floor(figure, job, T, "none", met))
     del w13, w2
     free(job.device)
 

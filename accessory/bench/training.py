@@ -1,8 +1,9 @@
 """`accessory bench --what train`: the seconds of a training step, ours.
 
 passes: forward and backward on 16-bit weights, without an optimiser. full: a whole step; weights, gradients and AdamW
-in fp32, products in 16 bits. lora: a whole step of LoRA (rank 16, attention and experts) over frozen weights, which may
-be quantised. The balance loss is always part of it.
+in fp32, products in 16 bits; its floor adds the bytes that AdamW must move. lora: a whole step of LoRA (rank 16,
+attention and experts) over frozen weights, which may be quantised. The balance loss is always part of it. On several
+ranks each data-parallel rank has rows of its own.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from accessory.bench.job import Job
 from accessory.build.network import TrainingSpec
 from accessory.config import Implementation, ModelArgs
 from accessory.data.batches import Batch
-from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
 RANK = 16
+ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments are read, and all but the gradient written
 ROUNDS = 5
 
 
@@ -63,14 +64,19 @@ def add(
         job.add(figure.failed(error))
         return
     passes = 2 if part == "lora" else 3  # a frozen weight has no gradient
-    operations = passes * floors.prompt_operations(job.args, batch, tokens, every_logit=True)
+    operations = passes * floors.prompt_operations(job.args, batch, tokens, every_logit=True) / job.model_parallel_size
+    moved = ADAMW_BYTES * job.args.parameter_counts()[0] / job.size if part == "full" else 0.0
+    learnt = batch * tokens * (job.size // job.model_parallel_size)
     memory = peak_gb(job.device)
-    job.add(replace(figure, seconds=seconds, tokens=batch * tokens, operations=operations, peak_gb=memory))
+    job.add(replace(figure, seconds=seconds, tokens=learnt, operations=operations, moved=moved, peak_gb=memory))
 
 
 def what_of(job: Job, part: str, batch: int, tokens: int, format: str) -> str:
     name = part if format == "none" else f"qlora over {format}"
-    return f"{name}, {batch} × {tokens}" + (", recomputing" if job.recompute else "")
+    ways: list[str] = [job.data_parallel] if job.size > job.model_parallel_size else []
+    ways += [f"tp {job.model_parallel_size}"] if job.model_parallel_size > 1 else []
+    ways += ["recomputing"] if job.recompute else []
+    return ", ".join([f"{name}, {batch} × {tokens}", *ways])
 
 
 def _ours(job: Job, implementation: Implementation, format: str, part: str, batch: int) -> Callable[[], Any]:
@@ -81,11 +87,12 @@ def _ours(job: Job, implementation: Implementation, format: str, part: str, batc
         trainable=trainable_rule(args, lora),
         adapters=adapter_specs_for(args) if lora else {},
         checkpointing=job.recompute,
+        data_parallel=job.data_parallel,
     )
     decoder = job.build(job.spec(format, implementation, args), training)
     if part == "passes":
         decoder.cast(job.dtype)
-    trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
+    trainer = Trainer(decoder, job.mesh, LossWeights(args.load_balancing_weight), clip=2.0)
     rows = random_batch(args, batch, job.tokens[0])
     if part != "passes":
         return lambda: trainer.step([rows], 1e-5)

@@ -173,7 +173,7 @@ def _choose_trained(decoder: Decoder, training: TrainingSpec | None) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     for layer in decoder.layers:
-        layer.recompute = training.checkpointing  # type: ignore[assignment]
+        layer.checkpoint_activations(training.checkpointing)  # type: ignore[operator]
 
 
 def _new_tensors(

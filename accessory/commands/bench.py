@@ -69,6 +69,9 @@ def bench(options: argparse.Namespace) -> int:
         deterministic=options.deterministic or False,
         parts=options.part or [],
         recompute=options.recompute,
+        backward=options.backward,
+        data_parallel=options.data_parallel or "sdp",
+        model_parallel_size=options.model_parallel_size or 1,
         peers=options.vs,
         gpt_fast=None if options.gpt_fast_path is None else Path(options.gpt_fast_path),
     )
@@ -182,16 +185,20 @@ def _check_ranks(options: argparse.Namespace, args: ModelArgs, ranks: Ranks | No
             "--what allreduce: it needs several ranks; run torchrun --nproc-per-node 2 -m accessory bench "
             f"{options.target} --what allreduce"
         )
+    model_parallel = options.model_parallel_size or 1
+    if size % model_parallel:
+        raise InputError(
+            f"--model-parallel-size: got {model_parallel}, but it must divide the number of ranks, {size}; start more "
+            "with torchrun"
+        )
     if size == 1:
         return
-    if options.what == "train":
-        raise InputError(f"--what train: it measures one rank, but there are {size}; run it without torchrun")
     if options.vs:
         raise InputError(f"--vs: peers are measured on one rank, but there are {size}; run it without torchrun")
     if torch.cuda.is_available() and device.type == "cpu":
         raise InputError("--device: several ranks take the GPUs of this machine; leave it out")
     for implementation in options.implementation:
-        check_ranks(args, implementation, size)
+        check_ranks(args, implementation, model_parallel if options.what == "train" else size)
 
 
 def _check_size(options: argparse.Namespace, args: ModelArgs, ranks: Ranks | None, device: torch.device) -> None:

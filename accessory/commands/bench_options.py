@@ -48,6 +48,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tokens": {"decode": [48], "layer": [1, 4, 8, 16, 64, 256, 512, 2048, 4096, 16384], "train": [2048]},
     "part": {"train": ["lora"]},
     "recompute": {"train": False},
+    "backward": {"layer": False},
+    "data_parallel": {"train": "sdp"},
+    "model_parallel_size": {"train": 1},
     "kernels": {"decode": False},
     "deterministic": {"decode": False, "prefill": False},
     "vs": dict.fromkeys(_NETWORK),
@@ -110,6 +113,11 @@ def _network_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--part", nargs="+", choices=PARTS, metavar="PART", help=about)
     about = "train: compute layers again in backward"
     bench.add_argument("--recompute", action="store_true", default=None, help=about)
+    bench.add_argument("--backward", action="store_true", default=None, help="layer: forward and backward")
+    about = "train, on several ranks: as in a recipe (default: sdp)"
+    bench.add_argument("--data-parallel", choices=("sdp", "fsdp"), help=about)
+    about = "train: ranks that hold the model together (default: 1)"
+    bench.add_argument("--model-parallel-size", type=int, metavar="N", help=about)
     about = "decode: the kernels of a step, with the time of each"
     bench.add_argument("--kernels", action="store_true", default=None, help=about)
     about = "decode, prefill: the same again, with bits that depend on no neighbour"
@@ -162,7 +170,7 @@ def check_bench_options(options: argparse.Namespace) -> None:
 
 def _check_measures(options: argparse.Namespace) -> None:
     options.vs = options.vs or []
-    for name in ("layers", "batch", "context", "prompt", "tokens", "requests"):
+    for name in ("layers", "batch", "context", "prompt", "tokens", "requests", "model_parallel_size"):
         value = getattr(options, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one < (0 if name == "requests" else 1):

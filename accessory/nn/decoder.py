@@ -20,6 +20,7 @@ from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.nn.multimodal import ImageTokens, place
 from accessory.ops.attention import Documents, has_varlen
+from accessory.ops.cross_entropy import head_cross_entropy_sum
 from accessory.ops.linear import AdapterRows
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 
 class DecoderOutput(NamedTuple):
-    logits: Tensor  # (B, T, V), or (N, V) with `rows_N`; in the compute dtype
+    logits: Tensor  # (B, T, V), or (N, V) with `rows_N`; in the compute dtype; empty with `label_N`
     router: list[RouterStatistics]  # one a layer; empty without `statistics`
+    loss: Tensor | None = None  # () fp32, the sum of cross-entropy with `label_N`
 
 
 class Embedding(nn.Module):
@@ -49,7 +51,14 @@ class Layer(nn.Module):
         self.attention = Attention(args, index)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = MoE(args, implementation)
-        self.recompute = False  # activation checkpointing: keep only the input, and run forward again in backward
+        self.recompute = False  # activation checkpointing: see `checkpoint_activations`
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Whether to keep only the layer's and the experts' inputs, and to compute the rest again in backward.
+
+        The experts see to themselves, because backward needs no product with w2 and no sum over ranks again.
+        """
+        self.recompute = self.feed_forward.experts.recompute = wanted
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor | None, RouterStatistics | None]:
         """(x, y, statistics) after this layer. The residual stream is x + y, where y waits for the next norm to add it.
@@ -58,10 +67,14 @@ class Layer(nn.Module):
         """
         if self.recompute and torch.is_grad_enabled():
             # The second run's statistics are not used, so nothing is counted twice. The layer draws no random numbers.
-            return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(*inputs)
+            routed = checkpoint(self._until_experts, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            routed = self._until_experts(*inputs)
+        x_BTD, h_TD, weight_TK, expert_TK, adapters, stats = routed
+        y_BTD = self.feed_forward.experts(h_TD, weight_TK, expert_TK, adapters).view_as(x_BTD)
+        return (x_BTD + y_BTD, None, stats) if torch.is_grad_enabled() else (x_BTD, y_BTD, stats)
 
-    def _forward(
+    def _until_experts(
         self,
         x_BTD: Tensor,
         y_BTD: Tensor | None,
@@ -71,16 +84,14 @@ class Layer(nn.Module):
         counted_T: Tensor | None,
         statistics: bool,
         adapters: AdapterRows | None = None,
-    ) -> tuple[Tensor, Tensor | None, RouterStatistics | None]:
-        # While gradients are recorded, they are summed over ranks in the norm's dtype, which is then fp32.
-        dtype = torch.float32 if torch.is_grad_enabled() else self.attention.products_in
-        x_BTD, h_BTD = self.attention_norm.after(x_BTD, y_BTD, dtype, adapters)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, AdapterRows | None, RouterStatistics | None]:
+        """The residual stream, what the experts take, and the router's statistics."""
+        x_BTD, h_BTD = self.attention_norm.after(x_BTD, y_BTD, self.attention.products_in, adapters)
         y_BTD = self.attention(h_BTD, rotation_BT1c, mask_BTS, cache, adapters)
-        x_TD, y_TD, stats = self.feed_forward(
+        x_TD, h_TD, weight_TK, expert_TK, stats = self.feed_forward.route(
             x_BTD.flatten(0, 1), y_BTD.flatten(0, 1), self.ffn_norm, counted_T, statistics, adapters
         )
-        x_BTD, y_BTD = x_TD.view_as(x_BTD), y_TD.view_as(x_BTD)
-        return (x_BTD + y_BTD, None, stats) if torch.is_grad_enabled() else (x_BTD, y_BTD, stats)
+        return x_TD.view_as(x_BTD), h_TD, weight_TK, expert_TK, adapters, stats
 
 
 class Decoder(ImageTokens):
@@ -152,6 +163,7 @@ class Decoder(ImageTokens):
         counted_BT: Tensor | None = None,
         statistics: bool = False,
         rows_N: Tensor | None = None,
+        label_N: Tensor | None = None,
         images: Features | Tensor | None = None,
         adapters: AdapterRows | None = None,
     ) -> DecoderOutput:
@@ -161,7 +173,8 @@ class Decoder(ImageTokens):
         called with the batch of the same tokens, which are then one row, (1, N). documents_BT: without a cache, a token
         sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
         each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
-        them. rows_N: return the logits of these rows of the flattened batch only, (N, V). images: the encoders'
+        them. rows_N: return the logits of these rows of the flattened batch only, (N, V). label_N: the tokens that
+        follow at these rows: return the sum of their cross-entropy instead of logits. images: the encoders'
         features, or their image tokens. These replace the positions with `IMAGE_ID`, in the order of the flattened
         batch; there must be as many as such positions. adapters: which of several adapters each token of the flattened
         batch takes; None: no token takes one.
@@ -193,7 +206,11 @@ class Decoder(ImageTokens):
             x, y = x.flatten(0, 1)[rows_N], None if y is None else y.flatten(0, 1)[rows_N]
             adapters = None if adapters is None else adapters[rows_N]
         _, h = self.norm.after(x, y, self.products_in, adapters)
-        return DecoderOutput(self.output(h, adapters), router)
+        if label_N is None:
+            return DecoderOutput(self.output(h, adapters), router)
+        trained = [p for p in self.output.parameters() if p.requires_grad]
+        loss = head_cross_entropy_sum(h, label_N, self.output, trained, self.args.vocab_size)
+        return DecoderOutput(h.new_empty(0), router, loss)
 
 
 def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
+from accessory.ops.experts_autograd import trained_experts
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight
 
 
@@ -44,11 +45,17 @@ class StackedExperts(nn.Module):
         self.lora_scale, self.bias_factor = 1.0, 1.0
         self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
+        self.recompute = False  # activation checkpointing: keep only the input
 
     @property
     def products_in(self) -> torch.dtype:
         """The compute dtype."""
         return self.compute_dtype or self.w1.dtype
+
+    @property
+    def held(self) -> int | None:
+        """The first of this rank's experts; None: it has parts of all of them."""
+        raise NotImplementedError
 
     def add_bias(self, kind: str) -> None:
         self._add_parameter(kind, "bias", getattr(self, kind).shape[:2])
@@ -100,6 +107,8 @@ class StackedExperts(nn.Module):
         """adapters: the adapter of each token, where there are several; None: no token takes one."""
         x_TD = x_TD.to(self.products_in)
         w1, w2, w3 = self.all_weights(adapters is not None)
+        if torch.is_grad_enabled() and adapters is None:
+            return trained_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, self.held, self.recompute)
         w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
         kernel = decode_kernel(x_TD, (w1, w2, w3), expert_TK.numel(), fused=w13 is not None)
         if kernel is not None:
@@ -116,5 +125,5 @@ class StackedExperts(nn.Module):
         return x_TD.is_cuda and runs_host_free(x_TD, *self.all_weights(adapted), expert_TK.numel())
 
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
-        """Each implementation's computation for prompts, batches and training. Returns the same as `forward`."""
+        """Each implementation's computation for prompts and batches. Returns the same as `forward`."""
         raise NotImplementedError

@@ -17,17 +17,22 @@ from accessory.ops.linear import AdapterRows
 class BaseExperts(StackedExperts):
     """The whole experts `first … first + E - 1` of a layer. Other ranks compute a token's other experts."""
 
+    def __init__(self, dim: int, hidden_dim: int, experts: int, first: int = 0) -> None:
+        super().__init__(dim, hidden_dim, experts, first)
+        self.experts = experts  # those of all ranks
+
+    @property
+    def held(self) -> int | None:
+        return None if len(self.w1) == self.experts else self.first
+
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
-        # The loop below would wait for the GPU.
-        if adapters is not None or (x_TD.is_cuda and not torch.is_grad_enabled()):
+        if adapters is not None or x_TD.is_cuda:  # the loop below would wait for the GPU
             weights = self.all_weights(adapters is not None)
             return grouped_experts(x_TD, *weights, weight_TK, expert_TK, self.first, adapters)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         w1, w2, w3 = (w.unbind() for w in self.all_weights(adapted=False))
         for e, pair_n in enumerate(self._visits(expert_TK)):
-            # While gradients are recorded, an expert without tokens runs on an empty input. Its gradient is then zero
-            # instead of None.
-            if len(pair_n) or torch.is_grad_enabled():
+            if len(pair_n):
                 token_n = pair_n // expert_TK.shape[1]
                 y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
                 y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK.flatten()[pair_n, None])

@@ -15,5 +15,9 @@ from accessory.ops.linear import AdapterRows
 class SparseExperts(StackedExperts):
     """The same slice of F of all experts of a layer. The sum over ranks is the layer's output."""
 
+    @property
+    def held(self) -> int | None:
+        return None
+
     def grouped(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None) -> Tensor:
         return grouped_experts(x_TD, *self.all_weights(adapters is not None), weight_TK, expert_TK, adapters=adapters)

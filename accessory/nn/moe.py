@@ -25,7 +25,7 @@ class MoE(nn.Module):
         kind: type[StackedExperts] = BaseExperts if implementation == "base" else SparseExperts
         self.experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
 
-    def forward(
+    def route(
         self,
         x_TD: Tensor,
         y_TD: Tensor | None,
@@ -33,10 +33,11 @@ class MoE(nn.Module):
         counted_T: Tensor | None = None,
         statistics: bool = False,
         adapters: AdapterRows | None = None,
-    ) -> tuple[Tensor, Tensor, RouterStatistics | None]:
-        """(x + y, the experts' output for its norm, statistics): x is the residual stream, y attention's output.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, RouterStatistics | None]:
+        """(x + y, its norm, weight_TK, expert_TK, statistics): x is the residual stream, y attention's output.
 
-        adapters: the adapter of each token, where there are several; None: no token takes one.
+        The second to fourth are what `experts` takes. adapters: the adapter of each token, where there are several;
+        None: no token takes one.
         """
         dtype = self.experts.products_in
         alone = self.gate.weights().plain and adapters is None and not statistics
@@ -47,10 +48,10 @@ class MoE(nn.Module):
             x_TD, h_TD, weight_TK, expert_TK = kernel.load()(
                 x_TD, y_TD, norm_D, norm.eps, gate_ED, self.k, dtype, exchange
             )
-            return x_TD, self.experts(h_TD, weight_TK, expert_TK), None
+            return x_TD, h_TD, weight_TK, expert_TK, None
         # The router's input is fp32 in every compute dtype: rounding must not decide between experts with close logits.
         x_TD, h_TD = norm.after(x_TD, y_TD, torch.float32, adapters)
         logits_TE = self.gate(h_TD, adapters)
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
-        return x_TD, self.experts(h_TD, weight_TK, expert_TK, adapters), stats
+        return x_TD, h_TD.to(dtype), weight_TK, expert_TK, stats

@@ -8,6 +8,9 @@ Legend: T tokens, K experts a token, N = T·K rows sorted by expert, E experts, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,3 +76,81 @@ def by_expert(x_NI: Tensor, count_E: Tensor) -> list[Tensor]:
     """The rows of each expert, and at the end the rows of no expert. The host waits for the counts."""
     counts = count_E.tolist()
     return list(x_NI.split([*counts, len(x_NI) - sum(counts)]))
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+class Term(NamedTuple):
+    """Rows times a stack, plus rows of a low rank r times a stack of that rank."""
+
+    x_NI: Tensor
+    weight: Tensor  # (E, O, I), or, where gradients go back, (E, I, O)
+    low_Nr: Tensor | None = None
+    low_weight: Tensor | None = None  # (E, O, r), or (E, r, O)
+
+
+def grouped_backward(dy_NO: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """The gradient of `grouped_dense`'s rows: each row times its expert's weight as it lies, (N, I) in dy's dtype."""
+    weight_EOI = weight_EOI.to(dy_NO.dtype)
+    kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, weight_EOI, len(dy_NO)))
+    return kernel.load()(dy_NO, weight_EOI, count_E)
+
+
+def grouped_mm_backward(dy_NO: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """torch's grouped product."""
+    return F.grouped_mm(dy_NO, weight_EOI, offs=count_E.cumsum(0).to(torch.int32))
+
+
+def grouped_loop_backward(dy_NO: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
+    *runs, others = by_expert(dy_NO, count_E)
+    products = [dy @ w for dy, w in zip(runs, weight_EOI.unbind(), strict=True)]
+    return torch.cat([*products, dy_NO.new_zeros(len(others), weight_EOI.shape[2])])
+
+
+def sum_of_terms(terms: Sequence[Term], count_E: Tensor, *, back: bool) -> Tensor:
+    """The sum of the terms' products: (N, O) in x's dtype. back: weights are taken as they lie, as `grouped_backward`
+    does."""
+    kernel = dispatch.find(dispatch.product("grouped_terms", terms[0].x_NI, terms[0].weight, len(terms[0].x_NI)))
+    if kernel is not None and len(terms) <= 2:
+        return kernel.load()(count_E, terms, back)
+    one = grouped_backward if back else grouped_dense
+    parts = [one(t.x_NI, t.weight, count_E) for t in terms]
+    parts += [one(t.low_Nr, t.low_weight, count_E) for t in terms if t.low_Nr is not None and t.low_weight is not None]
+    total, *others = parts
+    for part in others:
+        total += part
+    return total
+
+
+def grouped_weight_gradient(
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+) -> Tensor:
+    """The gradient of `grouped_dense`'s weights, Σ over each expert's rows: (E, O, I) in `dtype`.
+
+    add_to: a contiguous gradient on top of which it is written; it is returned. An expert without rows gets zeros.
+    """
+    # The stack of weights stands for its gradient, which has its shape.
+    like = x_NI.new_empty(0).expand(len(count_E), dy_NO.shape[1], 0)
+    found = dispatch.product("grouped_weights", dy_NO, like, len(dy_NO))._replace(in_features=x_NI.shape[1])
+    return dispatch.choose(found).load()(dy_NO, x_NI, count_E, dtype, add_to)
+
+
+def grouped_mm_weights(
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+) -> Tensor:
+    """torch's grouped product."""
+    dw_EOI = F.grouped_mm(dy_NO.t(), x_NI, offs=count_E.cumsum(0).to(torch.int32))
+    return dw_EOI.to(dtype) if add_to is None else add_to.add_(dw_EOI)
+
+
+def grouped_loop_weights(
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+) -> Tensor:
+    *runs, _ = by_expert(dy_NO, count_E)
+    *inputs, _ = by_expert(x_NI, count_E)
+    if add_to is None:
+        add_to = x_NI.new_zeros(len(count_E), dy_NO.shape[1], x_NI.shape[1], dtype=dtype)
+    for dw_OI, dy, x in zip(add_to.unbind(), runs, inputs, strict=True):
+        dw_OI.add_(dy.t() @ x)
+    return add_to

@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
-# (token, expert) pair at a time. A backward product gives the gradient of the input. adapters: the LoRA products of
+# (token, expert) pair at a time. A backward product gives the gradient of the input. grouped_terms: several grouped
+# products and their sum. grouped_weights: the gradient of a stack. adapters: the LoRA products of
 # rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits. attention: over a
 # paged cache. rotate_and_write: queries and keys turned by their positions, keys and values into the cache. Both take
 # the cache, dense or fp8, as their weight. add_norm: the residual stream and its norm. route: the same, and what the
 # router chose.
 Op = Literal[
-    "linear", "linear_backward", "grouped", "grouped_backward", "decode", "adapters", "dequantize", "attention",
-    "rotate_and_write", "add_norm", "route", "gate", "combine",
+    "linear", "linear_backward", "grouped", "grouped_backward", "grouped_terms", "grouped_weights", "decode",
+    "adapters", "dequantize", "attention",
+    "rotate_and_write", "add_norm", "route", "gate", "gate_backward", "combine",
+    "cross_entropy", "rope",
 ]  # fmt: skip
 DENSE = "dense"
 
@@ -163,6 +166,8 @@ TABLE: tuple[Kernel, ...] = (
 
     Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_BITS, rows=(0, limits.GROUPED_ROWS),
            grad=False, triton=True),
+    Kernel("grouped", "triton.grouped_tma:product", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8, grad=False,
+           triton=True),
     Kernel("grouped", "dense_products:grouped_mm", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
     Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _16_BITS, grad=False, triton=True),
     Kernel("grouped", "triton.grouped:product", (DENSE,), _CUDA, _AMPERE, _FP32,
@@ -183,6 +188,16 @@ TABLE: tuple[Kernel, ...] = (
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
     Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", _ANY_FORMAT, _CPU, host_free=False),
+    Kernel("grouped_backward", "triton.grouped_tma:gradient", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,
+           triton=True),
+    Kernel("grouped_backward", "dense_products:grouped_mm_backward", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped_backward", "dense_products:grouped_loop_backward", (DENSE,), host_free=False),
+    Kernel("grouped_terms", "triton.grouped_tma:sum_of_terms", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,
+           grad=False, triton=True),
+    Kernel("grouped_weights", "triton.grouped_tma:weight_gradient", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,
+           grad=False, triton=True),
+    Kernel("grouped_weights", "dense_products:grouped_mm_weights", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
+    Kernel("grouped_weights", "dense_products:grouped_loop_weights", (DENSE,), host_free=False),
 
     Kernel("decode", "triton.grouped_experts:experts_in_tiles", (DENSE,), _CUDA, _AMPERE, _16_BITS,
            rows=(limits.IN_PLACE_PAIRS + 1, limits.TILED_PAIRS), multiple=16, grad=False, plain=True, triton=True),
@@ -215,12 +230,17 @@ TABLE: tuple[Kernel, ...] = (
            triton=True, fixed=_ANY_ROWS),
     Kernel("rotate_and_write", "paged_attention:rotate_and_copy", (DENSE, "fp8"), grad=False, fixed=_ANY_ROWS),
 
-    # Elsewhere, and while gradients are recorded, torch's operations do these, one after the other.
+    # Elsewhere torch's operations do these, one after the other.
     Kernel("add_norm", "triton.add_norm:add_rms_norm", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
+    Kernel("add_norm", "norm_autograd:add_rms_norm", (DENSE,), _CUDA, dtypes=_FP32, triton=True),
     Kernel("route", "triton.add_norm:add_norm_route", (DENSE,), _CUDA, experts=limits.ROUTED_EXPERTS, grad=False,
            triton=True, fixed=_ANY_ROWS),
     Kernel("gate", "triton.prompt_experts:gate", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
+    Kernel("gate_backward", "triton.prompt_experts:gate_backward", (DENSE,), _CUDA, grad=False, triton=True),
     Kernel("combine", "triton.prompt_experts:combine", (DENSE,), _CUDA, grad=False, triton=True, fixed=_ANY_ROWS),
+
+    Kernel("rope", "triton.rope:turn", (DENSE,), _CUDA, triton=True),
+    Kernel("cross_entropy", "triton.cross_entropy:cross_entropy", (DENSE,), _CUDA, triton=True),
 
     # For rows whose bits must not depend on the others: no limit here is one of rows.
     Kernel("linear", "triton.fixed:decoding_linear_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,

@@ -68,13 +68,17 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, rows: Tensor | Non
     """Undo the sort and sum each token's experts by weight: (T, D) fp32. Without atomics, so the same input gives the
     same bits.
 
-    rows: how many rows of y have a product; None: all. The others may hold anything, NaN too, and add nothing.
+    rows: how many rows of y have a product; None: all. The others may hold anything, NaN too, and add nothing. So do
+    pairs that `order_N` leaves out.
     """
     T, K = weight_TK.shape
-    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    places_N = torch.arange(len(order_N), device=order_N.device)
+    inverse_N = order_N.new_full((T * K,), len(order_N)).scatter_(0, order_N, places_N)
     kernel = dispatch.find(dispatch.over_tokens("combine", y_ND))
     if kernel is not None:
         return kernel.load()(y_ND, inverse_N, weight_TK, inverse_N.new_full((), len(y_ND)) if rows is None else rows)
+    if rows is not None:
+        y_ND = F.pad(y_ND, (0, 0, 0, 1))  # a row for the pairs that `order_N` leaves out
     part_TKD = y_ND[inverse_N].view(T, K, -1).float() * weight_TK[..., None]
     if rows is not None:
         part_TKD = part_TKD.where((inverse_N < rows).view(T, K, 1), 0.0)

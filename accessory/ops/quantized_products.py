@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accessory.ops import dispatch
-from accessory.ops.dense_products import by_expert, dense_linear, grouped_dense
+from accessory.ops.dense_products import by_expert, dense_linear, grouped_backward, grouped_dense
 from accessory.ops.quantized import Packed
 
 
@@ -65,13 +65,29 @@ class _FrozenGrouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
         ctx.packed, ctx.count_E = packed, count_E
-        return _grouped(x_NI, packed, count_E, grad=True)
+        return packed_forward(x_NI, packed, count_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        dy_NO = grads[0].contiguous()
-        kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, ctx.packed, len(dy_NO)))
-        return kernel.load()(dy_NO, ctx.packed, ctx.count_E), None, None
+        return packed_backward(grads[0].contiguous(), ctx.packed, ctx.count_E), None, None
+
+
+def packed_forward(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """`packed_grouped` with a kernel that training may use, and no gradient."""
+    return _grouped(x_NI, packed, count_E, grad=True)
+
+
+def packed_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """The gradient of `packed_forward`'s rows, (N, I) in dy's dtype."""
+    kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, packed, len(dy_NO)))
+    return kernel.load()(dy_NO, packed, count_E)
+
+
+def dequantized_for_products(packed: Packed, x_NI: Tensor) -> Tensor | Packed:
+    """The stack in x's dtype, where products with so many rows would dequantise it each; else the stack itself."""
+    kernel = dispatch.choose(dispatch.product("grouped", x_NI, packed, len(x_NI), grad=True))
+    before = kernel.function.endswith(":dequantized_grouped")
+    return dequantized(packed, x_NI.dtype) if before else packed
 
 
 # --------------------------------------------------------------------------- dequantised before the product
@@ -90,7 +106,7 @@ def dequantized_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor
 
 
 def dequantized_grouped_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    return grouped_dense(dy_NO, dequantized(packed, dy_NO.dtype).transpose(1, 2), count_E)
+    return grouped_backward(dy_NO, dequantized(packed, dy_NO.dtype), count_E)
 
 
 def expert_by_expert(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:

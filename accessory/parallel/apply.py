@@ -95,7 +95,9 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
                 norm.exchange = exchange(ranks, output.device, decoder.args.dim)  # made in the first step
                 if norm.exchange_of(output) is not None:
                     return output
-            return reduce_from_ranks(output, ranks)
+            # Training sends half the bytes, as it does with the gradients that come back.
+            wire = decoder.products_in if torch.is_grad_enabled() else torch.float32
+            return reduce_from_ranks(output, ranks, wire)
 
         return reduced
 

@@ -36,13 +36,13 @@ class _CopyToRanks(torch.autograd.Function):
 
 class _ReduceFromRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, wire: torch.dtype) -> Tensor:
         ctx.dtype = x.dtype
-        return _total(x.float(), ranks)
+        return _total(x.to(wire), ranks).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].to(ctx.dtype), None, None
 
 
 class _GatherFromRanks(torch.autograd.Function):
@@ -88,9 +88,10 @@ def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     return _CopyToRanks.apply(x, ranks)
 
 
-def reduce_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of x over ranks, always fp32: so the number of ranks does not change how sums are rounded."""
-    return _ReduceFromRanks.apply(x, ranks)
+def reduce_from_ranks(x: Tensor, ranks: Ranks, wire: torch.dtype = torch.float32) -> Tensor:
+    """The sum of x over ranks, in fp32. wire: the dtype in which the ranks' parts are sent and added; with fp32 the
+    number of ranks does not change how sums are rounded."""
+    return _ReduceFromRanks.apply(x, ranks, wire)
 
 
 def gather_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:

@@ -1,8 +1,8 @@
 """What one layer holds beside its weights: what autograd keeps of forward, and the largest moments of its passes.
 
-The arithmetic follows `nn.decoder`, `nn.experts_base`, `nn.experts_sparse` and `ops.experts` line by line. The residual
-stream between layers is fp32. Products are in 16 bits. SwiGLU keeps four tensors of the hidden size for backward: w1 x,
-its SiLU, w3 x, and the product of the last two.
+The arithmetic follows `nn.decoder`, `nn.attention` and `ops.experts_autograd` line by line. The residual stream between
+layers is fp32. Products are in 16 bits. Of the experts two tensors of the hidden size are kept for backward, w1 x and
+w3 x, or none where a layer is computed again.
 
 Legend: T tokens, N = T·K (token, expert) pairs, D dim, F hidden dim held here, E experts held here.
 """
@@ -28,7 +28,6 @@ class LayerSizes:
     queries: int  # query heads × head_dim
     keys: int  # key/value heads × head_dim
     experts: int
-    expert_by_expert: bool  # base's loop while training; else all experts are computed at once
 
     @property
     def tokens_fp32(self) -> int:
@@ -44,11 +43,6 @@ class LayerSizes:
     def pairs_16bit(self) -> int:
         """(N, D)."""
         return 2 * self.pairs * self.dim
-
-    @property
-    def pairs_fp32(self) -> int:
-        """(N, D)."""
-        return 4 * self.pairs * self.dim
 
     @property
     def hidden_16bit(self) -> int:
@@ -72,8 +66,7 @@ def layer_sizes(setup: Setup, tokens: int) -> LayerSizes:
     While training, base's ranks are taken to get equal shares of the pairs. Without gradients, each sorts all pairs.
     """
     args = setup.args
-    loop = setup.implementation == "base" and isinstance(setup.task, Training)
-    ranks = setup.tp if loop else 1
+    ranks = setup.tp if setup.implementation == "base" and isinstance(setup.task, Training) else 1
     return LayerSizes(
         tokens=tokens,
         pairs=tokens * args.moe.num_experts_per_tok // ranks,
@@ -82,7 +75,6 @@ def layer_sizes(setup: Setup, tokens: int) -> LayerSizes:
         queries=setup.query_heads * args.head_dim,
         keys=setup.kv_heads * args.head_dim,
         experts=setup.experts,
-        expert_by_expert=loop,
     )
 
 
@@ -96,9 +88,9 @@ class LayerTraining:
     gate: bool = False  # the router
     format: Format | None = None  # of the experts' weights; None: 16 bits
     packing: bool = True  # several documents a row
-    gradient: int = 4  # of a finished gradient
-    making: int = 2  # what a gradient takes on top of that while it is computed
+    gradient: int = 4  # of a gradient
     copy: int = 2  # of the 16-bit copy that products read
+    recompute: bool = False  # whether the layer is computed again in backward
     accumulating: bool = False  # gradients of earlier micro-steps are there already; `training` counts them
 
 
@@ -116,8 +108,8 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         format=setup.quant.experts,
         packing=task.packing,
         gradient=2 if gathered else parameter.gradient,
-        making=0 if gathered or parameter.weight == 2 else 2,
         copy=0 if gathered else parameter.copy,
+        recompute=task.checkpointing,
         accumulating=task.accum_iter > 1 and not gathered,
     )
 
@@ -127,6 +119,8 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
 
 def layer_kept(layer: LayerSizes, training: LayerTraining) -> int:
     """Bytes that autograd keeps of a layer's forward pass until backward has passed it."""
+    if training.recompute:
+        return layer.tokens_fp32 + experts_kept(layer, training)
     return attention_kept(layer, training) + experts_kept(layer, training)
 
 
@@ -146,12 +140,8 @@ def attention_kept(layer: LayerSizes, training: LayerTraining) -> int:
 
 
 def experts_kept(layer: LayerSizes, training: LayerTraining) -> int:
-    """The part of the experts."""
-    linears = training.weights or training.experts_lora
-    # The rows that w1 and w3 multiply; SwiGLU's tensors, of which w2's input is kept only where w2 learns.
-    kept = (layer.pairs_16bit if linears else 0) + (4 if linears else 3) * layer.hidden_16bit
-    # The experts' results in fp32: in base both the product with the router's weight and `index_add` keep them.
-    return kept + layer.pairs_fp32 * (2 if layer.expert_by_expert else 1)
+    """The part of the experts: their input, and w1 x and w3 x."""
+    return layer.tokens_16bit + (0 if training.recompute else 2 * layer.hidden_16bit)
 
 
 # --------------------------------------------------------------------------- backward
@@ -174,45 +164,28 @@ def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
     """The largest moment of a layer's backward pass, which begins with all that `layer_kept` counts."""
     kept = attention_kept(layer, training) + layer.tokens_fp32  # and the gradient of the residual stream
     copies = training.copy * layer.attention if training.weights else 0
-    experts = _backward_of_a_loop(layer, training) if layer.expert_by_expert else _backward_of_stacks(layer, training)
     attention = BackwardPeak(3 * layer.tokens_fp32 + 4 * layer.tokens * (layer.queries + 2 * layer.keys))
     moments = (
         BackwardPeak(kept + moment.activations, moment.gradients, copies + moment.copies)
-        for moment in (*experts, attention)
+        for moment in (*_backward_of_experts(layer, training), attention)
     )
     return max(moments, key=lambda moment: moment.total)
 
 
-def _backward_of_stacks(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
-    """Sparse: what is there while backward passes each operation of the experts, from the last to the first."""
+def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
+    """What is there while backward passes the experts' operations, from the last to the first."""
     NF, ND, stack = layer.hidden_16bit, layer.pairs_16bit, layer.stack
-    x = ND if training.weights or training.experts_lora else 0
     done = 0 if training.accumulating or not training.weights else training.gradient * stack
-    making = (training.gradient + training.making) * stack if training.weights else 0
     copy = training.copy * stack if training.weights else 0
     dequantized = 2 * stack if _backward_product(layer, training.format) == "dequantized" else 0
-    lora = NF if training.experts_lora else 0
+    # Computed again, w3 stays dequantised from forward's product to its own backward.
+    again = dequantized if training.recompute else 0
+    kept = layer.tokens_16bit
     return [
-        BackwardPeak(x + 4 * NF + 6 * ND, 0, 3 * copy),  # the weighted sum
-        BackwardPeak(x + 5 * NF + ND + dequantized, making, 3 * copy),  # w2
-        BackwardPeak(x + 6 * NF, done, 2 * copy),  # SwiGLU
-        BackwardPeak(x + 3 * NF + ND + lora + dequantized, done + making, 2 * copy),  # w3
-        BackwardPeak(x + NF + 2 * ND + lora + dequantized, 2 * done + making, copy),  # w1
-    ]
-
-
-def _backward_of_a_loop(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
-    """Base: what is there while backward passes the first expert, and the last one."""
-    NF, E, stack = layer.hidden_16bit, layer.experts, layer.stack
-    copy = training.copy * 3 * stack if training.weights else 0
-    kept = experts_kept(layer, training)
-    dequantized = 2 * stack // E if _backward_product(layer, training.format) == "dequantized" else 0
-    # Each expert leaves gradients of its own. At the end those of a stack are put together, one stack after another.
-    parts = 3 * training.gradient * stack if training.weights and not training.accumulating else 0
-    together = training.gradient * stack if training.weights else 0
-    return [
-        BackwardPeak(kept + 3 * NF // E + 2 * layer.tokens_16bit + dequantized, parts // E, copy),
-        BackwardPeak((kept + 2 * NF) // E + 2 * layer.tokens_16bit, parts + together, copy // E),
+        BackwardPeak(kept + (1 if training.recompute else 3) * NF + ND + dequantized, 0, 3 * copy),  # w2
+        BackwardPeak(kept + 2 * NF + 2 * ND + dequantized + again if training.recompute else 0, 0, 2 * copy),  # w1 x
+        BackwardPeak(kept + 3 * NF + 2 * ND + again, done, 2 * copy),  # SwiGLU, and the gradient of w2
+        BackwardPeak(kept + 2 * NF + ND + dequantized + again, 3 * done, 2 * copy),  # w1 and w3, then the input
     ]
 
 
@@ -253,20 +226,17 @@ ProductKind = Literal["plain", "dequantized", "rounded"]
 
 
 def _forward_product(layer: LayerSizes, format: Format | None) -> ProductKind:
-    return _product_kind("linear" if layer.expert_by_expert else "grouped", layer, format)
+    return _product_kind("grouped", layer, format)
 
 
 def _backward_product(layer: LayerSizes, format: Format | None) -> ProductKind:
-    return _product_kind("linear_backward" if layer.expert_by_expert else "grouped_backward", layer, format)
+    return _product_kind("grouped_backward", layer, format)
 
 
 def _product_kind(op: Op, layer: LayerSizes, format: Format | None) -> ProductKind:
     if format is None:
         return "plain"
-    rows, experts = layer.pairs, layer.experts
-    if layer.expert_by_expert:  # the experts are taken to get equal shares
-        rows, experts = max(1, -(-rows // experts)), 1
-    function = choose(Product(op, format, rows, experts, layer.dim, layer.hidden)).function
+    function = choose(Product(op, format, layer.pairs, layer.experts, layer.dim, layer.hidden)).function
     if function.startswith("fp8:"):
         return "rounded"
     return "dequantized" if function.startswith("quantized_products:dequantized") else "plain"

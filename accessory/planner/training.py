@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from accessory.limits import CROSS_ENTROPY_ROWS
+from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE
 from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
 from accessory.planner.setup import Setup, Training
 from accessory.planner.weights import TensorGroup, group_bytes, is_trained, tensor_groups
 
-# Cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
+# On a CPU, cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
 CROSS_ENTROPY_TENSORS = 3
 
 
@@ -32,7 +32,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     }
     gradients = summed(trained, parameter.gradient)
     layer_gradients = (gradients - summed((g for g in trained if not g.in_layer), parameter.gradient)) // L
-    # Backward begins with the head; the embedding's gradient is the last one made.
+    # The head's gradients are made first, at the end of forward, the embedding's last.
     head_gradients = summed((g for g in trained if _is_head(g)), parameter.gradient)
     # Between micro-steps all gradients are there.
     earlier_gradients = gradients if task.accum_iter > 1 else 0
@@ -40,10 +40,10 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     whole_weights = _gathered(setup, task, groups)
 
     layer, learning = layer_sizes(setup, task.tokens), layer_training(setup, task)
-    kept = layer.tokens_fp32 if task.checkpointing else layer_kept(layer, learning)
+    kept = layer_kept(layer, learning)
     backward = layer_backward(layer, learning)
-    # The last norm's input and result; the head's 16-bit input, where the head learns.
-    head = 2 * layer.tokens_fp32 + (layer.tokens_16bit if task.kind == "full" else 0)
+    # The last norm's input; the head's 16-bit input and its gradient, which forward makes.
+    head = layer.tokens_fp32 + 2 * layer.tokens_16bit
 
     def moment(activations: int, finished: int, copies: int, layer: BackwardPeak, logits: int = 0) -> dict[str, int]:
         """`finished`: gradients that backward has left behind. `layer`: what the layer takes that it is in."""
@@ -59,7 +59,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     stream = layer.tokens_fp32  # the gradient that comes from the layer above
     return {
         "the end of forward": moment(
-            L * kept + head, 0, layer_copies + head_copies, BackwardPeak(), _logits(setup, task)
+            L * kept + head, head_gradients, layer_copies + head_copies, BackwardPeak(), _logits(setup, task)
         ),
         "backward of the last layer": moment(
             (L - 1) * kept + stream, head_gradients, layer_copies * (L - 1) // L, backward
@@ -119,9 +119,14 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
 
 
 def _logits(setup: Setup, task: Training) -> int:
-    """The logits of all tokens and their gradient in 16 bits, and some rows in fp32."""
+    """The logits of some tokens in 16 bits, and the gradient of the head's weight in 16 bits before it is widened.
+
+    Their gradient takes the logits' place. A CPU has some rows of them in fp32 as well.
+    """
     V = setup.args.vocab_size
-    return 2 * 2 * task.tokens * V + CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, task.tokens) * V
+    wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, task.tokens) * V if setup.device == "cpu" else 0
+    gradient = 2 * V * setup.args.dim if task.kind == "full" else 0
+    return 2 * min(task.tokens, max(1, LOGITS_AT_ONCE // V)) * V + gradient + wide
 
 
 def _squares(setup: Setup, task: Training, trained: list[TensorGroup]) -> int:

@@ -37,7 +37,7 @@ def trace_nonfinite_items(trainer: Trainer, batches: Sequence[Batch], alone: Cal
 def _at_fault(trainer: Trainer, batch: Batch) -> list[int]:
     labels = batch.labels_BT.flatten()
     rows_N = (labels != IGNORED).nonzero().squeeze(1)
-    logits_NV = trainer.forward(batch, rows_N, statistics=False).logits
+    logits_NV = trainer.forward(batch, rows_N, None, statistics=False).logits
     label_N = labels[rows_N].to(logits_NV.device)
     loss_N = torch.cat(
         [

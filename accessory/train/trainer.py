@@ -23,7 +23,6 @@ from torch import Tensor
 from accessory.data.batches import Batch
 from accessory.nn.decoder import Decoder
 from accessory.ops.attention import Documents
-from accessory.ops.cross_entropy import cross_entropy_sum
 from accessory.ops.routing import RouterStatistics, balance_loss
 from accessory.parallel.fsdp import finish_gradients, squared_norm
 from accessory.parallel.mesh import DeviceMesh
@@ -122,13 +121,14 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             rows_N, label_N = _learnt(batch)
-            out = self.forward(batch, rows_N, statistics=False)
-            sums += torch.stack([cross_entropy_sum(out.logits, label_N.to(self.device)), sums.new_tensor(len(rows_N))])
+            out = self.forward(batch, rows_N, label_N, statistics=False)
+            sums += torch.stack([out.loss, sums.new_tensor(len(rows_N))])
         self.mesh.sum_over_data(sums)
         return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
-    def forward(self, batch: Batch, rows_N: Tensor, statistics: bool) -> Any:
-        """The decoder's output for a batch: logits (N, vocabulary) at the flattened positions `rows_N`."""
+    def forward(self, batch: Batch, rows_N: Tensor, label_N: Tensor | None, statistics: bool) -> Any:
+        """The decoder's output for a batch: the loss over the flattened positions `rows_N` with the labels there, or,
+        without labels, their logits (N, vocabulary)."""
         return self.decoder(
             batch.tokens_BT.to(self.device, non_blocking=True),
             batch.positions_BT.to(self.device, non_blocking=True),
@@ -136,6 +136,7 @@ class Trainer:
             counted_BT=batch.counted_BT.to(self.device, non_blocking=True),
             statistics=statistics,
             rows_N=rows_N.to(self.device, non_blocking=True),
+            label_N=None if label_N is None else label_N.to(self.device, non_blocking=True),
             images=self._features(batch),
         )
 
@@ -161,8 +162,8 @@ class Trainer:
         counted: the tokens of the batch that the router statistics count. sums: take in what the record will tell.
         """
         rows_N, label_N = _learnt(batch)
-        out = self.forward(batch, rows_N, statistics=True)
-        ce = cross_entropy_sum(out.logits, label_N.to(self.device, non_blocking=True))
+        out = self.forward(batch, rows_N, label_N, statistics=True)
+        ce = out.loss
         statistics, share, logged = out.router, counted / max(totals.all_counted, 1.0), 1.0
         if self.weights.global_statistics and self.mesh.data is not None:
             # Every rank has the balance loss of all the micro-step's tokens; its gradient is this rank's part.

@@ -172,7 +172,7 @@ def test_experts_split_over_ranks_add_up():
     expert[:, 1] = (expert[:, 0] + 1) % 4
     parts = []
     for rank in range(2):
-        base, sparse = BaseExperts(8, 12, 2, first=2 * rank), SparseExperts(8, 6, 4)
+        base, sparse = BaseExperts(8, 12, 4, first=2 * rank), SparseExperts(8, 6, 4)
         for name in ("w1", "w2", "w3"):
             w = getattr(whole, name).data
             getattr(base, name).data = w[2 * rank : 2 * rank + 2]

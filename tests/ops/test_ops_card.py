@@ -70,6 +70,8 @@ def test_every_launcher_of_the_package_does():
         "add_norm.add_rms_norm", "add_norm.add_norm_route",
         "rows.linear", "grouped_experts.sort_pairs", "grouped_experts.up",
         "grouped_experts.down", "grouped_experts.experts_in_tiles", "grouped_experts.linear", "prompt_experts.gate",
-        "prompt_experts.combine",
+        "prompt_experts.combine", "prompt_experts.gate_backward", "grouped_tma.product", "grouped_tma.gradient",
+        "grouped_tma.sum_of_terms",
+        "grouped_tma.weight_gradient", "cross_entropy.cross_entropy", "norm_backward.norm_backward", "rope.turn",
     }  # fmt: skip
     assert all(found.values()), found

@@ -1,4 +1,4 @@
-"""The summed cross-entropy against torch's own, in values and gradients."""
+"""The head with its summed cross-entropy against torch's own, in values and gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accessory.ops import cross_entropy
-from accessory.ops.cross_entropy import cross_entropy_sum
+from accessory.ops.cross_entropy import head_cross_entropy_sum
+
+
+def cross_entropy_sum(logits_NV, label_N):
+    """With a head that returns its input, in memory that may be written over."""
+    return head_cross_entropy_sum(logits_NV, label_N, lambda x: x * 1, (), logits_NV.shape[1])
 
 
 def both(logits_NV, label_N, factor=1.0):
@@ -70,7 +75,8 @@ def test_large_logits_do_not_overflow():
 def test_no_rows_give_zero_and_an_empty_gradient():
     """A rank whose rows have no tokens to learn still takes part in the step."""
     weight = torch.randn(5, 4, requires_grad=True)
-    loss = cross_entropy_sum(torch.zeros(0, 4) @ weight.T, torch.zeros(0, dtype=torch.int64))
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = head_cross_entropy_sum(torch.zeros(0, 4, requires_grad=True), none, lambda h: h @ weight.T, [weight], 5)
     loss.backward()
     assert loss.item() == 0
     assert not weight.grad.any()
@@ -96,3 +102,25 @@ def test_gradients_are_finite_differences():
             move[n, v] = step
             slope = (cross_entropy_sum(logits + move, label) - cross_entropy_sum(logits - move, label)) / (2 * step)
             assert grad[n, v].item() == pytest.approx(slope.item(), abs=5e-4)
+
+
+@pytest.mark.parametrize("logits", [1, 33, 40, 1000])
+def test_the_heads_gradients_do_not_depend_on_the_pieces(monkeypatch, logits):
+    """Pieces of one row, of three, and all rows at once; the vocabulary has eleven tokens."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", logits)
+    generator = torch.Generator().manual_seed(2)
+    h, weight, bias = (torch.randn(*s, generator=generator, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
+    label, seen = torch.randint(0, 11, (7,), generator=generator), []
+
+    def head(rows):
+        seen.append(len(rows))
+        return F.linear(rows, weight, bias)
+
+    loss = head_cross_entropy_sum(h, label, head, [weight, bias], 11)
+    got = torch.autograd.grad(loss * 0.3, [h, weight, bias])
+    wanted = F.cross_entropy(F.linear(h, weight, bias), label, reduction="sum")
+    torch.testing.assert_close(loss, wanted)
+    for ours, theirs in zip(got, torch.autograd.grad(wanted * 0.3, [h, weight, bias]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert max(seen) * 11 <= max(logits, 11)
+    assert sum(seen) == 7

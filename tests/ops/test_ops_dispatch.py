@@ -13,9 +13,10 @@ from accessory.ops import dispatch
 from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_free
 
 SIZES = {"in_features": 4096, "out_features": 14336}
-OPS = ("linear", "linear_backward", "grouped", "grouped_backward", "adapters", "dequantize")
+GRADIENTS = ("grouped_backward", "grouped_terms", "grouped_weights")
+OPS = ("linear", "linear_backward", "grouped", *GRADIENTS, "adapters", "dequantize")
 PAGED = ("attention", "rotate_and_write")  # their "weight" is a cache, dense or fp8
-TOKENS = ("add_norm", "route", "gate", "combine")
+TOKENS = ("add_norm", "route", "gate", "gate_backward", "combine", "cross_entropy", "rope")
 FIXED = ("decode", "prompt")
 PRODUCTS = st.builds(
     Product,
@@ -50,9 +51,10 @@ def test_every_product_has_a_kernel_that_fits_it(p):
     if kernel is None:
         # None for a single dense weight: torch computes the product and its gradients. None for decode: experts are
         # computed with grouped products.
-        # Adapters are dense.
+        # Adapters and stacks that get gradients are dense. Sums of products are single ones where no kernel adds them.
         dense = p.weight == dispatch.DENSE
-        assert p.op == "decode" or (not dense if p.op == "adapters" else dense and p.op != "grouped")
+        none = {"decode": True, "grouped_terms": True, "adapters": not dense, "grouped_weights": not dense}
+        assert none.get(p.op, dense and p.op not in ("grouped", "grouped_backward"))
         return
     assert kernel.op == p.op
     assert (p.weight in kernel.weights) if kernel.weights else (p.weight != dispatch.DENSE)
@@ -85,7 +87,11 @@ def test_every_row_is_reached_by_some_product():
     for op, weight, device in product(PAGED, (dispatch.DENSE, "fp8"), ("cpu", "cuda")):
         found.add(find(Product(op, weight, device=device)))
         found |= {find(Product(op, weight, device=device, fixed=fixed)) for fixed in FIXED}
-    found |= {find(Product(op, experts=8)) for op in TOKENS}
+    found |= {
+        find(Product(op, experts=8, dtype=d, grad=g))
+        for op in TOKENS
+        for d, g in (("bfloat16", False), ("float32", True))
+    }
     found.add(find(Product("decode", "int4", 2, 8, **SIZES, plain=False)))
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
@@ -98,6 +104,7 @@ def test_every_row_is_reached_by_some_product():
                     found.add(find(p._replace(amx=device == "cpu")))
                     found |= {find(p._replace(fixed=fixed, grad=False)) for fixed in FIXED}
                     found |= {find(p._replace(fixed=fixed, grad=False, out_features=7)) for fixed in FIXED}
+                    found.add(find(p._replace(capability=(8, 0))))
     assert set(TABLE) <= found
 
 
@@ -182,7 +189,8 @@ def test_dense_products_without_gradients_need_no_host(changes):
     assert not choose(Product("grouped", "dense", 64, 8, **{**SIZES, **changes}, grad=True)).host_free
     few, many = (Product("grouped", "dense", limits.GROUPED_ROWS + n, 8, **SIZES) for n in (0, 1))
     assert choose(few).function == "triton.grouped:product"
-    assert choose(many).function == "dense_products:grouped_mm"
+    assert choose(many).function == "triton.grouped_tma:product"
+    assert choose(many._replace(capability=(8, 9))).function == "dense_products:grouped_mm"
     assert choose(few._replace(grad=True)).function == "dense_products:grouped_mm"
 
 

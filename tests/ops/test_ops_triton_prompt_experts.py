@@ -25,6 +25,26 @@ def check_gate(device, dtype, bound):
     assert kernels.gate(far, torch.ones_like(far))[0, 3].isnan()
 
 
+def check_gate_backward(device, dtype, bound):
+    """In place of what it reads: the gradients of gate and up, weight · h, and the weights' gradients."""
+    from accessory.ops.experts_autograd import gate_backward as reference
+    from accessory.ops.triton import prompt_experts as kernels
+
+    for N, F in ((1, 8), (3, 100), (5, 2100), (0, 8)):
+        g = torch.Generator().manual_seed(N)
+        gate, up, dh = (torch.randn(N, F, generator=g).to(dtype) for _ in range(3))
+        weight = torch.rand(N, generator=g)
+        want = reference(*(t.double().float() for t in (gate, up, dh)), weight, True)
+        inputs = [t.to(device, copy=True) for t in (gate, up, dh)]
+        got = kernels.gate_backward(*inputs, weight.to(device), True)
+        assert all(a is b for a, b in zip(got, inputs, strict=False))
+        assert got[3].dtype == torch.float32
+        for ours, theirs in zip(got[:3], want[:3], strict=True):
+            assert not N or relative(ours, theirs) <= bound
+        size_N = (silu(gate.double()) * up.double() * dh.double()).abs().sum(1)  # the sum's terms may cancel out
+        assert bool(((got[3].cpu() - want[3]).abs() <= 1e-6 * size_N).all())
+
+
 def check_combine(device, dtype, bound):
     """Of 5 experts, a rank has those from 1 to 3: the other pairs have no product, and what lies there adds nothing."""
     from accessory.ops.triton import prompt_experts as kernels
@@ -45,7 +65,7 @@ def check_combine(device, dtype, bound):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("kernel", ["gate", "combine"])
+@pytest.mark.parametrize("kernel", ["gate", "gate_backward", "combine"])
 def test_interpreted(kernel):
     interpret(__file__, f"t.check_{kernel}('cpu', torch.float32, 1e-6)")
 
@@ -55,4 +75,5 @@ def test_interpreted(kernel):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
 def test_on_the_card(dtype, bound):
     check_gate("cuda", dtype, bound)
+    check_gate_backward("cuda", dtype, bound)
     check_combine("cuda", dtype, 1e-6)

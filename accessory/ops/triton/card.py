@@ -43,5 +43,10 @@ def measured_on(
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def _card_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)

@@ -1,4 +1,5 @@
-"""What experts do beside their products for many tokens, a launch each: SiLU with its factor, and the sum over experts.
+"""What experts do beside their products for many tokens, a launch each: SiLU with its factor, its gradients, and the
+sum over experts.
 
 Legend: T tokens, K experts a token, N = T·K rows sorted by expert, D dim, F hidden dim.
 """
@@ -20,6 +21,35 @@ def _gate_kernel(gate_ptr, up_ptr, h_ptr, SIZE, BLOCK: tl.constexpr):
     gate = tl.load(gate_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
     tl.store(h_ptr + at, (gate / (1.0 + tl.exp(-gate)) * up).to(h_ptr.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
+def _gate_backward_kernel(
+    gate_ptr, up_ptr, dh_ptr, weight_ptr, dweight_ptr, F: tl.constexpr, COLS: tl.constexpr, WRITES_H: tl.constexpr
+):
+    """One row: the gradients of gate and up take their places, and that of the row's weight is written.
+
+    dh is the gradient of h = silu(gate) · up before the row's weight; with WRITES_H weight · h takes its place.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+    dot = tl.zeros((COLS,), dtype=tl.float32)
+    for start in range(0, F, COLS):
+        at = row * F + start + tl.arange(0, COLS)
+        held = start + tl.arange(0, COLS) < F
+        gate = tl.load(gate_ptr + at, mask=held, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + at, mask=held, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + at, mask=held, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        dot += dh * silu * up
+        dh *= weight
+        kind = gate_ptr.dtype.element_ty
+        tl.store(gate_ptr + at, (dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(kind), mask=held)
+        tl.store(up_ptr + at, (dh * silu).to(kind), mask=held)
+        if WRITES_H:
+            tl.store(dh_ptr + at, (weight * silu * up).to(kind), mask=held)
+    tl.store(dweight_ptr + row, tl.sum(dot, 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -48,6 +78,22 @@ def gate(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     if h_NF.numel():
         _gate_kernel[(triton.cdiv(h_NF.numel(), block),)](gate_NF, up_NF, h_NF, h_NF.numel(), BLOCK=block, num_warps=4)
     return h_NF
+
+
+@on_its_card
+def gate_backward(
+    gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.experts_autograd.gate_backward` in one pass over memory, in place of gate, up and dh."""
+    assert all(t.is_contiguous() for t in (gate_NF, up_NF, dh_NF)), "they are written in place"
+    N, F = gate_NF.shape
+    dweight_N = torch.empty(N, dtype=torch.float32, device=gate_NF.device)
+    if N:
+        _gate_backward_kernel[(N,)](
+            gate_NF, up_NF, dh_NF, weight_N.contiguous(), dweight_N,
+            F=F, COLS=min(2048, triton.next_power_of_2(F)), WRITES_H=writes_h, num_warps=8,
+        )  # fmt: skip
+    return gate_NF, up_NF, dh_NF, dweight_N
 
 
 @on_its_card
