@@ -60,8 +60,8 @@ docs: .venv/.done  ## the documentation as a site in build/site; no link leads n
 release: .venv/.done  ## VERSION=1.2.3: version, changelog, commit, tag, and the packages in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
 	$(BIN)/python deploy/release.py $(VERSION)
-outputs: .venv/.done  ## run the commands whose outputs the pages show, and rewrite what is no longer so
-	$(BIN)/python docs/outputs.py
+outputs: .venv/.done  ## run the commands whose outputs the pages show, for ten minutes, and rewrite what is no longer so
+	$(BIN)/python docs/outputs.py --long
 check: test
 clean:  ## remove what make made
 	rm -rf .venv demo-model build dist *.egg-info

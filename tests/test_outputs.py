@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from accessory.demos import corpus
+from accessory.train.metrics import read_metrics
+
 ROOT = Path(__file__).parents[1]
 TOUR = ROOT / "examples" / "tour.ipynb"
 NUMBER = re.compile(r"-?\d+\.\d\d\b")
@@ -32,6 +35,25 @@ def outputs():
         ("one\ntwo\n", "one\nthree\n", False),
         ("loaded in 2.4 s, 22.6 tokens/s", "loaded in 13.0 s, 1,000.1 tokens/s", True),
         ("8 tokens", "9 tokens", False),
+        ("Done in 4 min 56 s.", "Done in 12 min 01 s.", True),
+        (
+            "about 3 minutes for 21,804 tokens at 104 a second",
+            "about 80 seconds for 21,804 tokens at 311 a second",
+            True,
+        ),
+        (
+            "about 3 minutes for 21,804 tokens at 104 a second",
+            "about 3 minutes for 21,805 tokens at 104 a second",
+            False,
+        ),
+        ('{"id":"chatcmpl-1f","created":12,"n":8}', '{"id":"chatcmpl-2e","created":345,"n":8}', True),
+        ('{"id":"chatcmpl-1f","created":12,"n":8}', '{"id":"chatcmpl-1f","created":12,"n":9}', False),
+        ("2026-11-27 06:30:12,345 POST /a 200 8 ms, req-1", "2026-11-28 16:03:21,543 POST /a 200 97 ms, req-2", True),
+        ("at most 3.0e-06 (bound 8e-05), 25 of 3840", "at most 2.1e-07 (bound 9e-05), 25 of 3840", True),
+        ("to the end   1.5 2.5 3.5 4.5 105.5", "to the end   11.5   12.5   13.5   14.5   5.5", True),
+        ("to the end   1.5 2.5 3.5 4.5 105.5", "to the ends  1.5 2.5 3.5 4.5 105.5", False),
+        ("0.5 requests/s; tokens/s: 9.1 in (80%), 9.5 out", "1.5 requests/s; tokens/s: 94.8 in (80%), 6.1 out", True),
+        ("0.5 requests/s; tokens/s: 9.1 in (80%), 9.5 out", "0.5 requests/s; tokens/s: 9.1 in (0%), 9.5 out", False),
         ("base answers at http://127.0.0.1:42195/v1", "base answers at http://127.0.0.1:8000/v1", True),
         (".venv/bin/accessory info", "/usr/bin/accessory info", True),
         ("config   dim 576, …\ncomplete yes", "config   dim 576, hidden_dim 3\ncomplete yes", True),
@@ -58,6 +80,60 @@ def test_a_page_is_rewritten_where_it_is_wrong(outputs, tmp_path, monkeypatch, c
         outputs.main([], tmp_path)
 
 
+SERVES = """
+import http.server, signal, sys
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[1])))
+server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+print(f"here it answers: http://127.0.0.1:{server.server_port}/v1", flush=True)
+server.serve_forever()
+"""
+ASKS = """import urllib.request
+
+print("127.0.0.1:8000 says", urllib.request.urlopen("http://127.0.0.1:8000/word").read().decode())
+"""
+
+
+def test_a_page_serves_a_file_and_asks_for_it(outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "PAGES", ("page.md",))
+    page, kept = tmp_path / "page.md", tmp_path / "kept"
+    kept.mkdir()
+    text = (
+        f"<!-- file: word -->\n```text\nhello\n```\n<!-- file: serve.py -->\n```python{SERVES}```\n"
+        "<!-- server -->\n```bash\npython serve.py {status}\n```\nThen:\n```python\n" + ASKS + "```\nprints\n\n"
+        "<!-- output of the block above -->\n\n```text\n{said}```\n"
+        "<!-- not run: as it was -->\n```text\nother\n```\n"
+        "<!-- output of: grep -c GET server.log -->\n```text\n1\n```\n"
+    )
+    text = text.replace("{status}", "0")
+    page.write_text(text.replace("{said}", ""))
+    assert outputs.main([], tmp_path, kept) == 0
+    assert page.read_text() == text.replace("{said}", "127.0.0.1:8000 says hello\n\n")
+    page.write_text(page.read_text().replace("serve.py 0", "serve.py 3"))
+    with pytest.raises(RuntimeError, match="status 3"):
+        outputs.main([], tmp_path, kept)
+    page.write_text(page.read_text().replace("python serve.py 3", "false"))
+    with pytest.raises(RuntimeError, match="false"):
+        outputs.main([], tmp_path, kept)
+
+
+def test_what_takes_minutes_runs_only_when_it_is_asked_for(outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "PAGES", ("page.md",))
+    (tmp_path / "page.md").write_text("<!-- long output of: echo two -->\n```text\none\n```\n")
+    assert outputs.main(["--check"], tmp_path) == 0
+    assert outputs.main(["--check", "--long"], tmp_path) == 1
+
+
+def test_each_text_that_a_page_shows_says_where_it_is_from(outputs):
+    kinds = set()
+    for name in outputs.PAGES:
+        for found in outputs.BLOCK.finditer((ROOT / name).read_text()):
+            kinds.add(found["kind"])
+            assert found["language"] != "text" or found["kind"], f"{name}: {found['body']}"
+            assert found["kind"] != "not run" or found["what"], f"{name}: {found['body']}"
+    assert kinds == {"output of", "long output of", "server", "file", "not run", None}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the commands run; afterwards it has demo-model."""
@@ -68,6 +144,23 @@ def folder(tmp_path_factory):
 @has_the_demo
 def test_the_pages_show_what_comes_out(outputs, folder, capsys):
     assert outputs.main(["--check"], kept=folder) == 0, capsys.readouterr().out
+
+
+@pytest.mark.long
+@has_the_demo
+@pytest.mark.skipif(
+    importlib.util.find_spec("chatterbot_corpus") is None,
+    reason="needs texts: pip install --no-deps chatterbot-corpus==1.3.3",
+)
+def test_the_real_demo_learns_and_the_pages_show_how(outputs, tmp_path, capsys):
+    """Minutes. After 24 of 46 steps the held-out loss has fallen by at least a fifth; answers become brief."""
+    assert outputs.main(["--check", "--long"], kept=tmp_path) == 0, capsys.readouterr().out
+    losses = [r["loss"] for r in read_metrics(tmp_path / "demo-model" / "finetune" / "run") if r["kind"] == "eval"]
+    assert len(losses) == 3
+    assert max(losses[1:]) < 0.8 * losses[0]
+    answers = re.findall(r"after: (.*)", (ROOT / "README.md").read_text())
+    assert len(answers) == 4
+    assert all(len(answer.split()) <= 2 * corpus.LONGEST for answer in answers)
 
 
 def printed(cell):
