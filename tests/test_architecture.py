@@ -77,8 +77,8 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
 
 
-def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
-    """Yield every import in `source`, the text of a module that lies in `package`."""
+def imports_of(tree: ast.Module, package: str = "accessory") -> Iterator[Import]:
+    """Yield every import in `tree`, a module that lies in `package`."""
 
     def visit(node: ast.AST, at_module_level: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -93,19 +93,41 @@ def imports_of(source: str, package: str = "accessory") -> Iterator[Import]:
         inside = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         types = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, inside, types)
+            if not isinstance(child, ast.expr):  # there is no import in an expression
+                yield from visit(child, inside, types)
 
-    yield from visit(ast.parse(source), True, False)
+    yield from visit(tree, True, False)
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@dataclass(frozen=True)
+class Source:
+    """What the tests ask of a file, which is parsed once for all of them."""
+
+    lines: int
+    docstring: str | None
+    imports: list[Import]
+    loads: list[ast.Call]  # calls of something that is called load
+
+
 @functools.cache
+def source_of(path: Path) -> Source:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return Source(
+        len(text.splitlines()),
+        ast.get_docstring(tree),
+        list(imports_of(tree, ".".join(path.relative_to(ROOT).parts[:-1]))),
+        [call for call in calls if getattr(call.func, "attr", None) == "load"],
+    )
+
+
 def own_imports(path: Path) -> list[Import]:
-    package = ".".join(path.relative_to(ROOT).parts[:-1])
-    return list(imports_of(path.read_text(encoding="utf-8"), package))
+    return source_of(path).imports
 
 
 def part_of(module: str) -> str:
@@ -145,8 +167,7 @@ def graph_of_files() -> dict[str, set[str]]:
     known = {module_of(path): path for path in MODULES}
     graph = {}
     for module, path in known.items():
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        found = {name for i in imports_of(path.read_text(encoding="utf-8"), package) for name in (i.module, i.name)}
+        found = {name for i in own_imports(path) for name in (i.module, i.name)}
         graph[module] = (found & known.keys()) - {module}
     return graph
 
@@ -171,7 +192,7 @@ def test_files_make_no_circles():
 
 def test_a_circle_is_found_wherever_its_imports_stand():
     assert circles_of({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}) == [["b", "c"], ["d"]]
-    inside = {i.name for i in imports_of("def f():\n    from accessory.nn import moe", "accessory.ops")}
+    inside = {i.name for i in imports_of(ast.parse("def f():\n    from accessory.nn import moe"), "accessory.ops")}
     assert inside == {"accessory.nn.moe"}
 
 
@@ -218,18 +239,15 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 
 @pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_files_are_short_and_say_what_they_are(path):
-    source = path.read_text(encoding="utf-8")
-    docstring = ast.get_docstring(ast.parse(source))
-    assert docstring, "a module begins with what it is for"
-    assert len(source.splitlines()) <= LINES or EXCUSE in docstring, f"split it, or say in its docstring: {EXCUSE} …"
+    source = source_of(path)
+    assert source.docstring, "a module begins with what it is for"
+    assert source.lines <= LINES or EXCUSE in source.docstring, f"split it, or say in its docstring: {EXCUSE} …"
 
 
 @pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
 def test_no_pickle_runs_code(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        named_load = getattr(call.func, "attr", None) == "load"  # to spell every call out takes long
-        if named_load and ast.unparse(call.func) in ("torch.load", "torch.serialization.load"):
+    for call in source_of(path).loads:
+        if ast.unparse(call.func) in ("torch.load", "torch.serialization.load"):
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
             assert safe, f"{name_of(path)}:{call.lineno}: torch.load without weights_only=True"
     unsafe = [found for found in own_imports(path) if found.module.split(".")[0] in ("pickle", "dill", "joblib")]
@@ -254,7 +272,7 @@ class A:
     def f(self):
         import gguf
 """
-    found = {i.module: (i.at_module_level, i.for_types) for i in imports_of(source, "accessory.checkpoint")}
+    found = {i.module: (i.at_module_level, i.for_types) for i in imports_of(ast.parse(source), "accessory.checkpoint")}
     assert found == {
         "os": (True, False),
         "torch.nn": (True, False),
