@@ -155,9 +155,15 @@ def test_ctrl_c_at_any_moment_of_loading_ends_the_command(folder, monkeypatch, c
         assert outcome(lambda moment=moment: chat(moment)) == 130
 
 
-@pytest.mark.slow
-def test_ctrl_c_in_a_terminal_while_a_chat_loads(folder):
-    for moment in range(MOMENTS):
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(range(0, MOMENTS, 2), id="even", marks=pytest.mark.slow),
+        pytest.param(range(1, MOMENTS, 2), id="odd", marks=pytest.mark.long),
+    ],
+)
+def test_ctrl_c_in_a_terminal_while_a_chat_loads(folder, moments):
+    for moment in moments:
         driver, terminal = pty.openpty()
         command = [sys.executable, "-m", "accessory", "chat", str(folder), "--device", "cpu"]
         chat = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,

@@ -288,9 +288,20 @@ INTERRUPTED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", INTERRUPTED)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *(pytest.param(name, signal.SIGINT, id=f"Ctrl-C-{name}", marks=pytest.mark.slow) for name in INTERRUPTED),
+        # Of the commands here, finetuning alone does something of its own at SIGTERM.
+        *(
+            pytest.param(
+                name, signal.SIGTERM, id=f"SIGTERM-{name}",
+                marks=pytest.mark.slow if name == "finetune" else pytest.mark.long,
+            )
+            for name in INTERRUPTED
+        ),
+    ],
+)  # fmt: skip
 def test_a_command_that_is_interrupted_at_any_moment_ends_cleanly(place, name, number):
     """From before Python has started until after the end. What is written is whole or marked as unfinished."""
     for moment in torch.linspace(0.6, 4.0, 6).tolist():
