@@ -15,17 +15,17 @@ from helpers.traffic import (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oracle():
     return hf_mixtral(ARGS, std=0.2)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("base", marks=pytest.mark.slow), "sparse"])
+@pytest.fixture(scope="session", params=[pytest.param("base", marks=pytest.mark.slow), "sparse"])
 def runner(request):
     return tiny_runner(tiny_decoder(request.param))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def singles(runner):
     """Wishes of all kinds, and what each gets alone."""
     wishes = random_wishes(random.Random(1), 48)
