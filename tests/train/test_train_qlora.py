@@ -27,8 +27,15 @@ def alone(implementation, quant):
     return train(implementation, peft=LORA, steps=STEPS, args=SIZES, quant=quant, tensors=tensors())
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int4"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "quant"),
+    [
+        ("base", "nf4"),
+        ("sparse", "int4"),
+        pytest.param("base", "int4", marks=pytest.mark.slow),
+        pytest.param("sparse", "nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_lora_beside_the_dequantized_weights(implementation, quant):
     choice = Quant.parse(quant)
     rounded = {n: dequantize(quantize(t, f)) if (f := choice.format_of(n)) else t for n, t in tensors().items()}

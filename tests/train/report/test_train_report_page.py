@@ -251,8 +251,8 @@ def test_odd_runs_have_a_report(tmp_path, opened):
     [
         pytest.param(1, 1, 2, marks=pytest.mark.slow),
         pytest.param(2, 3, 8, marks=pytest.mark.slow),
-        pytest.param(47, 12, 8, marks=pytest.mark.slow),
-        (1000, 32, 8),
+        (47, 12, 8),
+        pytest.param(1000, 32, 8, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_lies_over_anything_else(tmp_path, opened, steps, layers, experts):
