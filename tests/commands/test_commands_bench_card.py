@@ -228,7 +228,8 @@ def test_the_section_of_a_page_and_the_line_of_a_log(bench, tmp_path):
         _, found, out, _ = bench("tiny", "layer", *SHORT["layer"], *CPU, *files)
     text = page.read_text(encoding="utf-8")
     assert text.count(f"    {found['command']}\n") == text.count("<!-- end of accessory bench -->") == 1
-    assert f"{found['figures'][0]['seconds'] * 1e3:.4f}" in text
+    ms = found["figures"][0]["seconds"] * 1e3
+    assert f"{ms:.{4 if ms < 1 else 2 if ms < 100 else 1}f}" in text
     assert text.splitlines()[-3] in out
     rows = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith(" | quicker |")]
     assert len(rows) == 2
