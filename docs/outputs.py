@@ -14,8 +14,7 @@ A comment right before a block of a page says what the block is:
 <!-- not run: REASON -->                   an output that cannot come out again, and why, or a text that is no output
 
 Each ```text block needs one of them. All commands run one after another in one empty folder, in which `accessory demo`
-leaves demo-model. A server takes any free port. Times, rates, ports and ids may differ, as
-may what … stands for.
+leaves demo-model. A server takes any free port. Times, rates, ports and ids may differ, as may what … stands for.
 """
 
 from __future__ import annotations
