@@ -67,6 +67,10 @@ LOGITS_AT_ONCE = 2**27
 CROSS_ENTROPY_ROWS = 1024
 # Numbers that a GPU quantises at a time while a weight is loaded.
 QUANTIZED_AT_ONCE_GPU = 2**24
+# Numbers that the optimiser updates at a time where it widens gradients or fetches moments from the host, and how many
+# such pieces are on their way at once: one comes, one is updated, one goes. Not measured.
+OPTIMIZER_PIECE = 2**23
+PIECES_ON_THE_WAY = 3
 
 # The largest seed: torch's and numpy's generators both take what fits 64 bits with a sign.
 LARGEST_SEED = 2**63 - 1

@@ -26,7 +26,7 @@ from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.ops.dispatch import warn_of_slow_kernels
 from accessory.parallel.apply import parallelize
-from accessory.parallel.fsdp import DataParallel, apply_fsdp
+from accessory.parallel.fsdp import DataParallel, apply_fsdp, keep_gradients_in
 from accessory.parallel.local_shard import local_tensors
 from accessory.parallel.mesh import DeviceMesh
 from accessory.planner.setup import Inference, Setup, Training
@@ -80,6 +80,7 @@ class TrainingSpec:
     seed: int = 0  # of the random values of new tensors
     data_parallel: DataParallel = "sdp"
     checkpointing: bool = False  # recompute activations in the backward pass
+    gradient_dtype: torch.dtype = torch.float32  # of large parameters' gradients; those of norms and routers are fp32
 
 
 def build(
@@ -111,8 +112,10 @@ def build(
     if spec.quant is not None:
         quantize_skeleton(decoder, spec.quant)
     if training is not None:
-        apply_fsdp(decoder, mesh, training.data_parallel, dtype)
+        apply_fsdp(decoder, mesh, training.data_parallel, dtype, training.gradient_dtype)
     decoder.to_empty(device=device)
+    if training is not None:
+        keep_gradients_in(decoder, training.gradient_dtype)
     decoder.fuse()  # before the values arrive, so that they are not copied twice
     fill(decoder, tensors, progress=progress)
     return decoder.eval()

@@ -15,6 +15,7 @@ from accessory.errors import ConfigError, InputError
 from accessory.formats import Quant
 from accessory.planner.cards import USUAL, Card, card_of
 from accessory.planner.host import disk_bytes, host_bytes
+from accessory.planner.moments import check_blocks
 from accessory.planner.peak import estimate
 from accessory.planner.search import smallest, smallest_of_each
 from accessory.planner.setup import Inference, Setup, Training
@@ -93,7 +94,8 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: got {value}, but it must be at least 1")
     inference = ("batch", "context", "prompt", "cache_dtype")
-    training = ("lora_rank", "batch_size", "max_words", "accum_iter", "dp", "data_parallel", "checkpointing")
+    rows = ("batch_size", "max_words", "accum_iter")
+    training = ("lora_rank", *rows, "dp", "data_parallel", "checkpointing", "optimizer", "offload", "gradient_dtype")
     wrong = dict.fromkeys(training, "is for --finetune")
     if options.finetune is not None:
         wrong = dict.fromkeys(inference, "is for running a model, not for --finetune")
@@ -102,6 +104,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, when in wrong.items():
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')}: {when}; leave it out")
+    if options.optimizer == "adamw_8bit" and options.offload == "optimizer":
+        raise InputError("--offload: got optimizer, but adamw_8bit keeps its moments on the GPU; give one of them")
     if options.finetune == "mm_stage1" and options.image_views == 0:
         raise InputError("--image-views: got 0, but mm_stage1 trains what makes words of images; give 1 or 5")
     quant = _quant(options)
@@ -195,9 +199,13 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             accum_iter=options.accum_iter or 1,
             checkpointing=bool(options.checkpointing),
             data_parallel=options.data_parallel or "sdp",
+            optimizer=options.optimizer or "adamw",
+            offload=options.offload or "none",
+            gradient_dtype=options.gradient_dtype or "fp32",
         )
     implementation: Implementation = options.implementation or model.implementation or "sparse"
     setup = Setup(args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, views=views)
+    check_blocks(setup)
     name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
     if setup.image_tokens >= room:
         raise InputError(
@@ -268,4 +276,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "batch_size": task.batch_size,
         "max_words": task.max_words,
         "accum_iter": task.accum_iter,
+        "optimizer": task.optimizer,
+        "offload": task.offload,
+        "gradient_dtype": task.gradient_dtype,
     }

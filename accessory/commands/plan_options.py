@@ -29,4 +29,7 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (--gpus divided by --tp)")
     add_option(plan, "data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
     plan.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute layers again in backward")
+    add_option(plan, "optimizer", choices=("adamw", "adamw_8bit"), help="moments in fp32 (adamw), or in 8 bits")
+    add_option(plan, "offload", choices=("none", "optimizer"), help="AdamW's moments in host memory (none)")
+    add_option(plan, "gradient_dtype", choices=("fp32", "bf16"), help="of all gradients but small ones (fp32)")
     add_json_option(plan, "print one JSON object, in bytes")

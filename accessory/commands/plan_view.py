@@ -12,6 +12,7 @@ from accessory.planner.search import RESERVE, Fitting
 from accessory.planner.setup import Inference, Setup, Training
 
 SHOWN = 5_000_000  # bytes; a smaller term would show as 0.00
+SAVINGS = {"optimizer": "8-bit moments", "offload": "moments on the host", "gradient_dtype": "bf16 gradients"}
 A_MACHINE = 8  # the most GPUs for which `--n-gpus` is suggested; more need torchrun or srun
 
 
@@ -95,6 +96,7 @@ def how(setup: Setup) -> str:
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
     words += ["trainable_mode=mm_stage1"] if task.kind == "mm_stage1" else []
     words += ["checkpointing=true"] if task.checkpointing else []
+    words += [f"{field}={value}" for field, value in task.savings.items()]
     words += [f"quant={setup.quant.experts}"] if setup.quant.experts else []
     usual = _usual(setup.quant.experts)
     for part in ("attention", "output"):
@@ -128,6 +130,7 @@ def setup_line(setup: Setup) -> str:
         if setup.dp > 1:
             parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")
         parts.append("recomputing" if setup.task.checkpointing else "not recomputing")
+        parts += [SAVINGS[field] for field in setup.task.savings]
     return ", ".join(parts)
 
 

@@ -25,20 +25,25 @@ from accessory.parallel.sharding import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
 _FLAT = 2**24  # the most numbers in one all-reduce of many tensors
+_NORMED = 2**16  # the numbers whose norm is taken at once on a CPU
 
 
-def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_dtype: torch.dtype) -> None:
+def apply_fsdp(
+    decoder: Decoder,
+    mesh: DeviceMesh,
+    mode: DataParallel,
+    compute_dtype: torch.dtype,
+    gradient_dtype: torch.dtype = torch.float32,
+) -> None:
     """Cut a network's parameters (on the meta device or filled) over the data-parallel ranks.
 
     sdp: trained parameters are sharded, with their gradients and optimiser states, and stay whole from forward to
     backward; frozen parameters are not sharded. fsdp: all parameters are sharded, and are whole only while a layer
-    runs.
+    runs. gradient_dtype: in which gradients are summed.
     """
     if mesh.data is None:
         return
-    alone = {p for m in decoder.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
-    alone |= {p for name, p in decoder.named_parameters() if name.endswith("_img")}
-    alone |= {p for name, m in decoder.named_modules() if name.endswith(".gate") for p in m.parameters()}
+    alone = _small(decoder)
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
     size = mesh.data.size
@@ -55,13 +60,41 @@ def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, mode: DataParallel, compute_d
     options: dict[str, Any] = {
         "mesh": mesh.fsdp_mesh,
         "reshard_after_forward": mode == "fsdp",
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=gradient_dtype, cast_forward_inputs=False),
         "ignored_params": alone,
         "shard_placement_fn": placement,
     }
     for layer in decoder.layers:
         fully_shard(layer, **options)
     fully_shard(decoder, **options)
+
+
+def _small(decoder: Decoder) -> set[nn.Parameter]:
+    """Norms, routers, and the embeddings that begin and end an image. They are fp32, with their gradients."""
+    small = {p for m in decoder.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
+    small |= {p for name, p in decoder.named_parameters() if name.endswith("_img")}
+    return small | {p for name, m in decoder.named_modules() if name.endswith(".gate") for p in m.parameters()}
+
+
+def keep_gradients_in(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Have the gradients of all but small parameters in `dtype`. Call it when parameters have their place in memory.
+
+    autograd casts a plain parameter's gradient by itself. FSDP2 leaves one in fp32, which is cast as soon as it is
+    there, layer by layer.
+    """
+    if dtype == torch.float32:
+        return
+    small = _small(decoder)
+
+    def cast(p: Tensor) -> None:
+        if p.grad is not None:
+            p.grad = p.grad.to(dtype)
+
+    for p in decoder.parameters():
+        if p.requires_grad and p not in small:
+            p.grad_dtype = None if isinstance(p, DTensor) else dtype
+            if isinstance(p, DTensor):
+                p.register_post_accumulate_grad_hook(cast)
 
 
 def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
@@ -76,7 +109,7 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
         if not p.requires_grad:
             continue
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         if mesh.data is not None and not isinstance(p, DTensor):
             alone.append(local(p.grad))
         if mesh.model is not None and sharers(decoder, name, mesh) > 1:
@@ -109,16 +142,22 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
     DTensor cannot add parts of different meshes, and a plain sum over all ranks would count copies.
     """
     device = next(decoder.parameters()).device
-    total = torch.zeros((), device=device, dtype=torch.float32)
+    alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # by copies and dtype
     for parameter_name, p in decoder.named_parameters():
-        if p.grad is None:
+        if p.grad is None or not local(p.grad).numel():
             continue
         copies = 1
         if mesh.data is not None and not isinstance(p, DTensor):
             copies *= mesh.data.size
         if mesh.model is not None:
             copies *= model_copies(decoder, parameter_name, mesh)
-        total += local(p.grad).float().square().sum() / copies
+        alike.setdefault((copies, p.grad.dtype), []).append(local(p.grad))
+    total = torch.zeros((), device=device, dtype=torch.float32)
+    for (copies, _), grads in alike.items():
+        if device.type == "cpu":  # where torch adds up a tensor's squares in turn, and loses digits of a long sum
+            grads = [part for grad in grads for part in grad.flatten().split(_NORMED)]
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)  # makes no fp32 copies of the gradients
+        total += torch.stack(norms).square().sum() / copies
     return mesh.sum_over_all(total)
 
 

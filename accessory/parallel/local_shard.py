@@ -54,8 +54,16 @@ def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:
 
 
 def shard_like(shard: LocalShard, tensor: Tensor) -> LocalShard:
-    """The same shard of a tensor with the parameter's shape and cuts: a gradient or an optimiser's moment."""
-    return LocalShard(shard.name, shard.whole, shard.offsets, local(tensor))
+    """The same shard of a tensor with the parameter's shape and cuts: a gradient or an optimiser's moment.
+
+    Or of a tensor with one number for several of a row: the scales of a moment in 8 bits.
+    """
+    part = local(tensor)
+    if part.shape == shard.tensor.shape:
+        return LocalShard(shard.name, shard.whole, shard.offsets, part)
+    several = shard.tensor.shape[-1] // part.shape[-1]
+    whole = (*shard.whole[:-1], shard.whole[-1] // several)
+    return LocalShard(shard.name, whole, (*shard.offsets[:-1], shard.offsets[-1] // several), part)
 
 
 def local_tensors(decoder: nn.Module) -> Iterator[LocalShard]:

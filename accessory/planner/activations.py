@@ -107,7 +107,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         gate=full or "gate" in targets,
         format=setup.quant.experts,
         packing=task.packing,
-        gradient=2 if gathered else parameter.gradient,
+        gradient=2 if gathered else task.gradient,
         copy=0 if gathered else parameter.copy,
         recompute=task.checkpointing,
         accumulating=task.accum_iter > 1 and not gathered,

@@ -19,6 +19,8 @@ from accessory.formats import Quant
 from accessory.launch.memory import Room, gigabytes, room_for
 from accessory.planner.cache import bytes_a_page, cache_bytes, pages_in
 from accessory.planner.cards import Card
+from accessory.planner.host import STATE
+from accessory.planner.moments import offloaded_bytes
 from accessory.planner.peak import HOLES, OUTSIDE, Estimate, estimate
 from accessory.planner.search import RESERVE, TRIED_FORMATS, TRIED_TP, smallest
 from accessory.planner.setup import Inference, Setup, Training
@@ -59,6 +61,17 @@ def check_fit(setup: Setup, room: Room | None, *, likely: Setup | None = None) -
     if room.on_gpu and (estimated := estimate(likely)).allocated > room.nbytes:
         asked = _asked(likely, _inside(estimated), "takes about")
         log.warning("memory: %s, %s; %s", asked, _there_is(setup, room), what_fits(likely, room))
+
+
+def check_host(setup: Setup, room: Room | None) -> None:
+    """InputError where the moments that lie in host memory certainly take more than a rank's part of it."""
+    held = offloaded_bytes(setup)
+    if room is not None and held + STATE > room.nbytes:
+        raise InputError(
+            f"offload: the moments take {gigabytes(held)} of host memory{_each_rank(setup)}, with {gigabytes(STATE)} "
+            f"more to write a state, and {room}{_each(setup)}; give fewer ranks a machine, optimizer adamw_8bit, or "
+            "offload none"
+        )
 
 
 def check_cache(setup: Setup, cache_gb: float, room: Room | None) -> None:
@@ -123,6 +136,10 @@ def _there_is(setup: Setup, room: Room) -> str:
     return f"and {room}{_each(setup)}"
 
 
+def _each_rank(setup: Setup) -> str:
+    return " on each rank" if setup.gpus > 1 else ""
+
+
 def _each(setup: Setup) -> str:
     return " for each" if setup.gpus > 1 else ""
 
@@ -144,6 +161,7 @@ def _in_words(setup: Setup) -> str:
     if isinstance(setup.task, Training):
         words += ["checkpointing"] * setup.task.checkpointing
         words.append(f"data_parallel {setup.task.data_parallel}")
+        words += [f"{key} {value}" for key, value in setup.task.savings.items()]
     return ", ".join(words)
 
 
@@ -187,6 +205,10 @@ def _changes_of_training(setup: Setup, task: Training, room: Room) -> Iterator[t
         yield "checkpointing", _with(setup, checkpointing=True)
     if setup.dp > 1 and task.data_parallel == "sdp":
         yield "data_parallel fsdp", _with(setup, data_parallel="fsdp")
+    if room.on_gpu:
+        savings = ("gradient_dtype", "bf16"), ("optimizer", "adamw_8bit"), ("offload", "optimizer")
+        changed = ((f"{field} {value}", _with(setup, **{field: value})) for field, value in savings)
+        yield from _first_that_fits(changed, room)
     if task.kind == "full":
         yield "LoRA (lora_rank 16)", replace(_with_lora(setup, 16)[1], task=replace(task, kind="lora"))
 

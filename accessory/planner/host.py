@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from accessory.formats import Quant
 from accessory.planner.encoders import parameter_count
+from accessory.planner.moments import moment_bytes, offloaded_bytes
 from accessory.planner.setup import Setup, Training
-from accessory.planner.weights import projection_groups, trained_parameters
+from accessory.planner.weights import is_trained, projection_groups, tensor_groups, trained_parameters
 
 RANKS_OF_A_MACHINE = 8  # at most
 STATES_KEPT = 2  # a recipe's default
@@ -13,11 +17,11 @@ PROCESS, FILE_BLOCKS, STATE = 2_500_000_000, 300_000_000, 2_000_000_000
 
 
 def host_bytes(setup: Setup) -> int:
-    """Host memory of one machine while a model is loaded or a state is written.
+    """Host memory of one machine while a model is loaded or a state is written, with moments that lie there.
 
     Cached pages of files are left out: the system takes them back.
     """
-    rank = PROCESS + max(FILE_BLOCKS, STATE if isinstance(setup.task, Training) else 0)
+    rank = PROCESS + max(FILE_BLOCKS, STATE if isinstance(setup.task, Training) else 0) + offloaded_bytes(setup)
     return min(setup.gpus, RANKS_OF_A_MACHINE) * rank
 
 
@@ -35,6 +39,8 @@ def disk_bytes(setup: Setup, model: int | None = None) -> dict[str, int]:
     out = {"model": model if model is not None else 2 * total}
     if isinstance(setup.task, Training):
         trained = trained_parameters(setup)
-        out["states"] = (STATES_KEPT + 1) * 12 * trained  # a weight and two moments, fp32
+        whole = replace(setup, quant=Quant(), tp=1, dp=1)
+        moments = sum(moment_bytes(g, setup.task) for g in tensor_groups(whole) if is_trained(g, whole))
+        out["states"] = (STATES_KEPT + 1) * (4 * trained + moments)  # a weight in fp32 and its moments
         out["result"] = 2 * total if setup.task.kind == "full" else 4 * trained
     return out

@@ -14,6 +14,10 @@ from accessory.parallel.sharding import attention_mode, check_ranks
 
 # "lora" over quantised weights is QLoRA. "mm_stage1" trains only the projections of image features.
 TrainingKind = Literal["full", "lora", "mm_stage1"]
+# Memory that training may save; a recipe's keys.
+OptimizerKind = Literal["adamw", "adamw_8bit"]
+Offload = Literal["none", "optimizer"]
+GradientDtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,31 @@ class Training:
     packing: bool = True
     checkpointing: bool = False
     data_parallel: Literal["sdp", "fsdp"] = "sdp"
+    optimizer: OptimizerKind = "adamw"
+    offload: Offload = "none"
+    gradient_dtype: GradientDtype = "fp32"
     parameter: ParameterBytes = field(default_factory=ParameterBytes)
 
     @property
     def tokens(self) -> int:
         """Tokens that a rank computes at once."""
         return self.batch_size * self.max_words
+
+    @property
+    def savings(self) -> dict[str, str]:
+        """The keys of a recipe that save memory of what is trained, where they have another value than the default."""
+        chosen = {"optimizer": self.optimizer, "offload": self.offload, "gradient_dtype": self.gradient_dtype}
+        return {key: value for key, value in chosen.items() if value not in ("adamw", "none", "fp32")}
+
+    @property
+    def gradient(self) -> int:
+        """Bytes a number of a finished gradient. Those of norms and routers stay fp32."""
+        return 2 if self.gradient_dtype == "bf16" else self.parameter.gradient
+
+    @property
+    def making(self) -> int:
+        """What a gradient takes on top of that while it is made: a product's result, 16 bits, and its fp32 copy."""
+        return 0 if self.parameter.weight == 2 else 6 - self.gradient
 
 
 @dataclass(frozen=True, kw_only=True)

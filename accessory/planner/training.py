@@ -5,13 +5,13 @@ Legend: L layers, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
-from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE
+from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE, OPTIMIZER_PIECE, PIECES_ON_THE_WAY
 from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
+from accessory.planner.moments import held_moments, offloads
 from accessory.planner.setup import Setup, Training
-from accessory.planner.weights import TensorGroup, group_bytes, is_trained, tensor_groups
+from accessory.planner.weights import TensorGroup, group_bytes, is_trained, rank_share, tensor_groups
 
 # On a CPU, cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
 CROSS_ENTROPY_TENSORS = 3
@@ -19,21 +19,22 @@ CROSS_ENTROPY_TENSORS = 3
 
 def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     """Bytes on one rank: for each moment, by what takes them."""
-    L, parameter = setup.args.n_layers, task.parameter
+    L = setup.args.n_layers
     groups = list(tensor_groups(setup))
     trained = [g for g in groups if is_trained(g, setup)]
 
-    def summed(some: Iterable[TensorGroup], bytes_each: int) -> int:
-        return sum(_share(g, g.numel * bytes_each, setup, task) for g in some)
+    def gradient_bytes(some: Iterable[TensorGroup]) -> int:
+        each = {True: task.parameter.gradient, False: task.gradient}
+        return sum(rank_share(g, g.numel * each[g.role == "fp32"], setup, task) for g in some)
 
     lasting = {
-        "weights": sum(_share(g, group_bytes(g, setup), setup, task) for g in groups),
-        "optimiser": summed(trained, parameter.moments),
+        "weights": sum(rank_share(g, group_bytes(g, setup), setup, task) for g in groups),
+        "optimiser": 0 if offloads(setup, task) else held_moments(setup, task),
     }
-    gradients = summed(trained, parameter.gradient)
-    layer_gradients = (gradients - summed((g for g in trained if not g.in_layer), parameter.gradient)) // L
+    gradients = gradient_bytes(trained)
+    layer_gradients = (gradients - gradient_bytes(g for g in trained if not g.in_layer)) // L
     # The head's gradients are made first, at the end of forward, the embedding's last.
-    head_gradients = summed((g for g in trained if _is_head(g)), parameter.gradient)
+    head_gradients = gradient_bytes(g for g in trained if _is_head(g))
     # Between micro-steps all gradients are there.
     earlier_gradients = gradients if task.accum_iter > 1 else 0
     layer_copies, head_copies = _copies(setup, task, trained)
@@ -68,19 +69,9 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
         "the optimiser's step": {
             **lasting,
             "gradients": gradients,
-            "a gradient's squares": _squares(setup, task, trained),
+            "pieces that are updated": _pieces(setup, task),
         },
     }
-
-
-def _share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) -> int:
-    """What one data-parallel rank holds of `nbytes` that belong to a group.
-
-    Norms and routers lie whole on every rank, and so do frozen weights under sdp.
-    """
-    cut = is_trained(group, setup) or task.data_parallel == "fsdp"
-    whole = group.role == "fp32" or setup.dp == 1 or not cut
-    return nbytes if whole else math.ceil(nbytes / setup.dp)
 
 
 def _is_head(group: TensorGroup) -> bool:
@@ -101,7 +92,7 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
 
 
 def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
-    """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums in fp32."""
+    """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums."""
     if setup.dp == 1:
         return 0
     L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32"]
@@ -113,7 +104,9 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
 
     layer = sum(whole(g) for g in cut if g.in_layer) // L
     outside = sum(whole(g) for g in cut if not g.in_layer)
-    reduced = 4 * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L
+    # A layer's gradients as they are summed. In bf16, FSDP2 widens its own part of the sums for a moment.
+    bytes_each = 4 if task.gradient == 4 else 2 + (2 + 4) / setup.dp
+    reduced = int(bytes_each * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) / L)
     # fsdp holds this layer, the next one and the buffer that it arrives in; sdp all layers, from forward to backward.
     return outside + layer * (3 if task.data_parallel == "fsdp" else L) + reduced
 
@@ -129,9 +122,8 @@ def _logits(setup: Setup, task: Training) -> int:
     return 2 * min(task.tokens, max(1, LOGITS_AT_ONCE // V)) * V + gradient + wide
 
 
-def _squares(setup: Setup, task: Training, trained: list[TensorGroup]) -> int:
-    """The squares, fp32, of the largest gradient: the norm is taken tensor by tensor."""
-    if not task.parameter.moments:
-        return 0
-    L = setup.args.n_layers
-    return 4 * max(_share(g, g.numel // (L if g.in_layer else 1), setup, task) for g in trained)
+def _pieces(setup: Setup, task: Training) -> int:
+    """Moments that visit the GPU, and gradients that are widened to fp32, while the optimiser updates a piece."""
+    moments = 2 * 4 * PIECES_ON_THE_WAY * OPTIMIZER_PIECE if offloads(setup, task) else 0
+    widened = 4 * OPTIMIZER_PIECE if task.gradient_dtype == "bf16" else 0
+    return moments + widened

@@ -5,6 +5,7 @@ Legend: L layers, D dim, V vocabulary, E experts, F hidden dim of an expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -126,6 +127,16 @@ def group_bytes(group: TensorGroup, setup: Setup) -> int:
     # Adapters of a quantised network are fp32, whether they are trained or only used.
     fp32 = group.role == "adapter" and setup.quantized
     return group.nbytes(4 if fp32 else setup.dense_bytes)
+
+
+def rank_share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) -> int:
+    """What one data-parallel rank holds of `nbytes` that belong to a group.
+
+    Norms and routers lie whole on every rank, and so do frozen weights under sdp.
+    """
+    cut = is_trained(group, setup) or task.data_parallel == "fsdp"
+    whole = group.role == "fp32" or setup.dp == 1 or not cut
+    return nbytes if whole else math.ceil(nbytes / setup.dp)
 
 
 def trained_parameters(setup: Setup) -> int:

@@ -19,6 +19,7 @@ from accessory.config import PEFT_FIELDS, LlamaType, ModelArgs
 from accessory.data.system_prompt import SYSTEM_PROMPTS
 from accessory.data.template_names import TEMPLATES
 from accessory.errors import ConfigError
+from accessory.planner.setup import GradientDtype, Offload, OptimizerKind
 from accessory.train.loggers import LOGGERS
 from accessory.train.options import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, Allowed, one_of, option, required
 from accessory.train.values import check, convert, read_mapping, read_value
@@ -124,6 +125,9 @@ class FinetuneConfig:
     )
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = option("bf16", "bf16, fp16, fp32 or tf32")
     checkpointing: bool = option(False, "compute activations again instead of keeping them")
+    optimizer: OptimizerKind = option("adamw", "adamw, or adamw_8bit: most moments in 8 bits, with bitsandbytes")
+    offload: Offload = option("none", "none, or optimizer: AdamW's moments in host memory, where a GPU trains")
+    gradient_dtype: GradientDtype = option("fp32", "fp32, or bf16: gradients of half the size, summed in bf16")
     device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one", DEVICE)
 
     # What is written
@@ -166,6 +170,8 @@ class FinetuneConfig:
         check(bool(self.pretrained_path), "pretrained_path", self.pretrained_path, "at least one folder")
         check(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr = {self.lr}")
         check(self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
+        if self.offload == "optimizer" and self.optimizer == "adamw_8bit":
+            raise ConfigError("offload: got optimizer, but adamw_8bit keeps its moments on the GPU; give one of them")
         if self.eval_interval and self.eval_data is None:
             raise ConfigError(f"eval_interval: got {self.eval_interval}, but it needs eval_data, the held-out items")
         if self.resume is not None and self.resume != AUTO:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from accessory.launch.memory import room_for
-from accessory.planner.fit import check_fit, explain, explained
+from accessory.launch.memory import Room, room_for
+from accessory.planner.fit import check_fit, check_host, explain, explained
+from accessory.planner.moments import check_blocks, offloaded_bytes
 from accessory.planner.setup import ParameterBytes, Setup, Training, TrainingKind
 from accessory.train.config import FinetuneConfig
 from accessory.train.source import COMPUTE, Source
@@ -18,13 +19,22 @@ from accessory.train.source import COMPUTE, Source
 def check_memory(
     config: FinetuneConfig, source: Source, device: torch.device | str, *, world: int = 1, group: Any = None
 ) -> None:
-    """InputError where weights, gradients and moments alone are more than a rank may take.
+    """InputError where weights, gradients and moments alone are more than a rank may take, on its GPU or on the host.
 
-    Warns where the whole step probably is. group: that of the run's ranks, which must all call this at once. Without
-    it, the run's `world` ranks are taken to share this machine: they need not have been started.
+    ConfigError where ranks would cut 8-bit moments inside a block. Warns where the whole step probably is more.
+    group: that of the run's ranks, which must all call this at once. Without it, the run's `world` ranks are taken to
+    share this machine: they need not have been started.
     """
-    room = room_for(device, group)
-    check_fit(planned(config, source, device, world), room if room is None or group else room.shared_by(world))
+    setup = planned(config, source, device, world)
+
+    def room(where: torch.device | str) -> Room | None:
+        found = room_for(where, group)
+        return found if found is None or group else found.shared_by(world)
+
+    check_blocks(setup)
+    if offloaded_bytes(setup):
+        check_host(setup, room("cpu"))
+    check_fit(setup, room(device))
 
 
 @contextmanager
@@ -50,6 +60,9 @@ def planned(config: FinetuneConfig, source: Source, device: torch.device | str, 
         packing=config.packing,
         checkpointing=config.checkpointing,
         data_parallel=config.data_parallel,
+        optimizer=config.optimizer,
+        offload=config.offload,
+        gradient_dtype=config.gradient_dtype,
         parameter=ParameterBytes(copy=0 if dtype == torch.float32 else 2),
     )
     return source.network.planned(task, tp=tp, dp=world // tp, device=device, dtype=dtype)

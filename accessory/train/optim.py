@@ -1,19 +1,18 @@
-"""AdamW, the learning rate over time, clipping, and the scale that fp16 needs."""
+"""Which optimiser a run has, the learning rate over time, and the scale that fp16 needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from accessory.parallel.local_shard import local
-
-BETAS = (0.9, 0.95)
-EPS = 1e-8
+from accessory.planner.setup import Offload, OptimizerKind
+from accessory.train.adamw import AdamW
+from accessory.train.adamw_offload import OffloadedAdamW
 
 
 def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
@@ -24,51 +23,24 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to norms, biases, and the embeddings that begin and end an image."""
-    return not (name.endswith(("norm.weight", "bias", "_img")) or parameter.dim() < 2)
+def make_optimizer(
+    named: Sequence[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    *,
+    kind: OptimizerKind = "adamw",
+    offload: Offload = "none",
+    wholes: Mapping[str, tuple[int, ...]] | None = None,
+) -> AdamW:
+    """The optimiser of trained parameters. wholes: the shapes of the uncut parameters, by name.
 
+    On a CPU moments lie in host memory anyway, and `offload` changes nothing.
+    """
+    if kind == "adamw_8bit":
+        from accessory.train.adamw_8bit import AdamW8bit  # needs an extra
 
-def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over trained parameters. Sharded and plain parameters are in different groups."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "weight_decay": weight_decay if decayed else 0.0}
-            for (decayed, _), params in groups.items()
-        ],
-        lr=0.0,
-        betas=BETAS,
-        eps=EPS,
-        fused=any(local(p).is_cuda for _, p in named) or None,
-    )
-
-
-def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Make the moments as AdamW does in its first step, to read a state into them. `step`: updates so far."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            on_device = group.get("fused") or group.get("capturable")
-            count = torch.zeros((), dtype=torch.float32, device=local(p).device if on_device else "cpu")
-            optimizer.state[p] = {
-                "step": count + step,
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-
-
-def updates_made(optimizer: torch.optim.Optimizer) -> int:
-    """How often the optimiser has moved the parameters. In fp16 some steps make no update."""
-    return next((int(state["step"]) for state in optimizer.state.values()), 0)
-
-
-@torch.no_grad()
-def scale_gradients(named: Sequence[tuple[str, nn.Parameter]], factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    grads = [local(p.grad) for _, p in named if p.grad is not None]
-    torch._foreach_mul_([g for g in grads if g.numel()], factor)
+        return AdamW8bit(named, weight_decay, wholes)
+    on_gpu = any(local(p).is_cuda for _, p in named)
+    return (OffloadedAdamW if offload == "optimizer" and on_gpu else AdamW)(named, weight_decay)
 
 
 @dataclass

@@ -50,6 +50,7 @@ def prepare(config: FinetuneConfig, mesh: DeviceMesh, replicas: int, *, write: b
     source = open_source(config)
     model = source.identity()
     start.check_model(model)
+    start.check_optimizer(config.optimizer)
     world, group = replicas * config.model_parallel_size, mesh.all and mesh.all.group
     check_memory(config, source, config.device or default_device(), world=world, group=group)
     split = start.split(config.batch_size, config.accum_iter, replicas)
@@ -72,6 +73,10 @@ def prepare_without_model(config: FinetuneConfig, mesh: DeviceMesh, *, write: bo
     """The part of `prepare` that needs no model: its checks are all that can be known before a model is downloaded."""
     check_device(config.device, "device")
     mesh.from_first(lambda: require_loggers(config.loggers))
+    if config.optimizer == "adamw_8bit":
+        from accessory.train.adamw_8bit import require_8bit  # not imported for fp32 moments
+
+        require_8bit(config.device or default_device())
     for path in filter(None, (config.data_config, config.eval_data)):
         read_meta(path)
     # The folder says where the run begins: at step 0, or at a state.

@@ -15,7 +15,6 @@ from accessory.config import Implementation
 from accessory.errors import ConfigError
 from accessory.train.config import AUTO, FinetuneConfig
 from accessory.train.dataloader import Split
-from accessory.train.optim import updates_made
 from accessory.train.state import STATES, StateInfo, complete_states, load_state, read_state_info, save_state
 from accessory.train.trainer import Trainer
 
@@ -37,6 +36,9 @@ class Start:
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """ConfigError where `model`, a `Source.identity()`, is another than the run began with."""
+
+    def check_optimizer(self, kind: str) -> None:
+        """ConfigError where the run began with another `optimizer`, whose moments are other numbers."""
 
     def check_data(self, data: Mapping[str, Any]) -> None:
         """ConfigError where `data`, a `TrainingData.identity`, is other than the run began with."""
@@ -76,6 +78,14 @@ class Resume(Start):
             if before.get(key) != model[key]:
                 told = "" if key == "weights" else f": {_difference(before.get(key), model[key])}"
                 raise ConfigError(f"resume: {self.state.folder} {what}{told}")
+
+    def check_optimizer(self, kind: str) -> None:
+        before = self.state.values.get("config", {}).get("optimizer", "adamw")  # states of older versions do not tell
+        if before != kind:
+            raise ConfigError(
+                f"resume: {self.state.folder} holds moments of optimizer {before}, here {kind}; resume with {before}, "
+                "or begin a new run from its final folder"
+            )
 
     def check_data(self, data: Mapping[str, Any]) -> None:
         if self.state.values["data"] != data:
@@ -153,7 +163,7 @@ class StateSaver:
         values = {
             **self.identity,
             "tokens": tokens,
-            "updates": updates_made(self.trainer.optimizer),
+            "updates": self.trainer.optimizer.updates,
             "loss_scale": [self.trainer.loss_scale.value, self.trainer.loss_scale.good],
             "implementation": self.implementation,
             "config": self.config.to_dict(),

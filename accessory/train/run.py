@@ -94,7 +94,16 @@ def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, dev
     decoder = build(source.network, mesh, device=device, dtype=dtype, training=source.training, progress=mesh.first)
     tower = build_tower(source.network, device=device, dtype=dtype, progress=mesh.first) if source.views else None
     weights = LossWeights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
-    return Trainer(decoder, mesh, weights, weight_decay=config.weight_decay, clip=config.clip_grad, tower=tower)
+    return Trainer(
+        decoder,
+        mesh,
+        weights,
+        weight_decay=config.weight_decay,
+        clip=config.clip_grad,
+        tower=tower,
+        optimizer=config.optimizer,
+        offload=config.offload,
+    )
 
 
 def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:

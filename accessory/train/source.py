@@ -71,6 +71,7 @@ class Source:
             seed=self.config.seed,
             data_parallel=self.config.data_parallel,
             checkpointing=self.config.checkpointing,
+            gradient_dtype=torch.bfloat16 if self.config.gradient_dtype == "bf16" else torch.float32,
         )
 
     def identity(self) -> dict[str, Any]:

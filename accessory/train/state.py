@@ -4,7 +4,8 @@
 with its place in the whole, and `state.json`. Names are the network's own, sizes those of the uncut tensors: so any
 number of ranks, in either implementation, reads what any other number wrote. A state appears whole or not at all.
 
-Legend: a tensor is `<what>.<parameter>`, what being "model", "exp_avg" or "exp_avg_sq".
+Legend: a tensor is `<what>.<parameter>`, what being "model", "exp_avg" or "exp_avg_sq"; or, of a moment in 8 bits,
+"exp_avg_8bit", its codes, and "exp_avg_scale", a scale for each block of a row; and the same of "exp_avg_sq".
 """
 
 from __future__ import annotations
@@ -33,10 +34,8 @@ from accessory.checkpoint.load import part_of
 from accessory.config import read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.local_shard import LocalShard, local_parameters, shard_like
-from accessory.train.optim import allocate_moments
 from accessory.train.trainer import Trainer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = "states"  # the folder of a run that holds its states
 _FILE_BYTES = 2 * 10**9  # a rank keeps about this much in host memory while it writes
 _STEP = re.compile(r"step-(\d{8})")
@@ -89,10 +88,8 @@ def local_state(trainer: Trainer) -> dict[str, LocalShard]:
         if shard.name not in parameters or not shard.tensor.numel():
             continue
         out[f"model.{shard.name}"] = shard
-        moments = trainer.optimizer.state.get(parameters[shard.name], {})
-        for moment in MOMENTS:
-            if moment in moments:
-                out[f"{moment}.{shard.name}"] = shard_like(shard, moments[moment])
+        for moment, tensor in trainer.optimizer.state.get(parameters[shard.name], {}).items():
+            out[f"{moment}.{shard.name}"] = shard_like(shard, tensor)
     return out
 
 
@@ -103,7 +100,7 @@ def save_state(trainer: Trainer, folder: Path, step: int, values: Mapping[str, A
     """
     mesh, target = trainer.mesh, folder / f"step-{step:08d}"
     if not trainer.optimizer.state:
-        allocate_moments(trainer.optimizer, 0)  # no step was made yet, and a state without moments could not be loaded
+        trainer.optimizer.allocate(0)  # no step was made yet, and a state without moments could not be loaded
     shards = local_state(trainer)
 
     with ExitStack() as stack:
@@ -230,7 +227,7 @@ def load_state(trainer: Trainer, state: Path) -> None:
     """
     tensors = state_tensors(state)
     info = read_state_info(state)
-    allocate_moments(trainer.optimizer, int(info.values["updates"]))
+    trainer.optimizer.allocate(int(info.values["updates"]))
     wanted = local_state(trainer)
     for name, shard in wanted.items():
         if name not in tensors:

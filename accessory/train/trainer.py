@@ -25,8 +25,10 @@ from accessory.nn.decoder import Decoder
 from accessory.ops.attention import Documents
 from accessory.ops.routing import RouterStatistics, balance_loss
 from accessory.parallel.fsdp import finish_gradients, squared_norm
+from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.mesh import DeviceMesh
-from accessory.train.optim import LossScale, make_optimizer, scale_gradients
+from accessory.planner.setup import Offload, OptimizerKind
+from accessory.train.optim import LossScale, make_optimizer
 
 if TYPE_CHECKING:
     from accessory.nn.vision import Features, VisionTower
@@ -64,10 +66,13 @@ class Trainer:
         weight_decay: float = 0.0,
         clip: float = 0.0,
         tower: VisionTower | None = None,
+        optimizer: OptimizerKind = "adamw",
+        offload: Offload = "none",
     ) -> None:
         self.decoder, self.mesh, self.weights, self.clip, self.tower = decoder, mesh, weights, clip, tower
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.named, weight_decay)
+        wholes = {shard.name: shard.whole for shard in local_parameters(decoder)}
+        self.optimizer = make_optimizer(self.named, weight_decay, kind=optimizer, offload=offload, wholes=wholes)
         self.device = next(decoder.parameters()).device
         self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
 
@@ -86,11 +91,9 @@ class Trainer:
             raise NotFiniteError(f"the {what} is {norm if what == 'gradient' else record['loss']}")
         if finite:
             clipped = self.clip / (norm + 1e-6) if 0 < self.clip < norm else 1.0
-            if clipped / self.loss_scale.value != 1.0:
-                scale_gradients(self.named, clipped / self.loss_scale.value)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.optimizer.step(clipped / self.loss_scale.value)
         self.loss_scale.update(finite)
         self.optimizer.zero_grad()
         step_s = time.perf_counter() - began

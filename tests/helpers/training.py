@@ -102,6 +102,7 @@ def make_decoder(
     args: ModelArgs = ARGS,
     quant: str | None = None,
     sees: bool = False,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The oracle's network, loaded by the project's own code and cut by `mesh`."""
     from accessory.adapt.peft import adapter_specs_for, trainable_rule
@@ -124,6 +125,7 @@ def make_decoder(
         adapters=adapter_specs_for(args) if peft else {},
         data_parallel=mode,
         checkpointing=checkpointing,
+        gradient_dtype=gradient_dtype,
     )
     return build(spec, mesh, device=device, dtype=dtype, training=training)
 
@@ -144,14 +146,18 @@ def train(
     tensors: dict[str, torch.Tensor] | None = None,
     args: ModelArgs = ARGS,
     quant: str | None = None,
+    gradient_dtype: torch.dtype = torch.float32,
+    **optimizer: Any,
 ) -> list[tuple[float, float, float]]:
-    """(cross-entropy, balance, gradient norm) of each step, by the project's trainer."""
+    """(cross-entropy, balance, gradient norm) of each step, by the project's trainer. optimizer: of `Trainer`."""
     from accessory.parallel.mesh import DeviceMesh
     from accessory.train.trainer import LossWeights, Trainer
 
     mesh = mesh or DeviceMesh()
-    decoder = make_decoder(implementation, mesh, mode, checkpointing, peft, tensors, args=args, quant=quant)
-    trainer = Trainer(decoder, mesh, LossWeights(balance, z, global_statistics), weight_decay=DECAY, clip=CLIP)
+    made = {"args": args, "quant": quant, "gradient_dtype": gradient_dtype}
+    decoder = make_decoder(implementation, mesh, mode, checkpointing, peft, tensors, **made)
+    weights = LossWeights(balance, z, global_statistics)
+    trainer = Trainer(decoder, mesh, weights, weight_decay=DECAY, clip=CLIP, **optimizer)
     out = []
     for step in range(steps):
         parts = batches(step, packed=packed, parts=accum * mesh.data_size)

@@ -1,0 +1,146 @@
+"""AdamW (arXiv 1711.05101) over this rank's parts of the trained parameters, and how a large update is cut into pieces.
+
+The factor that clips gradients and undoes fp16's loss scale is part of the update. So on a GPU, where torch's fused
+kernel takes it, no pass over the gradients is needed before. Gradients in bf16 are widened piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from accessory.limits import OPTIMIZER_PIECE
+from accessory.parallel.local_shard import local
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNED = 64  # numbers; torch's kernels read several at once
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to norms, biases, and the embeddings that begin and end an image."""
+    return not (name.endswith(("norm.weight", "bias", "_img")) or parameter.dim() < 2)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some numbers of one parameter, with their gradients and moments: the whole parameter, or flat parts of each."""
+
+    value: Tensor
+    gradient: Tensor
+    moments: Mapping[str, Tensor]
+
+    def cut(self, size: int) -> Iterator[Piece]:
+        """Flat parts of at most `size` numbers. A moment that has one number for several is cut at the same places."""
+        value, gradient = self.value.view(-1), self.gradient.reshape(-1)
+        for start in range(0, value.numel(), size):
+            moments = {}
+            for name, moment in self.moments.items():
+                each = self.value.numel() // moment.numel()
+                moments[name] = moment.view(-1)[start // each : (start + size) // each]
+            yield Piece(value[start : start + size], gradient[start : start + size], moments)
+
+
+def aligned(numel: int) -> int:
+    """The numbers that a tensor of `numel` takes of a buffer in which each tensor begins where one of its own would."""
+    return -(-numel // _ALIGNED) * _ALIGNED
+
+
+def buckets(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+    """Lists of pieces, each cut so that no list takes more than `size` numbers of a buffer."""
+    bucket: list[Piece] = []
+    held = 0
+    for part in (part for piece in pieces for part in piece.cut(size)):
+        taken = aligned(part.value.numel())
+        if bucket and held + taken > size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(part)
+        held += taken
+    if bucket:
+        yield bucket
+
+
+class AdamW:
+    """AdamW over (name, parameter) pairs. The moments are fp32 and lie beside the parameters.
+
+    Attributes, as torch's optimisers have them: `param_groups`, dictionaries with "params", "lr" and "weight_decay";
+    `state`, this rank's moments of each parameter, by name. `updates`: how often the parameters were moved.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> None:
+        self.named = list(named)
+        self.param_groups: list[dict[str, Any]] = []
+        for decay in (True, False):
+            if params := [p for name, p in named if decays(name, p) == decay]:
+                self.param_groups.append({"params": params, "lr": 0.0, "weight_decay": weight_decay if decay else 0.0})
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.updates = 0
+
+    def allocate(self, updates: int) -> None:
+        """Make the moments, zeros, as after `updates` updates: for the first step, or to read a state into them."""
+        self.updates = updates
+        self.state = {p: self._moments(name, p) for name, p in self.named}
+
+    def _moments(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {moment: torch.zeros_like(local(parameter)) for moment in MOMENTS}
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> None:
+        """Move all parameters by their gradients times `scale`. The gradients may be changed."""
+        if not self.state:
+            self.allocate(0)
+        self.updates += 1
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None and local(p).numel()]
+            self._update([Piece(local(p), local(p.grad), self.state[p]) for p in moved], group, scale)
+
+    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
+        """Update the parameters of one group, each a whole piece."""
+        self._adamw([piece for piece in pieces if piece.gradient.dtype == piece.value.dtype], group, scale)
+        narrow = (piece for piece in pieces if piece.gradient.dtype != piece.value.dtype)
+        for bucket in buckets(narrow, OPTIMIZER_PIECE):
+            self._adamw(bucket, group, scale)
+
+    def _adamw(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
+        """torch's update of some pieces. Their moments lie on the parameters' device."""
+        if not pieces:
+            return
+        device = pieces[0].value.device
+        gradients = [piece.gradient.to(piece.value.dtype) for piece in pieces]
+        divisor = None
+        if scale != 1.0 and device.type == "cuda":
+            divisor = torch.full((), 1.0 / scale, device=device)
+        elif scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
+        # torch adds one to each counter before it reads it.
+        counters = torch.full((len(pieces),), self.updates - 1.0, device=device).unbind()
+        adamw(
+            [piece.value for piece in pieces],
+            gradients,
+            [piece.moments["exp_avg"] for piece in pieces],
+            [piece.moments["exp_avg_sq"] for piece in pieces],
+            [],
+            list(counters),
+            foreach=False,
+            fused=device.type == "cuda",
+            grad_scale=divisor,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPS,
+            maximize=False,
+        )
+
+    def zero_grad(self) -> None:
+        """Free all gradients."""
+        for _, p in self.named:
+            p.grad = None
