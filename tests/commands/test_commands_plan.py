@@ -111,6 +111,22 @@ def test_a_finetune_on_many_cards_is_not_started_by_n_gpus(planned):
     assert "ranks: 16 data_parallel=fsdp checkpointing=true" in printed.out
 
 
+def test_what_saves_memory_of_what_is_trained(planned, as_json):
+    asked = ["8x7b", "--finetune", "full", "--memory", 80, "--gpus", 8, "--data-parallel", "fsdp", "--checkpointing"]
+    asked += ["--batch-size", 1]
+    assert planned(*asked)[0] == 1
+    status, printed = planned(*asked, "--optimizer", "adamw_8bit", "--gradient-dtype", "bf16")
+    assert status == 0
+    assert "recomputing, 8-bit moments, bf16 gradients" in printed.out
+    assert "checkpointing=true optimizer=adamw_8bit gradient_dtype=bf16" in printed.out
+    found = as_json(*asked, "--offload", "optimizer")
+    assert found["setup"]["offload"] == found["smallest_setups"][0]["offload"] == "optimizer"
+    assert found["host"] > 8 * 46_700_000_000
+    _, printed = planned(*asked, "--optimizer", "adamw_8bit", "--offload", "optimizer")
+    assert "--offload: got optimizer, but adamw_8bit keeps its moments on the GPU" in printed.err
+    assert "--gradient-dtype: is for --finetune" in planned("8x7b", "--gradient-dtype", "bf16")[1].err
+
+
 def test_json_says_the_same_in_bytes(as_json):
     found = as_json("8x7b", "--quant", "int8", "--card", "H100", "--context", 8192, "--prompt", 100)
     assert found["model"]["parameters"] == 46702792704

@@ -8,6 +8,7 @@ from helpers import runs
 from helpers.distributed import run_ranks
 from helpers.training import ARGS, CLIP, batches, make_decoder, oracle_tensors
 
+from accessory.errors import ConfigError, InputError
 from accessory.parallel.local_shard import local
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.adamw_8bit import CODES, SCALES
@@ -215,6 +216,39 @@ def test_another_optimizer_is_not_gone_on_with(inputs, part, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(part, output)
     runs.refused(inputs, output, "holds moments of optimizer adamw, here adamw_8bit", resume="auto", **EIGHT)
+
+
+def test_a_host_without_room_is_refused_before_weights_are_read(inputs, tmp_path, monkeypatch):
+    """The ranks of a machine share its memory: two of them have 2.5 GB each of 5."""
+    from accessory.launch.memory import HOST as MACHINE
+    from accessory.launch.memory import Room
+    from accessory.train import memory
+    from accessory.train.config import FinetuneConfig
+    from accessory.train.source import open_source
+
+    rooms = {"cpu": Room(5 * 10**9, MACHINE), "cuda": Room(10**12, "a card")}
+    monkeypatch.setattr(memory, "room_for", lambda where, group=None: rooms[str(where)])
+    config = FinetuneConfig(**runs.options(inputs, tmp_path / "run", **HOST))
+    source = open_source(config)
+    memory.check_memory(config, source, "cuda", world=2)
+    rooms["cpu"] = Room(3 * 10**9, MACHINE)
+    with pytest.raises(
+        InputError, match=r"^offload: the moments take .* this machine has 1\.5 GB for each; give fewer"
+    ):
+        memory.check_memory(config, source, "cuda", world=2)
+    memory.check_memory(config, source, "cpu", world=1)
+
+
+def test_a_cut_inside_a_block_is_refused_before_weights_are_read(inputs, tmp_path):
+    from accessory.train.config import FinetuneConfig
+    from accessory.train.memory import check_memory
+    from accessory.train.source import open_source
+
+    wide = runs.write_model(tmp_path / "wide", dim=256)
+    choices = {"pretrained_path": [str(wide)], "model_parallel_size": 2, **EIGHT}
+    config = FinetuneConfig(**runs.options(inputs, tmp_path / "run", **choices))
+    with pytest.raises(ConfigError, match="128 numbers of a row of tok_embeddings"):
+        check_memory(config, open_source(config), "cpu", world=2)
 
 
 def test_moments_in_8_bits_stay_on_the_gpu(inputs, tmp_path):

@@ -1,0 +1,229 @@
+"""On a GPU: moments that visit from the host, 8-bit moments, the factor inside the update, and the memory of each."""
+
+import gc
+import math
+
+import pytest
+import torch
+from helpers.sizes import CUTTABLE
+from helpers.training import ARGS, batches, make_decoder
+from torch import nn
+
+from accessory.checkpoint.names import expected_shapes
+from accessory.parallel.fsdp import squared_norm
+from accessory.parallel.mesh import DeviceMesh
+from accessory.planner.peak import WORKSPACE, estimate
+from accessory.planner.setup import Setup, Training
+from accessory.planner.training import training_moments
+from accessory.train import adamw, adamw_offload
+from accessory.train.adamw import BETAS, EPS
+from accessory.train.optim import make_optimizer
+from accessory.train.state import load_state, save_state
+from accessory.train.trainer import LossWeights, Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+SHAPES = {"w.weight": (700, 3001), "v.weight": (512, 4096), "a.norm.weight": (300,), "w.bias": (7,), "u.weight": (9, 9)}
+WIDE = CUTTABLE.replace(vocab_size=ARGS.vocab_size)
+EIGHT, HOST = {"optimizer": "adamw_8bit"}, {"offload": "optimizer"}
+
+
+def parameters():
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [
+        (name, nn.Parameter(torch.randn(shape, generator=generator, device="cuda"))) for name, shape in SHAPES.items()
+    ]
+
+
+def moved(optimizer, named, steps=5, scale=0.7, dtype=torch.float32, lr=1e-2):
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _, p in named:
+            p.grad_dtype = dtype
+            p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(dtype)
+        optimizer.step(scale)
+    return [p.detach().clone() for _, p in named]
+
+
+def same(got, wanted):
+    for name, a, b in zip(SHAPES, got, wanted, strict=True):
+        assert torch.equal(a, b), name
+
+
+# --------------------------------------------------------------------------- one update
+
+
+def test_the_factor_inside_the_update_is_a_pass_before_it():
+    """To fp32 rounding: the kernel divides by 1 / 0.7, a pass multiplies by 0.7."""
+    named, theirs = parameters(), parameters()
+    got = moved(make_optimizer(named, 0.1), named)
+    groups = [
+        {"params": [p for name, p in theirs if name in ("w.weight", "v.weight", "u.weight")], "weight_decay": 0.1},
+        {"params": [p for name, p in theirs if name in ("a.norm.weight", "w.bias")], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=BETAS, eps=EPS, fused=True)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(5):
+        for _, p in theirs:
+            p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+        torch._foreach_mul_([p.grad for _, p in theirs], 0.7)
+        optimizer.step()
+    for name, value, (_, wanted) in zip(SHAPES, got, theirs, strict=True):
+        torch.testing.assert_close(value, wanted.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_without_a_factor_it_is_torchs_fused_update_bit_by_bit():
+    named, theirs = parameters(), parameters()
+    got = moved(make_optimizer(named, 0.0), named, scale=1.0)
+    optimizer = torch.optim.AdamW([p for _, p in theirs], lr=1e-2, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(5):
+        for _, p in theirs:
+            p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+        optimizer.step()
+    same(got, [p.detach() for _, p in theirs])
+
+
+@pytest.mark.parametrize("piece", [2**16, 2**23])
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_on_the_host_give_the_same_bits(monkeypatch, piece, scale, dtype):
+    """There are more small pieces than buffers, so that a buffer is used again while copies are under way."""
+    plain, visiting = parameters(), parameters()
+    wanted = moved(make_optimizer(plain, 0.1), plain, scale=scale, dtype=dtype)
+    monkeypatch.setattr(adamw_offload, "OPTIMIZER_PIECE", piece)
+    optimizer = make_optimizer(visiting, 0.1, offload="optimizer")
+    same(moved(optimizer, visiting, scale=scale, dtype=dtype), wanted)
+    for (name, p), (_, q) in zip(plain, visiting, strict=True):
+        for moment, tensor in optimizer.state[q].items():
+            assert tensor.device.type == "cpu", name
+            assert tensor.is_pinned(), name
+            assert p.grad is not None
+            assert tensor.isfinite().all(), name
+            assert tensor.abs().sum() > 0, (name, moment)
+
+
+def test_gradients_in_bf16_are_widened_in_pieces(monkeypatch):
+    named, pieces = parameters(), parameters()
+    wanted = moved(make_optimizer(named, 0.1), named, dtype=torch.bfloat16)
+    monkeypatch.setattr(adamw, "OPTIMIZER_PIECE", 2**16)
+    same(moved(make_optimizer(pieces, 0.1), pieces, dtype=torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_all_numbers(dtype):
+    decoder = make_decoder("sparse", device="cuda", args=WIDE, gradient_dtype=dtype)
+    exact = 0.0
+    for p in decoder.parameters():
+        p.grad = torch.randn_like(p, dtype=p.grad_dtype)
+        exact += float(p.grad.double().square().sum())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert float(squared_norm(decoder, DeviceMesh())) == pytest.approx(exact, rel=1e-5)
+    assert torch.cuda.max_memory_allocated() - before < 2**20  # no fp32 copy of a gradient
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def trainer(gradient_dtype=torch.float32, args=WIDE, tensors=None, **choices):
+    made = {"device": "cuda", "dtype": torch.bfloat16, "args": args, "gradient_dtype": gradient_dtype}
+    decoder = make_decoder("sparse", tensors=tensors, **made)
+    return Trainer(decoder, DeviceMesh(), LossWeights(0.0), weight_decay=0.1, clip=1.0, **choices)
+
+
+def curve(trainer, first=0, last=20):
+    return [trainer.step(batches(step % 2), 3e-4)["loss"] for step in range(first, last)]
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choices", [{}, EIGHT, HOST], ids=["fp32", "8 bits", "host"])
+def test_each_way_trains(gradient_dtype, choices):
+    if choices == EIGHT:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: optim)")
+        from accessory.train.adamw_8bit import require_8bit
+
+        require_8bit("cuda")
+    wanted, got = curve(trainer()), curve(trainer(gradient_dtype, **choices))
+    assert wanted[-1] < 0.75 * wanted[0]
+    for a, b in zip(got, wanted, strict=True):
+        assert math.isclose(a, b, rel_tol=5e-2), (got, wanted)
+
+
+@pytest.mark.parametrize("choices", [EIGHT, HOST], ids=["8 bits", "host"])
+def test_a_state_is_read_where_the_moments_lie(tmp_path, choices):
+    if choices == EIGHT:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: optim)")
+    whole, again = trainer(**choices), trainer(**choices)
+    curve(whole, last=3)
+    folder = save_state(whole, tmp_path, 3, {"updates": 3, "loss_scale": [1.0, 0]}, 1)
+    load_state(again, folder)
+    for (name, p), (_, q) in zip(whole.named, again.named, strict=True):
+        for moment, tensor in whole.optimizer.state[p].items():
+            other = again.optimizer.state[q][moment]
+            assert torch.equal(tensor, other), (name, moment)
+            assert (tensor.device, tensor.is_pinned()) == (other.device, other.is_pinned()), (name, moment)
+        assert torch.equal(p, q), name
+
+
+# --------------------------------------------------------------------------- memory
+
+LARGE = WIDE.replace(dim=1024, hidden_dim=4096, n_heads=8, n_kv_heads=4, head_dim=128, vocab_size=32000)
+
+
+@pytest.fixture(scope="module")
+def large():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+        for name, shape in expected_shapes(LARGE).items()
+    }
+
+
+def planned(**choices):
+    task = Training(kind="full", batch_size=4, max_words=12, packing=False, **choices)
+    return Setup(args=LARGE, task=task)
+
+
+CHOICES = [{}, {"gradient_dtype": "bf16"}, EIGHT, HOST, EIGHT | {"gradient_dtype": "bf16"}]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=["fp32", "bf16 gradients", "8 bits", "host", "8 bits, bf16 gradients"])
+def test_memory_is_what_the_planner_says(large, choices):
+    """What lasts, beside the libraries' workspace; gradients, to 2 %; what the update adds; a step's peak, to 10 %."""
+    if choices.get("optimizer"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: optim)")
+    gc.collect()
+    torch.cuda.empty_cache()
+    began = torch.cuda.memory_allocated()
+    others = {key: value for key, value in choices.items() if key != "gradient_dtype"}
+    dtype = torch.bfloat16 if "gradient_dtype" in choices else torch.float32
+    made = trainer(dtype, LARGE, large, **others)
+    made.step(batches(0), 1e-4)
+    setup = planned(**choices)
+    step = training_moments(setup, setup.task)["the optimiser's step"]
+
+    torch.cuda.synchronize()
+    lasting = torch.cuda.memory_allocated() - began
+    assert -1e6 <= lasting - step["weights"] - step["optimiser"] <= WORKSPACE + 40e6
+
+    torch.cuda.reset_peak_memory_stats()
+    made.forward_backward(batches(1))
+    torch.cuda.synchronize()
+    passes = torch.cuda.max_memory_allocated() - began
+    gradients = torch.cuda.memory_allocated() - began - lasting
+    assert gradients == pytest.approx(step["gradients"], rel=0.02, abs=10e6)
+
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    made.optimizer.step(0.5)
+    torch.cuda.synchronize()
+    added = torch.cuda.max_memory_allocated() - held
+    assert added == pytest.approx(step["pieces that are updated"], abs=40e6)
+    assert max(passes, held - began + added) == pytest.approx(estimate(setup).allocated, rel=0.10)
