@@ -206,7 +206,9 @@ def _changes_of_training(setup: Setup, task: Training, room: Room) -> Iterator[t
     if setup.dp > 1 and task.data_parallel == "sdp":
         yield "data_parallel fsdp", _with(setup, data_parallel="fsdp")
     if room.on_gpu:
-        savings = ("gradient_dtype", "bf16"), ("optimizer", "adamw_8bit"), ("offload", "optimizer")
+        savings = [("gradient_dtype", "bf16")]
+        if (task.optimizer, task.offload) == ("adamw", "none"):  # a run has one of the two at most
+            savings += [("optimizer", "adamw_8bit"), ("offload", "optimizer")]
         changed = ((f"{field} {value}", _with(setup, **{field: value})) for field, value in savings)
         yield from _first_that_fits(changed, room)
     if task.kind == "full":

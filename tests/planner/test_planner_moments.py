@@ -140,6 +140,10 @@ def test_a_message_proposes_what_saves_enough():
     setup = full(TINY.replace(vocab_size=2**20), batch_size=1, max_words=2)
     need = estimate(setup).allocated
     assert "gradient_dtype bf16; or" in what_fits(setup, Room(int(0.95 * need), "a card"))
+    assert "offload optimizer; or" in what_fits(setup, Room(int(0.65 * need), "a card"))
+    # Moments that lie on the host already cannot be in 8 bits too.
+    setup = full(TINY.replace(vocab_size=2**20), batch_size=1, max_words=2, **HOST_MOMENTS)
+    assert "adamw_8bit" not in what_fits(setup, Room(int(0.55 * need), "a card"))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
