@@ -25,7 +25,7 @@ from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.ops.dispatch import warn_of_slow_kernels
-from accessory.parallel.apply import parallelize
+from accessory.parallel.apply import parallelize, share_rows
 from accessory.parallel.fsdp import DataParallel, apply_fsdp, keep_gradients_in
 from accessory.parallel.local_shard import local_tensors
 from accessory.parallel.mesh import DeviceMesh
@@ -47,11 +47,18 @@ class NetworkSpec:
     adapters: Mapping[str, Checkpoint] = field(default_factory=dict)  # by name, for requests to choose from
 
     def planned(
-        self, task: Inference | Training, *, tp: int, dp: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        task: Inference | Training,
+        *,
+        tp: int,
+        dp: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        cp: int = 1,
     ) -> Setup:
         """What the planner is asked about this network on `tp` model-parallel × `dp` data-parallel ranks.
 
-        ConfigError for sizes that cannot be sharded.
+        cp: how many of the data-parallel ranks share each row. ConfigError for sizes that cannot be sharded.
         """
         adapted = isinstance(task, Training) or any(companion_of(n) for c in self.checkpoints for n in c.tensors)
         if not adapted or (isinstance(task, Training) and task.kind != "lora"):
@@ -65,6 +72,7 @@ class NetworkSpec:
             quant=self.quant or Quant(),
             tp=tp,
             dp=dp,
+            cp=cp,
             views=self.image_views,
             device="cuda" if torch.device(device).type == "cuda" else "cpu",
             dense_bytes=dtype.itemsize,
@@ -109,6 +117,8 @@ def build(
     decoder, tensors = outline(spec, dtype=dtype, training=training)
     if mesh.model is not None and mesh.model.size > 1:
         parallelize(decoder, mesh.model)
+    if mesh.context is not None:
+        share_rows(decoder, mesh.context)
     if spec.quant is not None:
         quantize_skeleton(decoder, spec.quant)
     if training is not None:

@@ -81,6 +81,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in (
         "tp",
         "dp",
+        "cp",
         "batch",
         "context",
         "prompt",
@@ -95,7 +96,8 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')}: got {value}, but it must be at least 1")
     inference = ("batch", "context", "prompt", "cache_dtype")
     rows = ("batch_size", "max_words", "accum_iter")
-    training = ("lora_rank", *rows, "dp", "data_parallel", "checkpointing", "optimizer", "offload", "gradient_dtype")
+    ranks = ("dp", "cp", "data_parallel", "checkpointing")
+    training = ("lora_rank", *rows, *ranks, "optimizer", "offload", "gradient_dtype")
     wrong = dict.fromkeys(training, "is for --finetune")
     if options.finetune is not None:
         wrong = dict.fromkeys(inference, "is for running a model, not for --finetune")
@@ -204,7 +206,10 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             gradient_dtype=options.gradient_dtype or "fp32",
         )
     implementation: Implementation = options.implementation or model.implementation or "sparse"
-    setup = Setup(args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, views=views)
+    cp = options.cp or 1
+    if isinstance(task, Training) and cp > 1 and task.max_words % (2 * cp):
+        raise InputError(f"--cp: got {cp}, but --max-words {task.max_words} must be a multiple of 2 × {cp}")
+    setup = Setup(args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, cp=cp, views=views)
     check_blocks(setup)
     name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
     if setup.image_tokens >= room:
@@ -215,18 +220,22 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
 
 
 def _ranks(options: argparse.Namespace) -> tuple[int, int]:
-    """(model-parallel, data-parallel) ranks. `--gpus` alone means model-parallel for inference, else data-parallel."""
-    tp, dp, gpus = options.tp, options.dp, options.gpus
+    """(model-parallel, data-parallel) ranks, the latter with those that share rows.
+
+    `--gpus` alone means model-parallel for inference, else data-parallel.
+    """
+    tp, dp, cp, gpus = options.tp, options.dp, options.cp or 1, options.gpus
     if gpus is None:
-        return tp or 1, dp or 1
+        return tp or 1, (dp or 1) * cp
     if options.finetune is None:
         tp, dp = tp or gpus, 1
     else:
-        tp = tp or (gpus // dp if dp and gpus % dp == 0 else 1)
-        dp = dp or max(1, gpus // tp)
-    if tp * dp > gpus:
-        raise InputError(f"--gpus: got {gpus}, but --tp {tp}" + (f" × --dp {dp}" if dp > 1 else "") + " needs more")
-    return tp, dp
+        tp = tp or (gpus // (dp * cp) if dp and gpus % (dp * cp) == 0 else 1)
+        dp = dp or max(1, gpus // (tp * cp))
+    if tp * dp * cp > gpus:
+        wanted = "".join(f" × --{name} {n}" for name, n in (("dp", dp), ("cp", cp)) if n > 1)
+        raise InputError(f"--gpus: got {gpus}, but --tp {tp}{wanted} needs more")
+    return tp, dp * cp
 
 
 def as_json(made: Plan) -> dict[str, Any]:
@@ -270,7 +279,8 @@ def describe(setup: Setup) -> dict[str, Any]:
     return out | {
         "finetune": "qlora" if task.kind == "lora" and setup.quantized else task.kind,
         "lora_rank": rank,
-        "data_parallel_size": setup.dp,
+        "data_parallel_size": setup.dp // setup.cp,
+        "context_parallel_size": setup.cp,
         "data_parallel": task.data_parallel,
         "checkpointing": task.checkpointing,
         "batch_size": task.batch_size,

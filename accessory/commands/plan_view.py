@@ -93,6 +93,7 @@ def how(setup: Setup) -> str:
         return " ".join(words) or "–"
     words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
     words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
+    words += [f"context_parallel_size={setup.cp}"] if setup.cp > 1 else []
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
     words += ["trainable_mode=mm_stage1"] if task.kind == "mm_stage1" else []
     words += ["checkpointing=true"] if task.checkpointing else []
@@ -114,7 +115,8 @@ def task_line(setup: Setup) -> str:
         return f"{line}; in each {views}" if setup.views else line
     kinds = {"full": "full", "mm_stage1": "what makes words of images alone"}
     kind = kinds.get(task.kind) or f"{'Q' * setup.quantized}LoRA of rank {setup.args.lora_rank}"
-    rows = f"{task.batch_size} row{'s' * (task.batch_size > 1)} of {task.max_words:,} tokens a GPU at once"
+    each = f"{setup.cp} GPUs" if setup.cp > 1 else "a GPU"
+    rows = f"{task.batch_size} row{'s' * (task.batch_size > 1)} of {task.max_words:,} tokens {each} at once"
     more = f", {task.accum_iter} times a step" if task.accum_iter > 1 else ""
     images = f"; up to {setup.images} images there, each {views.removeprefix('an image ')}" if setup.views else ""
     return f"finetuning, {kind}: {rows}{more}{images}"
@@ -129,6 +131,8 @@ def setup_line(setup: Setup) -> str:
     if isinstance(setup.task, Training):
         if setup.dp > 1:
             parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")
+        if setup.cp > 1:
+            parts.insert(2, f"{setup.cp} of them share each row")
         parts.append("recomputing" if setup.task.checkpointing else "not recomputing")
         parts += [SAVINGS[field] for field in setup.task.savings]
     return ", ".join(parts)

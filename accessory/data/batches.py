@@ -35,6 +35,7 @@ class Batch:
     counted_BT: Tensor  # bool: False for padding; positions of images count
     items: tuple[int, ...]
     pixels_I3PP: Tensor | None = None  # fp32, in the order of their positions (IMAGE_ID) in the flattened tokens
+    whole: Batch | None = None  # of a part of the rows' tokens: all of them
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -43,6 +44,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return self._mapped(lambda t: t.to(device, non_blocking=True))
+
+    def part(self, place_N: Tensor) -> Batch:
+        """Only the tokens at these places of each row. A label may belong to a token that is no longer there."""
+        names = ("tokens_BT", "labels_BT", "positions_BT", "documents_BT", "counted_BT")
+        return replace(self, whole=self, **{name: getattr(self, name)[:, place_N] for name in names})
 
     def pin_memory(self) -> Batch:
         return self._mapped(lambda t: t.pin_memory())
@@ -54,9 +60,11 @@ def collate(
     pad_id: int = 0,
     length: int | None = None,
     pixels: Sequence[Tensor] = (),
+    multiple: int = 1,
 ) -> Batch:
     """Put the documents of each row one after the other, and pad rows on the right to the longest one, or to `length`.
 
+    multiple: of which a row's length is one; the longest row is padded too.
     pixels: (3, P, P) for each document that has an image, in the documents' order. An empty row is all padding.
     InputError when a row is longer than `length`, and when there are more or fewer images than documents with one.
     """
@@ -64,7 +72,7 @@ def collate(
     if len(pixels) != wanted:
         raise InputError(f"pixels: got {len(pixels)} images, but there are places for {wanted}")
     longest = max((sum(len(e.ids) for e in row) for row in rows), default=0)
-    T = max(longest, 1) if length is None else length
+    T = -(-max(longest, 1) // multiple) * multiple if length is None else length
     if longest > T:
         raise InputError(f"length: got {T}, but there is a row of {longest} tokens")
     B = len(rows)

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D dim, H query heads, G key/value heads, d head_dim, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from accessory.config import ModelArgs
 from accessory.nn.cache import PagedCache
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
-from accessory.ops.attention import Documents, attention
+from accessory.ops.attention import Mask, attention
 from accessory.ops.linear import AdapterRows, linear
 from accessory.ops.rope import apply_rope
 
@@ -33,6 +33,8 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.fused = FusedWeights(dim=0)
+        # Where ranks share rows: makes (B, S, G, d) of all ranks' tokens of (B, T, G, d).
+        self.gather_tokens: Callable[[Tensor], Tensor] | None = None
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
 
     @property
@@ -48,7 +50,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BT1c: Tensor,
-        mask_BTS: Tensor | Documents | None,
+        mask_BTS: Mask,
         cache: PagedCache | None,
         adapters: AdapterRows | None = None,
     ) -> Tensor:
@@ -58,6 +60,8 @@ class Attention(nn.Module):
             y_NHd = cache.attend(self.layer, q_BTHd[0], k_BTGd[0], v_BTGd[0], rotation_BT1c[0])
             return self.wo(y_NHd.flatten(-2)[None], adapters)
         q_BTHd, k_BTGd = apply_rope(q_BTHd, k_BTGd, rotation_BT1c)
+        if self.gather_tokens is not None:
+            k_BTGd, v_BTGd = self.gather_tokens(torch.cat([k_BTGd, v_BTGd], dim=2)).chunk(2, dim=2)
         return self.wo(attention(q_BTHd, k_BTGd, v_BTGd, mask_BTS).flatten(-2), adapters)
 
     def _project(self, x_BTD: Tensor, adapters: AdapterRows | None) -> Sequence[Tensor]:

@@ -19,11 +19,12 @@ from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.nn.multimodal import ImageTokens, place
-from accessory.ops.attention import Documents, has_varlen
+from accessory.ops.attention import Documents, Mask, has_varlen
 from accessory.ops.cross_entropy import head_cross_entropy_sum
 from accessory.ops.linear import AdapterRows
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
+from accessory.ops.shared_rows import SharedRows
 
 if TYPE_CHECKING:
     from accessory.nn.vision import Features
@@ -79,7 +80,7 @@ class Layer(nn.Module):
         x_BTD: Tensor,
         y_BTD: Tensor | None,
         rotation_BT1c: Tensor,
-        mask_BTS: Tensor | Documents | None,
+        mask_BTS: Mask,
         cache: PagedCache | None,
         counted_T: Tensor | None,
         statistics: bool,
@@ -159,7 +160,7 @@ class Decoder(ImageTokens):
         positions_BT: Tensor | None = None,
         *,
         cache: PagedCache | None = None,
-        documents_BT: Tensor | Documents | None = None,
+        documents_BT: Mask = None,
         counted_BT: Tensor | None = None,
         statistics: bool = False,
         rows_N: Tensor | None = None,
@@ -172,12 +173,12 @@ class Decoder(ImageTokens):
         positions_BT: each token's position in its sequence (default 0 … T-1). cache: `cache.begin` must have been
         called with the batch of the same tokens, which are then one row, (1, N). documents_BT: without a cache, a token
         sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
-        each document is contiguous. statistics: collect router statistics. counted_BT (bool): the tokens that enter
-        them. rows_N: return the logits of these rows of the flattened batch only, (N, V). label_N: the tokens that
-        follow at these rows: return the sum of their cross-entropy instead of logits. images: the encoders'
-        features, or their image tokens. These replace the positions with `IMAGE_ID`, in the order of the flattened
-        batch; there must be as many as such positions. adapters: which of several adapters each token of the flattened
-        batch takes; None: no token takes one.
+        each document is contiguous. `SharedRows` where ranks share rows. statistics: collect router statistics.
+        counted_BT (bool): the tokens that enter them. rows_N: return the logits of these rows of the flattened batch
+        only, (N, V). label_N: the tokens that follow at these rows: return the sum of their cross-entropy instead of
+        logits. images: the encoders' features, or their image tokens. These replace the positions with `IMAGE_ID`, in
+        the order of the flattened batch; there must be as many as such positions. adapters: which of several adapters
+        each token of the flattened batch takes; None: no token takes one.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -213,10 +214,12 @@ class Decoder(ImageTokens):
         return DecoderOutput(h.new_empty(0), router, loss)
 
 
-def _document_mask(documents: Tensor | Documents | None, dtype: torch.dtype | None) -> Tensor | Documents | None:
-    """The mask for attention: the documents themselves where a kernel takes them, else a bool mask (B, T, T)."""
+def _document_mask(documents: Mask, dtype: torch.dtype | None) -> Mask:
+    """The mask for attention: the documents themselves where a kernel takes them, else a bool mask (B, T, S)."""
     if documents is None:
         return None
+    if isinstance(documents, SharedRows):
+        return documents if has_varlen(documents.key_M.device, dtype) else documents.mask()
     if isinstance(documents, Documents):
         if has_varlen(documents.number_BT.device, dtype):
             return documents

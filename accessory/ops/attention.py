@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.ops.shared_rows import SharedRows
+
 
 class Documents(NamedTuple):
     """Packed rows: the document of each token, and the same documents as boundaries.
@@ -54,10 +56,19 @@ def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_attention() is not None
 
 
-def packed_attention(q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, start_C: Tensor, longest: int) -> Tensor:
+def packed_attention(
+    q_NHd: Tensor,
+    k_NGd: Tensor,
+    v_NGd: Tensor,
+    start_C: Tensor,
+    longest: int,
+    key_start_C: Tensor | None = None,
+    longest_key: int | None = None,
+) -> Tensor:
     """Causal attention within each document of a flat batch, (N, H, d), where `has_varlen`.
 
-    start_C: int32, each document's start, then N. longest: tokens of the longest document.
+    start_C: int32, each document's start, then N. longest: tokens of the longest document. key_start_C, longest_key:
+    the same of the keys, where there are more of them than queries. A document's queries are then its last tokens.
     """
     varlen = _varlen_attention()
     assert varlen is not None, "see has_varlen"
@@ -65,16 +76,27 @@ def packed_attention(q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, start_C: Tenso
     # Some versions of torch do not let this kernel share key/value heads, so they are repeated. The copies cost much
     # less than the kernel saves.
     k_NHd, v_NHd = (t.repeat_interleave(R, dim=1) for t in (k_NGd, v_NGd))
-    return varlen(q_NHd, k_NHd, v_NHd, start_C, start_C, longest, longest)
+    key_start_C, longest_key = (start_C, longest) if key_start_C is None else (key_start_C, longest_key)
+    return varlen(q_NHd, k_NHd, v_NHd, start_C, key_start_C, longest, longest_key)
 
 
-def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Tensor | Documents | None) -> Tensor:
+# What says which keys a query may attend to.
+Mask = Tensor | Documents | SharedRows | None
+
+
+def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, mask_BTS: Mask) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d) in q's dtype.
 
     `mask_BTS` (bool) is true where a query may attend to a key. None means that the queries are the last T of S
     positions: a single query (T = 1) sees every key, and T = S is causal attention. Both take a fused kernel's fastest
-    path. With `Documents`, T = S and attention is causal within each document.
+    path. With `Documents`, T = S and attention is causal within each document. With `SharedRows`, keys and values are
+    those of all ranks.
     """
+    if isinstance(mask_BTS, SharedRows):
+        # The keys of the segments overlap, so they are copied: the kernel wants one segment's behind another's.
+        k_MGd, v_MGd = (t.flatten(0, 1).index_select(0, mask_BTS.key_M) for t in (k_BSGd, v_BSGd))
+        queries, keys = (mask_BTS.query_start_N, mask_BTS.longest_query), (mask_BTS.key_start_N, mask_BTS.longest_key)
+        return packed_attention(q_BTHd.flatten(0, 1), k_MGd, v_MGd, *queries, *keys).view_as(q_BTHd)
     if isinstance(mask_BTS, Documents):
         q_NHd, k_NGd, v_NGd = (t.flatten(0, 1) for t in (q_BTHd, k_BSGd, v_BSGd))
         return packed_attention(q_NHd, k_NGd, v_NGd, mask_BTS.start_N, mask_BTS.longest).view_as(q_BTHd)

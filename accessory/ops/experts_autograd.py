@@ -196,17 +196,24 @@ class _Gradients:
         assert parameter is not None
         if _takes_sums(parameter):
             # Written on top of the earlier micro-batches' gradient: autograd would make one and add it.
-            grouped_weight_gradient(dy_NO, x_NI, self.count_E, parameter.dtype, parameter.grad)
+            grouped_weight_gradient(dy_NO, x_NI, self.count_E, _dtype_of_gradient(parameter), parameter.grad)
         else:
-            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, self.count_E, parameter.dtype)
+            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, self.count_E, _dtype_of_gradient(parameter))
 
 
 def _takes_sums(parameter: Tensor) -> bool:
     """Whether a gradient may be added to the parameter's own, past autograd: nothing waits for it there."""
     grad = parameter.grad if parameter.is_leaf else None
-    if grad is None or type(grad) is not Tensor or grad.dtype != parameter.dtype or not grad.is_contiguous():
+    if grad is None or type(grad) is not Tensor or not grad.is_contiguous():
+        return False
+    if grad.dtype != _dtype_of_gradient(parameter):
         return False
     return not parameter._backward_hooks and not getattr(parameter, "_post_accumulate_grad_hooks", None)
+
+
+def _dtype_of_gradient(parameter: Tensor) -> torch.dtype:
+    """The dtype in which the parameter keeps its gradient: its own, unless it asks for another."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype if parameter.is_leaf else parameter.dtype
 
 
 # --------------------------------------------------------------------------- stacks and their products

@@ -1,7 +1,7 @@
 """Cuts a network for this rank and adds the collectives. The layers themselves compute on local tensors.
 
 Collectives are at three places only. The outputs of embedding and head are gathered. The outputs of attention and of
-the experts are summed: two all-reduces a layer.
+the experts are summed: two all-reduces a layer. Ranks that share rows gather their keys and values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import RMSNorm
 from accessory.parallel import sharding
-from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks
+from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks, stack_from_ranks
 from accessory.parallel.mesh import Ranks
 from accessory.parallel.symmetric import exchange
 
@@ -57,6 +57,17 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             module.wo.bias_factor = 0.0
     _hook(decoder, ranks, attention_is_cut=mode != "whole")
     return decoder
+
+
+def share_rows(decoder: Decoder, ranks: Ranks) -> None:
+    """Let attention gather the keys and values of the ranks that share each row (`ops.shared_rows`)."""
+
+    def gathered(x_BTGd: Tensor) -> Tensor:
+        return stack_from_ranks(x_BTGd, ranks).movedim(0, 1).flatten(1, 2)
+
+    for module in decoder.modules():
+        if isinstance(module, Attention):
+            module.gather_tokens = gathered
 
 
 def local_part(

@@ -3,6 +3,8 @@
 `copy_to_ranks`: all ranks have the same tensor, and each continues with its part of the network; gradients are summed.
 `reduce_from_ranks`: each rank has a part of a sum; values are summed. `gather_from_ranks`: each rank has a slice;
 slices are concatenated. The first two are Megatron-LM's f and g (arXiv 1909.08053).
+
+Of ranks that share rows, `stack_from_ranks`: each rank has its own tensor and needs those of all.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from accessory.parallel.mesh import Ranks
 from accessory.parallel.symmetric import symmetric_sum
 
 GATHERED_AT_MOST = 2**16  # numbers
+
+# Versions of torch differ in the names of these two.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -56,6 +62,22 @@ class _GatherFromRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].narrow(-1, ctx.ranks.rank * ctx.width, ctx.width).contiguous(), None
+
+
+class _StackFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        parts = x.new_empty(ranks.size, *x.shape)
+        _all_gather(parts.view(-1), x.reshape(-1), group=ranks.group)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        own = torch.empty(grad.shape[1:], dtype=torch.float32, device=grad.device)
+        _reduce_scatter(own.view(-1), grad.float().reshape(-1), group=ctx.ranks.group)
+        return own.to(grad.dtype), None
 
 
 def _total(x: Tensor, ranks: Ranks) -> Tensor:
@@ -97,6 +119,12 @@ def reduce_from_ranks(x: Tensor, ranks: Ranks, wire: torch.dtype = torch.float32
 def gather_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """Concatenate the ranks' tensors along the last dimension."""
     return _GatherFromRanks.apply(x, ranks)
+
+
+def stack_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
+    """The tensors of all ranks along a new first dimension. Gradients are summed over ranks in fp32, and each rank gets
+    that of its own tensor."""
+    return _StackFromRanks.apply(x, ranks)
 
 
 def broadcast(value: Tensor, ranks: Ranks) -> Tensor:

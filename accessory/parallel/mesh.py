@@ -1,4 +1,4 @@
-"""The ranks of one process group (`Ranks`), and all ranks of a run as a mesh of data × model (`DeviceMesh`)."""
+"""The ranks of one process group (`Ranks`), and all ranks of a run as a mesh (`DeviceMesh`)."""
 
 from __future__ import annotations
 
@@ -49,30 +49,58 @@ def broadcast_object(value: Any, ranks: Ranks | None) -> Any:
     return box[0]
 
 
+def sum_over(tensor: Tensor, ranks: Ranks | None) -> Tensor:
+    """Sum a tensor over ranks, in place."""
+    if ranks is not None:
+        dist.all_reduce(tensor, group=ranks.group)
+    return tensor
+
+
 @dataclass(frozen=True)
 class DeviceMesh:
-    """All ranks of a run, as `data` × `model`. Neighbouring ranks share one model. None: a dimension of size 1."""
+    """All ranks of a run, as `data` × `model`. Neighbouring ranks share one model. None: a dimension of size 1.
+
+    `data` holds all ranks with the same part of the network. Parameters are sharded over them, and losses and gradients
+    are sums over them. `context` holds those neighbours among them that share each row of a batch, so `data` is
+    `replicas` × `context`.
+    """
 
     data: Ranks | None = None
     model: Ranks | None = None
     fsdp_mesh: Any = None  # the data-parallel dimension, for FSDP2
     all: Ranks | None = None
+    context: Ranks | None = None
 
     @classmethod
-    def of(cls, ranks: Ranks | None, model_parallel_size: int, device_type: str) -> DeviceMesh:
-        """The mesh of these ranks. ConfigError where `model_parallel_size` does not divide their number."""
+    def of(
+        cls, ranks: Ranks | None, model_parallel_size: int, device_type: str, *, context_parallel_size: int = 1
+    ) -> DeviceMesh:
+        """The mesh of these ranks. ConfigError where the sizes do not divide their number."""
         world = ranks.size if ranks is not None else 1
         if model_parallel_size < 1 or world % model_parallel_size:
             raise ConfigError(
                 f"model_parallel_size: got {model_parallel_size}, but it must divide the number of ranks, {world}"
             )
+        data_size = world // model_parallel_size
+        if context_parallel_size < 1 or data_size % context_parallel_size:
+            raise ConfigError(
+                f"context_parallel_size: got {context_parallel_size}, but context_parallel_size × model_parallel_size "
+                f"= {context_parallel_size * model_parallel_size} must divide the number of ranks, {world}"
+            )
         if world == 1:
             return cls()
-        mesh = init_device_mesh(
-            device_type, (world // model_parallel_size, model_parallel_size), mesh_dim_names=("data", "model")
-        )
+        mesh = init_device_mesh(device_type, (data_size, model_parallel_size), mesh_dim_names=("data", "model"))
         data, model = (Ranks.of(mesh.get_group(name)) for name in ("data", "model"))
-        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"], ranks)
+        context = None
+        if context_parallel_size > 1:
+            context = Ranks.of(
+                init_device_mesh(
+                    device_type,
+                    (data_size // context_parallel_size, context_parallel_size, model_parallel_size),
+                    mesh_dim_names=("replica", "context", "model"),
+                ).get_group("context")
+            )
+        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"], ranks, context)
 
     @property
     def data_rank(self) -> int:
@@ -91,6 +119,24 @@ class DeviceMesh:
         return self.model.size if self.model else 1
 
     @property
+    def context_rank(self) -> int:
+        return self.context.rank if self.context else 0
+
+    @property
+    def context_size(self) -> int:
+        return self.context.size if self.context else 1
+
+    @property
+    def replica(self) -> int:
+        """Which rows this rank has, wholly or in part: those of replica 0 … `replicas` - 1."""
+        return self.data_rank // self.context_size
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of ranks have rows of their own."""
+        return self.data_size // self.context_size
+
+    @property
     def size(self) -> int:
         return self.data_size * self.model_size
 
@@ -101,15 +147,11 @@ class DeviceMesh:
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the data-parallel ranks, in place."""
-        if self.data is not None:
-            dist.all_reduce(tensor, group=self.data.group)
-        return tensor
+        return sum_over(tensor, self.data)
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place."""
-        if self.all is not None:
-            dist.all_reduce(tensor, group=self.all.group)
-        return tensor
+        return sum_over(tensor, self.all)
 
     def from_first(self, function: Callable[[], T]) -> T:
         """Call `function` on the first process and return its result on all.

@@ -88,6 +88,7 @@ class LayerTraining:
     gate: bool = False  # the router
     format: Format | None = None  # of the experts' weights; None: 16 bits
     packing: bool = True  # several documents a row
+    context: int = 1  # ranks that share each row
     gradient: int = 4  # of a gradient
     copy: int = 2  # of the 16-bit copy that products read
     recompute: bool = False  # whether the layer is computed again in backward
@@ -107,6 +108,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         gate=full or "gate" in targets,
         format=setup.quant.experts,
         packing=task.packing,
+        context=setup.cp,
         gradient=2 if gathered else task.gradient,
         copy=0 if gathered else parameter.copy,
         recompute=task.checkpointing,
@@ -132,11 +134,17 @@ def attention_kept(layer: LayerSizes, training: LayerTraining) -> int:
         kept += layer.tokens_16bit  # the input of wq, wk and wv
     kept += 2 * T * (q + kv)  # rotated queries and keys
     # The kernel for packed rows takes keys and values repeated for every query head; else the values are kept.
-    kept += 2 * T * (2 * q if training.packing else kv)
+    kept += 2 * keys_seen(layer, training) * (2 * q if training.packing or training.context > 1 else kv)
     kept += 2 * T * q  # attention's result
     if training.gate:
         kept += layer.tokens_fp32  # the router's input
     return kept
+
+
+def keys_seen(layer: LayerSizes, training: LayerTraining) -> int:
+    """Keys that attention takes at once. Ranks that share rows have those of all ranks, and of half as many tokens as
+    they have themselves a second time."""
+    return layer.tokens if training.context == 1 else layer.tokens * training.context + layer.tokens // 2
 
 
 def experts_kept(layer: LayerSizes, training: LayerTraining) -> int:
@@ -165,6 +173,9 @@ def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
     kept = attention_kept(layer, training) + layer.tokens_fp32  # and the gradient of the residual stream
     copies = training.copy * layer.attention if training.weights else 0
     attention = BackwardPeak(3 * layer.tokens_fp32 + 4 * layer.tokens * (layer.queries + 2 * layer.keys))
+    if training.context > 1:  # the gradients of all ranks' keys and values: repeated in 16 bits, then summed in fp32
+        shared = keys_seen(layer, training) * (4 * layer.queries + 8 * layer.keys)
+        attention = BackwardPeak(attention.activations + shared)
     moments = (
         BackwardPeak(kept + moment.activations, moment.gradients, copies + moment.copies)
         for moment in (*_backward_of_experts(layer, training), attention)

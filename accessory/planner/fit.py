@@ -155,7 +155,8 @@ def what_fits(setup: Setup, room: Room) -> str:
 
 
 def _in_words(setup: Setup) -> str:
-    words = [f"{setup.gpus} such GPUs ({setup.tp} model-parallel × {setup.dp} data-parallel)"]
+    context = f" × {setup.cp} context-parallel" if setup.cp > 1 else ""
+    words = [f"{setup.gpus} such GPUs ({setup.tp} model-parallel{context} × {setup.dp // setup.cp} data-parallel)"]
     if setup.quantized:
         words.append(f"quant {setup.quant.experts}")
     if isinstance(setup.task, Training):

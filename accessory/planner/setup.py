@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from accessory.config import Implementation, ModelArgs
+from accessory.errors import ConfigError
 from accessory.formats import CacheDtype, Quant
 from accessory.parallel.sharding import attention_mode, check_ranks
 
@@ -57,11 +58,6 @@ class Training:
     parameter: ParameterBytes = field(default_factory=ParameterBytes)
 
     @property
-    def tokens(self) -> int:
-        """Tokens that a rank computes at once."""
-        return self.batch_size * self.max_words
-
-    @property
     def savings(self) -> dict[str, str]:
         """The keys of a recipe that save memory of what is trained, where they have another value than the default."""
         chosen = {"optimizer": self.optimizer, "offload": self.offload, "gradient_dtype": self.gradient_dtype}
@@ -71,11 +67,6 @@ class Training:
     def gradient(self) -> int:
         """Bytes a number of a finished gradient. Those of norms and routers stay fp32."""
         return 2 if self.gradient_dtype == "bf16" else self.parameter.gradient
-
-    @property
-    def making(self) -> int:
-        """What a gradient takes on top of that while it is made: a product's result, 16 bits, and its fp32 copy."""
-        return 0 if self.parameter.weight == 2 else 6 - self.gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +82,26 @@ class Setup:
     implementation: Implementation = "sparse"
     quant: Quant = field(default_factory=Quant)
     tp: int = 1  # model-parallel ranks
-    dp: int = 1  # data-parallel ranks
+    dp: int = 1  # data-parallel ranks: those that hold the same part of the network
+    cp: int = 1  # how many of them share each row, a part of its tokens each
     views: int = 0  # how many views of an image the encoders see; 0: text alone, no encoders
     device: Literal["cuda", "cpu"] = "cuda"
     dense_bytes: int = 2  # of a number that is neither quantised nor trained, and of keys and values
 
     def __post_init__(self) -> None:
         check_ranks(self.args, self.implementation, self.tp)
+        if self.dp % self.cp:
+            raise ConfigError(f"cp: got {self.cp}, but it must divide the number of data-parallel ranks, {self.dp}")
 
     @property
     def gpus(self) -> int:
         return self.tp * self.dp
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that a rank computes at once in a training step."""
+        assert isinstance(self.task, Training), "prompts are computed in parts"
+        return self.task.batch_size * self.task.max_words // self.cp
 
     @property
     def quantized(self) -> bool:

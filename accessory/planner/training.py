@@ -40,7 +40,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     layer_copies, head_copies = _copies(setup, task, trained)
     whole_weights = _gathered(setup, task, groups)
 
-    layer, learning = layer_sizes(setup, task.tokens), layer_training(setup, task)
+    layer, learning = layer_sizes(setup, setup.training_tokens), layer_training(setup, task)
     kept = layer_kept(layer, learning)
     backward = layer_backward(layer, learning)
     # The last norm's input; the head's 16-bit input and its gradient, which forward makes.
@@ -116,10 +116,10 @@ def _logits(setup: Setup, task: Training) -> int:
 
     Their gradient takes the logits' place. A CPU has some rows of them in fp32 as well.
     """
-    V = setup.args.vocab_size
-    wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, task.tokens) * V if setup.device == "cpu" else 0
+    V, tokens = setup.args.vocab_size, setup.training_tokens
+    wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, tokens) * V if setup.device == "cpu" else 0
     gradient = 2 * V * setup.args.dim if task.kind == "full" else 0
-    return 2 * min(task.tokens, max(1, LOGITS_AT_ONCE // V)) * V + gradient + wide
+    return 2 * min(tokens, max(1, LOGITS_AT_ONCE // V)) * V + gradient + wide
 
 
 def _pieces(setup: Setup, task: Training) -> int:

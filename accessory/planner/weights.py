@@ -141,5 +141,5 @@ def rank_share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) ->
 
 def trained_parameters(setup: Setup) -> int:
     """How many parameters the task trains, in the whole network and not on one rank."""
-    whole = replace(setup, quant=Quant(), tp=1, dp=1)
+    whole = replace(setup, quant=Quant(), tp=1, dp=1, cp=1)
     return sum(group.numel for group in tensor_groups(whole) if is_trained(group, whole))

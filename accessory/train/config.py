@@ -120,6 +120,7 @@ class FinetuneConfig:
 
     # The ranks
     model_parallel_size: int = option(1, "ranks that hold the model together", COUNT)
+    context_parallel_size: int = option(1, "ranks that share each row, a part of its tokens each", COUNT)
     data_parallel: Literal["sdp", "fsdp"] = option(
         "sdp", "sdp keeps parameters whole between forward and backward, fsdp does not"
     )
@@ -172,6 +173,12 @@ class FinetuneConfig:
         check(self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
         if self.offload == "optimizer" and self.optimizer == "adamw_8bit":
             raise ConfigError("offload: got optimizer, but adamw_8bit keeps its moments on the GPU; give one of them")
+        n = self.context_parallel_size
+        if n > 1 and self.max_words % (2 * n):
+            raise ConfigError(
+                f"context_parallel_size: got {n}, but max_words = {self.max_words} must be a multiple of 2 × {n}, into "
+                "so many parts a row is cut"
+            )
         if self.eval_interval and self.eval_data is None:
             raise ConfigError(f"eval_interval: got {self.eval_interval}, but it needs eval_data, the held-out items")
         if self.resume is not None and self.resume != AUTO:
@@ -228,14 +235,25 @@ class FinetuneConfig:
         """All fields, as `from_yaml` reads them."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
 
+    @property
+    def ranks_a_replica(self) -> int:
+        """How many ranks have the same rows: they share the model, or the rows, or both."""
+        return self.model_parallel_size * self.context_parallel_size
+
     def data_parallel_size(self, world: int) -> int:
-        """How many replicas `world` ranks hold; ConfigError where they do not fill whole ones."""
+        """How many replicas `world` ranks hold, each with rows of its own; ConfigError where they do not fill whole
+        ones."""
         if world < 1 or world % self.model_parallel_size:
             raise ConfigError(
                 f"model_parallel_size: got {self.model_parallel_size}, but the number of ranks, {world}, must be a "
                 "multiple of it"
             )
-        return world // self.model_parallel_size
+        if world % self.ranks_a_replica:
+            raise ConfigError(
+                f"context_parallel_size: got {self.context_parallel_size}, but the number of ranks, {world}, must be a "
+                f"multiple of context_parallel_size × model_parallel_size = {self.ranks_a_replica}"
+            )
+        return world // self.ranks_a_replica
 
     def check_files(self) -> None:
         """ConfigError for a file or folder that is not there."""

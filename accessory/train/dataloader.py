@@ -23,6 +23,7 @@ from accessory.data.dataset import Example, FinetuneData
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
 from accessory.launch.speaking import OF_ONE_RANK
+from accessory.ops.shared_rows import places_of
 from accessory.parallel.mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class Schedule:
 class DataLoader:
     """This rank's micro-batches of each step; `workers` threads prepare the next ones meanwhile.
 
+    Ranks that share rows collate the same batch, and each takes its part of every row.
+
     load: makes pixels of an item's image; needed where items have images. A random crop follows from the schedule's
     seed, the epoch and the item, whatever the rank and the thread. broken: what happens where an image cannot be
     decoded. "fail" raises InputError with file and line. "skip" keeps the item, so that the steps of all ranks stay the
@@ -154,7 +157,7 @@ class DataLoader:
 
     def batch(self, step: int, micro: int) -> Batch:
         """Micro-batch number `micro` of a step."""
-        first = (micro * self.split.data_size + self.mesh.data_rank) * self.split.batch_size
+        first = (micro * self.split.data_size + self.mesh.replica) * self.split.batch_size
         return self._collate(step, self.schedule.rows(step)[first : first + self.split.batch_size])
 
     def alone(self, step: int, item: int) -> Batch:
@@ -164,7 +167,11 @@ class DataLoader:
     def _collate(self, step: int, rows: Sequence[tuple[int, ...]]) -> Batch:
         pixels: list[Tensor] = []
         examples = [[self._example(step, item, pixels) for item in row] for row in rows]
-        batch = collate(examples, [item for row in rows for item in row], pixels=pixels)
+        sharers = self.mesh.context_size
+        items = [item for row in rows for item in row]
+        batch = collate(examples, items, pixels=pixels, multiple=2 * sharers if sharers > 1 else 1)
+        if sharers > 1:
+            batch = batch.part(places_of(batch.tokens_BT.shape[1], self.mesh.context_rank, sharers))
         return batch.pin_memory() if self.pin else batch
 
     def _example(self, step: int, item: int, pixels: list[Tensor]) -> Example:

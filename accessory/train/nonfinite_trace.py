@@ -21,16 +21,20 @@ def trace_nonfinite_items(trainer: Trainer, batches: Sequence[Batch], alone: Cal
     Empty where only gradients are not finite. Every rank calls it with its own micro-batches; `alone` puts an item into
     a batch of its own.
     """
-    found = sorted({item for batch in batches for item in _at_fault(trainer, batch)})
-    if trainer.mesh.all is not None:
-        everyone: list[list[int]] = [[] for _ in range(trainer.mesh.all.size)]
-        dist.all_gather_object(everyone, found, group=trainer.mesh.all.group)
-        found = sorted({item for items in everyone for item in items})
+    found = _on_all_ranks(trainer, {item for batch in batches for item in _at_fault(trainer, batch)})
     if len(found) > MANY:
         return found
     # A mask hides the documents of a row from one another, but 0 · NaN is NaN. So each suspect is tested alone. All
     # ranks test the same items, so that no rank waits for another.
-    return [item for item in found if _at_fault(trainer, alone(item))] or found
+    return _on_all_ranks(trainer, {item for item in found if _at_fault(trainer, alone(item))}) or found
+
+
+def _on_all_ranks(trainer: Trainer, items: set[int]) -> list[int]:
+    if trainer.mesh.all is None:
+        return sorted(items)
+    everyone: list[set[int]] = [set() for _ in range(trainer.mesh.all.size)]
+    dist.all_gather_object(everyone, items, group=trainer.mesh.all.group)
+    return sorted(set().union(*everyone))
 
 
 @torch.no_grad()
@@ -49,6 +53,7 @@ def _at_fault(trainer: Trainer, batch: Batch) -> list[int]:
     bad = rows_N[~loss_N.isfinite().cpu()]
     T = batch.tokens_BT.shape[1]
     # `items` lists the documents row by row: the first one of a row comes after all documents of the rows before it.
-    documents_B = batch.documents_BT.where(batch.counted_BT, -1).amax(1) + 1
+    whole = batch.whole or batch
+    documents_B = whole.documents_BT.where(whole.counted_BT, -1).amax(1) + 1
     first_B = documents_B.cumsum(0) - documents_B
     return [batch.items[int(first_B[i // T] + batch.documents_BT.flatten()[i])] for i in bad.tolist()]

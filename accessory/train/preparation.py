@@ -43,15 +43,15 @@ class Prepared:
 def prepare(config: FinetuneConfig, mesh: DeviceMesh, replicas: int, *, write: bool = True) -> Prepared:
     """Check the recipe against files, packages and devices, and open the model's files; no weights are read.
 
-    replicas: the data-parallel ranks of the run, which need not have been started. write: make the run's folder where
-    it is missing. Raises AccessoryError, one line, for everything that cannot be used.
+    replicas: how many groups of the run's ranks have rows of their own; they need not have been started. write: make
+    the run's folder where it is missing. Raises AccessoryError, one line, for everything that cannot be used.
     """
     folder, start = prepare_without_model(config, mesh, write=write)
     source = open_source(config)
     model = source.identity()
     start.check_model(model)
     start.check_optimizer(config.optimizer)
-    world, group = replicas * config.model_parallel_size, mesh.all and mesh.all.group
+    world, group = replicas * config.ranks_a_replica, mesh.all and mesh.all.group
     check_memory(config, source, config.device or default_device(), world=world, group=group)
     split = start.split(config.batch_size, config.accum_iter, replicas)
     tokenizer = _open_tokenizer(config, source)

@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig) -> Path:
     mesh, device = _join_ranks(config)
 
     # Everything is checked, and the model's files are opened. Its weights are not yet read.
-    ready = prepare(config, mesh, mesh.data_size)
+    ready = prepare(config, mesh, mesh.replicas)
     folder, start, source = ready.folder, ready.start, ready.source
     if mesh.first:
         warn_of_biases(source)
@@ -82,7 +82,8 @@ def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     device = check_device(config.device, "device") or default_device()
     group = join_launched(PATIENCE)
     ranks = Ranks.of(group) if group is not None else None
-    mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0])
+    sizes = {"context_parallel_size": config.context_parallel_size}
+    mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0], **sizes)
     torch.manual_seed(config.seed)
     if config.precision == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -109,11 +110,12 @@ def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, dev
 def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:
     trained, total = counts(trainer.decoder)
     split, mesh = data.split, trainer.mesh
+    sharing = f" ({mesh.context_size} context-parallel)" if mesh.context_size > 1 else ""
     return (
         f"{source.kind}: {spell_parameters(trained)} of {spell_parameters(total)} parameters are trained\n"
         f"{len(data.dataset):,} items, {int(data.dataset.lengths.sum()):,} tokens; {data.schedule.steps:,} steps "
-        f"of {split.rows} rows = {split.batch_size} a micro-step × {split.accum_iter} × {mesh.data_size} data-parallel"
-        f" ({mesh.model_size} model-parallel)"
+        f"of {split.rows} rows = {split.batch_size} a micro-step × {split.accum_iter} × {mesh.replicas} data-parallel"
+        f" ({mesh.model_size} model-parallel){sharing}"
     )
 
 

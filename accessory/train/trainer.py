@@ -4,7 +4,8 @@ loss = Σ cross-entropy / learnt tokens + w · balance + z_w · z, over all micr
 step. Cross-entropy is one mean over all learnt tokens, however they are spread. The balance loss is not linear in the
 batch: every micro-batch on every rank has its own, and the step's is their mean, weighted by the tokens that count.
 With global statistics a micro-step has one balance loss, that of its tokens on all data-parallel ranks.
-Model-parallel ranks see the same tokens.
+Model-parallel ranks see the same tokens. Ranks that share rows are data-parallel ranks, each with a part of the tokens.
+Together they have one balance loss a micro-batch.
 
 Legend: E experts, L layers, N learnt tokens.
 """
@@ -24,9 +25,10 @@ from accessory.data.batches import Batch
 from accessory.nn.decoder import Decoder
 from accessory.ops.attention import Documents
 from accessory.ops.routing import RouterStatistics, balance_loss
+from accessory.ops.shared_rows import SharedRows
 from accessory.parallel.fsdp import finish_gradients, squared_norm
 from accessory.parallel.local_shard import local_parameters
-from accessory.parallel.mesh import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh, Ranks, sum_over
 from accessory.planner.setup import Offload, OptimizerKind
 from accessory.train.optim import LossScale, make_optimizer
 
@@ -52,7 +54,8 @@ class LossWeights:
 class Trainer:
     """A decoder, cut and sharded over the ranks of `mesh`, and its optimiser.
 
-    Every rank calls the methods. Data-parallel ranks bring different batches, model-parallel ranks the same ones.
+    Every rank calls the methods. Data-parallel ranks bring different batches, model-parallel ranks the same ones, and
+    ranks that share rows their parts of the same one.
 
     Attributes: `named`, the (name, parameter) pairs that are trained; `tower`, the image encoders, or None.
     """
@@ -135,7 +138,7 @@ class Trainer:
         return self.decoder(
             batch.tokens_BT.to(self.device, non_blocking=True),
             batch.positions_BT.to(self.device, non_blocking=True),
-            documents_BT=_documents(batch, self.device),
+            documents_BT=_documents(batch, self.mesh.context, self.device),
             counted_BT=batch.counted_BT.to(self.device, non_blocking=True),
             statistics=statistics,
             rows_N=rows_N.to(self.device, non_blocking=True),
@@ -154,25 +157,29 @@ class Trainer:
     def _totals(self, batches: Sequence[Batch]) -> Totals:
         """Learnt tokens of the step, and counted tokens of each micro-step, on all data-parallel ranks."""
         own = [float(batch.counted_BT.sum()) for batch in batches]
+        counted = [float((batch.whole or batch).counted_BT.sum()) for batch in batches]
         learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
         numbers = torch.tensor([learnt, *own], dtype=torch.float64)
         summed = self.mesh.sum_over_data(numbers.to(self.device)).tolist()
-        return Totals(learnt=summed[0], counted=own, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
+        return Totals(learnt=summed[0], counted=counted, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
 
     def loss(self, batch: Batch, totals: Totals, counted: float, sums: Sums) -> Tensor:
         """This rank's part of the step's loss: cross-entropy, balance and z-loss, each with its weight.
 
-        counted: the tokens of the batch that the router statistics count. sums: take in what the record will tell.
+        counted: the tokens of the batch that the router statistics count, on all ranks that share its rows. sums: take
+        in what the record will tell.
         """
         rows_N, label_N = _learnt(batch)
         out = self.forward(batch, rows_N, label_N, statistics=True)
-        ce = out.loss
-        statistics, share, logged = out.router, counted / max(totals.all_counted, 1.0), 1.0
-        if self.weights.global_statistics and self.mesh.data is not None:
-            # Every rank has the balance loss of all the micro-step's tokens; its gradient is this rank's part.
-            statistics = [_over_data(s, self.mesh) for s in out.router]
-            share = totals.counted_on_all[sums.parts] / max(totals.all_counted, 1.0)
-            logged = 1.0 / self.mesh.data_size
+        ce, statistics, logged = out.loss, out.router, 1.0
+        together = self.mesh.data if self.weights.global_statistics else self.mesh.context
+        if together is not None:
+            # Every rank has the balance loss of all their tokens; its gradient is this rank's part.
+            statistics = [_over_ranks(s, together) for s in out.router]
+            logged = 1.0 / together.size
+        if self.weights.global_statistics:
+            counted = totals.counted_on_all[sums.parts]
+        share = counted / max(totals.all_counted, 1.0)
         balance = balance_loss(statistics)
         z = torch.stack([s.z for s in out.router]).mean() / max(totals.all_counted, 1.0)
         per_layer = torch.stack([balance_loss([s]).detach() for s in statistics])
@@ -196,7 +203,7 @@ class Totals:
     """Tokens of a step, over all data-parallel ranks where it does not say otherwise."""
 
     learnt: float
-    counted: list[float]  # of each micro-batch here
+    counted: list[float]  # of each micro-batch here, and on the ranks that share its rows
     all_counted: float
     counted_on_all: list[float]  # of each micro-step on all data-parallel ranks
 
@@ -245,8 +252,14 @@ def _learnt(batch: Batch) -> tuple[Tensor, Tensor]:
     return rows_N, labels[rows_N]
 
 
-def _documents(batch: Batch, device: torch.device) -> Documents | None:
-    """None where every row is one document and padding behind it: plain causal attention will do."""
+def _documents(batch: Batch, context: Ranks | None, device: torch.device) -> Documents | SharedRows | None:
+    """None where every row is one document and padding behind it: plain causal attention will do.
+
+    context: the ranks that share the rows, if any.
+    """
+    if context is not None:
+        assert batch.whole is not None, "a rank has a part of each row"
+        return SharedRows.of(batch.whole.documents_BT, context.rank, context.size).to(device)
     number_BT = batch.documents_BT
     counted = batch.counted_BT
     if bool((number_BT.where(counted, number_BT[:, :1]) == number_BT[:, :1]).all()):
@@ -254,18 +267,18 @@ def _documents(batch: Batch, device: torch.device) -> Documents | None:
     return Documents.of(number_BT).to(device)
 
 
-class _SumOverData(torch.autograd.Function):
-    """The sum over data-parallel ranks. The gradient of the sum is passed on to each rank's own term."""
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks. The gradient of the sum is passed on to each rank's own term."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        return mesh.sum_over_data(x.clone())
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        return sum_over(x.clone(), ranks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _over_data(s: RouterStatistics, mesh: DeviceMesh) -> RouterStatistics:
-    plain = mesh.sum_over_data(torch.cat([s.tokens[None], s.count_E]))
-    return s._replace(tokens=plain[0], count_E=plain[1:], probability_E=_SumOverData.apply(s.probability_E, mesh))
+def _over_ranks(s: RouterStatistics, ranks: Ranks) -> RouterStatistics:
+    plain = sum_over(torch.cat([s.tokens[None], s.count_E]), ranks)
+    return s._replace(tokens=plain[0], count_E=plain[1:], probability_E=_SumOverRanks.apply(s.probability_E, ranks))

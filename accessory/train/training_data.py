@@ -69,7 +69,7 @@ def _identity(dataset: FinetuneData, config: FinetuneConfig) -> dict[str, Any]:
 
 def _held_out_batches(opener: _Opener, path: str) -> Sequence[Batch]:
     dataset = opener.dataset(path)
-    split = Split(opener.config.batch_size, 1, opener.mesh.data_size)
+    split = Split(opener.config.batch_size, 1, opener.mesh.replicas)
     schedule = opener.schedule(dataset, split, epochs=1.0)
     # An evaluation shows whole images, as inference does, and not the part that a random crop leaves.
     transform = opener.config.image_transform

@@ -227,12 +227,25 @@ def test_cards_that_are_here_are_found(as_json, monkeypatch):
         (("--finetune", "lora", "--gpus", 8, "--tp", 4), (4, 2)),
         (("--finetune", "lora", "--gpus", 8, "--dp", 4), (2, 4)),
         (("--finetune", "lora", "--tp", 2, "--dp", 3), (2, 3)),
+        (("--finetune", "lora", "--tp", 2, "--dp", 3, "--cp", 4), (2, 3, 4)),
+        (("--finetune", "lora", "--gpus", 8, "--cp", 2), (1, 4, 2)),
+        (("--finetune", "lora", "--gpus", 8, "--dp", 2, "--cp", 2), (2, 2, 2)),
     ],
 )
 def test_how_gpus_become_ranks(as_json, words, ranks):
     setup = as_json("8x7b", *words)["setup"]
-    assert (setup["model_parallel_size"], setup.get("data_parallel_size", 1)) == ranks
-    assert setup["gpus"] == ranks[0] * ranks[1]
+    context = setup.get("context_parallel_size", 1)
+    sizes = setup["model_parallel_size"], setup.get("data_parallel_size", 1), context
+    assert sizes == (*ranks, 1)[:3]
+    assert setup["gpus"] == math.prod(sizes)
+
+
+def test_ranks_that_share_rows_need_less_each(as_json):
+    """Of the same 32,768 tokens a row, four ranks need less each, though each holds the keys of all."""
+    words = ("8x7b", "--finetune", "qlora", "--max-words", 32768, "--batch-size", 1)
+    alone, shared = (as_json(*words, *more)["gpu"]["terms"] for more in ((), ("--cp", 4)))
+    assert shared["activations"] < alone["activations"] / 2
+    assert shared["logits"] < alone["logits"] / 3
 
 
 @pytest.mark.parametrize(
@@ -247,6 +260,8 @@ def test_how_gpus_become_ranks(as_json, words, ranks):
         (("8x7b", "--tp", 3), "hidden_dim: got 14336, but it must be a multiple of the number of shards or ranks, 3"),
         (("8x7b", "--tp", 8, "--gpus", 4), "--gpus: got 4, but --tp 8 needs more"),
         (("8x7b", "--dp", 2), "--dp: is for --finetune"),
+        (("8x7b", "--cp", 2), "--cp: is for --finetune"),
+        (("8x7b", "--finetune", "lora", "--cp", 3), "--cp: got 3, but --max-words 4096 must be a multiple of 2 × 3"),
         (("8x7b", "--checkpointing"), "--checkpointing: is for --finetune"),
         (("8x7b", "--finetune", "lora", "--context", 9), "--context: is for running a model"),
         (("8x7b", "--finetune", "lora", "--cache-dtype", "fp8"), "--cache-dtype: is for running a model"),

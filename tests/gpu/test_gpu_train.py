@@ -9,6 +9,7 @@ from helpers.runs import ended_after
 from helpers.training import ARGS, batches, make_decoder
 
 from accessory.ops.attention import Documents, attention, attention_reference, has_varlen
+from accessory.ops.shared_rows import SharedRows, places_of
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.trainer import LossWeights, Trainer
 
@@ -31,6 +32,35 @@ def test_packed_rows_are_attention_within_documents(heads, groups):
     mask = (number_BT[:, :, None] == number_BT[:, None]) & torch.ones(128, 128, dtype=torch.bool).tril()
     got = attention(q, k, v, Documents.of(number_BT).to("cuda"))
     want = attention_reference(q, k, v, mask.cuda())
+    assert (got - want).norm() <= 1e-2 * want.norm()
+    pull = torch.randn(want.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    for a, b in zip(
+        torch.autograd.grad((got * pull).sum(), (q, k, v)),
+        torch.autograd.grad((want * pull).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.skipif(not has_varlen(CUDA, torch.bfloat16), reason="this torch has no kernel for packed rows")
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_shared_rows_are_attention_within_documents(heads, groups, size):
+    """Each rank's queries over the keys of all ranks, one rank after the other; gradients are summed over the ranks."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    number_BT = torch.tensor([[0] * 50 + [1] * 3 + [2] * 75, [0] * 128, [0] * 1 + [1] * 100 + [2] * 27])
+    q, k, v = (
+        torch.randn(3, 128, n, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for n in (heads, groups, groups)
+    )
+    mask = (number_BT[:, :, None] == number_BT[:, None]) & torch.ones(128, 128, dtype=torch.bool).tril()
+    want = attention_reference(q, k, v, mask.cuda())
+    places = [places_of(128, rank, size).cuda() for rank in range(size)]
+    order = torch.cat(places)
+    got = torch.zeros_like(want)
+    for rank, place in enumerate(places):
+        shared = SharedRows.of(number_BT, rank, size).to("cuda")
+        got = got.index_copy(1, place, attention(q[:, place], k[:, order], v[:, order], shared))
     assert (got - want).norm() <= 1e-2 * want.norm()
     pull = torch.randn(want.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
     for a, b in zip(

@@ -34,10 +34,11 @@ def finetuning(
     implementation: Implementation = "sparse",
     tp: int = 1,
     dp: int = 1,
+    cp: int = 1,
     views: int = 0,
     **task: Any,
 ) -> Setup:
     parts = Quant.parse(quant) or Quant()
     return Setup(
-        args=args, task=Training(**task), quant=parts, implementation=implementation, tp=tp, dp=dp, views=views
+        args=args, task=Training(**task), quant=parts, implementation=implementation, tp=tp, dp=dp, cp=cp, views=views
     )

@@ -32,15 +32,28 @@ def documents(step: int) -> list[tuple[list[int], list[bool]]]:
     return out
 
 
-def batches(step: int, *, packed: bool = False, parts: int = 1) -> list[Any]:
-    """The step's documents in `parts` micro-batches (or batches of ranks): one document a row, two if `packed`."""
+def batches(step: int, *, packed: bool = False, parts: int = 1, multiple: int = 1) -> list[Any]:
+    """The step's documents in `parts` micro-batches (or batches of ranks): one document a row, two if `packed`.
+
+    multiple: of which a row's length is one.
+    """
     from accessory.data.batches import collate
     from accessory.data.dataset import Example
 
     examples = [Example(ids=ids, learn=learn, truncated=False, image=None) for ids, learn in documents(step)]
     rows = [examples[i : i + 2] for i in range(0, DOCUMENTS, 2)] if packed else [[e] for e in examples]
     per = len(rows) // parts
-    return [collate(rows[i * per : (i + 1) * per], list(range(per))) for i in range(parts)]
+    return [collate(rows[i * per : (i + 1) * per], list(range(per)), multiple=multiple) for i in range(parts)]
+
+
+def batches_of(mesh: Any, step: int, *, packed: bool = False, accum: int = 1) -> list[Any]:
+    """The step's micro-batches of this rank, as the data loader makes them."""
+    from accessory.ops.shared_rows import places_of
+
+    sharers = mesh.context_size
+    parts = batches(step, packed=packed, parts=accum * mesh.replicas, multiple=2 * sharers if sharers > 1 else 1)
+    own = parts[mesh.replica :: mesh.replicas]
+    return [b.part(places_of(b.tokens_BT.shape[1], mesh.context_rank, sharers)) if sharers > 1 else b for b in own]
 
 
 def hf_losses(steps: int = STEPS) -> list[tuple[float, float, float]]:
@@ -160,8 +173,7 @@ def train(
     trainer = Trainer(decoder, mesh, weights, weight_decay=DECAY, clip=CLIP, **optimizer)
     out = []
     for step in range(steps):
-        parts = batches(step, packed=packed, parts=accum * mesh.data_size)
-        record = trainer.step(parts[mesh.data_rank :: mesh.data_size], LR)
+        record = trainer.step(batches_of(mesh, step, packed=packed, accum=accum), LR)
         out.append((record["loss"], record["balance"], record["grad_norm"]))
     return out
 

@@ -6,7 +6,7 @@ import torch
 from accessory.nn.experts_base import BaseExperts
 from accessory.nn.experts_sparse import SparseExperts
 from accessory.ops.routing import route
-from accessory.planner.activations import LayerSizes, LayerTraining, experts_kept, layer_backward, layer_kept
+from accessory.planner.activations import LayerSizes, LayerTraining, experts_kept, keys_seen, layer_backward, layer_kept
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -52,6 +52,19 @@ def test_a_layer_of_mixtral_by_hand():
     assert layer_kept(layer, training) == stream + attention + experts == 200704
     again = LayerTraining(weights=True, gate=True, packing=False, recompute=True)
     assert layer_kept(layer, again) == 4 * D + 2 * D  # the layer's input and the experts'
+
+
+def test_ranks_that_share_rows_keep_the_keys_of_all():
+    """A rank has 4 of 16 tokens: chunks r and 7 - r of 2 each, which see 2 · (r + 1) and 2 · (8 - r) keys, together 18.
+
+    It keeps keys and values repeated for the query heads, beside what it keeps of its tokens.
+    """
+    layer = LayerSizes(4, 8, 64, 96, 64, 16, 4)
+    alone, shared = (layer_kept(layer, LayerTraining(weights=True, context=n)) for n in (1, 4))
+    assert shared - alone == 2 * (18 - 4) * 2 * 64
+    assert keys_seen(layer, LayerTraining(weights=True, context=4)) == 18
+    gradients = 18 * (2 * 2 * 64 + 2 * 4 * 16)  # of both: repeated in 16 bits, and summed in fp32
+    assert layer_backward(layer, LayerTraining(weights=True, context=4)).activations > gradients + shared - alone
 
 
 def test_backward_of_trained_experts_ends_with_all_gradients():

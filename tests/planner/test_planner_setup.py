@@ -8,6 +8,7 @@ import pytest
 from helpers.plans import finetuning, running
 
 import accessory.planner
+from accessory.errors import ConfigError
 
 MODULES = sorted(path.stem for path in Path(accessory.planner.__file__).parent.glob("*.py"))
 
@@ -18,6 +19,14 @@ def test_packed_rows_hold_as_many_images_as_fit():
     assert finetuning(batch_size=2, max_words=4096, packing=False, views=1).images == 2
     assert running(batch=3, views=5).images == 1  # one a step
     assert running(batch=3).images == running().image_tokens == 0
+
+
+def test_ranks_that_share_rows_share_their_tokens():
+    whole, shared = finetuning(batch_size=2, max_words=4096), finetuning(batch_size=2, max_words=4096, dp=4, cp=4)
+    assert (whole.training_tokens, shared.training_tokens) == (8192, 2048)
+    assert shared.gpus == 4
+    with pytest.raises(ConfigError, match="cp: got 2, but it must divide the number of data-parallel ranks, 3"):
+        finetuning(dp=3, cp=2)
 
 
 def run(code):

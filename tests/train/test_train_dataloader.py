@@ -18,7 +18,7 @@ from accessory.data.batches import IGNORED
 from accessory.data.dataset import Example
 from accessory.data.transform import ImageLoader
 from accessory.errors import ConfigError, InputError
-from accessory.parallel.mesh import DeviceMesh
+from accessory.parallel.mesh import DeviceMesh, Ranks
 from accessory.train.dataloader import DataLoader, Schedule, Split
 from accessory.vision_config import IMAGE_ID
 
@@ -398,3 +398,30 @@ def test_keeping_a_steps_rows(rows, batch_size, ranks):
     larger = range(split.batch_size + 1, min(batch_size, rows // ranks) + 1)
     assert all((rows // ranks) % n for n in larger), "the largest that fits"
     assert math.prod((split.batch_size, split.accum_iter, split.data_size)) == rows
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_that_share_rows_have_their_tokens_once(packing):
+    """Each of three ranks has a sixth of a row from its beginning and one from its end. Labels reach over the cuts."""
+    plan = schedule(Items(24), rows=4, packing=packing)
+    split = Split(2, 1, 2)
+    for replica in range(2):
+        whole = DataLoader(Items(24), plan, split, Place(replica, 2)).batch(0, 0)
+        loaders = [
+            DataLoader(
+                Items(24), plan, split, DeviceMesh(data=Ranks(None, 3 * replica + r, 6), context=Ranks(None, r, 3))
+            )
+            for r in range(3)
+        ]
+        parts = [loader.batch(0, 0) for loader in loaders]
+        T = parts[0].whole.tokens_BT.shape[1]
+        assert T % 6 == 0
+        assert 0 <= T - whole.tokens_BT.shape[1] < 6
+        for name in ("tokens_BT", "labels_BT", "positions_BT", "documents_BT", "counted_BT"):
+            chunks = [getattr(part, name).chunk(2, dim=1) for part in parts]
+            together = torch.cat([*(first for first, _ in chunks), *(last for _, last in reversed(chunks))], dim=1)
+            wanted = getattr(whole, name)
+            assert torch.equal(together, getattr(parts[0].whole, name))
+            assert torch.equal(together[:, : wanted.shape[1]], wanted)
+            if name == "counted_BT":
+                assert not together[:, wanted.shape[1] :].any()

@@ -302,6 +302,14 @@ def test_text_alone_needs_no_eyes(inputs, tmp_path):
         run(inputs, tmp_path / "run", llama_type="mixtral_sparse", trainable_mode="mm_stage1")
 
 
+def test_ranks_do_not_share_rows_with_images(inputs, tmp_path):
+    config = seeing_config(inputs, tmp_path / "run", context_parallel_size=2)
+    with pytest.raises(
+        ConfigError, match="context_parallel_size: got 2, but ranks cannot share rows with images; give 1"
+    ):
+        carry_out(config, dry_run=True, world=2)
+
+
 def _tensors(folder):
     from accessory.checkpoint.folder import open_checkpoint
 

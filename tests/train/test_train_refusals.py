@@ -23,6 +23,8 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
         ({"resume": "auto", **LORA}, ["trained other adapters", "lora_rank"]),
         ({"resume": "auto", "train_router": True}, ["router"]),
         ({"resume": "auto", "model_parallel_size": 2}, ["model_parallel_size: got 2", "number of ranks, 1"]),
+        ({"resume": "auto", "context_parallel_size": 2}, ["context_parallel_size: got 2", "number of ranks, 1"]),
+        ({"resume": "auto", "context_parallel_size": 3}, ["max_words = 128 must be a multiple of 2 × 3"]),
         ({"overwrite": True, "data_config": "nowhere.yaml"}, ["nowhere.yaml"]),
     ],
 )

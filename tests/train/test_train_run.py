@@ -157,6 +157,26 @@ def test_four_ranks_two_ranks_one_rank(inputs, tmp_path, peft):
     goes_on(inputs, tmp_path, stages, peft)
 
 
+@pytest.mark.slow
+def test_ranks_that_share_rows_go_on_from_any_and_leave_states_for_any(inputs, tmp_path):
+    """One rank, then two that share rows, then four in two groups, then one: same curve, moments and evaluations."""
+    shared = {"context_parallel_size": 2}
+    stages = [
+        (1, "mixtral_sparse", {}),
+        (2, "mixtral_sparse", shared),
+        (4, "mixtral", shared | {"data_parallel": "fsdp"}),
+        (1, "mixtral_sparse", {}),
+    ]
+    goes_on(inputs, tmp_path, stages, {"eval_data": str(inputs / "held.yaml"), "eval_interval": 1})
+    losses = [
+        [(record["step"], record["tokens"]) for record in runs.records(tmp_path / name, "eval")]
+        for name in ("straight", "run")
+    ]
+    assert losses[0] == losses[1]
+    wanted, got = ([record["loss"] for record in runs.records(tmp_path / name, "eval")] for name in ("straight", "run"))
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
 def goes_on(inputs, tmp_path, stages, peft):
     common = {"global_batch_statistics": True, "batch_size": 1, "accum_iter": 1, "packing": True, "epochs": 3.0, **peft}
     # A rank's rows in a micro-step depend on the number of ranks, and so does their balance loss. Without accumulation
@@ -168,7 +188,7 @@ def goes_on(inputs, tmp_path, stages, peft):
     steps = len(runs.curve(tmp_path / "straight"))
     assert steps >= 2 * len(stages)
     for number, (ranks, kind, options) in enumerate(stages, start=1):
-        data_ranks = ranks // options.get("model_parallel_size", 1)
+        data_ranks = ranks // options.get("model_parallel_size", 1) // options.get("context_parallel_size", 1)
         fields = runs.options(
             inputs,
             tmp_path / "run",
@@ -316,6 +336,17 @@ def test_ranks_stop_together_where_one_of_them_has_the_bad_item(inputs, tmp_path
     (line,) = started.errors()
     assert f"the loss is nan, in {data.with_suffix('.jsonl')}:4; " in line
     runs.check_folder(tmp_path / "run")
+
+
+def test_ranks_that_share_rows_name_the_item_wherever_it_lies(inputs, tmp_path):
+    model, data = poisoned(inputs, tmp_path, times=3)
+    changes = {"pretrained_path": [str(model)], "data_config": str(data), "batch_size": 24, "accum_iter": 1}
+    fields = runs.options(inputs, tmp_path / "run", context_parallel_size=2, packing=True, **changes)
+    started = started_runs.start(fields, ranks=2)
+    assert started.wait() == [1, 1]
+    (line,) = started.errors()
+    file = data.with_suffix(".jsonl")
+    assert f"in {file}:4, {file}:11, {file}:24; the state" in line
 
 
 def test_fp16_skips_what_overflows(inputs, tmp_path):
