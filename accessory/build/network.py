@@ -25,7 +25,7 @@ from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.ops.dispatch import warn_of_slow_kernels
-from accessory.parallel.apply import parallelize, share_rows
+from accessory.parallel.apply import parallelize, share_rows, spread_experts
 from accessory.parallel.fsdp import DataParallel, apply_fsdp, keep_gradients_in
 from accessory.parallel.local_shard import local_tensors
 from accessory.parallel.mesh import DeviceMesh
@@ -55,10 +55,12 @@ class NetworkSpec:
         device: torch.device | str,
         dtype: torch.dtype,
         cp: int = 1,
+        ep: int = 1,
     ) -> Setup:
         """What the planner is asked about this network on `tp` model-parallel × `dp` data-parallel ranks.
 
-        cp: how many of the data-parallel ranks share each row. ConfigError for sizes that cannot be sharded.
+        cp, ep: how many of the data-parallel ranks share each row, and hold the experts together. ConfigError for sizes
+        that cannot be sharded.
         """
         adapted = isinstance(task, Training) or any(companion_of(n) for c in self.checkpoints for n in c.tensors)
         if not adapted or (isinstance(task, Training) and task.kind != "lora"):
@@ -73,6 +75,7 @@ class NetworkSpec:
             tp=tp,
             dp=dp,
             cp=cp,
+            ep=ep,
             views=self.image_views,
             device="cuda" if torch.device(device).type == "cuda" else "cpu",
             dense_bytes=dtype.itemsize,
@@ -119,6 +122,8 @@ def build(
         parallelize(decoder, mesh.model)
     if mesh.context is not None:
         share_rows(decoder, mesh.context)
+    if mesh.experts is not None:
+        spread_experts(decoder, mesh.experts)
     if spec.quant is not None:
         quantize_skeleton(decoder, spec.quant)
     if training is not None:

@@ -102,9 +102,10 @@ def _dry_run(config: FinetuneConfig, world: int) -> list[str]:
     replicas = config.data_parallel_size(world)
     rows = config.batch_size * config.accum_iter * replicas
     context = f"{config.context_parallel_size} context-parallel × " if config.context_parallel_size > 1 else ""
+    experts = f"; {config.expert_parallel_size} hold the experts together" if config.expert_parallel_size > 1 else ""
     lines = [
         f"{world} rank{'s' * (world > 1)} = {config.model_parallel_size} model-parallel × {context}{replicas} "
-        "data-parallel",
+        f"data-parallel{experts}",
         f"a step: {rows} rows = {config.batch_size} × {config.accum_iter} × {replicas}, "
         f"at most {rows * config.max_words:,} tokens",
     ]

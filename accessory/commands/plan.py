@@ -82,6 +82,7 @@ def _check(options: argparse.Namespace) -> None:
         "tp",
         "dp",
         "cp",
+        "ep",
         "batch",
         "context",
         "prompt",
@@ -96,7 +97,7 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')}: got {value}, but it must be at least 1")
     inference = ("batch", "context", "prompt", "cache_dtype")
     rows = ("batch_size", "max_words", "accum_iter")
-    ranks = ("dp", "cp", "data_parallel", "checkpointing")
+    ranks = ("dp", "cp", "ep", "data_parallel", "checkpointing")
     training = ("lora_rank", *rows, *ranks, "optimizer", "offload", "gradient_dtype")
     wrong = dict.fromkeys(training, "is for --finetune")
     if options.finetune is not None:
@@ -206,10 +207,12 @@ def _setup(options: argparse.Namespace, model: Model) -> Setup:
             gradient_dtype=options.gradient_dtype or "fp32",
         )
     implementation: Implementation = options.implementation or model.implementation or "sparse"
-    cp = options.cp or 1
+    cp, ep = options.cp or 1, options.ep or 1
     if isinstance(task, Training) and cp > 1 and task.max_words % (2 * cp):
         raise InputError(f"--cp: got {cp}, but --max-words {task.max_words} must be a multiple of 2 × {cp}")
-    setup = Setup(args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, cp=cp, views=views)
+    setup = Setup(
+        args=args, task=task, implementation=implementation, quant=quant, tp=tp, dp=dp, cp=cp, ep=ep, views=views
+    )
     check_blocks(setup)
     name, room = ("context", task.context) if isinstance(task, Inference) else ("max-words", task.max_words)
     if setup.image_tokens >= room:
@@ -281,6 +284,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "lora_rank": rank,
         "data_parallel_size": setup.dp // setup.cp,
         "context_parallel_size": setup.cp,
+        "expert_parallel_size": setup.ep,
         "data_parallel": task.data_parallel,
         "checkpointing": task.checkpointing,
         "batch_size": task.batch_size,

@@ -28,6 +28,9 @@ def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     add_option(plan, "accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
     plan.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (--gpus divided by --tp)")
     plan.add_argument("--cp", type=int, metavar="N", help="ranks that share each row, in each data-parallel one (1)")
+    plan.add_argument(
+        "--ep", type=int, metavar="N", help="of the data-parallel ranks, those that share the experts (1)"
+    )
     add_option(plan, "data_parallel", choices=("sdp", "fsdp"), help="what they share out (sdp)")
     plan.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute layers again in backward")
     add_option(plan, "optimizer", choices=("adamw", "adamw_8bit"), help="moments in fp32 (adamw), or in 8 bits")

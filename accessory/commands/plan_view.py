@@ -94,6 +94,7 @@ def how(setup: Setup) -> str:
     words = [] if setup.gpus == 1 else [f"{'--n-gpus' if setup.gpus <= A_MACHINE else 'ranks:'} {setup.gpus}"]
     words += [f"model_parallel_size={setup.tp}"] if setup.tp > 1 else []
     words += [f"context_parallel_size={setup.cp}"] if setup.cp > 1 else []
+    words += [f"expert_parallel_size={setup.ep}"] if setup.ep > 1 else []
     words += [f"data_parallel={task.data_parallel}"] if setup.dp > 1 else []
     words += ["trainable_mode=mm_stage1"] if task.kind == "mm_stage1" else []
     words += ["checkpointing=true"] if task.checkpointing else []
@@ -133,6 +134,8 @@ def setup_line(setup: Setup) -> str:
             parts.insert(1, f"{setup.dp} data-parallel ({setup.task.data_parallel})")
         if setup.cp > 1:
             parts.insert(2, f"{setup.cp} of them share each row")
+        if setup.ep > 1:
+            parts.insert(2, f"{setup.ep} of them hold the experts together")
         parts.append("recomputing" if setup.task.checkpointing else "not recomputing")
         parts += [SAVINGS[field] for field in setup.task.savings]
     return ", ".join(parts)

@@ -59,7 +59,8 @@ class Layer(nn.Module):
 
         The experts see to themselves, because backward needs no product with w2 and no sum over ranks again.
         """
-        self.recompute = self.feed_forward.experts.recompute = wanted
+        self.recompute = wanted
+        self.feed_forward.checkpoint_activations(wanted)
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor | None, RouterStatistics | None]:
         """(x, y, statistics) after this layer. The residual stream is x + y, where y waits for the next norm to add it.
@@ -72,7 +73,7 @@ class Layer(nn.Module):
         else:
             routed = self._until_experts(*inputs)
         x_BTD, h_TD, weight_TK, expert_TK, adapters, stats = routed
-        y_BTD = self.feed_forward.experts(h_TD, weight_TK, expert_TK, adapters).view_as(x_BTD)
+        y_BTD = self.feed_forward.output(h_TD, weight_TK, expert_TK, adapters).view_as(x_BTD)
         return (x_BTD + y_BTD, None, stats) if torch.is_grad_enabled() else (x_BTD, y_BTD, stats)
 
     def _until_experts(

@@ -5,8 +5,11 @@ Legend: T tokens, D dim, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from accessory.config import Implementation, ModelArgs
 from accessory.nn.experts import StackedExperts
@@ -24,6 +27,9 @@ class MoE(nn.Module):
         self.gate = Linear(args.dim, args.moe.num_experts)
         kind: type[StackedExperts] = BaseExperts if implementation == "base" else SparseExperts
         self.experts = kind(args.dim, args.hidden_dim, args.moe.num_experts)
+        self.recompute = False
+        # Where other ranks have other experts: computes each token with those of all ranks.
+        self.compute_at_owners: Callable[[StackedExperts, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def route(
         self,
@@ -55,3 +61,23 @@ class MoE(nn.Module):
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
         return x_TD, h_TD.to(dtype), weight_TK, expert_TK, stats
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Whether to keep only the experts' input, and to compute the rest again in backward."""
+        self.recompute = wanted
+        self.experts.recompute = wanted and self.compute_at_owners is None
+
+    def compute_at(self, owners: Callable[[StackedExperts, Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Have each token computed by `owners`, where other ranks have other experts."""
+        self.compute_at_owners = owners
+        self.checkpoint_activations(self.recompute)
+
+    def output(self, h_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """The experts' output, (T, D), for what `route` returns."""
+        owners = self.compute_at_owners
+        if owners is None:
+            return self.experts(h_TD, weight_TK, expert_TK, adapters)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return owners(self.experts, h_TD, weight_TK, expert_TK)
+        routed = (self.experts, h_TD, weight_TK, expert_TK)
+        return checkpoint(owners, *routed, use_reentrant=False, preserve_rng_state=False)

@@ -1,13 +1,15 @@
 """Cuts a network for this rank and adds the collectives. The layers themselves compute on local tensors.
 
 Collectives are at three places only. The outputs of embedding and head are gathered. The outputs of attention and of
-the experts are summed: two all-reduces a layer. Ranks that share rows gather their keys and values.
+the experts are summed: two all-reduces a layer. Of data-parallel ranks, those that share rows gather their keys and
+values, and those with different experts exchange tokens.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from accessory.nn.attention import Attention
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import RMSNorm
+from accessory.nn.moe import MoE
 from accessory.parallel import sharding
 from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks, stack_from_ranks
+from accessory.parallel.experts import compute_at_owners
 from accessory.parallel.mesh import Ranks
 from accessory.parallel.symmetric import exchange
 
@@ -45,9 +49,7 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             whole, full = tuple(parameter.shape), f"{name}.{kind}" if name else kind
             offsets, shape = local_part(full, whole, args, implementation, ranks.rank, ranks.size)
             decoder.local_shards[full] = (whole, offsets)
-            if shape != whole:
-                empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-                module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            _cut(module, kind, shape)
         if isinstance(module, StackedExperts):
             if implementation == "base":
                 module.first = ranks.rank * args.moe.num_experts // ranks.size
@@ -57,6 +59,37 @@ def parallelize(decoder: Decoder, ranks: Ranks) -> Decoder:
             module.wo.bias_factor = 0.0
     _hook(decoder, ranks, attention_is_cut=mode != "whole")
     return decoder
+
+
+def _cut(module: nn.Module, kind: str, shape: tuple[int, ...]) -> None:
+    parameter = module.get_parameter(kind)
+    if parameter.shape != shape:
+        empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        module.register_parameter(kind, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
+
+def spread_experts(decoder: Decoder, ranks: Ranks) -> None:
+    """Keep this rank's whole experts of each layer, in place, and let tokens go to their experts' ranks and back.
+
+    Experts are dealt out as model-parallel ranks of base have them, in either implementation. ConfigError where the
+    ranks do not divide them.
+    """
+
+    def as_sent(module: StackedExperts, _inputs: Any, output: Tensor) -> Tensor:
+        # Results are rounded to the compute dtype already, so the cast loses nothing. FSDP2 wants no view.
+        return output.to(module.products_in, copy=True)
+
+    count = decoder.args.moe.num_experts
+    for name, module in decoder.named_modules():
+        if isinstance(module, MoE):
+            module.compute_at(partial(compute_at_owners, ranks=ranks, count=count))
+        if isinstance(module, StackedExperts):
+            module.register_forward_hook(as_sent)
+            for kind, parameter in list(module.named_parameters(recurse=False)):
+                whole, full = tuple(parameter.shape), f"{name}.{kind}"
+                offsets, shape = local_part(full, whole, decoder.args, "base", ranks.rank, ranks.size)
+                decoder.local_shards[full] = (whole, offsets)
+                _cut(module, kind, shape)
 
 
 def share_rows(decoder: Decoder, ranks: Ranks) -> None:

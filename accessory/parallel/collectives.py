@@ -4,7 +4,8 @@
 `reduce_from_ranks`: each rank has a part of a sum; values are summed. `gather_from_ranks`: each rank has a slice;
 slices are concatenated. The first two are Megatron-LM's f and g (arXiv 1909.08053).
 
-Of ranks that share rows, `stack_from_ranks`: each rank has its own tensor and needs those of all.
+Between data-parallel ranks: `stack_from_ranks`: each rank has its own tensor and needs those of all. `exchange_rows`:
+each rank has rows for each other one.
 """
 
 from __future__ import annotations
@@ -80,6 +81,23 @@ class _StackFromRanks(torch.autograd.Function):
         return own.to(grad.dtype), None
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
+        ctx.sent, ctx.received, ctx.ranks = sent, received, ranks
+        return _exchanged(x_ND, sent, received, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grads[0], ctx.received, ctx.sent, ctx.ranks), None, None, None
+
+
+def _exchanged(x_ND: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
+    y_MD = x_ND.new_empty(sum(received), x_ND.shape[1])
+    dist.all_to_all_single(y_MD, x_ND.contiguous(), received, sent, group=ranks.group)
+    return y_MD
+
+
 def _total(x: Tensor, ranks: Ranks) -> Tensor:
     """The sum over ranks. Gloo's all-reduce of a small tensor takes several times as long as its all-gather, so on a
     CPU small tensors are gathered and added up here. On GPUs of one host they are read from the other ranks' memory.
@@ -125,6 +143,12 @@ def stack_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """The tensors of all ranks along a new first dimension. Gradients are summed over ranks in fp32, and each rank gets
     that of its own tensor."""
     return _StackFromRanks.apply(x, ranks)
+
+
+def exchange_rows(x_ND: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
+    """Send the first `sent[0]` rows to the first rank, the next `sent[1]` to the second, and so on: (M, D), the rows
+    that the ranks sent here, `received` of each. Gradients go the same way back."""
+    return _ExchangeRows.apply(x_ND, sent, received, ranks)
 
 
 def broadcast(value: Tensor, ranks: Ranks) -> Tensor:

@@ -2,13 +2,15 @@
 
 `sharding` cuts a parameter first; FSDP2 then cuts this rank's slice again. So the layers compute on plain local
 tensors, and each kind of cut has its own collectives. Norms and routers are fp32 and small. They are not sharded, and
-their gradients are averaged at the end of a step.
+their gradients are averaged at the end of a step. Experts that are spread over ranks are sharded over those ranks alone
+that have the same ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from accessory.nn.decoder import Decoder
+from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import PackedWeight, RMSNorm
 from accessory.parallel.local_shard import local
 from accessory.parallel.mesh import DeviceMesh
@@ -46,9 +49,11 @@ def apply_fsdp(
     alone = _small(decoder)
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
-    size = mesh.data.size
+    experts = [m for m in decoder.modules() if isinstance(m, StackedExperts)]  # one a layer
+    if mesh.experts is not None and mesh.experts_mesh is None:  # no other rank has them
+        alone |= {p for module in experts for p in module.parameters()}
 
-    def placement(p: nn.Parameter) -> Shard | None:
+    def placement(p: nn.Parameter, size: int) -> Shard | None:
         # In the base implementation a rank may have a single expert. The cut is then inside the expert, along a
         # dimension that `size` divides.
         dims = [d for d in range(p.dim()) if p.shape[d] % size == 0]
@@ -58,15 +63,19 @@ def apply_fsdp(
     packed = any(isinstance(m, PackedWeight) for m in decoder.modules())
     dtype = None if packed else compute_dtype
     options: dict[str, Any] = {
-        "mesh": mesh.fsdp_mesh,
         "reshard_after_forward": mode == "fsdp",
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=gradient_dtype, cast_forward_inputs=False),
         "ignored_params": alone,
-        "shard_placement_fn": placement,
     }
-    for layer in decoder.layers:
-        fully_shard(layer, **options)
-    fully_shard(decoder, **options)
+
+    def shard(module: nn.Module, over: Any) -> None:
+        fully_shard(module, mesh=over, shard_placement_fn=partial(placement, size=over.size()), **options)
+
+    for layer, its_experts in zip(decoder.layers, experts, strict=True):
+        if mesh.experts_mesh is not None:
+            shard(its_experts, mesh.experts_mesh)
+        shard(layer, mesh.fsdp_mesh)
+    shard(decoder, mesh.fsdp_mesh)
 
 
 def _small(decoder: Decoder) -> set[nn.Parameter]:
@@ -102,7 +111,8 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
 
     Gradients that FSDP2 does not shard are averaged over data ranks. Gradients of which each model rank has a part are
     summed over model ranks. A trained parameter that the step did not use gets a zero gradient, so that no rank waits
-    for another.
+    for another. An expert that is spread has met the tokens of all ranks of its group: its gradient is their sum, of
+    which FSDP2 has taken the mean over the ranks with the same experts alone.
     """
     alone, partial = [], []
     for name, p in decoder.named_parameters():
@@ -110,7 +120,9 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        if mesh.data is not None and not isinstance(p, DTensor):
+        if mesh.experts is not None and is_spread(name, mesh):
+            local(p.grad).div_(mesh.experts.size)
+        elif mesh.data is not None and not isinstance(p, DTensor):
             alone.append(local(p.grad))
         if mesh.model is not None and sharers(decoder, name, mesh) > 1:
             partial.append((local(p.grad), sharers(decoder, name, mesh)))
@@ -130,6 +142,11 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
             grad.copy_(torch.stack(grads[first : first + n]).sum(0))
 
 
+def is_spread(name: str, mesh: DeviceMesh) -> bool:
+    """Whether parameter `name` is of experts of which other data-parallel ranks have others."""
+    return mesh.experts is not None and expert_tensor(name, 0) is not None
+
+
 def sharers(decoder: Decoder, name: str, mesh: DeviceMesh) -> int:
     """`sharding.gradient_sharers` for a parameter's name in the network (experts stacked)."""
     canonical = expert_tensor(name, 0) or name
@@ -147,7 +164,7 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
         if p.grad is None or not local(p.grad).numel():
             continue
         copies = 1
-        if mesh.data is not None and not isinstance(p, DTensor):
+        if mesh.data is not None and not isinstance(p, DTensor) and not is_spread(parameter_name, mesh):
             copies *= mesh.data.size
         if mesh.model is not None:
             copies *= model_copies(decoder, parameter_name, mesh)

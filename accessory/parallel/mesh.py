@@ -62,7 +62,7 @@ class DeviceMesh:
 
     `data` holds all ranks with the same part of the network. Parameters are sharded over them, and losses and gradients
     are sums over them. `context` holds those neighbours among them that share each row of a batch, so `data` is
-    `replicas` × `context`.
+    `replicas` × `context`. `experts` holds those neighbours among them that have each expert once together.
     """
 
     data: Ranks | None = None
@@ -70,10 +70,18 @@ class DeviceMesh:
     fsdp_mesh: Any = None  # the data-parallel dimension, for FSDP2
     all: Ranks | None = None
     context: Ranks | None = None
+    experts: Ranks | None = None
+    experts_mesh: Any = None  # the data-parallel ranks with the same experts, for FSDP2; None: there are no others
 
     @classmethod
     def of(
-        cls, ranks: Ranks | None, model_parallel_size: int, device_type: str, *, context_parallel_size: int = 1
+        cls,
+        ranks: Ranks | None,
+        model_parallel_size: int,
+        device_type: str,
+        *,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
     ) -> DeviceMesh:
         """The mesh of these ranks. ConfigError where the sizes do not divide their number."""
         world = ranks.size if ranks is not None else 1
@@ -87,20 +95,35 @@ class DeviceMesh:
                 f"context_parallel_size: got {context_parallel_size}, but context_parallel_size × model_parallel_size "
                 f"= {context_parallel_size * model_parallel_size} must divide the number of ranks, {world}"
             )
+        if expert_parallel_size < 1 or data_size % expert_parallel_size:
+            raise ConfigError(
+                f"expert_parallel_size: got {expert_parallel_size}, but it must divide the number of data-parallel "
+                f"ranks, {data_size}"
+            )
         if world == 1:
             return cls()
         mesh = init_device_mesh(device_type, (data_size, model_parallel_size), mesh_dim_names=("data", "model"))
         data, model = (Ranks.of(mesh.get_group(name)) for name in ("data", "model"))
-        context = None
-        if context_parallel_size > 1:
-            context = Ranks.of(
-                init_device_mesh(
-                    device_type,
-                    (data_size // context_parallel_size, context_parallel_size, model_parallel_size),
-                    mesh_dim_names=("replica", "context", "model"),
-                ).get_group("context")
-            )
-        return cls(data if data.size > 1 else None, model if model.size > 1 else None, mesh["data"], ranks, context)
+
+        def neighbours(size: int) -> tuple[Ranks | None, Any]:
+            """Groups of `size` data-parallel ranks, and the mesh of the ranks at the same place in all groups."""
+            if size == 1:
+                return None, None
+            sizes, names = (data_size // size, size, model_parallel_size), ("groups", "neighbours", "model")
+            grouped = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+            return Ranks.of(grouped.get_group("neighbours")), grouped["groups"] if size < data_size else None
+
+        context, _ = neighbours(context_parallel_size)
+        experts, experts_mesh = neighbours(expert_parallel_size)
+        return cls(
+            data if data.size > 1 else None,
+            model if model.size > 1 else None,
+            mesh["data"],
+            ranks,
+            context,
+            experts,
+            experts_mesh,
+        )
 
     @property
     def data_rank(self) -> int:

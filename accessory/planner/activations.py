@@ -89,6 +89,7 @@ class LayerTraining:
     format: Format | None = None  # of the experts' weights; None: 16 bits
     packing: bool = True  # several documents a row
     context: int = 1  # ranks that share each row
+    exchanged: bool = False  # tokens go to the ranks of their experts and back
     gradient: int = 4  # of a gradient
     copy: int = 2  # of the 16-bit copy that products read
     recompute: bool = False  # whether the layer is computed again in backward
@@ -100,7 +101,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
     targets = setup.args.lora_targets if setup.args.lora_rank > 0 else ()
     full, parameter = task.kind == "full", task.parameter
     # FSDP2 gathers 16-bit weights and gets 16-bit gradients, which it sums in fp32 in buffers of its own.
-    gathered = setup.dp > 1
+    gathered = setup.dp // setup.ep > 1
     return LayerTraining(
         weights=full,
         attention_lora=any(t in targets for t in ("wq", "wk", "wv", "wo")),
@@ -109,6 +110,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         format=setup.quant.experts,
         packing=task.packing,
         context=setup.cp,
+        exchanged=setup.ep > 1,
         gradient=2 if gathered else task.gradient,
         copy=0 if gathered else parameter.copy,
         recompute=task.checkpointing,
@@ -176,6 +178,8 @@ def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
     if training.context > 1:  # the gradients of all ranks' keys and values: repeated in 16 bits, then summed in fp32
         shared = keys_seen(layer, training) * (4 * layer.queries + 8 * layer.keys)
         attention = BackwardPeak(attention.activations + shared)
+    # Where they are exchanged: gradients of results that were sent back, and of inputs that came.
+    kept += 2 * layer.pairs_16bit * training.exchanged
     moments = (
         BackwardPeak(kept + moment.activations, moment.gradients, copies + moment.copies)
         for moment in (*_backward_of_experts(layer, training), attention)

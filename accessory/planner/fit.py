@@ -157,6 +157,7 @@ def what_fits(setup: Setup, room: Room) -> str:
 def _in_words(setup: Setup) -> str:
     context = f" × {setup.cp} context-parallel" if setup.cp > 1 else ""
     words = [f"{setup.gpus} such GPUs ({setup.tp} model-parallel{context} × {setup.dp // setup.cp} data-parallel)"]
+    words += [f"expert_parallel_size {setup.ep}"] if setup.ep > 1 else []
     if setup.quantized:
         words.append(f"quant {setup.quant.experts}")
     if isinstance(setup.task, Training):

@@ -74,7 +74,7 @@ class Setup:
     """A network, how it is cut over GPUs, and its task.
 
     `args` says which linears have LoRA, and of which rank. Raises ConfigError, which names the field and both numbers,
-    where `tp` ranks cannot hold such a network.
+    where ranks cannot hold such a network.
     """
 
     args: ModelArgs
@@ -84,14 +84,25 @@ class Setup:
     tp: int = 1  # model-parallel ranks
     dp: int = 1  # data-parallel ranks: those that hold the same part of the network
     cp: int = 1  # how many of them share each row, a part of its tokens each
+    ep: int = 1  # how many of them hold the experts together
     views: int = 0  # how many views of an image the encoders see; 0: text alone, no encoders
     device: Literal["cuda", "cpu"] = "cuda"
     dense_bytes: int = 2  # of a number that is neither quantised nor trained, and of keys and values
 
     def __post_init__(self) -> None:
         check_ranks(self.args, self.implementation, self.tp)
-        if self.dp % self.cp:
-            raise ConfigError(f"cp: got {self.cp}, but it must divide the number of data-parallel ranks, {self.dp}")
+        for name in ("cp", "ep"):
+            size = getattr(self, name)
+            if self.dp % size:
+                raise ConfigError(
+                    f"{name}: got {size}, but it must divide the number of data-parallel ranks, {self.dp}"
+                )
+        if self.args.moe.num_experts % self.ep:
+            raise ConfigError(
+                f"ep: got {self.ep}, but it must divide the number of experts, {self.args.moe.num_experts}"
+            )
+        if self.ep > 1 and self.tp > 1:
+            raise ConfigError(f"ep: got {self.ep}, but tp = {self.tp} cuts the experts already; set one of them to 1")
 
     @property
     def gpus(self) -> int:
@@ -127,8 +138,9 @@ class Setup:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer: base deals out whole experts, sparse gives each rank a slice of all."""
-        experts = self.args.moe.num_experts
+        """Experts of a layer: base deals out whole experts, sparse gives each rank a slice of all. Data-parallel ranks
+        may hold them together."""
+        experts = self.args.moe.num_experts // self.ep
         return experts // self.tp if self.implementation == "base" else experts
 
     @property

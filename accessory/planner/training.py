@@ -11,7 +11,7 @@ from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE, OPTIMIZER_PIECE
 from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
 from accessory.planner.moments import held_moments, offloads
 from accessory.planner.setup import Setup, Training
-from accessory.planner.weights import TensorGroup, group_bytes, is_trained, rank_share, tensor_groups
+from accessory.planner.weights import TensorGroup, group_bytes, is_trained, rank_share, replicas_of, tensor_groups
 
 # On a CPU, cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
 CROSS_ENTROPY_TENSORS = 3
@@ -83,9 +83,7 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
 
     A layer that is computed again in backward makes its copies there. FSDP2's 16-bit weights need no copies.
     """
-    if setup.dp > 1:
-        return 0, 0
-    copied = [g for g in trained if g.role in ("product", "adapter")]
+    copied = [g for g in trained if g.role in ("product", "adapter") and replicas_of(g, setup) == 1]
     head = task.parameter.copy * sum(g.numel for g in copied if _is_head(g))
     layers = task.parameter.copy * sum(g.numel for g in copied) - head
     return 0 if task.checkpointing else layers, head
@@ -95,7 +93,7 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
     """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums."""
     if setup.dp == 1:
         return 0
-    L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32"]
+    L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32" and replicas_of(g, setup) > 1]
 
     def whole(g: TensorGroup) -> int:
         if is_trained(g, setup):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from accessory.config import LORA_TARGETS
 from accessory.formats import Format, Quant, check_rows, packed_bytes
-from accessory.parallel.sharding import rank_part
+from accessory.parallel.sharding import expert_of, rank_part
 from accessory.planner.setup import Setup, Training
 from accessory.vision_config import PROJECTION
 
@@ -134,12 +134,17 @@ def rank_share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) ->
 
     Norms and routers lie whole on every rank, and so do frozen weights under sdp.
     """
-    cut = is_trained(group, setup) or task.data_parallel == "fsdp"
-    whole = group.role == "fp32" or setup.dp == 1 or not cut
-    return nbytes if whole else math.ceil(nbytes / setup.dp)
+    cut, ranks = is_trained(group, setup) or task.data_parallel == "fsdp", replicas_of(group, setup)
+    whole = group.role == "fp32" or ranks == 1 or not cut
+    return nbytes if whole else math.ceil(nbytes / ranks)
+
+
+def replicas_of(group: TensorGroup, setup: Setup) -> int:
+    """Data-parallel ranks that have these tensors. Ranks that hold the experts together have different ones."""
+    return setup.dp // setup.ep if expert_of(group.name) is not None else setup.dp
 
 
 def trained_parameters(setup: Setup) -> int:
     """How many parameters the task trains, in the whole network and not on one rank."""
-    whole = replace(setup, quant=Quant(), tp=1, dp=1, cp=1)
+    whole = replace(setup, quant=Quant(), tp=1, dp=1, cp=1, ep=1)
     return sum(group.numel for group in tensor_groups(whole) if is_trained(group, whole))

@@ -121,6 +121,7 @@ class FinetuneConfig:
     # The ranks
     model_parallel_size: int = option(1, "ranks that hold the model together", COUNT)
     context_parallel_size: int = option(1, "ranks that share each row, a part of its tokens each", COUNT)
+    expert_parallel_size: int = option(1, "data-parallel ranks that hold the experts together", COUNT)
     data_parallel: Literal["sdp", "fsdp"] = option(
         "sdp", "sdp keeps parameters whole between forward and backward, fsdp does not"
     )
@@ -178,6 +179,11 @@ class FinetuneConfig:
             raise ConfigError(
                 f"context_parallel_size: got {n}, but max_words = {self.max_words} must be a multiple of 2 × {n}, into "
                 "so many parts a row is cut"
+            )
+        if self.expert_parallel_size > 1 and self.model_parallel_size > 1:
+            raise ConfigError(
+                f"expert_parallel_size: got {self.expert_parallel_size}, but model_parallel_size = "
+                f"{self.model_parallel_size} cuts the experts already; set one of them to 1"
             )
         if self.eval_interval and self.eval_data is None:
             raise ConfigError(f"eval_interval: got {self.eval_interval}, but it needs eval_data, the held-out items")
@@ -252,6 +258,11 @@ class FinetuneConfig:
             raise ConfigError(
                 f"context_parallel_size: got {self.context_parallel_size}, but the number of ranks, {world}, must be a "
                 f"multiple of context_parallel_size × model_parallel_size = {self.ranks_a_replica}"
+            )
+        if world // self.model_parallel_size % self.expert_parallel_size:
+            raise ConfigError(
+                f"expert_parallel_size: got {self.expert_parallel_size}, but the number of data-parallel ranks, "
+                f"{world // self.model_parallel_size}, must be a multiple of it"
             )
         return world // self.ranks_a_replica
 

@@ -65,5 +65,5 @@ def planned(config: FinetuneConfig, source: Source, device: torch.device | str, 
         gradient_dtype=config.gradient_dtype,
         parameter=ParameterBytes(copy=0 if dtype == torch.float32 else 2),
     )
-    cp = config.context_parallel_size
-    return source.network.planned(task, tp=tp, dp=world // tp, cp=cp, device=device, dtype=dtype)
+    cp, ep = config.context_parallel_size, config.expert_parallel_size
+    return source.network.planned(task, tp=tp, dp=world // tp, cp=cp, ep=ep, device=device, dtype=dtype)

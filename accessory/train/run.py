@@ -82,8 +82,13 @@ def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     device = check_device(config.device, "device") or default_device()
     group = join_launched(PATIENCE)
     ranks = Ranks.of(group) if group is not None else None
-    sizes = {"context_parallel_size": config.context_parallel_size}
-    mesh = DeviceMesh.of(ranks, config.model_parallel_size, device.split(":")[0], **sizes)
+    mesh = DeviceMesh.of(
+        ranks,
+        config.model_parallel_size,
+        device.split(":")[0],
+        context_parallel_size=config.context_parallel_size,
+        expert_parallel_size=config.expert_parallel_size,
+    )
     torch.manual_seed(config.seed)
     if config.precision == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -111,6 +116,7 @@ def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:
     trained, total = counts(trainer.decoder)
     split, mesh = data.split, trainer.mesh
     sharing = f" ({mesh.context_size} context-parallel)" if mesh.context_size > 1 else ""
+    sharing += f" ({mesh.experts.size} expert-parallel)" if mesh.experts else ""
     return (
         f"{source.kind}: {spell_parameters(trained)} of {spell_parameters(total)} parameters are trained\n"
         f"{len(data.dataset):,} items, {int(data.dataset.lengths.sum()):,} tokens; {data.schedule.steps:,} steps "

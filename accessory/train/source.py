@@ -138,6 +138,11 @@ def open_source(config: FinetuneConfig) -> Source:
             f"llama_type {kind}: nothing would be trained; set lora_rank, bias_tuning, norm_tuning or train_router"
         )
     check_ranks(args, kind.implementation, config.model_parallel_size)
+    if args.moe.num_experts % config.expert_parallel_size:
+        raise ConfigError(
+            f"expert_parallel_size: got {config.expert_parallel_size}, but it must divide moe.num_experts, "
+            f"{args.moe.num_experts}"
+        )
     if views and config.context_parallel_size > 1:
         raise ConfigError(
             f"context_parallel_size: got {config.context_parallel_size}, but ranks cannot share rows with images; give "

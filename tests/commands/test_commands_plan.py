@@ -248,6 +248,19 @@ def test_ranks_that_share_rows_need_less_each(as_json):
     assert shared["logits"] < alone["logits"] / 3
 
 
+def test_ranks_that_share_the_experts(as_json):
+    """Trained numbers are divided by all ranks in any case. Frozen experts are divided by those that share them."""
+    words = ("8x7b", "--finetune", "lora", "--dp", 8, "--batch-size", 1)
+    whole, spread = (as_json(*words, *more) for more in ((), ("--ep", 8)))
+    assert spread["setup"]["expert_parallel_size"] == 8
+    experts = 32 * 8 * 3 * 4096 * 14336 * 2
+    terms = [plan["gpu"]["terms"]["weights"] for plan in (whole, spread)]
+    assert terms[0] - terms[1] == pytest.approx(7 / 8 * experts, rel=1e-3)
+    full = ("8x7b", "--finetune", "full", "--dp", 8, "--batch-size", 1, "--data-parallel", "fsdp")
+    whole, spread = (as_json(*full, *more)["gpu"]["terms"]["optimiser"] for more in ((), ("--ep", 8)))
+    assert spread == pytest.approx(whole, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -1,4 +1,4 @@
-"""Finetuning spread over two cards in bf16 over NCCL, beside one card: ranks that share rows."""
+"""Finetuning spread over two cards in bf16 over NCCL, beside one card: ranks that share rows, or the experts."""
 
 import functools
 
@@ -18,6 +18,8 @@ STEPS = 10
 LORA = {"lora_rank": 8, "bias_tuning": True}
 CASES = {
     "context": {"context_parallel_size": 2},
+    "experts": {"expert_parallel_size": 2},
+    "both": {"context_parallel_size": 2, "expert_parallel_size": 2},
 }
 
 

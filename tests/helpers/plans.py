@@ -35,10 +35,19 @@ def finetuning(
     tp: int = 1,
     dp: int = 1,
     cp: int = 1,
+    ep: int = 1,
     views: int = 0,
     **task: Any,
 ) -> Setup:
     parts = Quant.parse(quant) or Quant()
     return Setup(
-        args=args, task=Training(**task), quant=parts, implementation=implementation, tp=tp, dp=dp, cp=cp, views=views
+        args=args,
+        task=Training(**task),
+        quant=parts,
+        implementation=implementation,
+        tp=tp,
+        dp=dp,
+        cp=cp,
+        ep=ep,
+        views=views,
     )

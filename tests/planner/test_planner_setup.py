@@ -29,6 +29,18 @@ def test_ranks_that_share_rows_share_their_tokens():
         finetuning(dp=3, cp=2)
 
 
+def test_ranks_that_share_the_experts_hold_a_part_of_them():
+    whole, spread = finetuning(dp=4), finetuning(dp=4, ep=4)
+    assert (whole.experts, spread.experts, spread.gpus) == (8, 2, 4)
+    for changes, told in (
+        ({"dp": 3, "ep": 2}, "ep: got 2, but it must divide the number of data-parallel ranks, 3"),
+        ({"dp": 16, "ep": 16}, "ep: got 16, but it must divide the number of experts, 8"),
+        ({"dp": 2, "ep": 2, "tp": 2}, "ep: got 2, but tp = 2 cuts the experts already"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            finetuning(**changes)
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 

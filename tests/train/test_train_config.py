@@ -28,7 +28,7 @@ def test_the_defaults_are_the_ones_agreed_on():
         "weight_decay": 0.0, "clip_grad": 2.0, "load_balancing_weight": None, "z_loss_weight": 0.0,
         "global_batch_statistics": False, "lora_rank": None, "lora_alpha": None, "lora_targets": None,
         "bias_tuning": None, "norm_tuning": None, "train_router": False, "model_parallel_size": 1,
-        "context_parallel_size": 1,
+        "context_parallel_size": 1, "expert_parallel_size": 1,
         "data_parallel": "sdp", "precision": "bf16", "checkpointing": False, "optimizer": "adamw", "offload": "none",
         "gradient_dtype": "fp32", "quant": False, "quant_attention": None,
         "quant_output": None, "no_visual": False, "trainable_mode": None, "broken_images": "fail",
@@ -68,7 +68,7 @@ WRONG = {
     "clip_grad": ["off", None, "nan"],
     "load_balancing_weight": [-1], "z_loss_weight": [-1], "lora_rank": [0, -2, "abc", 2**31], "lora_alpha": [0, "x"],
     "lora_targets": [["wx"], [], "experts"], "bias_tuning": ["some"], "model_parallel_size": [0],
-    "context_parallel_size": [0, "two"],
+    "context_parallel_size": [0, "two"], "expert_parallel_size": [0],
     "data_parallel": ["ddp", False], "precision": ["int8", "bfloat16"], "quant": ["nf3", 4],
     "quant_attention": ["nf3", True], "quant_output": [False, "int2"],
     "image_transform": ["crop"], "save_interval": [-1], "save_iteration_interval": [0], "keep": [0],
@@ -207,11 +207,16 @@ def test_ranks_fill_whole_replicas(model, world):
             6,
             r"context_parallel_size: got 2, .* 6, .* model_parallel_size = 4",
         ),
+        (
+            {"expert_parallel_size": 4},
+            6,
+            r"expert_parallel_size: got 4, but the number of data-parallel ranks, 6, must",
+        ),
     ],
 )
-def test_ranks_that_share_rows_are_in_whole_groups(fields, world, message):
+def test_ranks_that_share_something_are_in_whole_groups(fields, world, message):
     it = config(**fields)
-    assert it.data_parallel_size(it.ranks_a_replica * 3) == 3
+    assert it.data_parallel_size(it.ranks_a_replica * 12) == 12
     with pytest.raises(ConfigError, match=message):
         it.data_parallel_size(world)
 
@@ -222,6 +227,13 @@ def test_ranks_that_share_rows_divide_them():
         ConfigError, match=r"^context_parallel_size: got 3, but max_words = 100 must be a multiple of 2"
     ):
         config(context_parallel_size=3, max_words=100)
+
+
+def test_experts_are_cut_in_one_way():
+    with pytest.raises(
+        ConfigError, match=r"^expert_parallel_size: got 2, but model_parallel_size = 4 cuts the experts"
+    ):
+        config(expert_parallel_size=2, model_parallel_size=4)
 
 
 def test_files_that_are_not_there_are_named(tmp_path, monkeypatch):

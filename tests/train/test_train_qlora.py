@@ -13,8 +13,22 @@ IMPLEMENTATIONS = ["base", "sparse"]
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 SIZES = ARGS.replace(dim=256, hidden_dim=256, n_heads=8, n_kv_heads=4, head_dim=32)  # whole groups on two ranks
 STEPS = 6
-TWO = [((2, 1), "sdp", "nf4"), ((2, 1), "fsdp", "int4"), ((1, 2), "sdp", "nf4-dq")]
-FOUR = [((2, 2), "fsdp", "nf4-dq"), ((2, 2), "sdp", "int4"), ((4, 1), "fsdp", "int8")]
+SHARED, SPREAD = {"context_parallel_size": 2}, {"expert_parallel_size": 2}
+TWO = [
+    ((2, 1), {}, "sdp", "nf4"),
+    ((2, 1), {}, "fsdp", "int4"),
+    ((1, 2), {}, "sdp", "nf4-dq"),
+    ((2, 1), SHARED, "fsdp", "nf4"),
+    ((2, 1), SPREAD, "sdp", "nf4-dq"),
+    ((2, 1), SPREAD, "fsdp", "int8"),
+]
+FOUR = [
+    ((2, 2), {}, "fsdp", "nf4-dq"),
+    ((2, 2), {}, "sdp", "int4"),
+    ((4, 1), {}, "fsdp", "int8"),
+    ((4, 1), SPREAD, "fsdp", "nf4"),
+    ((4, 1), SPREAD, "sdp", "int4"),
+]
 
 
 @functools.cache
@@ -48,8 +62,8 @@ def on_grids(rank, world, cases, values):
     from accessory.parallel.mesh import DeviceMesh, Ranks
 
     out = []
-    for (_, model), mode, quant in cases:
-        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
+    for (_, model), more, mode, quant in cases:
+        mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu", **more)
         options = {"mode": mode, "quant": quant, "peft": LORA, "steps": STEPS, "args": SIZES, "tensors": values}
         out.append([train(i, mesh, **options) for i in IMPLEMENTATIONS])
     return out
@@ -60,11 +74,11 @@ def on_grids(rank, world, cases, values):
 def test_ranks_change_nothing(cases):
     world = cases[0][0][0] * cases[0][0][1]
     for rank, results in enumerate(run_ranks(on_grids, world, cases, tensors(), timeout=400)):
-        for (sizes, mode, quant), losses in zip(cases, results, strict=True):
+        for (sizes, more, mode, quant), losses in zip(cases, results, strict=True):
             for implementation, got in zip(IMPLEMENTATIONS, losses, strict=True):
                 try:
                     close(got, alone(implementation, quant))
                 except AssertionError as error:
                     raise AssertionError(
-                        f"{implementation}, {quant} on {sizes} {mode}, rank {rank}: {error}"
+                        f"{implementation}, {quant} on {sizes} {more} {mode}, rank {rank}: {error}"
                     ) from error

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import runs, started_runs
 
-from accessory.errors import AccessoryError
+from accessory.commands.finetune import carry_out
+from accessory.errors import AccessoryError, ConfigError
+from accessory.train.config import FinetuneConfig
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
 
@@ -25,6 +27,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0, "bias_tuning": True}
         ({"resume": "auto", "model_parallel_size": 2}, ["model_parallel_size: got 2", "number of ranks, 1"]),
         ({"resume": "auto", "context_parallel_size": 2}, ["context_parallel_size: got 2", "number of ranks, 1"]),
         ({"resume": "auto", "context_parallel_size": 3}, ["max_words = 128 must be a multiple of 2 × 3"]),
+        ({"resume": "auto", "expert_parallel_size": 2}, ["expert_parallel_size: got 2", "data-parallel ranks, 1"]),
         ({"overwrite": True, "data_config": "nowhere.yaml"}, ["nowhere.yaml"]),
     ],
 )
@@ -73,6 +76,12 @@ def test_overwriting_begins_anew(inputs, part, whole, tmp_path):
     runs.interrupt(inputs, tmp_path / "run", 2, overwrite=True)
     runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(whole)[:2])
     assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
+
+
+def test_experts_that_ranks_cannot_share_evenly(inputs, tmp_path):
+    config = FinetuneConfig(**runs.options(inputs, tmp_path / "run", expert_parallel_size=3))
+    with pytest.raises(ConfigError, match=r"^expert_parallel_size: got 3, but it must divide moe.num_experts, 4$"):
+        carry_out(config, dry_run=True, world=3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -177,6 +177,25 @@ def test_ranks_that_share_rows_go_on_from_any_and_leave_states_for_any(inputs, t
     assert got == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora and biases"])
+def test_ranks_with_different_experts_go_on_from_any_and_leave_states_for_any(inputs, tmp_path, peft):
+    """Two ranks with half of the experts each, then one rank, four with each expert twice, and two of base."""
+    end = "_peft" if peft else ""
+    spread = {"expert_parallel_size": 2}
+    stages = [
+        (2, f"mixtral_sparse{end}", spread),
+        (1, f"mixtral_sparse{end}", {}),
+        (4, f"mixtral_sparse{end}", spread | {"data_parallel": "fsdp"}),
+        (2, f"mixtral{end}", spread),
+    ]
+    goes_on(inputs, tmp_path, stages, peft)
+    one, other = (runs.final_tensors(tmp_path / name) for name in ("straight", "run"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def goes_on(inputs, tmp_path, stages, peft):
     common = {"global_batch_statistics": True, "batch_size": 1, "accum_iter": 1, "packing": True, "epochs": 3.0, **peft}
     # A rank's rows in a micro-step depend on the number of ranks, and so does their balance loss. Without accumulation
