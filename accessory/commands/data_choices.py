@@ -72,8 +72,7 @@ def read_choices(options: argparse.Namespace) -> Choices:
     if not model:
         raise InputError("--model: missing; give a model's folder, or a tokenizer's file or folder")
     model = fetch_resources(model) if is_remote(model) else model
-    parallel = recipe.ranks_a_replica if recipe else 1
-    gpus = options.gpus or parallel
+    gpus = options.gpus or (recipe.fewest_ranks if recipe else 1)
     data = {"data_config": recipe.data_config if recipe else str(path)}
     if recipe and recipe.eval_data:
         data["eval_data"] = recipe.eval_data

@@ -23,7 +23,7 @@ def add_data_check_arguments(check: argparse.ArgumentParser) -> None:
     check.add_argument("--packing", action=flag, help="whether several items share a row (default)")
     add_option(check, "batch_size", type=int, metavar="N", help="rows a GPU sees at once (4)")
     add_option(check, "accum_iter", type=int, metavar="N", help="micro-steps a step (1)")
-    check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: CONFIG's model_parallel_size)")
+    check.add_argument("--gpus", type=int, metavar="N", help="of the run (default: the fewest that suit CONFIG)")
     check.add_argument("--epochs", type=float, metavar="X", help="times every item is seen (1)")
     add_option(check, "tokens_per_second", type=float, metavar="X", help="of all GPUs together")
     add_json_option(check)

@@ -7,6 +7,7 @@ A new field is one line of `FinetuneConfig`. Its flag, its line of `--help`, its
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -245,6 +246,11 @@ class FinetuneConfig:
     def ranks_a_replica(self) -> int:
         """How many ranks have the same rows: they share the model, or the rows, or both."""
         return self.model_parallel_size * self.context_parallel_size
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks that carries the recipe out."""
+        return self.model_parallel_size * math.lcm(self.context_parallel_size, self.expert_parallel_size)
 
     def data_parallel_size(self, world: int) -> int:
         """How many replicas `world` ranks hold, each with rows of its own; ConfigError where they do not fill whole

@@ -198,6 +198,14 @@ def test_ranks_fill_whole_replicas(model, world):
             it.data_parallel_size(world)
 
 
+def fits(it, world):
+    try:
+        it.data_parallel_size(world)
+    except ConfigError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("fields", "world", "message"),
     [
@@ -217,6 +225,7 @@ def test_ranks_fill_whole_replicas(model, world):
 def test_ranks_that_share_something_are_in_whole_groups(fields, world, message):
     it = config(**fields)
     assert it.data_parallel_size(it.ranks_a_replica * 12) == 12
+    assert it.fewest_ranks == min(n for n in range(1, 9) if fits(it, n))
     with pytest.raises(ConfigError, match=message):
         it.data_parallel_size(world)
 
