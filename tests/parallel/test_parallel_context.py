@@ -1,13 +1,14 @@
 """Ranks that share rows: which tokens each has, what its queries see, and the same training as on one rank."""
 
 import functools
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
 from helpers.distributed import run_ranks
 from helpers.training import close, oracle_tensors, train
 
+from accessory.ops.attention import attention, attention_reference
 from accessory.ops.shared_rows import SharedRows, places_of
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
@@ -50,6 +51,38 @@ def test_segments_and_mask_say_the_same_as_the_documents(size):
                 wanted = {s for s in range(place + 1) if NUMBERS[b, s] == NUMBERS[b, place]}
                 for told in (mask, by_kernel):
                     assert set(order[told[b, t]].tolist()) == wanted
+
+
+def by_definition(q_NHd, k_MHd, v_MHd, query_start, key_start, longest_query, longest_key):
+    """What torch's kernel for packed rows computes: causal attention, where a segment's queries are its last tokens."""
+    out = []
+    for (q0, q1), (k0, k1) in zip(pairwise(query_start.tolist()), pairwise(key_start.tolist()), strict=True):
+        T, S = q1 - q0, k1 - k0
+        assert 0 < T <= min(S, longest_query)
+        assert longest_key >= S
+        mask_1TS = torch.ones(T, S, dtype=torch.bool).tril(S - T)[None]
+        q, k, v = q_NHd[q0:q1], k_MHd[k0:k1], v_MHd[k0:k1]
+        out.append(attention_reference(q[None], k[None], v[None], mask_1TS)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_by_segments_is_attention_by_mask(size, monkeypatch):
+    monkeypatch.setattr("accessory.ops.attention._varlen_attention", lambda: by_definition)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 24, n, 8, generator=generator).requires_grad_() for n in (4, 2, 2))
+    pull = torch.randn(2, 24, 4, 8, generator=generator)
+    mask = (NUMBERS[:, :, None] == NUMBERS[:, None]) & torch.ones(24, 24, dtype=torch.bool).tril()
+    wanted = torch.autograd.grad((attention_reference(q, k, v, mask) * pull).sum(), (q, k, v))
+    order = torch.cat([places_of(24, rank, size) for rank in range(size)])
+    for segments in (False, True):
+        loss = torch.zeros(())
+        for rank in range(size):
+            place, shared = places_of(24, rank, size), SharedRows.of(NUMBERS, rank, size)
+            y = attention(q[:, place], k[:, order], v[:, order], shared if segments else shared.mask())
+            loss = loss + (y * pull[:, place]).sum()
+        for got, want in zip(torch.autograd.grad(loss, (q, k, v)), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @functools.cache
