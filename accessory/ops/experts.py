@@ -98,7 +98,7 @@ def decode_kernel(
     None means: use grouped products instead. fused: whether w1 and w3 are in one tensor, and all weights plain.
     """
     w1_EFD = weights[0]
-    if _beside_decoding(weights):
+    if _beside_decoding(weights) or _need_casts(x_TD, weights):
         return None
     plain = all(w.plain for w in weights)
     return dispatch.find(dispatch.product("decode", x_TD, w1_EFD.weight, pairs, fused=fused, plain=plain))
@@ -108,13 +108,19 @@ def runs_host_free(x_TD: Tensor, w1_EFD: Weight, w2_EDF: Weight, w3_EFD: Weight,
     """Whether a step of `pairs` pairs runs without the host learning the routing. A CUDA graph needs that."""
     weights = (w1_EFD, w2_EDF, w3_EFD)
     plain = all(w.plain for w in weights)
-    decode = None if _beside_decoding(weights) else dispatch.product("decode", x_TD, w1_EFD.weight, pairs, plain=plain)
+    beside = _beside_decoding(weights) or _need_casts(x_TD, weights)
+    decode = None if beside else dispatch.product("decode", x_TD, w1_EFD.weight, pairs, plain=plain)
     return dispatch.host_free(decode, [p for w in weights for p in grouped_products(x_TD, w, pairs)])
 
 
 def _beside_decoding(weights: tuple[Weight, ...]) -> bool:
     """Whether something stands beside the weights that kernels for pairs do not add: biases of several adapters."""
     return any(w.bias_SO is not None for w in weights)
+
+
+def _need_casts(x_TD: Tensor, weights: tuple[Weight, ...]) -> bool:
+    """Whether dense weights have another dtype than x, as those that are trained have: the kernels would not cast."""
+    return any(isinstance(w.weight, Tensor) and w.weight.dtype != x_TD.dtype for w in weights)
 
 
 def decode_experts(

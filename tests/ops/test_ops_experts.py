@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accessory.ops.dense_products import grouped_loop, sort_by_expert
-from accessory.ops.experts import combine, decode_experts_fused, grouped_experts, swiglu
+from accessory.ops.experts import combine, decode_experts_fused, decode_kernel, grouped_experts, swiglu
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight, linear
 
 
@@ -162,3 +162,12 @@ def test_each_row_of_a_linear_has_its_own_adapter(rows, ranks, seed):
         lora = loras[a] if a >= 0 else None
         merged = w if lora is None else w + lora.scale * lora.b @ lora.a
         torch.testing.assert_close(y_O, merged @ x_I + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_need_a_cast_are_not_read_in_place():
+    """Trained weights are fp32. An evaluation of a few tokens in 16 bits takes grouped products, which cast them."""
+    weights = tuple(Weight(torch.zeros(4, *shape)) for shape in ((8, 4), (4, 8), (8, 4)))
+    x = torch.zeros(1, 4)
+    with torch.no_grad():
+        assert decode_kernel(x, weights, 2, fused=True) is not None
+        assert decode_kernel(x.bfloat16(), weights, 2, fused=True) is None

@@ -32,6 +32,11 @@ def on_its_card(launch: Launcher) -> Launcher:
     return launch_there  # type: ignore[return-value]
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. Triton's own takes ten times as long, because kernels may call it too."""
+    return -(-a // b)
+
+
 def measured_on(
     device: torch.device, family: str, format: str, out_features: int, in_features: int, rows: float
 ) -> dict[str, Any] | None:

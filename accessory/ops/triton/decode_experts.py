@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.linear import Weight
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
 from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
@@ -106,12 +106,12 @@ def decode_experts(
     up = {"ROWS": 1, "COLS": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
     down = {"ROWS": 8, "COLS": min(1024, triton.next_power_of_2(F)), "num_warps": 4}
     terms, constants = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
-    _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
+    _up_kernel[(cdiv(F, up["ROWS"]), T * K)](
         x_TD, w1_EFD.weight, w3_EFD.weight, *terms, expert_TK, h_NF, first, E, D=D, F=F, K=K, **constants, **up,
         **overlap(x_TD),
     )  # fmt: skip
     terms, constants = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
-    _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
+    _down_kernel[(cdiv(D, down["ROWS"]), T)](
         h_NF, w2_EDF.weight, *terms, expert_TK, weight_TK, y_TD, first, E, D=D, F=F, K=K, **constants, **down,
         **overlap(x_TD),
     )  # fmt: skip

@@ -10,6 +10,7 @@ P numbers along the dimension that the product keeps, and R along the one that i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops.triton.card import measured_on, on_its_card
+from accessory.ops.triton.card import cdiv, measured_on, on_its_card
 from accessory.ops.triton.nibbles import finished, permutes
 
 
@@ -62,9 +63,10 @@ def place(
 
 def grid(N: int, E: int, keeps: int, tile: dict[str, Any]) -> tuple[int]:
     """The most programs that N rows of E experts need: the last tile of every expert may be short."""
-    return (min(N, triton.cdiv(N, tile["M"]) + E - 1) * triton.cdiv(keeps, tile["P"]),)
+    return (min(N, cdiv(N, tile["M"]) + E - 1) * cdiv(keeps, tile["P"]),)
 
 
+@cache
 def slots(E: int) -> int:
     """The length of the vector that holds the experts' counts, a power of two."""
     return max(2, triton.next_power_of_2(E))

@@ -26,7 +26,7 @@ from accessory.limits import TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
-from accessory.ops.triton.card import measured_on, on_its_card
+from accessory.ops.triton.card import cdiv, measured_on, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import permutes
 from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
@@ -240,7 +240,7 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
 
 def _programs(N: int, E: int, keeps: int, tile: dict[str, Any], one: bool) -> tuple[int]:
     """`grouped.grid`; one token's pairs are N tiles, also where some are of other ranks' experts."""
-    return (N * triton.cdiv(keeps, tile["P"]),) if one else grid(N, E, keeps, tile)
+    return (N * cdiv(keeps, tile["P"]),) if one else grid(N, E, keeps, tile)
 
 
 @on_its_card
@@ -329,7 +329,7 @@ def experts_in_tiles(
     splits = len(part_SND)
     y_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     cols = min(1024, triton.next_power_of_2(D))
-    _combine_kernel[(T, triton.cdiv(D, cols))](
+    _combine_kernel[(T, cdiv(D, cols))](
         part_SND, weight_TK, expert_TK, y_TD, T * K, first, E, D=D, K=K, SPLITS=splits, COLS=cols, num_warps=4,
         **overlap(x_TD),
     )  # fmt: skip

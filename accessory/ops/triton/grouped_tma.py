@@ -13,6 +13,7 @@ numbers of a sum are taken at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accessory.ops.dense_products import Term
-from accessory.ops.triton.card import multiprocessors, on_its_card
+from accessory.ops.triton.card import cdiv, multiprocessors, on_its_card
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import finished, permutes
 
@@ -127,12 +128,13 @@ TILE_NARROW_ROWS = (64, 128, 64, 8, 4, 4)
 TILE_32_BITS = (64, 64, 16, 4, 8, 2)
 
 
-def _tile(like: Tensor, columns: int, rows: int | None = None) -> dict[str, int]:
-    """The tile of a result with so many columns; rows: of a weight's gradient."""
+@cache
+def _tile(number: int, columns: int, rows: int | None = None) -> dict[str, int]:
+    """The tile of a result with so many columns, of inputs of `number` bytes each; rows: of a weight's gradient."""
     sizes = TILE if rows is None else TILE_WEIGHTS if rows > NARROW else TILE_NARROW_ROWS
     if columns <= NARROW:
         sizes = TILE_NARROW
-    if like.element_size() == 4:
+    if number == 4:
         sizes = TILE_32_BITS
     tile = dict(zip(("M", "P", "R", "SIDE", "num_warps", "num_stages"), sizes, strict=True))
     return tile | {"P": max(16, min(tile["P"], triton.next_power_of_2(columns)))}
@@ -140,7 +142,8 @@ def _tile(like: Tensor, columns: int, rows: int | None = None) -> dict[str, int]
 
 def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The tensor as a matrix of its last dimension's rows, in blocks that TMA loads. Beyond its ends are zeros."""
-    return TensorDescriptor.from_tensor(tensor.reshape(-1, tensor.shape[-1]), [rows, columns])
+    width = tensor.shape[-1]
+    return TensorDescriptor(tensor, [tensor.numel() // width, width], [width, 1], [rows, columns])
 
 
 def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
@@ -149,7 +152,7 @@ def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
     y_NO = torch.empty(N, OUT, dtype=x_NI.dtype, device=x_NI.device)
     if N == 0:
         return y_NO
-    tile = _tile(x_NI, OUT)
+    tile = _tile(x_NI.element_size(), OUT)
     M, P, R = tile["M"], tile["P"], tile["R"]
     each: list[Any] = []
     for term in terms:
@@ -168,6 +171,7 @@ def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
     return y_NO
 
 
+@cache
 def _held(rank: int) -> int:
     return max(16, triton.next_power_of_2(max(rank, 1)))
 
@@ -205,8 +209,8 @@ def weight_gradient(
     (_, OUT), IN, E = dy_NO.shape, x_NI.shape[1], len(count_E)
     dw_EOI = torch.empty(E, OUT, IN, dtype=dtype, device=dy_NO.device) if add_to is None else add_to
     assert dw_EOI.is_contiguous(), "numbers are found by the shape"
-    tile = _tile(dy_NO, IN, OUT)
-    tiles = E * triton.cdiv(OUT, tile["M"]) * triton.cdiv(IN, tile["P"])
+    tile = _tile(dy_NO.element_size(), IN, OUT)
+    tiles = E * cdiv(OUT, tile["M"]) * cdiv(IN, tile["P"])
     programs = min(tiles, (1 if tile["P"] == TILE_WEIGHTS[1] else 4) * multiprocessors(dy_NO.device))
     _weights_kernel[(programs,)](
         _blocks(dy_NO, tile["R"], tile["M"]), _blocks(x_NI, tile["R"], tile["P"]), dy_NO, x_NI, count_E, dw_EOI,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.ops.linear import AdapterRows, Weight
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 from accessory.ops.triton.grouped import product
 
 
@@ -187,9 +187,7 @@ def add_row_by_row(
     )  # fmt: skip
     slots = triton.next_power_of_2(R)
     rows = max(16, min(256, 4096 // slots))
-    _add_kernel[(triton.cdiv(O, rows), N)](
-        low_NR, b_SOR, number_N, y_NO, OUT=O, R=R, SLOTS=slots, ROWS=rows, num_warps=4
-    )
+    _add_kernel[(cdiv(O, rows), N)](low_NR, b_SOR, number_N, y_NO, OUT=O, R=R, SLOTS=slots, ROWS=rows, num_warps=4)
     return y_NO
 
 

@@ -22,7 +22,7 @@ from accessory.formats import GROUP
 from accessory.ops import double_quantization
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import ZERO_STEPS, Packed, nf4_table
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 from accessory.ops.triton.low_rank import adapter_number, beside, down_terms, up_terms
 from accessory.ops.triton.nibbles import (
     held_words,
@@ -252,7 +252,7 @@ def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
     """`ops.quantized.dequantize` in one pass over memory: (…, O, I) in `dtype`."""
     out = torch.empty(p.shape, dtype=dtype, device=p.data.device)
     n, block = p.data.numel(), 1024
-    _dequantize_kernel[(triton.cdiv(n, block),)](*pointers(p), out, n, IN=p.shape[-1], BLOCK=block, **constants(p))
+    _dequantize_kernel[(cdiv(n, block),)](*pointers(p), out, n, IN=p.shape[-1], BLOCK=block, **constants(p))
     return out
 
 
@@ -280,7 +280,7 @@ def linear(x_TI: Tensor, p: Packed) -> Tensor:
     x_TI = x_TI.contiguous()
     y_TO = torch.empty(T, OUT, dtype=x_TI.dtype, device=x_TI.device)
     tile = _tile(p, "linear", IN)
-    _linear_kernel[(triton.cdiv(OUT, tile["ROWS"]), T)](
+    _linear_kernel[(cdiv(OUT, tile["ROWS"]), T)](
         x_TI, *pointers(p), y_TO, OUT=OUT, IN=IN, **tile, **constants(p), **overlap(x_TI)
     )
     return y_TO
@@ -305,13 +305,13 @@ def decode_experts(
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
     up, down = _tile(w1, "up", D), _tile(w2, "down", F)
     terms, beside_them = up_terms(x_TD, w1_EFD, w3_EFD, expert_TK, first, adapter_T)
-    _up_kernel[(triton.cdiv(F, up["ROWS"]), T * K)](
+    _up_kernel[(cdiv(F, up["ROWS"]), T * K)](
         x_TD, *pointers(w1)[:4], *pointers(w3), *terms, expert_TK, h_NF, first, E,
         w1.data[0].numel(), w1.scale[0].numel(), D=D, F=F, K=K, **beside_them, **up, **constants(w1),
         **overlap(x_TD),
     )  # fmt: skip
     terms, beside_them = down_terms(h_NF, w2_EDF, expert_TK, first, adapter_T)
-    _down_kernel[(triton.cdiv(D, down["ROWS"]), T)](
+    _down_kernel[(cdiv(D, down["ROWS"]), T)](
         h_NF, *pointers(w2), *terms, expert_TK, weight_TK, y_TD, first, E,
         w2.data[0].numel(), w2.scale[0].numel(), D=D, F=F, K=K, **beside_them, **down, **constants(w2),
         **overlap(x_TD),

@@ -26,7 +26,7 @@ from accessory.limits import PAGE_SIZE
 from accessory.ops.attention import has_varlen, packed_attention
 from accessory.ops.paged_attention import PagedBatch, Pages
 from accessory.ops.quantized import FP8_LARGEST
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 # Stands for the largest score of no keys. Minus infinity would make NaN of the difference of two such.
@@ -259,7 +259,7 @@ def rotate_and_write(
     q_NHd, k_NGd, v_NGd = _rows(q_NHd), _rows(k_NGd), _rows(v_NGd)
     turned_NHd, turned_NGd = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHd, k_NGd))
     heads = min(HEADS_A_PROGRAM, triton.next_power_of_2(H))
-    _write_kernel[(N, 1 + triton.cdiv(H, heads))](
+    _write_kernel[(N, 1 + cdiv(H, heads))](
         q_NHd, k_NGd, v_NGd, torch.view_as_real(rotation_N1c), slot_N, *_pointers(pages), turned_NHd, turned_NGd,
         q_NHd.stride(0), k_NGd.stride(0), v_NGd.stride(0),
         H=H, G=G, d=d, HEADS=heads, GROUPS=triton.next_power_of_2(G), D=triton.next_power_of_2(d),
@@ -326,21 +326,21 @@ def _launch(
     rows = 2**62 if fixed and longest else max(longest, 1) * heads
     tile = tile_of(rows, D * q_NHd.element_size())
     M = max(tile.M, heads)
-    tiles = triton.cdiv(max(longest, 1), M // heads)
+    tiles = cdiv(max(longest, 1), M // heads)
     programs, processors = tiles * G * sequences, _processors(q_NHd.device)
     splits = splits_of(programs, processors, batch.longest_length, decode=longest == 0)
     least = LEAST_KEYS if programs >= processors else 1
     if fixed:
         # Without splits the kernel shares nothing, and with them each takes `least` keys: it never needs more.
-        least = max(FIXED_KEYS, PAGE_SIZE * triton.cdiv(batch.longest_length, PAGE_SIZE * MOST_SPLITS))
-        splits = 1 if longest else triton.cdiv(batch.longest_length, least)
+        least = max(FIXED_KEYS, PAGE_SIZE * cdiv(batch.longest_length, PAGE_SIZE * MOST_SPLITS))
+        splits = 1 if longest else cdiv(batch.longest_length, least)
     rows = (sequences if longest == 0 else len(q_NHd) - first) * H if splits > 1 else 0
     part_NHKd, top_NHK, total_NHK = (
         torch.empty(rows * splits * n, dtype=torch.float32, device=q_NHd.device) for n in (d, 1, 1)
     )
     _attend_kernel[(tiles, G * splits, sequences)](
         q_NHd, *_pointers(pages), batch.page_BP, batch.length_B, batch.query_C, y_NHd, part_NHKd, top_NHK, total_NHK,
-        q_NHd.stride(0), first, batch.page_BP.shape[1], splits, triton.cdiv(least, tile.KEYS),
+        q_NHd.stride(0), first, batch.page_BP.shape[1], splits, cdiv(least, tile.KEYS),
         math.log2(math.e) / d**0.5,
         G=G, R=R, d=d, S=PAGE_SIZE, M=M, KEYS=tile.KEYS, HEADS=heads, D=D,
         DECODE=longest == 0, SPLIT=splits > 1, FP8=pages.fp8, FIXED=fixed, num_warps=tile.warps, num_stages=tile.stages,
@@ -364,10 +364,10 @@ def splits_of(programs: int, processors: int, longest_length: int, decode: bool)
     Prompts are split only to keep the card busy: their parts are large.
     """
     if decode:
-        wanted = max(triton.cdiv(PROGRAMS_A_PROCESSOR * processors, programs), triton.cdiv(longest_length, MOST_KEYS))
+        wanted = max(cdiv(PROGRAMS_A_PROCESSOR * processors, programs), cdiv(longest_length, MOST_KEYS))
     else:
         wanted = max(1, processors // programs)
-    return min(wanted, triton.cdiv(longest_length, PAGE_SIZE), MOST_SPLITS)
+    return min(wanted, cdiv(longest_length, PAGE_SIZE), MOST_SPLITS)
 
 
 @cache

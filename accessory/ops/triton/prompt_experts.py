@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def gate(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     h_NF = torch.empty_like(gate_NF)
     block = 2048
     if h_NF.numel():
-        _gate_kernel[(triton.cdiv(h_NF.numel(), block),)](gate_NF, up_NF, h_NF, h_NF.numel(), BLOCK=block, num_warps=4)
+        _gate_kernel[(cdiv(h_NF.numel(), block),)](gate_NF, up_NF, h_NF, h_NF.numel(), BLOCK=block, num_warps=4)
     return h_NF
 
 
@@ -106,7 +106,7 @@ def combine(y_ND: Tensor, place_N: Tensor, weight_TK: Tensor, rows: Tensor) -> T
     out_TD = torch.empty(T, D, dtype=torch.float32, device=y_ND.device)
     cols = min(1024, triton.next_power_of_2(D))
     if T:
-        _combine_kernel[(T, triton.cdiv(D, cols))](
+        _combine_kernel[(T, cdiv(D, cols))](
             y_ND.contiguous(), place_N, weight_TK.contiguous(), rows, out_TD, T, D=D, K=K, COLS=cols, num_warps=4
         )
     return out_TD

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def turn(x_NHd: Tensor, rotation_Nc2: Tensor, back: bool) -> Tensor:
     out_NHd = torch.empty_like(x_NHd)
     if N:
         heads, pairs = min(16, triton.next_power_of_2(H)), triton.next_power_of_2(d // 2)
-        _turn_kernel[(N, triton.cdiv(H, heads))](
+        _turn_kernel[(N, cdiv(H, heads))](
             x_NHd, rotation_Nc2, out_NHd, H=H, c=d // 2, HEADS=heads, PAIRS=pairs, BACK=back, num_warps=4
         )
     return out_NHd

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.ops.triton.card import on_its_card
+from accessory.ops.triton.card import cdiv, on_its_card
 from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
 
 
@@ -48,7 +48,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     tokens = triton.next_power_of_2(T)
     rows, cols, warps = TILES[tokens]
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
-    _linear_kernel[(triton.cdiv(O, rows),)](
+    _linear_kernel[(cdiv(O, rows),)](
         x_TI, weight_OI, y_TO, T, OUT=O, IN=I, TOKENS=tokens, ROWS=rows, COLS=min(cols, triton.next_power_of_2(I)),
         num_warps=warps, **overlap(x_TI),
     )  # fmt: skip
