@@ -50,6 +50,7 @@ class Job:
     deterministic: bool = False  # measure that way of running too
     parts: Sequence[str] = ("lora",)
     recompute: bool = False
+    graphs: bool = True  # replay a training step's passes as CUDA graphs, where that is possible
     backward: bool = False  # of a layer
     data_parallel: DataParallel = "sdp"
     model_parallel_size: int = 1  # while training; else all ranks hold the model together

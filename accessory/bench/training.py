@@ -57,6 +57,7 @@ def add(
         step = make()
         step()
         free(job.device)
+        step()  # again, because the second one may record a graph
         seconds = seconds_of(step, job.device, rounds=ROUNDS, warm=1)
     except Exception as error:
         if not peer:
@@ -92,7 +93,7 @@ def _ours(job: Job, implementation: Implementation, format: str, part: str, batc
     decoder = job.build(job.spec(format, implementation, args), training)
     if part == "passes":
         decoder.cast(job.dtype)
-    trainer = Trainer(decoder, job.mesh, LossWeights(args.load_balancing_weight), clip=2.0)
+    trainer = Trainer(decoder, job.mesh, LossWeights(args.load_balancing_weight), clip=2.0, graphs=job.graphs)
     rows = random_batch(args, batch, job.tokens[0])
     if part != "passes":
         return lambda: trainer.step([rows], 1e-5)

@@ -69,6 +69,7 @@ def bench(options: argparse.Namespace) -> int:
         deterministic=options.deterministic or False,
         parts=options.part or [],
         recompute=options.recompute,
+        graphs=not options.no_graphs,
         backward=options.backward,
         data_parallel=options.data_parallel or "sdp",
         model_parallel_size=options.model_parallel_size or 1,

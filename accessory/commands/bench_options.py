@@ -48,6 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tokens": {"decode": [48], "layer": [1, 4, 8, 16, 64, 256, 512, 2048, 4096, 16384], "train": [2048]},
     "part": {"train": ["lora"]},
     "recompute": {"train": False},
+    "no_graphs": {"train": False},
     "backward": {"layer": False},
     "data_parallel": {"train": "sdp"},
     "model_parallel_size": {"train": 1},
@@ -113,6 +114,7 @@ def _network_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--part", nargs="+", choices=PARTS, metavar="PART", help=about)
     about = "train: compute layers again in backward"
     bench.add_argument("--recompute", action="store_true", default=None, help=about)
+    bench.add_argument("--no-graphs", action="store_true", default=None, help="train: passes without CUDA graphs")
     bench.add_argument("--backward", action="store_true", default=None, help="layer: forward and backward")
     about = "train, on several ranks: as in a recipe (default: sdp)"
     bench.add_argument("--data-parallel", choices=("sdp", "fsdp"), help=about)

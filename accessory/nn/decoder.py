@@ -176,10 +176,11 @@ class Decoder(ImageTokens):
         sees only the earlier tokens with its document number (for packed batches, or for padding with its own number);
         each document is contiguous. `SharedRows` where ranks share rows. statistics: collect router statistics.
         counted_BT (bool): the tokens that enter them. rows_N: return the logits of these rows of the flattened batch
-        only, (N, V). label_N: the tokens that follow at these rows: return the sum of their cross-entropy instead of
-        logits. images: the encoders' features, or their image tokens. These replace the positions with `IMAGE_ID`, in
-        the order of the flattened batch; there must be as many as such positions. adapters: which of several adapters
-        each token of the flattened batch takes; None: no token takes one.
+        only, (N, V). label_N: the tokens that follow at these rows, or at all, negative where none is learnt: return
+        the sum of their cross-entropy instead of logits. images: the encoders' features, or their image tokens. These
+        replace the positions with `IMAGE_ID`, in the order of the flattened batch; there must be as many as such
+        positions. adapters: which of several adapters each token of the flattened batch takes; None: no token takes
+        one.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -211,7 +212,7 @@ class Decoder(ImageTokens):
         if label_N is None:
             return DecoderOutput(self.output(h, adapters), router)
         trained = [p for p in self.output.parameters() if p.requires_grad]
-        loss = head_cross_entropy_sum(h, label_N, self.output, trained, self.args.vocab_size)
+        loss = head_cross_entropy_sum(h.reshape(-1, h.shape[-1]), label_N, self.output, trained, self.args.vocab_size)
         return DecoderOutput(h.new_empty(0), router, loss)
 
 

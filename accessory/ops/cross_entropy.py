@@ -28,7 +28,8 @@ def head_cross_entropy_sum(
     """Σ_n -log softmax(head(h_n))[label_n], () fp32. The sum is computed in fp32 for logits of any dtype.
 
     head: maps (R, D) to logits (R, V), which it does not keep, and which may be written over. parameters: what it
-    reads that gets gradients. Every row counts: pick the rows to train on before the call. `backward` works once.
+    reads that gets gradients. Rows with a negative label add nothing, but the head multiplies them. `backward` works
+    once.
     """
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
     return _HeadCrossEntropySum.apply(h_ND, label_N, head, rows, torch.is_grad_enabled(), *parameters)
@@ -70,18 +71,22 @@ class _HeadCrossEntropySum(torch.autograd.Function):
 
 
 def cross_entropy(logits_RV: Tensor, label_R: Tensor, *, gradient: bool) -> Tensor:
-    """Σ_r -log softmax(logits_r)[label_r], () fp32. gradient: that of the logits takes their place."""
+    """Σ_r -log softmax(logits_r)[label_r], () fp32. gradient: that of the logits takes their place.
+
+    Rows with a negative label add nothing, and have no gradient.
+    """
     kernel = dispatch.find(dispatch.over_tokens("cross_entropy", logits_RV))
     if kernel is not None:
         return kernel.load()(logits_RV, label_R, gradient)
     total = torch.zeros((), dtype=torch.float32, device=logits_RV.device)
     for start in range(0, len(logits_RV), ROWS):
         wide_RV = logits_RV[start : start + ROWS].float()
-        label_R1 = label_R[start : start + ROWS, None]
+        label_R1 = label_R[start : start + ROWS, None].clamp_min(0)
+        counts_R1 = label_R[start : start + ROWS, None] >= 0
         lse_R1 = wide_RV.logsumexp(-1, keepdim=True)
-        total += (lse_R1 - wide_RV.gather(1, label_R1)).sum()
+        total += (lse_R1 - wide_RV.gather(1, label_R1)).where(counts_R1, 0.0).sum()
         if gradient:
             p_RV = wide_RV.softmax(-1)  # more exact than exp(logits - lse), which rounds a difference first
             p_RV.scatter_add_(1, label_R1, torch.full_like(lse_R1, -1.0))
-            logits_RV[start : start + ROWS] = p_RV
+            logits_RV[start : start + ROWS] = p_RV.where(counts_R1, 0.0)
     return total

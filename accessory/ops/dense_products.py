@@ -124,33 +124,38 @@ def sum_of_terms(terms: Sequence[Term], count_E: Tensor, *, back: bool) -> Tenso
 
 
 def grouped_weight_gradient(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, *, adds: bool = True
 ) -> Tensor:
     """The gradient of `grouped_dense`'s weights, Σ over each expert's rows: (E, O, I) in `dtype`.
 
-    add_to: a contiguous gradient on top of which it is written; it is returned. An expert without rows gets zeros.
+    out: a contiguous gradient on top of which it is written, or, without `adds`, in its place; it is returned. An
+    expert without rows gets zeros.
     """
     # The stack of weights stands for its gradient, which has its shape.
     like = x_NI.new_empty(0).expand(len(count_E), dy_NO.shape[1], 0)
     found = dispatch.product("grouped_weights", dy_NO, like, len(dy_NO))._replace(in_features=x_NI.shape[1])
-    return dispatch.choose(found).load()(dy_NO, x_NI, count_E, dtype, add_to)
+    return dispatch.choose(found).load()(dy_NO, x_NI, count_E, dtype, out, adds)
 
 
 def grouped_mm_weights(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None, adds: bool
 ) -> Tensor:
     """torch's grouped product."""
     dw_EOI = F.grouped_mm(dy_NO.t(), x_NI, offs=count_E.cumsum(0).to(torch.int32))
-    return dw_EOI.to(dtype) if add_to is None else add_to.add_(dw_EOI)
+    if out is None:
+        return dw_EOI.to(dtype)
+    return out.add_(dw_EOI) if adds else out.copy_(dw_EOI)
 
 
 def grouped_loop_weights(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None, adds: bool
 ) -> Tensor:
     *runs, _ = by_expert(dy_NO, count_E)
     *inputs, _ = by_expert(x_NI, count_E)
-    if add_to is None:
-        add_to = x_NI.new_zeros(len(count_E), dy_NO.shape[1], x_NI.shape[1], dtype=dtype)
-    for dw_OI, dy, x in zip(add_to.unbind(), runs, inputs, strict=True):
+    if out is None:
+        out = x_NI.new_zeros(len(count_E), dy_NO.shape[1], x_NI.shape[1], dtype=dtype)
+    elif not adds:
+        out.zero_()
+    for dw_OI, dy, x in zip(out.unbind(), runs, inputs, strict=True):
         dw_OI.add_(dy.t() @ x)
-    return add_to
+    return out

@@ -28,6 +28,8 @@ from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
 from accessory.ops.quantized_products import dequantized_for_products, packed_backward, packed_forward
 
+_OPS: Sequence[dispatch.Op] = ("grouped", "grouped_backward", "grouped_weights")
+MANY = 2**20  # rows: kernels for few rows need the host less than those for many
 STACKS = 3  # w1, w2, w3
 FIELDS = 4  # of each: the dense weight, the bias, A and B
 
@@ -143,6 +145,17 @@ class _Experts(torch.autograd.Function):
         return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *found.gradients
 
 
+def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[Weight]) -> bool:
+    """Whether both passes run without the host learning the routing. A CUDA graph needs that."""
+    return all(
+        dispatch.choose(dispatch.product(op, torch.empty(0, device=device, dtype=dtype), stack, MANY)).host_free
+        for w in weights
+        for stack in (w.weight, w.lora_a, w.lora_b)
+        if stack is not None
+        for op in (_OPS if isinstance(stack, Tensor) else _OPS[:2])
+    )
+
+
 def gate_backward(
     gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,11 +207,14 @@ class _Gradients:
             return
         parameter = self.fields[at]
         assert parameter is not None
+        dtype = _dtype_of_gradient(parameter)
         if _takes_sums(parameter):
             # Written on top of the earlier micro-batches' gradient: autograd would make one and add it.
-            grouped_weight_gradient(dy_NO, x_NI, self.count_E, _dtype_of_gradient(parameter), parameter.grad)
+            adds = not getattr(parameter, "gradient_is_stale", False)
+            grouped_weight_gradient(dy_NO, x_NI, self.count_E, dtype, parameter.grad, adds=adds)
+            parameter.gradient_is_stale = False  # type: ignore[attr-defined]
         else:
-            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, self.count_E, _dtype_of_gradient(parameter))
+            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, self.count_E, dtype)
 
 
 def _takes_sums(parameter: Tensor) -> bool:

@@ -41,7 +41,7 @@ def _on_all_ranks(trainer: Trainer, items: set[int]) -> list[int]:
 def _at_fault(trainer: Trainer, batch: Batch) -> list[int]:
     labels = batch.labels_BT.flatten()
     rows_N = (labels != IGNORED).nonzero().squeeze(1)
-    logits_NV = trainer.forward(batch, rows_N, None, statistics=False).logits
+    logits_NV = trainer.forward(trainer.inputs(batch), statistics=False, logits=True).logits
     label_N = labels[rows_N].to(logits_NV.device)
     loss_N = torch.cat(
         [

@@ -19,6 +19,7 @@ from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loop import TrainingLoop
 from accessory.train.memory import explained_memory
+from accessory.train.passes import GraphedPasses
 from accessory.train.preparation import Prepared, prepare
 from accessory.train.recorder import open_recorder
 from accessory.train.resume import StateSaver
@@ -100,7 +101,7 @@ def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, dev
     decoder = build(source.network, mesh, device=device, dtype=dtype, training=source.training, progress=mesh.first)
     tower = build_tower(source.network, device=device, dtype=dtype, progress=mesh.first) if source.views else None
     weights = LossWeights(source.args.load_balancing_weight, config.z_loss_weight, config.global_batch_statistics)
-    return Trainer(
+    trainer = Trainer(
         decoder,
         mesh,
         weights,
@@ -109,7 +110,14 @@ def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, dev
         tower=tower,
         optimizer=config.optimizer,
         offload=config.offload,
+        graphs=source.kind.peft if config.cuda_graphs is None else config.cuda_graphs,
     )
+    if config.cuda_graphs and mesh.first and not isinstance(trainer.passes, GraphedPasses):
+        log.warning(
+            "cuda_graphs: passes run as they are, since CUDA graphs need a GPU, 16 bits, one data-parallel rank and no "
+            "images, and with several model-parallel ranks the sparse implementation"
+        )
+    return trainer
 
 
 def _summary(source: Source, trainer: Trainer, data: TrainingData) -> str:

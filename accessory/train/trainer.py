@@ -21,21 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accessory.data.batches import Batch
-from accessory.nn.decoder import Decoder
-from accessory.ops.attention import Documents
+from accessory.data.batches import IGNORED, Batch
+from accessory.nn.decoder import Decoder, DecoderOutput
 from accessory.ops.routing import RouterStatistics, balance_loss
-from accessory.ops.shared_rows import SharedRows
 from accessory.parallel.fsdp import finish_gradients, squared_norm
 from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.mesh import DeviceMesh, Ranks, sum_over
 from accessory.planner.setup import Offload, OptimizerKind
 from accessory.train.optim import LossScale, make_optimizer
+from accessory.train.passes import GraphedPasses, Inputs, Passes, can_be_graphs, inputs_of
 
 if TYPE_CHECKING:
     from accessory.nn.vision import Features, VisionTower
-
-IGNORED = -100
 
 
 class NotFiniteError(Exception):
@@ -57,7 +54,8 @@ class Trainer:
     Every rank calls the methods. Data-parallel ranks bring different batches, model-parallel ranks the same ones, and
     ranks that share rows their parts of the same one.
 
-    Attributes: `named`, the (name, parameter) pairs that are trained; `tower`, the image encoders, or None.
+    Attributes: `named`, the (name, parameter) pairs that are trained; `tower`, the image encoders, or None. graphs:
+    replay the passes as CUDA graphs, where the network and the ranks let it.
     """
 
     def __init__(
@@ -71,6 +69,7 @@ class Trainer:
         tower: VisionTower | None = None,
         optimizer: OptimizerKind = "adamw",
         offload: Offload = "none",
+        graphs: bool = False,
     ) -> None:
         self.decoder, self.mesh, self.weights, self.clip, self.tower = decoder, mesh, weights, clip, tower
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
@@ -78,6 +77,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.named, weight_decay, kind=optimizer, offload=offload, wholes=wholes)
         self.device = next(decoder.parameters()).device
         self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
+        self.sums = Sums(decoder.args.n_layers, decoder.args.moe.num_experts, self.device)
+        graphs = graphs and can_be_graphs(decoder, mesh, images=tower is not None)
+        self.passes = GraphedPasses(self._backward, decoder, self.named) if graphs else Passes(self._backward)
 
     def step(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
         """Make one step of `batches`, this rank's micro-batches; returns a record with keys that `train.metrics` names.
@@ -85,8 +87,9 @@ class Trainer:
         Raises NotFiniteError, on all ranks alike, before any parameter is touched.
         """
         began = time.perf_counter()
-        record = self.forward_backward(batches)
-        norm = math.sqrt(float(squared_norm(self.decoder, self.mesh))) / self.loss_scale.value
+        totals = self._all_passes(batches)
+        record, squares = self.sums.record(self.mesh, totals, squared_norm(self.decoder, self.mesh))
+        norm = math.sqrt(squares) / self.loss_scale.value
         finite = math.isfinite(norm)
         if not math.isfinite(record["loss"]) or (not finite and not self.loss_scale.dynamic):
             self.optimizer.zero_grad()
@@ -110,15 +113,24 @@ class Trainer:
 
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Compute the step's gradients, complete on every rank; returns the part of the record about the loss."""
+        totals = self._all_passes(batches)
+        return self.sums.record(self.mesh, totals)[0]
+
+    def _all_passes(self, batches: Sequence[Batch]) -> Totals:
+        """The gradients of all micro-batches, and in `sums` what the record will tell."""
         self.decoder.train()
         totals = self._totals(batches)
-        sums = Sums(self.decoder.args.n_layers, self.decoder.args.moe.num_experts, self.device)
-        for batch, counted in zip(batches, totals.counted, strict=True):
-            loss = self.loss(batch, totals, counted, sums)
-            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
-            (loss * (self.mesh.data_size * self.loss_scale.value)).backward()
+        self.sums.clear()
+        self.passes.begin()
+        factors = self._factors(totals)
+        for batch, factors_5 in zip(batches, factors.unbind(), strict=True):
+            self.passes.run(batch, factors_5, self.device, self.mesh.context, self._features(batch))
         finish_gradients(self.decoder, self.mesh)
-        return sums.record(self.mesh, totals)
+        return totals
+
+    def _backward(self, inputs: Inputs) -> None:
+        """Add a micro-batch's gradients."""
+        self.loss(inputs).mul(inputs.factors[4]).backward()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -126,24 +138,30 @@ class Trainer:
         self.decoder.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
-            rows_N, label_N = _learnt(batch)
-            out = self.forward(batch, rows_N, label_N, statistics=False)
-            sums += torch.stack([out.loss, sums.new_tensor(len(rows_N))])
+            inputs = self.inputs(batch)
+            out = self.forward(inputs, statistics=False)
+            assert out.loss is not None
+            sums += torch.stack([out.loss, sums.new_tensor(len(inputs.label_N))])
         self.mesh.sum_over_data(sums)
         return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
-    def forward(self, batch: Batch, rows_N: Tensor, label_N: Tensor | None, statistics: bool) -> Any:
-        """The decoder's output for a batch: the loss over the flattened positions `rows_N` with the labels there, or,
-        without labels, their logits (N, vocabulary)."""
+    def inputs(self, batch: Batch, factors: Tensor | None = None) -> Inputs:
+        """A micro-batch on the device, with its images. factors: see `loss`, which needs them."""
+        factors = torch.ones(5) if factors is None else factors
+        inputs = inputs_of(batch, factors, self.mesh.context).to(self.device)
+        return inputs._replace(images=self._features(batch))
+
+    def forward(self, inputs: Inputs, statistics: bool, logits: bool = False) -> DecoderOutput:
+        """The decoder's output for a micro-batch: the loss over its learnt rows, or their logits (N, vocabulary)."""
         return self.decoder(
-            batch.tokens_BT.to(self.device, non_blocking=True),
-            batch.positions_BT.to(self.device, non_blocking=True),
-            documents_BT=_documents(batch, self.mesh.context, self.device),
-            counted_BT=batch.counted_BT.to(self.device, non_blocking=True),
+            inputs.tokens_BT,
+            inputs.positions_BT,
+            documents_BT=inputs.documents,
+            counted_BT=inputs.counted_BT,
             statistics=statistics,
-            rows_N=rows_N.to(self.device, non_blocking=True),
-            label_N=None if label_N is None else label_N.to(self.device, non_blocking=True),
-            images=self._features(batch),
+            rows_N=inputs.rows_N,
+            label_N=None if logits else inputs.label_N,
+            images=inputs.images,
         )
 
     def _features(self, batch: Batch) -> Features | None:
@@ -160,31 +178,44 @@ class Trainer:
         counted = [float((batch.whole or batch).counted_BT.sum()) for batch in batches]
         learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
         numbers = torch.tensor([learnt, *own], dtype=torch.float64)
-        summed = self.mesh.sum_over_data(numbers.to(self.device)).tolist()
+        alone = self.mesh.data is None  # then nothing waits for the device
+        summed = (numbers if alone else self.mesh.sum_over_data(numbers.to(self.device))).tolist()
         return Totals(learnt=summed[0], counted=counted, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
 
-    def loss(self, batch: Batch, totals: Totals, counted: float, sums: Sums) -> Tensor:
+    def _factors(self, totals: Totals) -> Tensor:
+        """What `loss` needs of a step, for each of its micro-batches: (micro-batches, 5) fp32, on the CPU."""
+        together = self._together()
+        rows = []
+        for own, on_all in zip(totals.counted, totals.counted_on_all, strict=True):
+            share = (on_all if self.weights.global_statistics else own) / max(totals.all_counted, 1.0)
+            logged = share / (1 if together is None else together.size)
+            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
+            scale = self.mesh.data_size * self.loss_scale.value
+            rows.append([max(totals.learnt, 1.0), share, max(totals.all_counted, 1.0), logged, scale])
+        return torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+
+    def _together(self) -> Ranks | None:
+        """The ranks whose tokens have one balance loss. Each has its value; its gradient is this rank's part."""
+        return self.mesh.data if self.weights.global_statistics else self.mesh.context
+
+    def loss(self, inputs: Inputs) -> Tensor:
         """This rank's part of the step's loss: cross-entropy, balance and z-loss, each with its weight.
 
-        counted: the tokens of the batch that the router statistics count, on all ranks that share its rows. sums: take
-        in what the record will tell.
+        `inputs.factors`: the step's learnt tokens; this micro-batch's share of the step's counted tokens; these tokens;
+        the share that the record takes; what the loss is multiplied by. They are a tensor, so that a CUDA graph can
+        hold the loss. `sums` takes in what the record will tell.
         """
-        rows_N, label_N = _learnt(batch)
-        out = self.forward(batch, rows_N, label_N, statistics=True)
-        ce, statistics, logged = out.loss, out.router, 1.0
-        together = self.mesh.data if self.weights.global_statistics else self.mesh.context
+        learnt, share, all_counted, logged, _ = inputs.factors.unbind()
+        out = self.forward(inputs, statistics=True)
+        assert out.loss is not None
+        ce, statistics, together = out.loss, out.router, self._together()
         if together is not None:
-            # Every rank has the balance loss of all their tokens; its gradient is this rank's part.
             statistics = [_over_ranks(s, together) for s in out.router]
-            logged = 1.0 / together.size
-        if self.weights.global_statistics:
-            counted = totals.counted_on_all[sums.parts]
-        share = counted / max(totals.all_counted, 1.0)
         balance = balance_loss(statistics)
-        z = torch.stack([s.z for s in out.router]).mean() / max(totals.all_counted, 1.0)
+        z = torch.stack([s.z for s in out.router]).mean() / all_counted
         per_layer = torch.stack([balance_loss([s]).detach() for s in statistics])
-        sums.add(ce.detach(), z.detach(), out.router, per_layer * (share * logged))
-        loss = ce / max(totals.learnt, 1.0) + self.weights.balance * share * balance
+        self.sums.add(ce.detach(), z.detach(), out.router, per_layer * logged)
+        loss = ce / learnt + self.weights.balance * share * balance
         return loss + self.weights.z * z if self.weights.z else loss
 
     def _memory(self) -> float:
@@ -214,18 +245,23 @@ class Sums:
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, z
         self.layers = torch.zeros(layers, experts + 2, dtype=torch.float64, device=device)  # counts, entropy, balance
-        self.parts = 0
+
+    def clear(self) -> None:
+        """A step begins."""
+        self.scalars.zero_(), self.layers.zero_()
 
     def add(self, ce: Tensor, z: Tensor, router: Sequence[RouterStatistics], balance_L: Tensor) -> None:
-        self.parts += 1
         self.scalars += torch.stack([ce, z])
         counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
         self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
 
-    def record(self, mesh: DeviceMesh, totals: Totals) -> dict[str, Any]:
-        numbers = mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()])).cpu()
+    def record(self, mesh: DeviceMesh, totals: Totals, squares: Tensor | None = None) -> tuple[dict[str, Any], float]:
+        """(the part of the record about the loss, `squares`): the host waits for the device once, for both."""
+        summed = mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()]))
+        more = [] if squares is None else [squares.double().reshape(1)]
+        numbers = torch.cat([summed, *more]).cpu()
         ce, z = numbers[:2].tolist()
-        rows = numbers[2:].view(self.layers.shape)
+        rows = numbers[2 : 2 + self.layers.numel()].view(self.layers.shape)
         share_LE = rows[:, :-2] / rows[:, :-2].sum(1, keepdim=True).clamp_min(1.0)
         entropy_L, balance_L = rows[:, -2] / max(totals.all_counted, 1.0), rows[:, -1]
         return {
@@ -239,32 +275,7 @@ class Sums:
                 "largest": share_LE.max(1).values.tolist(),
                 "share": share_LE.tolist(),
             },
-        }
-
-
-def _learnt(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N,) positions in the flattened batch whose next token is learnt, and (N,) that token.
-
-    They are found on the CPU, where the batch lies, so that nothing waits for a GPU.
-    """
-    labels = batch.labels_BT.flatten()
-    rows_N = (labels != IGNORED).nonzero().squeeze(1)
-    return rows_N, labels[rows_N]
-
-
-def _documents(batch: Batch, context: Ranks | None, device: torch.device) -> Documents | SharedRows | None:
-    """None where every row is one document and padding behind it: plain causal attention will do.
-
-    context: the ranks that share the rows, if any.
-    """
-    if context is not None:
-        assert batch.whole is not None, "a rank has a part of each row"
-        return SharedRows.of(batch.whole.documents_BT, context.rank, context.size).to(device)
-    number_BT = batch.documents_BT
-    counted = batch.counted_BT
-    if bool((number_BT.where(counted, number_BT[:, :1]) == number_BT[:, :1]).all()):
-        return None
-    return Documents.of(number_BT).to(device)
+        }, float(numbers[-1])
 
 
 class _SumOverRanks(torch.autograd.Function):

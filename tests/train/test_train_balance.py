@@ -19,7 +19,7 @@ from accessory.nn.decoder import Decoder, init_weights
 from accessory.parallel.fsdp import apply_fsdp
 from accessory.parallel.local_shard import local, local_tensors
 from accessory.parallel.mesh import DeviceMesh
-from accessory.train.trainer import LossWeights, Sums, Trainer
+from accessory.train.trainer import LossWeights, Trainer
 
 IMPLEMENTATIONS = ["base", "sparse"]
 E, K = 4, 2
@@ -277,11 +277,11 @@ def test_gradients_of_the_whole_loss_are_finite_differences(implementation, peft
 @torch.no_grad()
 def loss_of(trainer, micro):
     """The step's loss, and how many tokens each expert of each layer and micro-batch got."""
-    totals, loss, counts = trainer._totals(micro), 0.0, []
-    for part, counted in zip(micro, totals.counted, strict=True):
-        sums = Sums(trainer.decoder.args.n_layers, trainer.decoder.args.moe.num_experts, trainer.device)
-        loss += float(trainer.loss(part, totals, counted, sums))
-        counts.append(sums.layers[:, :-2])
+    loss, counts = 0.0, []
+    for part, factors in zip(micro, trainer._factors(trainer._totals(micro)), strict=True):
+        trainer.sums.clear()
+        loss += float(trainer.loss(trainer.inputs(part, factors)))
+        counts.append(trainer.sums.layers[:, :-2].clone())
     return loss, torch.stack(counts)
 
 

@@ -19,7 +19,8 @@ LEAST = tl.constexpr(-3.0e38)  # instead of an infinity, whose difference from i
 def _cross_entropy_kernel(
     logits_ptr, label_ptr, loss_ptr, V: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    """loss = log Σ exp(logits) - logits[label], and softmax(logits) - onehot(label) over the logits."""
+    """loss = log Σ exp(logits) - logits[label], and softmax(logits) - onehot(label) over the logits. A negative label:
+    zeros."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     col = tl.arange(0, COLS)
@@ -33,13 +34,14 @@ def _cross_entropy_kernel(
     largest = tl.max(most, 0)
     total_of_all = tl.sum(total * tl.exp(most - largest), 0)
     label = tl.load(label_ptr + row)
-    chosen = tl.load(logits_ptr + label).to(tl.float32)
-    tl.store(loss_ptr + row, largest - chosen + tl.log(total_of_all))
+    chosen = tl.load(logits_ptr + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(label < 0, 0.0, largest - chosen + tl.log(total_of_all)))
     if GRADIENT:
         for start in range(0, V, COLS):
             held = start + col < V
             x = tl.load(logits_ptr + start + col, mask=held, other=float("-inf")).to(tl.float32)
             p = tl.exp(x - largest) / total_of_all - (start + col == label).to(tl.float32)
+            p = tl.where(label < 0, 0.0, p)
             tl.store(logits_ptr + start + col, p.to(logits_ptr.dtype.element_ty), mask=held)
 
 

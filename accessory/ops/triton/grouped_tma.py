@@ -199,21 +199,22 @@ def sum_of_terms(count_E: Tensor, terms: Sequence[Term], back: bool) -> Tensor:
 
 @on_its_card
 def weight_gradient(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, adds: bool = True
 ) -> Tensor:
     """The gradient of `product`'s weights, Σ over each expert's rows: (E, O, I) in `dtype`, summed in fp32.
 
-    add_to: a contiguous gradient on top of which it is written; it is returned. An expert without rows gets zeros.
+    out: a contiguous gradient on top of which it is written, or, without `adds`, in its place; it is returned. An
+    expert without rows gets zeros.
     """
     dy_NO, x_NI = dy_NO.contiguous(), x_NI.contiguous()
     (_, OUT), IN, E = dy_NO.shape, x_NI.shape[1], len(count_E)
-    dw_EOI = torch.empty(E, OUT, IN, dtype=dtype, device=dy_NO.device) if add_to is None else add_to
+    dw_EOI = torch.empty(E, OUT, IN, dtype=dtype, device=dy_NO.device) if out is None else out
     assert dw_EOI.is_contiguous(), "numbers are found by the shape"
     tile = _tile(dy_NO.element_size(), IN, OUT)
     tiles = E * cdiv(OUT, tile["M"]) * cdiv(IN, tile["P"])
     programs = min(tiles, (1 if tile["P"] == TILE_WEIGHTS[1] else 4) * multiprocessors(dy_NO.device))
     _weights_kernel[(programs,)](
         _blocks(dy_NO, tile["R"], tile["M"]), _blocks(x_NI, tile["R"], tile["P"]), dy_NO, x_NI, count_E, dw_EOI,
-        OUT=OUT, IN=IN, E=E, SLOTS=slots(E), ADDS=add_to is not None, WAITS=permutes(), PROGRAMS=programs, **tile,
+        OUT=OUT, IN=IN, E=E, SLOTS=slots(E), ADDS=out is not None and adds, WAITS=permutes(), PROGRAMS=programs, **tile,
     )  # fmt: skip
     return dw_EOI
