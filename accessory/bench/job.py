@@ -53,6 +53,7 @@ class Job:
     graphs: bool = True  # replay a training step's passes as CUDA graphs, where that is possible
     backward: bool = False  # of a layer
     data_parallel: DataParallel = "sdp"
+    gradient_dtype: torch.dtype = torch.float32  # of trained weights
     model_parallel_size: int = 1  # while training; else all ranks hold the model together
     peers: Sequence[str] = ()
     gpt_fast: Path | None = None

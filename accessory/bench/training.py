@@ -77,6 +77,7 @@ def what_of(job: Job, part: str, batch: int, tokens: int, format: str) -> str:
     ways: list[str] = [job.data_parallel] if job.size > job.model_parallel_size else []
     ways += [f"tp {job.model_parallel_size}"] if job.model_parallel_size > 1 else []
     ways += ["recomputing"] if job.recompute else []
+    ways += ["gradients in bf16"] if job.gradient_dtype == torch.bfloat16 else []
     return ", ".join([f"{name}, {batch} × {tokens}", *ways])
 
 
@@ -89,6 +90,7 @@ def _ours(job: Job, implementation: Implementation, format: str, part: str, batc
         adapters=adapter_specs_for(args) if lora else {},
         checkpointing=job.recompute,
         data_parallel=job.data_parallel,
+        gradient_dtype=job.gradient_dtype,
     )
     decoder = job.build(job.spec(format, implementation, args), training)
     if part == "passes":

@@ -52,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "backward": {"layer": False},
     "data_parallel": {"train": "sdp"},
     "model_parallel_size": {"train": 1},
+    "gradient_dtype": {"train": "fp32"},
     "kernels": {"decode": False},
     "deterministic": {"decode": False, "prefill": False},
     "vs": dict.fromkeys(_NETWORK),
@@ -118,6 +119,8 @@ def _network_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--backward", action="store_true", default=None, help="layer: forward and backward")
     about = "train, on several ranks: as in a recipe (default: sdp)"
     bench.add_argument("--data-parallel", choices=("sdp", "fsdp"), help=about)
+    about = "train: of trained weights' gradients (default: fp32)"
+    bench.add_argument("--gradient-dtype", choices=("fp32", "bf16"), help=about)
     about = "train: ranks that hold the model together (default: 1)"
     bench.add_argument("--model-parallel-size", type=int, metavar="N", help=about)
     about = "decode: the kernels of a step, with the time of each"

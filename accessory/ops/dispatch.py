@@ -186,6 +186,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("grouped", "quantized_products:expert_by_expert", _ANY_FORMAT, _CPU, host_free=False),
     Kernel("grouped_backward", "triton.packed_grouped:gradient", _TRITON_FORMATS, _CUDA, _AMPERE, _16_BITS,
            rows_an_expert=limits.TILED_ROWS_AN_EXPERT, triton=True),
+    Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, _AMPERE, _BF16,
+           multiple=8),
     Kernel("grouped_backward", "quantized_products:dequantized_grouped_backward", _ANY_FORMAT, _CUDA, host_free=False),
     Kernel("grouped_backward", "quantized_products:expert_by_expert_backward", _ANY_FORMAT, _CPU, host_free=False),
     Kernel("grouped_backward", "triton.grouped_tma:gradient", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,

@@ -160,7 +160,12 @@ def linear(
             return add_adapters(y_TO, x_TI, weight, adapters).view(y.shape)
         if weight.lora_a is None or weight.lora_b is None:
             return y
-        return y + linear(weight.scaled(linear(x, weight.lora_a)), weight.lora_b)
+        low = weight.scaled(linear(x, weight.lora_a))
+        if not x.is_cuda or dispatch.fixed():
+            return y + linear(low, weight.lora_b)
+        # Added by the product itself, which spares a pass over y.
+        b_Or = weight.lora_b.to(x.dtype)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b_Or.t()).view(y.shape)
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if isinstance(weight, Packed):
         y = packed_linear(x, weight)

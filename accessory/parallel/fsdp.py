@@ -41,10 +41,11 @@ def apply_fsdp(
     """Cut a network's parameters (on the meta device or filled) over the data-parallel ranks.
 
     sdp: trained parameters are sharded, with their gradients and optimiser states, and stay whole from forward to
-    backward; frozen parameters are not sharded. fsdp: all parameters are sharded, and are whole only while a layer
-    runs. gradient_dtype: in which gradients are summed.
+    backward; frozen parameters are not sharded. Adapters are small, so every rank has them whole, and nothing is
+    gathered. fsdp: all parameters are sharded, and are whole only while a layer runs. gradient_dtype: in which the
+    gradients are summed.
     """
-    if mesh.data is None:
+    if mesh.data is None or (mode == "sdp" and mesh.experts is None and _adapters_alone(decoder)):
         return
     alone = _small(decoder)
     if mode == "sdp":
@@ -76,6 +77,13 @@ def apply_fsdp(
             shard(its_experts, mesh.experts_mesh)
         shard(layer, mesh.fsdp_mesh)
     shard(decoder, mesh.fsdp_mesh)
+
+
+def _adapters_alone(decoder: Decoder) -> bool:
+    """Whether nothing is trained but adapters, norms and routers."""
+    small = _small(decoder)
+    trained = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
+    return all("lora_" in name or name.endswith("bias") or p in small for name, p in trained)
 
 
 def _small(decoder: Decoder) -> set[nn.Parameter]:

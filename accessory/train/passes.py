@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from accessory.data.batches import IGNORED, Batch
 from accessory.nn.decoder import Decoder
@@ -181,7 +182,9 @@ def can_be_graphs(decoder: Decoder, mesh: DeviceMesh, *, images: bool) -> bool:
     """Whether passes of this network can be recorded: no rank waits for another but in a sum, and nothing waits for the
     host. FSDP2 gathers parameters around the passes, images come in any number."""
     device = next(decoder.parameters()).device
-    if not possible(device) or mesh.data is not None or images:
+    if not possible(device) or mesh.context is not None or mesh.experts is not None or images:
+        return False
+    if any(isinstance(p, DTensor) for p in decoder.parameters()):
         return False
     experts = [module for module in decoder.modules() if isinstance(module, StackedExperts)]
     return all(e.held is None and runs_host_free(e.products_in, device, e.all_weights(False)) for e in experts)

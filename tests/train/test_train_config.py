@@ -28,7 +28,7 @@ def test_the_defaults_are_the_ones_agreed_on():
         "weight_decay": 0.0, "clip_grad": 2.0, "load_balancing_weight": None, "z_loss_weight": 0.0,
         "global_batch_statistics": False, "lora_rank": None, "lora_alpha": None, "lora_targets": None,
         "bias_tuning": None, "norm_tuning": None, "train_router": False, "model_parallel_size": 1,
-        "context_parallel_size": 1, "expert_parallel_size": 1,
+        "context_parallel_size": 1, "expert_parallel_size": 1, "cuda_graphs": None,
         "data_parallel": "sdp", "precision": "bf16", "checkpointing": False, "optimizer": "adamw", "offload": "none",
         "gradient_dtype": "fp32", "quant": False, "quant_attention": None,
         "quant_output": None, "no_visual": False, "trainable_mode": None, "broken_images": "fail",
