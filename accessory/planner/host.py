@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from accessory.formats import Quant
 from accessory.planner.encoders import parameter_count
 from accessory.planner.moments import moment_bytes, offloaded_bytes
 from accessory.planner.setup import Setup, Training
-from accessory.planner.weights import is_trained, projection_groups, tensor_groups, trained_parameters
+from accessory.planner.weights import is_trained, projection_groups, tensor_groups, trained_parameters, uncut
 
 RANKS_OF_A_MACHINE = 8  # at most
 STATES_KEPT = 2  # a recipe's default
@@ -39,7 +36,7 @@ def disk_bytes(setup: Setup, model: int | None = None) -> dict[str, int]:
     out = {"model": model if model is not None else 2 * total}
     if isinstance(setup.task, Training):
         trained = trained_parameters(setup)
-        whole = replace(setup, quant=Quant(), tp=1, dp=1)
+        whole = uncut(setup)
         moments = sum(moment_bytes(g, setup.task) for g in tensor_groups(whole) if is_trained(g, whole))
         out["states"] = (STATES_KEPT + 1) * (4 * trained + moments)  # a weight in fp32 and its moments
         out["result"] = 2 * total if setup.task.kind == "full" else 4 * trained

@@ -146,5 +146,10 @@ def replicas_of(group: TensorGroup, setup: Setup) -> int:
 
 def trained_parameters(setup: Setup) -> int:
     """How many parameters the task trains, in the whole network and not on one rank."""
-    whole = replace(setup, quant=Quant(), tp=1, dp=1, cp=1, ep=1)
+    whole = uncut(setup)
     return sum(group.numel for group in tensor_groups(whole) if is_trained(group, whole))
+
+
+def uncut(setup: Setup) -> Setup:
+    """The same task on one rank, with nothing quantised: its tensors are whole."""
+    return replace(setup, quant=Quant(), tp=1, dp=1, cp=1, ep=1)

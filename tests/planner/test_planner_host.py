@@ -15,6 +15,11 @@ def test_disk_of_a_finetune():
     assert disk_bytes(running(TINY)) == {"model": 2 * total}
 
 
+def test_ranks_that_share_rows_or_experts_write_the_same_states():
+    alone, shared = (disk_bytes(finetuning(TINY, kind="full", **ranks)) for ranks in ({}, {"dp": 4, "cp": 2, "ep": 2}))
+    assert alone == shared
+
+
 def test_disk_holds_encoders():
     more = disk_bytes(running(views=1))["model"] - disk_bytes(running())["model"]
     projections = sum(group.numel for group in projection_groups(running(views=1)))
