@@ -145,10 +145,16 @@ def _each(setup: Setup) -> str:
 
 
 def what_fits(setup: Setup, room: Room) -> str:
-    """The single changes after which the setup fits the room, at most three, in words; else its smallest other form."""
-    found = [text for text, changed in _changes(setup, room) if fits(changed, room)][:_PROPOSALS]
-    if not found and room.on_gpu:
-        found = [_in_words(other.setup) for other in smallest(setup, Card(room.where, room.nbytes), 1)]
+    """The single changes after which the setup fits the room, at most three, in words; else its smallest other form.
+
+    So too where the only such change is more GPUs, and several changes together take fewer.
+    """
+    changes = list(islice((change for change in _changes(setup, room) if fits(change[1], room)), _PROPOSALS))
+    found = [text for text, _ in changes]
+    if room.on_gpu and all(changed.gpus > setup.gpus for _, changed in changes):
+        others = smallest(setup, Card(room.where, room.nbytes), 1)
+        fewer = (other.setup for other in others if all(other.setup.gpus < changed.gpus for _, changed in changes))
+        found = [_in_words(other) for other in fewer] or found
     if found:
         return f"{'; or '.join(found)} would fit"
     return "no single change is enough: `accessory plan` says which GPUs it takes"
