@@ -167,7 +167,7 @@ def training(
     def run() -> Any:
         decoder = made(args, implementation, options.device, format, peft=kind == "lora", train=True)
         for layer in decoder.layers:
-            layer.recompute = recompute  # type: ignore[assignment]
+            layer.checkpoint_activations(recompute)  # type: ignore[operator]
         trainer = Trainer(decoder, DeviceMesh(), LossWeights(args.load_balancing_weight), clip=2.0)
         batches = [random_batch(args, rows, tokens // rows, packing) for _ in range(accumulate)]
         for _ in range(2):  # the second one begins with the optimiser's moments

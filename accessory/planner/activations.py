@@ -2,7 +2,7 @@
 
 The arithmetic follows `nn.decoder`, `nn.attention` and `ops.experts_autograd` line by line. The residual stream between
 layers is fp32. Products are in 16 bits. Of the experts two tensors of the hidden size are kept for backward, w1 x and
-w3 x, or none where a layer is computed again.
+w3 x. Where layers are computed again, only the inputs of each layer and of its experts are kept.
 
 Legend: T tokens, N = T·K (token, expert) pairs, D dim, F hidden dim held here, E experts held here.
 """
@@ -150,8 +150,14 @@ def keys_seen(layer: LayerSizes, training: LayerTraining) -> int:
 
 
 def experts_kept(layer: LayerSizes, training: LayerTraining) -> int:
-    """The part of the experts: their input, and w1 x and w3 x."""
-    return layer.tokens_16bit + (0 if training.recompute else 2 * layer.hidden_16bit)
+    """The part of the experts: their input, and w1 x and w3 x.
+
+    Where tokens are exchanged, the input is that of the pairs that came, and the results that were sent back are kept
+    in fp32.
+    """
+    if training.recompute:
+        return layer.tokens_16bit
+    return (3 * layer.pairs_16bit if training.exchanged else layer.tokens_16bit) + 2 * layer.hidden_16bit
 
 
 # --------------------------------------------------------------------------- backward
@@ -171,36 +177,60 @@ class BackwardPeak:
 
 
 def layer_backward(layer: LayerSizes, training: LayerTraining) -> BackwardPeak:
-    """The largest moment of a layer's backward pass, which begins with all that `layer_kept` counts."""
-    kept = attention_kept(layer, training) + layer.tokens_fp32  # and the gradient of the residual stream
+    """The largest moment of a layer's backward pass, with what is left there of the bytes that `layer_kept` counts.
+
+    The gradient of the residual stream, with which it begins, is not counted. A layer that is computed again computes
+    attention after the backward pass of its experts, so what attention keeps is not there before.
+    """
+    kept = attention_kept(layer, training)
     copies = training.copy * layer.attention if training.weights else 0
-    attention = BackwardPeak(3 * layer.tokens_fp32 + 4 * layer.tokens * (layer.queries + 2 * layer.keys))
+    shared = 0
     if training.context > 1:  # the gradients of all ranks' keys and values: repeated in 16 bits, then summed in fp32
         shared = keys_seen(layer, training) * (4 * layer.queries + 8 * layer.keys)
-        attention = BackwardPeak(attention.activations + shared)
-    # Where they are exchanged: gradients of results that were sent back, and of inputs that came.
-    kept += 2 * layer.pairs_16bit * training.exchanged
-    moments = (
-        BackwardPeak(kept + moment.activations, moment.gradients, copies + moment.copies)
-        for moment in (*_backward_of_experts(layer, training), attention)
-    )
+    attention = 3 * layer.tokens_fp32 + 4 * layer.tokens * (layer.queries + 2 * layer.keys) + shared
+    beside, copies_beside = (layer.tokens_fp32, 0) if training.recompute else (kept, copies)
+    moments = [
+        BackwardPeak(beside + moment.activations, moment.gradients, copies_beside + moment.copies)
+        for moment in _backward_of_experts(layer, training)
+    ]
+    moments.append(BackwardPeak(kept + attention, 3 * _gradient_of_stack(layer, training), copies))
     return max(moments, key=lambda moment: moment.total)
 
 
+def _gradient_of_stack(layer: LayerSizes, training: LayerTraining) -> int:
+    """Bytes of the gradient of one of the three stacks that backward adds to what is there already."""
+    return 0 if training.accumulating or not training.weights else training.gradient * layer.stack
+
+
 def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[BackwardPeak]:
-    """What is there while backward passes the experts' operations, from the last to the first."""
-    NF, ND, stack = layer.hidden_16bit, layer.pairs_16bit, layer.stack
-    done = 0 if training.accumulating or not training.weights else training.gradient * stack
-    copy = training.copy * stack if training.weights else 0
-    dequantized = 2 * stack if _backward_product(layer, training.format) == "dequantized" else 0
-    # Computed again, w3 stays dequantised from forward's product to its own backward.
-    again = dequantized if training.recompute else 0
+    """What is there while backward passes the experts' operations, from the last to the first.
+
+    Of dense weights, a product and its adapter's part are one tensor. Of quantised ones, each part is a tensor until it
+    is added, and so are the two gradients of the common input of w1 and w3.
+    """
+    NF, ND, quantized = layer.hidden_16bit, layer.pairs_16bit, training.format is not None
+    done = _gradient_of_stack(layer, training)
+    copy = training.copy * layer.stack if training.weights else 0
+    dequantized = 2 * layer.stack if _backward_product(layer, training.format) == "dequantized" else 0
+    low = quantized and training.experts_lora
+    # Experts that compute w1 x and w3 x again keep w3 dequantised from then to its own backward. Where tokens are
+    # exchanged, the exchange is computed again as well, and with it all that autograd keeps of it.
+    again = training.recompute and not training.exchanged
+    inner, held = (0, dequantized) if again else (2 * NF, 0)
     kept = layer.tokens_16bit
+    if training.exchanged:  # also the gradients of results that were sent back, and of inputs that came
+        kept = (3 + 2) * ND + layer.tokens_16bit * training.recompute
+    moments = [BackwardPeak(kept + inner + NF + ND + max(dequantized, low * NF), 0, 3 * copy)]  # w2
+    if again:
+        moments += [
+            BackwardPeak(kept + 2 * NF + 2 * ND + held + max(dequantized, low * NF), 0, 2 * copy),  # w1 x
+            BackwardPeak(kept + 3 * NF + 2 * ND + (held or low * NF), 0, 2 * copy),  # w3 x
+        ]
+    both = ND + max(dequantized, low * ND) if quantized else 0
     return [
-        BackwardPeak(kept + (1 if training.recompute else 3) * NF + ND + dequantized, 0, 3 * copy),  # w2
-        BackwardPeak(kept + 2 * NF + 2 * ND + dequantized + again if training.recompute else 0, 0, 2 * copy),  # w1 x
-        BackwardPeak(kept + 3 * NF + 2 * ND + again, done, 2 * copy),  # SwiGLU, and the gradient of w2
-        BackwardPeak(kept + 2 * NF + ND + dequantized + again, 3 * done, 2 * copy),  # w1 and w3, then the input
+        *moments,
+        BackwardPeak(kept + 3 * NF + 2 * ND + held, done, 2 * copy),  # SwiGLU, and the gradient of w2
+        BackwardPeak(kept + 2 * NF + ND + held + both, 3 * done, 2 * copy),  # w1 and w3, then the input
     ]
 
 

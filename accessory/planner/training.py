@@ -43,6 +43,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     layer, learning = layer_sizes(setup, setup.training_tokens), layer_training(setup, task)
     kept = layer_kept(layer, learning)
     backward = layer_backward(layer, learning)
+    stream = layer.tokens_fp32  # the gradient that comes from the layer above
     # The last norm's input; the head's 16-bit input and its gradient, which forward makes.
     head = layer.tokens_fp32 + 2 * layer.tokens_16bit
 
@@ -57,10 +58,13 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
             "logits": logits,
         }
 
-    stream = layer.tokens_fp32  # the gradient that comes from the layer above
     return {
         "the end of forward": moment(
-            L * kept + head, head_gradients, layer_copies + head_copies, BackwardPeak(), _logits(setup, task)
+            L * kept + head,
+            head_gradients + earlier_gradients,
+            layer_copies + head_copies,
+            BackwardPeak(),
+            _logits(setup, task, sum(g.numel for g in trained if _is_head(g))),
         ),
         "backward of the last layer": moment(
             (L - 1) * kept + stream, head_gradients, layer_copies * (L - 1) // L, backward
@@ -109,15 +113,21 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
     return outside + layer * (3 if task.data_parallel == "fsdp" else L) + reduced
 
 
-def _logits(setup: Setup, task: Training) -> int:
-    """The logits of some tokens in 16 bits, and the gradient of the head's weight in 16 bits before it is widened.
+def _logits(setup: Setup, task: Training, trained: int) -> int:
+    """The logits of some tokens in 16 bits, and what gradients of the head take beside the finished one.
 
-    Their gradient takes the logits' place. A CPU has some rows of them in fp32 as well.
+    The gradient of the logits takes their place. A CPU has some rows of them in fp32 as well. trained: numbers of the
+    head that are trained. Each piece of the logits makes a gradient of these in 16 bits, which is widened where the
+    weight is fp32; from the second piece on, it is added to that of the pieces before.
     """
     V, tokens = setup.args.vocab_size, setup.training_tokens
+    rows = max(1, LOGITS_AT_ONCE // V)
     wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, tokens) * V if setup.device == "cpu" else 0
-    gradient = 2 * V * setup.args.dim if task.kind == "full" else 0
-    return 2 * min(tokens, max(1, LOGITS_AT_ONCE // V)) * V + gradient + wide
+    gathered = setup.dp > 1
+    made = 2 + 4 * (task.parameter.copy > 0 and not gathered)
+    finished = 0 if gathered else task.gradient  # `training_moments` counts it among the gradients
+    held = (2 if gathered else finished) if tokens > rows else 0  # the sum of earlier pieces
+    return 2 * min(tokens, rows) * V + (held + made - finished) * trained + wide
 
 
 def _pieces(setup: Setup, task: Training) -> int:

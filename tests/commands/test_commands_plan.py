@@ -244,8 +244,7 @@ def test_ranks_that_share_rows_need_less_each(as_json):
     """Of the same 32,768 tokens a row, four ranks need less each, though each holds the keys of all."""
     words = ("8x7b", "--finetune", "qlora", "--max-words", 32768, "--batch-size", 1)
     alone, shared = (as_json(*words, *more)["gpu"]["terms"] for more in ((), ("--cp", 4)))
-    assert shared["activations"] < alone["activations"] / 2
-    assert shared["logits"] < alone["logits"] / 3
+    assert alone["activations"] / 4 < shared["activations"] < alone["activations"] / 2
 
 
 def test_ranks_that_share_the_experts(as_json):

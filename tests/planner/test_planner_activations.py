@@ -54,6 +54,63 @@ def test_a_layer_of_mixtral_by_hand():
     assert layer_kept(layer, again) == 4 * D + 2 * D  # the layer's input and the experts'
 
 
+@pytest.mark.parametrize(
+    ("format", "again", "inputs", "hidden", "stacks"),
+    [
+        (None, False, 2, 3, 0),  # SwiGLU: x and dy; w1 x, w3 x and h, or their gradients
+        (None, True, 2, 3, 0),
+        ("nf4", False, 1, 4, 0),  # w2, dequantised tile by tile: its input's gradient is the sum of two tensors
+        ("nf4", True, 2, 4, 0),  # so is w3 x, computed again
+    ],
+)
+def test_backward_of_few_tokens_through_lora_by_hand(format, again, inputs, hidden, stacks):
+    check_lora_by_hand(1, format, again, inputs, hidden, stacks)
+
+
+@pytest.mark.parametrize(
+    ("again", "inputs", "hidden", "stacks"),
+    [
+        (False, 1, 3, 1),  # w2: dy; w1 x, w3 x and dh
+        (True, 2, 2, 2),  # w1 after w3, whose stack is there since w3 x was computed again: two gradients of one input
+    ],
+)
+def test_backward_through_dequantized_stacks_by_hand(again, inputs, hidden, stacks):
+    check_lora_by_hand(1040, "nf4", again, inputs, hidden, stacks)
+
+
+def check_lora_by_hand(tokens, format, again, inputs, hidden, stacks):
+    """inputs, hidden: how many tensors (N, D) and (N, F) are there. stacks: dequantised ones."""
+    D, F = 4096, 14336
+    layer = LayerSizes(tokens, 2 * tokens, D, F, D, 1024, 8)
+    training = LayerTraining(False, True, True, format=format, packing=False, recompute=again)
+    # The layer's input, or what attention keeps: the inputs of its two norms and of its products, queries and keys,
+    # values, the output. Then the experts' input.
+    beside = 4 * D if again else 2 * 4 * D + 2 * D + 2 * (D + 1024) + 2 * 1024 + 2 * D
+    pairs = 2 * 2 * (inputs * D + hidden * F)
+    back = layer_backward(layer, training)
+    assert back.activations == tokens * (beside + 2 * D + pairs) + stacks * 2 * layer.stack
+    assert back.gradients == back.copies == 0
+
+
+def test_attention_that_is_computed_again_meets_the_gradients_of_the_experts():
+    """With wide heads, its backward is the largest moment. The copies of its weights are made again too."""
+    layer = LayerSizes(1, 2, 64, 8, 4096, 4096, 4)
+    back = layer_backward(layer, LayerTraining(weights=True, recompute=True))
+    assert back.gradients == 3 * 4 * layer.stack
+    assert back.copies == 2 * layer.attention
+
+
+def test_exchanged_pairs_are_kept_as_they_came_and_as_they_went():
+    """The input of the pairs that came, in 16 bits, and their results, in fp32; not the input of the rank's own."""
+    layer = LayerSizes(4, 8, 64, 96, 64, 16, 4)
+    alone, exchanged = (experts_kept(layer, LayerTraining(weights=True, exchanged=e)) for e in (False, True))
+    assert exchanged - alone == 8 * 64 * (2 + 4) - 4 * 64 * 2
+    # Where layers are computed again, that is there while the experts' backward runs, and not before.
+    again = LayerTraining(weights=True, exchanged=True, recompute=True)
+    assert experts_kept(layer, again) == 4 * 64 * 2
+    assert layer_backward(layer, again).activations > exchanged
+
+
 def test_ranks_that_share_rows_keep_the_keys_of_all():
     """A rank has 4 of 16 tokens: chunks r and 7 - r of 2 each, which see 2 · (r + 1) and 2 · (8 - r) keys, together 18.
 

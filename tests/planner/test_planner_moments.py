@@ -6,7 +6,7 @@ from helpers.sizes import CUTTABLE as ROWS_OF_512
 
 from accessory.errors import ConfigError, InputError
 from accessory.launch.memory import HOST, Room
-from accessory.limits import OPTIMIZER_PIECE, PIECES_ON_THE_WAY
+from accessory.limits import LOGITS_AT_ONCE, OPTIMIZER_PIECE, PIECES_ON_THE_WAY
 from accessory.planner.cards import Card
 from accessory.planner.fit import check_host, what_fits
 from accessory.planner.host import disk_bytes, host_bytes
@@ -45,6 +45,23 @@ def test_gradients_in_bf16_take_two_bytes_but_those_of_norms_and_routers():
     assert terms["gradients"] == 4 * SMALL + 2 * LARGE
     assert terms["optimiser"] == 8 * (SMALL + LARGE)
     assert terms["pieces that are updated"] == 4 * OPTIMIZER_PIECE  # one widened piece
+
+
+@pytest.mark.parametrize(
+    ("task", "bytes_each"),
+    [
+        ({}, 2),  # the 16-bit gradient, beside the fp32 one that `gradients` counts
+        (BF16, 4),  # the same two tensors, of which the 16-bit one is what stays
+        ({"max_words": 2**20}, 6),  # the second piece makes both, and the sum of the pieces is there
+        ({"dp": 2}, 2),  # FSDP2 takes the 16-bit gradient
+        ({"dp": 2, "max_words": 2**20}, 4),
+    ],
+)
+def test_gradients_of_the_head_while_they_are_made(task, bytes_each):
+    setup = full(TINY, **{"max_words": 8, **task})
+    logits = 2 * min(LOGITS_AT_ONCE, setup.task.max_words * TINY.vocab_size)
+    numel = TINY.vocab_size * TINY.dim
+    assert training_moments(setup, setup.task)["the end of forward"]["logits"] == logits + bytes_each * numel
 
 
 def test_moments_on_the_host_leave_three_buffers_on_the_card():
@@ -137,12 +154,13 @@ def test_the_search_keeps_what_was_asked_for():
 
 
 def test_a_message_proposes_what_saves_enough():
-    setup = full(TINY.replace(vocab_size=2**20), batch_size=1, max_words=2)
+    wide = TINY.replace(hidden_dim=2**14, n_layers=16)  # its largest moment is that with all gradients and moments
+    setup = full(wide, max_words=2)
     need = estimate(setup).allocated
     assert "gradient_dtype bf16; or" in what_fits(setup, Room(int(0.95 * need), "a card"))
     assert "offload optimizer; or" in what_fits(setup, Room(int(0.65 * need), "a card"))
     # Moments that lie on the host already cannot be in 8 bits too.
-    setup = full(TINY.replace(vocab_size=2**20), batch_size=1, max_words=2, **HOST_MOMENTS)
+    setup = full(wide, max_words=2, **HOST_MOMENTS)
     assert "adamw_8bit" not in what_fits(setup, Room(int(0.55 * need), "a card"))
 
 
