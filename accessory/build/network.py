@@ -24,7 +24,7 @@ from accessory.checkpoint.names import companion_of, image_shapes, is_encoder_te
 from accessory.config import Implementation, ModelArgs
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
-from accessory.ops.dispatch import warn_of_slow_kernels
+from accessory.ops.machine import warn_of_slow_kernels
 from accessory.parallel.apply import parallelize, share_rows, spread_experts
 from accessory.parallel.fsdp import DataParallel, apply_fsdp, keep_gradients_in
 from accessory.parallel.local_shard import local_tensors

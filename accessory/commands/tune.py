@@ -14,7 +14,7 @@ from accessory.config import PRESETS
 from accessory.errors import InputError
 from accessory.formats import check_rows
 from accessory.ops import tiles
-from accessory.ops.dispatch import has_triton, triton_lacks
+from accessory.ops.machine import has_triton, triton_lacks
 from accessory.progress import progress_bar
 from accessory.train.metrics import write_whole
 

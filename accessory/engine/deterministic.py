@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from accessory.errors import InputError
-from accessory.ops import dispatch
+from accessory.ops import dispatch, machine
 
 
 def check_deterministic(device: torch.device, dtype: torch.dtype, fp8: bool, field: str) -> None:
@@ -16,7 +16,7 @@ def check_deterministic(device: torch.device, dtype: torch.dtype, fp8: bool, fie
     if device.type != "cuda":
         return
     if not dispatch.has_triton():
-        lacking = dispatch.triton_lacks() or "Triton (pip install triton)"
+        lacking = machine.triton_lacks() or "Triton (pip install triton)"
         raise InputError(f"{field}: on a GPU it needs {lacking}; or leave it out, or take the device cpu")
     with dispatch.fixing("decode"):
         attention = dispatch.find(dispatch.over_pages("attention", device, dtype, fp8))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.limits import EXCHANGED_DIM, EXCHANGED_NUMBERS, ONE_SHOT_NUMBERS, TWO_SHOT_NUMBERS
-from accessory.ops.dispatch import has_triton
+from accessory.ops.machine import has_triton
 from accessory.ops.norm import Exchange
 from accessory.parallel.mesh import Ranks
 

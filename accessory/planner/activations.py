@@ -101,7 +101,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
     targets = setup.args.lora_targets if setup.args.lora_rank > 0 else ()
     full, parameter = task.kind == "full", task.parameter
     # FSDP2 gathers 16-bit weights and gets 16-bit gradients, which it sums in fp32 in buffers of its own.
-    gathered = setup.dp // setup.ep > 1
+    gathered = setup.fsdp and setup.dp // setup.ep > 1
     return LayerTraining(
         weights=full,
         attention_lora=any(t in targets for t in ("wq", "wk", "wv", "wo")),
@@ -114,7 +114,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         gradient=2 if gathered else task.gradient,
         copy=0 if gathered else parameter.copy,
         recompute=task.checkpointing,
-        accumulating=task.accum_iter > 1 and not gathered,
+        accumulating=setup.keeps_gradients and not gathered,
     )
 
 

@@ -55,6 +55,7 @@ class Training:
     optimizer: OptimizerKind = "adamw"
     offload: Offload = "none"
     gradient_dtype: GradientDtype = "fp32"
+    cuda_graphs: bool | None = None  # None: where adapters are trained
     parameter: ParameterBytes = field(default_factory=ParameterBytes)
 
     @property
@@ -107,6 +108,21 @@ class Setup:
     @property
     def gpus(self) -> int:
         return self.tp * self.dp
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP2 shards anything of a training step. In sdp every rank has adapters whole."""
+        assert isinstance(self.task, Training), "only training shards over data-parallel ranks"
+        whole = self.task.kind == "lora" and self.task.data_parallel == "sdp" and self.ep == 1
+        return self.dp > 1 and not whole
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients lie in memory through the whole step: between micro-steps, and where CUDA graphs write."""
+        assert isinstance(self.task, Training), "prompts have no gradients"
+        graphs = self.task.kind == "lora" if self.task.cuda_graphs is None else self.task.cuda_graphs
+        possible = self.device == "cuda" and not self.views and self.cp == self.ep == 1
+        return self.task.accum_iter > 1 or (graphs and possible and not self.fsdp)
 
     @property
     def training_tokens(self) -> int:

@@ -36,7 +36,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     # The head's gradients are made first, at the end of forward, the embedding's last.
     head_gradients = gradient_bytes(g for g in trained if _is_head(g))
     # Between micro-steps all gradients are there.
-    earlier_gradients = gradients if task.accum_iter > 1 else 0
+    earlier_gradients = gradients if setup.keeps_gradients else 0
     layer_copies, head_copies = _copies(setup, task, trained)
     whole_weights = _gathered(setup, task, groups)
 
@@ -87,7 +87,7 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
 
     A layer that is computed again in backward makes its copies there. FSDP2's 16-bit weights need no copies.
     """
-    copied = [g for g in trained if g.role in ("product", "adapter") and replicas_of(g, setup) == 1]
+    copied = [g for g in trained if g.role in ("product", "adapter") and not (setup.fsdp and replicas_of(g, setup) > 1)]
     head = task.parameter.copy * sum(g.numel for g in copied if _is_head(g))
     layers = task.parameter.copy * sum(g.numel for g in copied) - head
     return 0 if task.checkpointing else layers, head
@@ -95,7 +95,7 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
 
 def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
     """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums."""
-    if setup.dp == 1:
+    if not setup.fsdp:
         return 0
     L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32" and replicas_of(g, setup) > 1]
 
@@ -123,7 +123,7 @@ def _logits(setup: Setup, task: Training, trained: int) -> int:
     V, tokens = setup.args.vocab_size, setup.training_tokens
     rows = max(1, LOGITS_AT_ONCE // V)
     wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, tokens) * V if setup.device == "cpu" else 0
-    gathered = setup.dp > 1
+    gathered = setup.fsdp
     made = 2 + 4 * (task.parameter.copy > 0 and not gathered)
     finished = 0 if gathered else task.gradient  # `training_moments` counts it among the gradients
     held = (2 if gathered else finished) if tokens > rows else 0  # the sum of earlier pieces

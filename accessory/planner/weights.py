@@ -135,7 +135,7 @@ def rank_share(group: TensorGroup, nbytes: int, setup: Setup, task: Training) ->
     Norms and routers lie whole on every rank, and so do frozen weights under sdp.
     """
     cut, ranks = is_trained(group, setup) or task.data_parallel == "fsdp", replicas_of(group, setup)
-    whole = group.role == "fp32" or ranks == 1 or not cut
+    whole = group.role == "fp32" or ranks == 1 or not cut or not setup.fsdp
     return nbytes if whole else math.ceil(nbytes / ranks)
 
 

@@ -63,6 +63,7 @@ def planned(config: FinetuneConfig, source: Source, device: torch.device | str, 
         optimizer=config.optimizer,
         offload=config.offload,
         gradient_dtype=config.gradient_dtype,
+        cuda_graphs=config.cuda_graphs,
         parameter=ParameterBytes(copy=0 if dtype == torch.float32 else 2),
     )
     cp, ep = config.context_parallel_size, config.expert_parallel_size

@@ -248,13 +248,17 @@ def test_ranks_that_share_rows_need_less_each(as_json):
 
 
 def test_ranks_that_share_the_experts(as_json):
-    """Trained numbers are divided by all ranks in any case. Frozen experts are divided by those that share them."""
+    """Frozen experts are divided by the ranks that share them. Such ranks shard adapters, which all have whole else.
+
+    The numbers of a full finetune are divided by all ranks in any case.
+    """
     words = ("8x7b", "--finetune", "lora", "--dp", 8, "--batch-size", 1)
     whole, spread = (as_json(*words, *more) for more in ((), ("--ep", 8)))
     assert spread["setup"]["expert_parallel_size"] == 8
     experts = 32 * 8 * 3 * 4096 * 14336 * 2
     terms = [plan["gpu"]["terms"]["weights"] for plan in (whole, spread)]
-    assert terms[0] - terms[1] == pytest.approx(7 / 8 * experts, rel=1e-3)
+    adapters = 32 * 16 * (8 * 3 * (4096 + 14336) + 2 * (4096 + 4096) + 2 * (4096 + 1024))  # of rank 16
+    assert terms[0] - terms[1] == pytest.approx(7 / 8 * (experts + 4 * adapters), rel=1e-3)
     full = ("8x7b", "--finetune", "full", "--dp", 8, "--batch-size", 1, "--data-parallel", "fsdp")
     whole, spread = (as_json(*full, *more)["gpu"]["terms"]["optimiser"] for more in ((), ("--ep", 8)))
     assert spread == pytest.approx(whole, rel=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from accessory import limits
 from accessory.formats import FORMATS
-from accessory.ops import dispatch
+from accessory.ops import dispatch, machine
 from accessory.ops.dispatch import TABLE, Kernel, Product, choose, find, host_free
 
 SIZES = {"in_features": 4096, "out_features": 14336}
@@ -237,8 +237,8 @@ def with_triton(monkeypatch, tmp_path):
     (tmp_path / "Python.h").write_text("")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: "a spec" if name == "triton" else None)
-    monkeypatch.setattr(dispatch.sysconfig, "get_path", lambda name: str(tmp_path) if name == "include" else "")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: "a spec" if name == "triton" else None)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path) if name == "include" else "")
     dispatch.has_triton.cache_clear()
     yield tmp_path
     dispatch.has_triton.cache_clear()
@@ -254,7 +254,7 @@ def test_triton_without_what_it_compiles_with_is_not_used(missing, cc, lacks, wi
     if cc is not None:
         monkeypatch.setenv("CC", cc)
     assert dispatch.has_triton() is (lacks is None)
-    dispatch.warn_of_slow_kernels()
+    machine.warn_of_slow_kernels()
     if lacks is None:
         assert not caplog.messages
         return

@@ -29,13 +29,19 @@ SIXTEEN_BITS = ParameterBytes(weight=2, gradient=2, moments=0, copy=0)
         ("full", 2048, True, "sparse", {}, 52.6),
         ("full", 8192, False, "sparse", {}, 56.20),
         ("full", 8192, False, "base", {}, 56.20),
-        ("lora", 2048, False, "sparse", {}, 8.53),
-        ("lora", 2048, False, "base", {}, 8.53),
-        ("lora", 2048, False, "sparse", {"packing": True}, 8.63),
-        ("lora", 2048, True, "sparse", {}, 7.71),
-        ("lora", 8192, False, "sparse", {}, 14.15),
-        ("lora", 8192, False, "base", {}, 14.15),
-        ("lora", 8192, True, "sparse", {}, 11.05),
+        ("lora", 2048, False, "sparse", {"cuda_graphs": False}, 8.53),
+        ("lora", 2048, False, "base", {"cuda_graphs": False}, 8.53),
+        ("lora", 2048, False, "sparse", {"packing": True, "cuda_graphs": False}, 8.63),
+        ("lora", 2048, True, "sparse", {"cuda_graphs": False}, 7.71),
+        ("lora", 8192, False, "sparse", {"cuda_graphs": False}, 14.15),
+        ("lora", 8192, False, "base", {"cuda_graphs": False}, 14.15),
+        ("lora", 8192, True, "sparse", {"cuda_graphs": False}, 11.05),
+        ("passes", 2048, False, "sparse", {"cuda_graphs": True}, 15.1),
+        ("passes", 2048, True, "sparse", {"cuda_graphs": True}, 13.9),
+        ("full", 2048, False, "sparse", {"cuda_graphs": True}, 59.4),
+        ("full", 2048, True, "sparse", {"cuda_graphs": True}, 54.6),
+        ("lora", 2048, False, "sparse", {}, 8.7),
+        ("lora", 2048, True, "sparse", {}, 8.0),
     ],
 )
 def test_measured_training_steps(what, tokens, recomputing, implementation, more, measured):
@@ -103,7 +109,7 @@ def test_a_resident_model_as_measured():
     assert found.allocated / 1e9 < 93.4 * 1.01
 
 
-@pytest.mark.parametrize(("quant", "measured"), [("nf4", 33.5), ("int4", 31.7)])
+@pytest.mark.parametrize(("quant", "measured"), [("nf4", 34.6), ("int4", 32.7)])
 def test_qlora_of_the_real_size_as_measured(quant, measured):
     """All 32 layers, a row of 2048 tokens, one H200."""
     args = BIG.replace(lora_rank=16, norm_tuning=False)
