@@ -50,12 +50,16 @@ class Answer:
         return self.writing.answer
 
     def put(self, piece: Piece) -> None:
-        """From the engine's thread."""
+        """From the engine's thread. Its reader hears of it by `wake_readers`."""
         self._pieces.append(piece)
-        try:
-            self.loop.call_soon_threadsafe(self._grown.set)
-        except RuntimeError:  # the loop is closed: nobody reads any more
-            log.debug("an answer's reader is gone")
+
+    @property
+    def has_pieces(self) -> bool:
+        return bool(self._pieces)
+
+    def wake(self) -> None:
+        """From the event loop."""
+        self._grown.set()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces until the answer has ended. Raises the error that it ended with."""
@@ -75,6 +79,27 @@ class Answer:
         async for _ in self.pieces():
             pass
         return self.completion
+
+
+def wake_readers(answers: Sequence[Answer]) -> None:
+    """Tell the readers of answers that have grown. From the engine's thread.
+
+    Each event loop is called once for all of a step's answers: every call wakes it, and the two threads would take
+    turns with Python's lock for each token.
+    """
+    grown: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+    for answer in answers:
+        grown.setdefault(answer.loop, []).append(answer)
+    for loop, its_answers in grown.items():
+        try:
+            loop.call_soon_threadsafe(_wake_all, its_answers)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            log.debug("an answer's reader is gone")
+
+
+def _wake_all(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.wake()
 
 
 async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Answer, Piece]]:
@@ -169,6 +194,7 @@ class EngineThread:
             except Exception as error:  # all requests have ended with it
                 self._note_failure(error)
             ended = [answer for answer in answers if self._handed_on(answer)]
+            wake_readers([answer for answer in answers if answer.has_pieces])
             with self._awake:
                 for answer in ended:
                     del self._open[answer]

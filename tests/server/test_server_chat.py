@@ -11,7 +11,7 @@ from helpers.small_tokenizers import CHATML, byte_level_folder
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import load_tokenizer
 from accessory.model.writing import Completion
-from accessory.server.answers import Answer, Piece
+from accessory.server.answers import Answer, Piece, wake_readers
 from accessory.server.protocol import ChatRequest
 from accessory.server.service import Job, Service
 
@@ -165,6 +165,7 @@ def test_a_templates_own_space_is_never_shown(server, model):
         def grow(text, reason=None):
             answer.completion.text += text
             answer.put(Piece(text, range(0), reason))
+            wake_readers([answer])
 
         job = Job("chatcmpl-1", ChatRequest(model=NAME, messages=[user()]), [answer], [[1]])
         out = []
