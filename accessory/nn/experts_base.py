@@ -35,11 +35,11 @@ class BaseExperts(StackedExperts):
             if len(pair_n):
                 token_n = pair_n // expert_TK.shape[1]
                 y_nD = swiglu(x_TD[token_n], w1[e], w2[e], w3[e])
-                y_TD = y_TD.index_add(0, token_n, y_nD.float() * weight_TK.flatten()[pair_n, None])
+                y_TD.index_add_(0, token_n, y_nD.float() * weight_TK.flatten()[pair_n, None])
         return y_TD
 
     def _visits(self, expert_TK: Tensor) -> list[Tensor]:
         """For each of this rank's experts, the numbers t · K + k of the pairs that visit it, in ascending order."""
         order_N, count_E = sort_by_expert(expert_TK, len(self.w1), self.first)
-        *visits, _ = by_expert(order_N, count_E)  # the only place where the host waits for the GPU
+        *visits, _ = by_expert(order_N, count_E)
         return visits

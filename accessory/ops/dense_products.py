@@ -65,10 +65,7 @@ def grouped_mm(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
 def grouped_loop(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """A loop over the experts that got rows. CPUs and training in fp32 use it, and tests compare with it."""
     *runs, others = by_expert(x_NI, count_E)
-    # While gradients are recorded, an expert without rows contributes an empty product. Its gradient is then zero
-    # instead of None, and collectives over parameters rely on that.
-    keep_empty = torch.is_grad_enabled() and weight_EOI.requires_grad
-    products = [dense_linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x) or keep_empty]
+    products = [dense_linear(x, w) for x, w in zip(runs, weight_EOI.unbind(), strict=True) if len(x)]
     return torch.cat([*products, x_NI.new_zeros(len(others), weight_EOI.shape[1])])
 
 

@@ -26,7 +26,7 @@ from accessory.ops.dense_products import sum_of_terms as sum_of_dense_terms
 from accessory.ops.experts import combine, gate
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
-from accessory.ops.quantized_products import dequantized_for_products, packed_backward, packed_forward
+from accessory.ops.quantized_products import dequantized_for_products, packed_grouped, packed_grouped_backward
 
 _OPS: Sequence[dispatch.Op] = ("grouped", "grouped_backward", "grouped_weights")
 MANY = 2**20  # rows: kernels for few rows need the host less than those for many
@@ -255,7 +255,7 @@ def _product(x_NI: Tensor, stack: _Stack, count_E: Tensor) -> tuple[Tensor, Tens
     """(rows times their expert's weight with all that stands beside it, rows times A and the adapter's scale)."""
     low_Nr = None if stack.a_ErI is None else grouped_dense(x_NI, stack.a_ErI, count_E) * stack.scale
     if isinstance(stack.weight, Packed):
-        y_NO = packed_forward(x_NI, stack.weight, count_E)
+        y_NO = packed_grouped(x_NI, stack.weight, count_E, grad=True)
         if low_Nr is not None:
             y_NO += grouped_dense(low_Nr, stack.b_EOr, count_E)  # type: ignore[arg-type]
     else:
@@ -278,7 +278,7 @@ def _back(parts: Sequence[tuple[Tensor, _Stack, Tensor | None]], count_E: Tensor
     total: Tensor | None = None
     for dy_NO, stack, dlow_Nr in parts:
         if isinstance(stack.weight, Packed):
-            part_NI = packed_backward(dy_NO, stack.weight, count_E)
+            part_NI = packed_grouped_backward(dy_NO, stack.weight, count_E)
             if dlow_Nr is not None:
                 part_NI += grouped_backward(dlow_Nr, stack.a_ErI, count_E)  # type: ignore[arg-type]
         else:

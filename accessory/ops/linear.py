@@ -77,7 +77,6 @@ class Weight(NamedTuple):
         E = self.weight.shape[0]
 
         def entries(stack: Tensor | None) -> Sequence[Tensor | None]:
-            # Indexing would make the gradient of each entry a whole stack that is zero outside that entry.
             return [None] * E if stack is None else stack.unbind()
 
         weights: Sequence[Tensor | Packed]

@@ -8,6 +8,7 @@ Legend: T tokens, N rows sorted by expert, E experts, O out, I in features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,20 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     return y_TO.view(*x.shape[:-1], packed.shape[-2])  # not -1: an expert may get no rows
 
 
-def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their expert's quantised weight: (N, O) in x's dtype."""
-    if torch.is_grad_enabled():
-        return _FrozenGrouped.apply(x_NI, packed, count_E)
-    return _grouped(x_NI, packed, count_E)
+def packed_grouped(x_NI: Tensor, packed: Packed, count_E: Tensor, *, grad: bool | None = None) -> Tensor:
+    """Rows of x, sorted by expert, times their expert's quantised weight: (N, O) in x's dtype.
+
+    autograd does not follow it: `packed_grouped_backward` gives the gradient of the rows. grad: whether the kernel must
+    be one that training may use, by default where gradients are recorded.
+    """
+    kernel = dispatch.choose(dispatch.product("grouped", x_NI, packed, len(x_NI), grad=grad))
+    return kernel.load()(x_NI, packed, count_E)
+
+
+def packed_grouped_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
+    """The gradient of `packed_grouped`'s rows, (N, I) in dy's dtype."""
+    kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, packed, len(dy_NO)))
+    return kernel.load()(dy_NO, packed, count_E)
 
 
 def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -40,11 +50,6 @@ def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def _linear(x_TI: Tensor, packed: Packed, grad: bool = False) -> Tensor:
     return dispatch.choose(dispatch.product("linear", x_TI, packed, len(x_TI), grad=grad)).load()(x_TI, packed)
-
-
-def _grouped(x_NI: Tensor, packed: Packed, count_E: Tensor, grad: bool = False) -> Tensor:
-    kernel = dispatch.choose(dispatch.product("grouped", x_NI, packed, len(x_NI), grad=grad))
-    return kernel.load()(x_NI, packed, count_E)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -59,28 +64,6 @@ class _FrozenLinear(torch.autograd.Function):
         dy_TO = grads[0]
         kernel = dispatch.choose(dispatch.product("linear_backward", dy_TO, ctx.packed, len(dy_TO)))
         return kernel.load()(dy_TO, ctx.packed), None
-
-
-class _FrozenGrouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-        ctx.packed, ctx.count_E = packed, count_E
-        return packed_forward(x_NI, packed, count_E)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return packed_backward(grads[0].contiguous(), ctx.packed, ctx.count_E), None, None
-
-
-def packed_forward(x_NI: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    """`packed_grouped` with a kernel that training may use, and no gradient."""
-    return _grouped(x_NI, packed, count_E, grad=True)
-
-
-def packed_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) -> Tensor:
-    """The gradient of `packed_forward`'s rows, (N, I) in dy's dtype."""
-    kernel = dispatch.choose(dispatch.product("grouped_backward", dy_NO, packed, len(dy_NO)))
-    return kernel.load()(dy_NO, packed, count_E)
 
 
 def dequantized_for_products(packed: Packed, x_NI: Tensor) -> Tensor | Packed:
@@ -118,7 +101,9 @@ def expert_by_expert_backward(dy_NO: Tensor, packed: Packed, count_E: Tensor) ->
     return _each(dy_NO, packed, count_E, dequantized_linear_backward, packed.shape[2])
 
 
-def _each(a_NR: Tensor, packed: Packed, count_E: Tensor, function: Any, width: int) -> Tensor:
+def _each(
+    a_NR: Tensor, packed: Packed, count_E: Tensor, function: Callable[[Tensor, Packed], Tensor], width: int
+) -> Tensor:
     *runs, others = by_expert(a_NR, count_E)
     products = [function(a, packed[e]) for e, a in enumerate(runs) if len(a)]
     return torch.cat([*products, a_NR.new_zeros(len(others), width)])

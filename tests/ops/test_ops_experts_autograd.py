@@ -6,7 +6,7 @@ import torch
 from accessory.ops.experts import grouped_experts
 from accessory.ops.experts_autograd import trained_experts
 from accessory.ops.linear import Weight
-from accessory.ops.quantized import quantize
+from accessory.ops.quantized import Packed, dequantize, quantize
 
 T, D, F, E, K = 13, 128, 256, 4, 2
 
@@ -45,6 +45,13 @@ def gradients(function, x, stacks, weight, expert, **options):
     return y, torch.autograd.grad((y * pull).sum(), leaves(x, stacks, weight))
 
 
+def single_products(x, *stacks_and_routing):
+    """`grouped_experts` with dense stacks, through which autograd finds its way."""
+    *stacks, weight, expert = stacks_and_routing
+    dense = [w._replace(weight=dequantize(w.weight)) if isinstance(w.weight, Packed) else w for w in stacks]
+    return grouped_experts(x, *dense, weight, expert)
+
+
 def agree(ours, theirs, bound=2e-6):
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= bound * b.norm().clamp_min(1e-6)
@@ -65,7 +72,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_gradients_are_those_of_single_products(way, recompute):
     inputs = case(**WAYS[way])
-    want, want_gradients = gradients(grouped_experts, *inputs)
+    want, want_gradients = gradients(single_products, *inputs)
     got, got_gradients = gradients(trained_experts, *inputs, recompute=recompute)
     assert got.dtype == torch.float32
     agree([got, *got_gradients], [want, *want_gradients])
@@ -89,6 +96,15 @@ def test_a_rank_without_pairs_gives_zeros():
     got, got_gradients = gradients(trained_experts, x, stacks, weight, torch.zeros_like(expert), first=3)
     assert not got.any()
     assert not any(g.any() for g in got_gradients)
+
+
+def test_an_idle_expert_has_a_zero_gradient():
+    x, stacks, weight, expert = case(lora=True, bias=True)
+    _, found = gradients(trained_experts, x, stacks, weight, torch.tensor([[0, 2]]).expand_as(expert))
+    for gradient in found[2:]:
+        assert not gradient[[1, 3]].any()
+        assert gradient[0].any()
+        assert gradient[2].any()
 
 
 def test_only_what_is_trained_gets_gradients():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from accessory.errors import ConfigError
 from accessory.formats import FORMATS, GROUP
 from accessory.ops.experts import grouped_experts
-from accessory.ops.linear import linear
+from accessory.ops.experts_autograd import trained_experts
+from accessory.ops.linear import Weight, linear
 from accessory.ops.quantized import Packed, dequantize, packed_shapes, quantize, unpack
 
 
@@ -121,10 +122,13 @@ def test_grouped_products_too(format):
     results = []
     for w in (packed, [dequantize(p) for p in packed]):
         x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y_TD = grouped_experts(x_TD, *w, weight_TK, expert_TK)
+        y_TD = trained_experts(x_TD, *map(Weight, w), weight_TK, expert_TK)
         y_TD.square().sum().backward()
         results.append((y_TD.detach(), x_TD.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        y_TD = grouped_experts(x_TD, *packed, weight_TK, expert_TK)
+    torch.testing.assert_close(y_TD, results[1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_stack_gives_its_weights():
