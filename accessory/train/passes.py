@@ -164,8 +164,10 @@ class GraphedPasses(Passes):
         if first:
             for name, p in self.named:
                 p.gradient_is_stale = name in self.written  # type: ignore[attr-defined]
-            others = zip(self.named, self.gradients, strict=True)
-            torch._foreach_zero_([gradient for (name, _), gradient in others if name not in self.written])
+            trained = zip(self.named, self.gradients, strict=True)
+            others = [gradient for (name, _), gradient in trained if name not in self.written]
+            if others:
+                torch._foreach_zero_(others)
         self.backward(inputs)
         for _, p in self.named:
             assert not getattr(p, "gradient_is_stale", False), "every pass writes the gradients of all experts"

@@ -13,6 +13,7 @@ from accessory.train.trainer import LossWeights, Trainer
 WAYS = {
     "full": {},
     "lora": {"peft": {"lora_rank": 8}},
+    "experts alone": {"peft": {"lora_rank": 8, "lora_targets": ("w1", "w2", "w3"), "norm_tuning": False}},
     "all adapters": {"peft": {"lora_rank": 8, "bias_tuning": True}},
 }
 
