@@ -121,7 +121,9 @@ class Setup:
         """Whether gradients lie in memory through the whole step: between micro-steps, and where CUDA graphs write."""
         assert isinstance(self.task, Training), "prompts have no gradients"
         graphs = self.task.kind == "lora" if self.task.cuda_graphs is None else self.task.cuda_graphs
-        possible = self.device == "cuda" and not self.views and self.cp == self.ep == 1
+        whole = self.tp == 1 or self.implementation == "sparse"  # the host of a rank of base counts its pairs
+        narrow = self.dense_bytes == 2  # in fp32 the host takes the experts in turn
+        possible = self.device == "cuda" and not self.views and self.cp == self.ep == 1 and whole and narrow
         return self.task.accum_iter > 1 or (graphs and possible and not self.fsdp)
 
     @property

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_ranks_that_share_the_experts_hold_a_part_of_them():
     ):
         with pytest.raises(ConfigError, match=told):
             finetuning(**changes)
+
+
+@pytest.mark.parametrize(
+    ("choices", "keeps"),
+    [
+        ({"kind": "lora"}, True),
+        ({"kind": "lora", "dp": 4}, True),
+        ({"kind": "lora", "dp": 4, "data_parallel": "fsdp"}, False),
+        ({"kind": "lora", "cuda_graphs": False}, False),
+        ({"kind": "lora", "cuda_graphs": False, "accum_iter": 2}, True),
+        ({"kind": "lora", "tp": 2}, True),
+        ({"kind": "lora", "tp": 2, "implementation": "base"}, False),
+        ({"kind": "lora", "implementation": "base"}, True),
+        ({"kind": "full"}, False),
+        ({"kind": "full", "cuda_graphs": True}, True),
+    ],
+    ids=str,
+)
+def test_gradients_are_kept_where_graphs_or_micro_steps_need_them(choices, keeps):
+    assert finetuning(**choices).keeps_gradients is keeps
+
+
+@pytest.mark.parametrize("changes", [{"device": "cpu"}, {"dense_bytes": 4}, {"views": 1}, {"dp": 2, "cp": 2}], ids=str)
+def test_what_cannot_be_a_graph_keeps_no_gradients(changes):
+    assert not replace(finetuning(kind="lora"), **changes).keeps_gradients
 
 
 def run(code):
