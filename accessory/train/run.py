@@ -114,8 +114,8 @@ def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, dev
     )
     if config.cuda_graphs and mesh.first and not isinstance(trainer.passes, GraphedPasses):
         log.warning(
-            "cuda_graphs: passes run as they are, since CUDA graphs need a GPU, 16 bits, one data-parallel rank and no "
-            "images, and with several model-parallel ranks the sparse implementation"
+            "cuda_graphs: passes run as they are, since CUDA graphs need a GPU, 16 bits, no images, no parameters, "
+            "rows or experts that data-parallel ranks share, and for model-parallel ranks the sparse implementation"
         )
     return trainer
 
