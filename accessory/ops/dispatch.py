@@ -14,8 +14,6 @@ a row the same bits beside any others.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,20 +27,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-log = logging.getLogger(__name__)
-
 # linear: one weight. grouped: a stack of weights, rows sorted by expert. decode: the experts' whole feed-forward, one
-# (token, expert) pair at a time. A backward product gives the gradient of the input. grouped_terms: several grouped
-# products and their sum. grouped_weights: the gradient of a stack. adapters: the LoRA products of
-# rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits. attention: over a
-# paged cache. rotate_and_write: queries and keys turned by their positions, keys and values into the cache. Both take
-# the cache, dense or fp8, as their weight. add_norm: the residual stream and its norm. route: the same, and what the
-# router chose.
+# (token, expert) pair at a time. A backward product gives the gradient of the input. grouped_terms: one or two grouped
+# products with their parts of low rank, and their sum. grouped_weights: the gradient of a stack. adapters: the LoRA
+# products of rows of which each names its own adapter. dequantize: no product, only the weight in 16 or 32 bits.
+# attention: over a paged cache. rotate_and_write: queries and keys turned by their positions, keys and values into the
+# cache. Both take the cache, dense or fp8, as their weight. rope: queries and keys turned alone. add_norm: the residual
+# stream and its norm. route: the same, and what the router chose. gate: silu(gate) · up, with its gradients in
+# gate_backward. combine: each token's sum over its experts. cross_entropy: its sum over rows of logits.
 Op = Literal[
     "linear", "linear_backward", "grouped", "grouped_backward", "grouped_terms", "grouped_weights", "decode",
-    "adapters", "dequantize", "attention",
-    "rotate_and_write", "add_norm", "route", "gate", "gate_backward", "combine",
-    "cross_entropy", "rope",
+    "adapters", "dequantize", "attention", "rotate_and_write", "rope", "add_norm", "route", "gate", "gate_backward",
+    "combine", "cross_entropy",
 ]  # fmt: skip
 DENSE = "dense"
 
