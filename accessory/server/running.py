@@ -14,8 +14,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# How long the event loop may keep Python's lock while the engine's thread wants to start a step. Python's own 5 ms are a
-# third of a step.
+# How long the event loop may keep Python's lock while the engine's thread wants to start a step. Python's own 5 ms are
+# a third of a step.
 SWITCH_SECONDS = 0.0005
 MOST_HEADER_BYTES = 64 * 2**10
 PATIENCE = 30.0  # seconds in which a request's head must have come, and in which more of its body must come
