@@ -1,4 +1,4 @@
-"""The decoding kernels compile for cards that are not here, and their tiles fit those cards' shared memory."""
+"""Kernels compile for cards that are not here, and their tiles fit those cards' shared memory."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from accessory.ops.quantized import quantize  # noqa: E402
 from accessory.ops.triton import grouped_experts as kernels  # noqa: E402
+from accessory.ops.triton import grouped_tma as tma  # noqa: E402
 from accessory.ops.triton.nibbles import permutes  # noqa: E402
 
 CARDS = {80: 166_912, 89: 101_376, 90: 232_448}  # compute capability → bytes that a program may have
@@ -23,7 +24,7 @@ def compiled(kernel, pointers, constants, capability, num_warps, num_stages):
         fn=kernel,
         signature=signature,
         constexprs={places[name]: value for name, value in constants.items()},
-        attrs={places[name]: [["tt.divisibility", 16]] for name in pointers},
+        attrs={places[name]: [["tt.divisibility", 16]] for name, kind in pointers.items() if kind.startswith("*")},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -55,3 +56,36 @@ def test_tiles_fit_other_cards(format, capability):
             }
             done = compiled(kernel, used, constants, capability, **how)
             assert done.metadata.shared <= CARDS[capability], (rows_an_expert, tile, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.skipif(not permutes(), reason="Triton's interpreter compiles nothing")
+def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
+    """Forward and back, with and without a LoRA adapter's part, and the gradients of weights."""
+    M, P, R = tma.TILE[:3]
+    x, one = f"tensordesc<bf16[{M}, {R}]>", "*bf16"
+    for back in (False, True):
+        w = f"tensordesc<bf16[{R}, {P}]>" if back else f"tensordesc<bf16[{P}, {R}]>"
+        low = {"low_ptr": one, "b_ptr": one, "low2_ptr": one, "b2_ptr": one} if rank else {}
+        types = {"x_desc": x, "w_desc": w, "x2_desc": x, "w2_desc": w, "count_ptr": "*i64", "y_ptr": one} | low
+        nothing = {} if rank else dict.fromkeys(("low_ptr", "b_ptr", "low2_ptr", "b2_ptr"))
+        tile = tma._tile(2, 4096)
+        how = {name: tile[name] for name in ("num_warps", "num_stages")}
+        sizes = {name: tile[name] for name in ("M", "P", "R", "SIDE")}
+        constants = {
+            **nothing, "OUT": 4096, "IN": 14336, "E": 8, "SLOTS": 8, "BACK": back, "TWO": True, "RANK": rank,
+            "RANK2": rank, "LOW": 16, "LOW2": 16, **sizes,
+        }  # fmt: skip
+        done = compiled(tma._product_kernel, types, constants, capability, **how)
+        assert done.metadata.shared <= CARDS[90]
+    tile = tma._tile(2, 4096, 14336)
+    how = {name: tile[name] for name in ("num_warps", "num_stages")}
+    sizes = {name: tile[name] for name in ("M", "P", "R", "SIDE")}
+    M, P, R = (sizes[name] for name in "MPR")
+    types = {"dy_desc": f"tensordesc<bf16[{R}, {M}]>", "x_desc": f"tensordesc<bf16[{R}, {P}]>", "count_ptr": "*i64"}
+    types |= {"dy_ptr": one, "x_ptr": one, "dw_ptr": "*fp32"}
+    constants = {"OUT": 14336, "IN": 4096, "E": 8, "SLOTS": 8, "ADDS": True, "WAITS": True, "PROGRAMS": 132, **sizes}
+    done = compiled(tma._weights_kernel, types, constants, capability, **how)
+    assert done.metadata.shared <= CARDS[90]
