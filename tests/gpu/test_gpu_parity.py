@@ -37,7 +37,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
-@pytest.mark.parametrize("tokens", [(1, 1), (2, 37), (4, 200)], ids=str)
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 37), (16, 200)], ids=str)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(shape, implementation, dtype, bound, tokens):
     args = SHAPES[shape]
@@ -47,7 +47,8 @@ def test_logits_are_those_of_transformers(shape, implementation, dtype, bound, t
     chosen = record_experts(decoder)
     ours = decoder(ids).logits
     # The oracle computes with the same rounded weights in fp32. Where two experts nearly tie, rounding may send a token
-    # to the other one. The rest of that sequence then differs rightly, so each sequence is compared up to there.
+    # to the other one. The rest of that sequence then differs rightly, so each sequence is compared up to there. Of a
+    # few long sequences, too little might be left.
     exact = oracle.float()(ids, output_router_logits=True)
     same_BT = torch.ones_like(ids, dtype=torch.bool)
     for expert_TK, logits_TE in zip(chosen, exact.router_logits, strict=True):
