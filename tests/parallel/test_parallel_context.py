@@ -123,7 +123,7 @@ def on_grids(rank, world, cases, tensors):
     [
         pytest.param(TWO, id="2 ranks"),
         pytest.param(MORE_OF_TWO, id="2 ranks, more", marks=pytest.mark.slow),
-        pytest.param(FOUR, id="4 ranks", marks=pytest.mark.slow),
+        pytest.param(FOUR, id="4 ranks", marks=pytest.mark.long),
     ],
 )
 def test_sharing_rows_changes_nothing(cases):

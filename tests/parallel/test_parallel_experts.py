@@ -54,7 +54,7 @@ def on_grids(rank, world, cases, tensors):
     [
         pytest.param(2, TWO, id="2 ranks"),
         pytest.param(2, MORE_OF_TWO, id="2 ranks, more", marks=pytest.mark.slow),
-        pytest.param(4, FOUR, id="4 ranks", marks=pytest.mark.slow),
+        pytest.param(4, FOUR, id="4 ranks", marks=pytest.mark.long),
     ],
 )
 def test_spreading_experts_changes_nothing(world, cases):

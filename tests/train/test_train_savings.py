@@ -128,7 +128,7 @@ def on_ranks(rank, world, cases, values):
     return out
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.long)], ids=["few", "more"])
 def test_ranks_follow_one_process(cases):
     for results in run_ranks(on_ranks, 2, cases, tensors(), timeout=300):
         for (model, mode, peft, choices, bounds), (dtypes, curve) in zip(cases, results, strict=True):

@@ -87,7 +87,7 @@ def test_both_implementations_learn_adapters_alike():
         pytest.param(TWO, id="2 ranks"),
         pytest.param(FOUR, id="4 ranks", marks=pytest.mark.slow),
         pytest.param(MORE_OF_TWO, id="2 ranks, more", marks=pytest.mark.slow),
-        pytest.param(MORE_OF_FOUR, id="4 ranks, more", marks=pytest.mark.slow),
+        pytest.param(MORE_OF_FOUR, id="4 ranks, more", marks=pytest.mark.long),
     ],
 )
 def test_ranks_change_nothing(cases):
