@@ -14,6 +14,7 @@ from accessory.ops.triton import grouped_tma as tma  # noqa: E402
 from accessory.ops.triton.nibbles import permutes  # noqa: E402
 
 CARDS = {80: 166_912, 89: 101_376, 90: 232_448}  # compute capability → bytes that a program may have
+CARDS_WITH_TMA = {90: 232_448, 100: 232_448, 120: 101_376}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "u8"}
 
 
@@ -59,7 +60,7 @@ def test_tiles_fit_other_cards(format, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", CARDS_WITH_TMA)
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.skipif(not permutes(), reason="Triton's interpreter compiles nothing")
 def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
@@ -71,7 +72,7 @@ def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
         low = {"low_ptr": one, "b_ptr": one, "low2_ptr": one, "b2_ptr": one} if rank else {}
         types = {"x_desc": x, "w_desc": w, "x2_desc": x, "w2_desc": w, "count_ptr": "*i64", "y_ptr": one} | low
         nothing = {} if rank else dict.fromkeys(("low_ptr", "b_ptr", "low2_ptr", "b2_ptr"))
-        tile = tma._tile(2, 4096)
+        tile = tma._tile(2, 4096, CARDS_WITH_TMA[capability])
         how = {name: tile[name] for name in ("num_warps", "num_stages")}
         sizes = {name: tile[name] for name in ("M", "P", "R", "SIDE")}
         constants = {
@@ -79,8 +80,8 @@ def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
             "RANK2": rank, "LOW": 16, "LOW2": 16, **sizes,
         }  # fmt: skip
         done = compiled(tma._product_kernel, types, constants, capability, **how)
-        assert done.metadata.shared <= CARDS[90]
-    tile = tma._tile(2, 4096, 14336)
+        assert done.metadata.shared <= CARDS_WITH_TMA[capability]
+    tile = tma._tile(2, 4096, CARDS_WITH_TMA[capability], 14336)
     how = {name: tile[name] for name in ("num_warps", "num_stages")}
     sizes = {name: tile[name] for name in ("M", "P", "R", "SIDE")}
     M, P, R = (sizes[name] for name in "MPR")
@@ -88,4 +89,4 @@ def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
     types |= {"dy_ptr": one, "x_ptr": one, "dw_ptr": "*fp32"}
     constants = {"OUT": 14336, "IN": 4096, "E": 8, "SLOTS": 8, "ADDS": True, "WAITS": True, "PROGRAMS": 132, **sizes}
     done = compiled(tma._weights_kernel, types, constants, capability, **how)
-    assert done.metadata.shared <= CARDS[90]
+    assert done.metadata.shared <= CARDS_WITH_TMA[capability]

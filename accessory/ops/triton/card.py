@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import triton
 
 from accessory.ops import tiles
 
@@ -50,6 +51,14 @@ def measured_on(
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """The shared memory that a program of the card may have; in Triton's interpreter, that of an H100."""
+    if device.type != "cuda":
+        return 232_448
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 @cache

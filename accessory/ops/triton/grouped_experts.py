@@ -12,7 +12,6 @@ A tile has M rows of x and P rows of the weight.
 
 from __future__ import annotations
 
-from functools import cache
 from math import inf
 from typing import Any
 
@@ -26,7 +25,7 @@ from accessory.limits import TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
-from accessory.ops.triton.card import cdiv, measured_on, on_its_card
+from accessory.ops.triton.card import cdiv, measured_on, on_its_card, shared_bytes
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import permutes
 from accessory.ops.triton.overlap import let_next_begin, overlap, wait_for_inputs
@@ -200,17 +199,9 @@ def _tile(
         tile["UNROLL"] = 1 if groups % tile["UNROLL"] else tile["UNROLL"]
         numbers = tile["UNROLL"] * GROUP[format]
     weights = (2 if tables is UP else 1) * tile["P"] * numbers * data.shape[-1] // I * data.element_size()
-    stage, room = 2 * tile["M"] * numbers + weights, _shared_bytes(data.device) if shared is None else shared
+    stage, room = 2 * tile["M"] * numbers + weights, shared_bytes(data.device) if shared is None else shared
     tile["num_stages"] = max(2, min(tile["num_stages"], room // stage))
     return tile
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    """The shared memory that a program of the card may have; in Triton's interpreter, that of an H100."""
-    if device.type != "cuda":
-        return 232_448
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def _described(weight: Tensor | Packed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

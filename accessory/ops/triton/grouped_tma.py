@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accessory.ops.dense_products import Term
-from accessory.ops.triton.card import cdiv, multiprocessors, on_its_card
+from accessory.ops.triton.card import cdiv, multiprocessors, on_its_card, shared_bytes
 from accessory.ops.triton.grouped import grid, place, slots
 from accessory.ops.triton.nibbles import finished, permutes
 
@@ -129,15 +129,21 @@ TILE_32_BITS = (64, 64, 16, 4, 8, 2)
 
 
 @cache
-def _tile(number: int, columns: int, rows: int | None = None) -> dict[str, int]:
-    """The tile of a result with so many columns, of inputs of `number` bytes each; rows: of a weight's gradient."""
+def _tile(number: int, columns: int, shared: int, rows: int | None = None) -> dict[str, int]:
+    """The tile of a result with so many columns, of inputs of `number` bytes each; rows: of a weight's gradient.
+
+    shared: bytes of shared memory that a program may have. Cards with less than Hopper's load fewer blocks ahead.
+    """
     sizes = TILE if rows is None else TILE_WEIGHTS if rows > NARROW else TILE_NARROW_ROWS
     if columns <= NARROW:
         sizes = TILE_NARROW
     if number == 4:
         sizes = TILE_32_BITS
     tile = dict(zip(("M", "P", "R", "SIDE", "num_warps", "num_stages"), sizes, strict=True))
-    return tile | {"P": max(16, min(tile["P"], triton.next_power_of_2(columns)))}
+    tile["P"] = max(16, min(tile["P"], triton.next_power_of_2(columns)))
+    while tile["num_stages"] > 2 and tile["num_stages"] * (tile["M"] + tile["P"]) * tile["R"] * number > shared:
+        tile["num_stages"] -= 1
+    return tile
 
 
 def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -152,7 +158,7 @@ def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
     y_NO = torch.empty(N, OUT, dtype=x_NI.dtype, device=x_NI.device)
     if N == 0:
         return y_NO
-    tile = _tile(x_NI.element_size(), OUT)
+    tile = _tile(x_NI.element_size(), OUT, shared_bytes(x_NI.device))
     M, P, R = tile["M"], tile["P"], tile["R"]
     each: list[Any] = []
     for term in terms:
@@ -210,7 +216,7 @@ def weight_gradient(
     (_, OUT), IN, E = dy_NO.shape, x_NI.shape[1], len(count_E)
     dw_EOI = torch.empty(E, OUT, IN, dtype=dtype, device=dy_NO.device) if out is None else out
     assert dw_EOI.is_contiguous(), "numbers are found by the shape"
-    tile = _tile(dy_NO.element_size(), IN, OUT)
+    tile = _tile(dy_NO.element_size(), IN, shared_bytes(dy_NO.device), OUT)
     tiles = E * cdiv(OUT, tile["M"]) * cdiv(IN, tile["P"])
     programs = min(tiles, (1 if tile["P"] == TILE_WEIGHTS[1] else 4) * multiprocessors(dy_NO.device))
     _weights_kernel[(programs,)](
