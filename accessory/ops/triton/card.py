@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-import triton
 
 from accessory.ops import tiles
 
@@ -58,6 +57,8 @@ def shared_bytes(device: torch.device) -> int:
     """The shared memory that a program of the card may have; in Triton's interpreter, that of an H100."""
     if device.type != "cuda":
         return 232_448
+    import triton
+
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
