@@ -8,6 +8,7 @@ Legend: N rows sorted by expert, E experts, O out, I in features.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from accessory.formats import GROUP, Format
 from accessory.limits import FEW_ROWS, TILED_PAIRS
 from accessory.ops.dense_products import sort_by_expert
 from accessory.ops.tiles import Key, Tile, kind_of
+
+log = logging.getLogger(__name__)
 
 DENSE = "none"
 ROWS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)  # an expert
@@ -147,6 +150,65 @@ FAMILIES = (
 )
 
 
+# --------------------------------------------------------------------------- compiling
+
+
+class Compiling(NamedTuple):
+    """A tile to compile a kernel for, and the product that does: of a weight (E, O, I)."""
+
+    run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+    format: str
+    shape: tuple[int, int, int]
+    alone: bool  # no stack
+    tile: Tile
+
+
+def to_compile(
+    args: ModelArgs, formats: Sequence[str], rows: Sequence[float], families: Sequence[Family] = FAMILIES
+) -> list[Compiling]:
+    """Every tile that `tune` times."""
+    found = []
+    for family, format in itertools.product(families, formats):
+        experts, counts = _experts(args, family)[0], _rows(family, rows)
+        for O, I in _shapes(args, family) if format in family.formats else ():  # noqa: E741
+            tiles = [tile for tile in _tiles(family, format, O, I) if any(suits(tile, many) for many in counts)]
+            found += [Compiling(family.run, format, (experts, O, I), family.alone, tile) for tile in tiles]
+    return found
+
+
+def compile_ahead(compiling: Sequence[Compiling], device: torch.device, processes: int) -> Iterator[int]:
+    """Compile kernels in so many processes, into the cache that they share with this one. Yields how many a part had.
+
+    A kernel takes a second or more of a core, and is timed in milliseconds.
+    """
+    from multiprocessing import get_context
+
+    size = max(1, min(16, len(compiling) // (4 * processes)))
+    alike = sorted(compiling, key=lambda c: (c.format, c.shape))  # a process makes few weights
+    parts = [(alike[first : first + size], device) for first in range(0, len(alike), size)]
+    with get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap_unordered(_compile, parts)
+
+
+def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
+    """In a process of its own: run each product once, of few rows. Kernels are the same for any number of rows."""
+    compiling, device = part
+    weight: Any = None
+    for n, (run, format, shape, alone, tile) in enumerate(compiling):
+        if weight is None or (format, shape) != (compiling[n - 1].format, compiling[n - 1].shape):
+            del weight
+            free(device)
+            weight = _weight(format, *shape, device)
+            weight = weight[0] if alone else weight
+            x_NI, count_E = _input(shape[0], 1, 1, shape[2], device, 0)
+        try:
+            with torch.inference_mode():
+                run(Problem(format, weight, weight, [(x_NI, count_E)]), x_NI, count_E, tile)
+        except Exception as error:  # `best` counts it
+            log.debug("%s %s: %s", format, tile, error)
+    return len(compiling)
+
+
 # --------------------------------------------------------------------------- timing
 
 
@@ -178,10 +240,10 @@ def _tune(
     args: ModelArgs, family: Family, format: str, O: int, I: int, device: torch.device,  # noqa: E741
     rows: Sequence[float], begin: Callable[[str], None],
 ) -> Iterator[Timed]:  # fmt: skip
-    experts, chosen = (1, 1) if family.alone else (args.moe.num_experts, args.moe.num_experts_per_tok)
+    experts, chosen = _experts(args, family)
     weight, other = (_weight(format, experts, O, I, device) for _ in range(2))
     weight, other = (weight[0], other[0]) if family.alone else (weight, other)
-    tiles = [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
+    tiles = _tiles(family, format, O, I)
     for many in _rows(family, rows):
         key = Key(family.name, format, kind_of(O, I), many)
         begin(f"{family.name} {format}, {key.kind}, {many} rows an expert")
@@ -190,6 +252,16 @@ def _tune(
         yield best(key, family, problem, [tile for tile in tiles if suits(tile, many)], device)
     del weight, other
     free(device)
+
+
+def _experts(args: ModelArgs, family: Family) -> tuple[int, int]:
+    """How many experts a family's weight has, and of them a token takes."""
+    return (1, 1) if family.alone else (args.moe.num_experts, args.moe.num_experts_per_tok)
+
+
+def _tiles(family: Family, format: str, O: int, I: int) -> list[Tile]:  # noqa: E741
+    """The tiles for a weight, each once."""
+    return [dict(items) for items in dict.fromkeys(tuple(t.items()) for t in family.candidates(format, O, I))]
 
 
 def _rows(family: Family, rows: Sequence[float]) -> list[float]:

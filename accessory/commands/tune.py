@@ -10,9 +10,10 @@ import torch
 
 from accessory import __version__
 from accessory.bench import tune as tuning
-from accessory.config import PRESETS
+from accessory.config import PRESETS, ModelArgs
 from accessory.errors import InputError
 from accessory.formats import check_rows
+from accessory.launch.threads import cores
 from accessory.ops import tiles
 from accessory.ops.machine import has_triton, triton_lacks
 from accessory.progress import progress_bar
@@ -39,7 +40,13 @@ def tune(options: argparse.Namespace) -> int:
     if out is None:
         out = tiles.cache_folder() / tiles.file_name(card)
         out.parent.mkdir(parents=True, exist_ok=True)
-    return run(options, card, device, out)
+    return run(options, card, device, out, processes=_processes(args))
+
+
+def _processes(args: ModelArgs) -> int:
+    """As many as there are cores, and as there is memory of the card for: each quantises a weight."""
+    weight = 2 * args.moe.num_experts * args.dim * args.hidden_dim  # bytes in 16 bits
+    return max(1, min(cores(), torch.cuda.mem_get_info()[0] // (3 * weight + 2**30) - 2))
 
 
 def run(
@@ -48,10 +55,17 @@ def run(
     device: torch.device,
     out: Path,
     families: tuple[tuning.Family, ...] = tuning.FAMILIES,
+    processes: int = 1,
 ) -> int:
+    """processes: how many compile before anything is timed. With one, kernels are compiled as they are timed."""
     args, rows = PRESETS[options.sizes], options.rows or tuning.ROWS
     kept = json.loads(out.read_text(encoding="utf-8"))["tiles"] if out.exists() and tiles.read(out) else []
     old = {tiles.Key(*(row[n] for n in tiles.Key._fields)): (row["tile"], row["us"]) for row in kept}
+    if processes > 1:
+        compiling = tuning.to_compile(args, options.format, rows, families)
+        with progress_bar(len(compiling), "compiling", unit=" kernels") as bar:
+            for count in tuning.compile_ahead(compiling, device, processes):
+                bar.update(count)
     bar = progress_bar(tuning.count(options.format, rows, families), "tiles", unit=" products")
     print("| family | format | shape | rows an expert | µs | tile |\n|---|---|---|---|---|---|", flush=True)
     with bar:

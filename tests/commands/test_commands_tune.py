@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from accessory.bench.tune import Family
+from accessory.bench.tune import Family, compile_ahead, to_compile
 from accessory.cli import _parser, main
 from accessory.commands.tune import run
+from accessory.config import PRESETS
 from accessory.ops import tiles
 from accessory.ops.dense_products import grouped_loop
 
@@ -42,6 +44,32 @@ def test_a_family_of_which_no_tile_runs_is_a_bug(tmp_path):
     with pytest.raises(RuntimeError, match="no tile can run"):
         run(options, "a card", torch.device("cpu"), tmp_path / "x.json", (family,))
     assert list(tmp_path.iterdir()) == []
+
+
+def noted(problem, x_NI, count_E, tile):
+    """Where a process would compile a kernel, one that the tests look at leaves a file."""
+    out = product(problem, x_NI, count_E, tile | {"M": 2})
+    name = "-".join(map(str, (problem.format, *problem.weight.shape, *out.shape, tile["M"])))
+    (Path(tile["folder"]) / name).touch(exist_ok=False)
+    return out
+
+
+def test_every_tile_is_compiled_once_in_processes_before_it_is_timed(tmp_path):
+    tiles_here = [{"M": M, "folder": str(tmp_path)} for M in (1, 2, 8, 512)]
+    family = Family("mine", ("none",), lambda *_: [*tiles_here, *tiles_here[:2]], noted)
+    ahead = to_compile(PRESETS["tiny"], ["none", "int8"], [1, 4], (family,))
+    assert len(ahead) == 2 * 3  # of both weights; no expert has rows enough for 512
+    counts = list(compile_ahead(ahead, torch.device("cpu"), processes=2))
+    assert sum(counts) == len(ahead)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"none-4-{out}-{into}-4-{out}-{M}" for out, into in ((96, 64), (64, 96)) for M in (1, 2, 8)
+    }
+
+
+def test_a_tile_that_cannot_be_compiled_ends_no_process():
+    family = Family("mine", ("none",), lambda *_: TILES[2:], product)
+    ahead = to_compile(PRESETS["tiny"], ["none"], [1], (family,))
+    assert sum(compile_ahead(ahead, torch.device("cpu"), processes=1)) == len(ahead) == 2
 
 
 @pytest.mark.parametrize(
