@@ -7,6 +7,7 @@ Legend: N rows sorted by expert, E experts, O out, I in features.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -196,8 +197,8 @@ def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
     weight: Any = None
     for n, (run, format, shape, alone, tile) in enumerate(compiling):
         if weight is None or (format, shape) != (compiling[n - 1].format, compiling[n - 1].shape):
-            del weight
-            free(device)
+            weight = None
+            gc.collect()
             weight = _weight(format, *shape, device)
             weight = weight[0] if alone else weight
             x_NI, count_E = _input(shape[0], 1, 1, shape[2], device, 0)
@@ -297,13 +298,17 @@ def best(key: Key, family: Family, problem: Problem, tiles: Sequence[Tile], devi
 
 
 def _weight(format: str, E: int, O: int, I: int, device: torch.device) -> Any:  # noqa: E741
+    """A stack of copies of one weight, since quantising takes several times the memory of what it quantises."""
     from accessory.ops.quantized import quantize
 
-    dense = torch.empty(E, O, I, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+    def copied(t: Tensor) -> Tensor:
+        return t.expand(E, *t.shape[1:]).contiguous()
+
+    dense = torch.empty(1, O, I, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     if format == DENSE:
-        return dense
+        return copied(dense)
     chosen: Format = format  # type: ignore[assignment]
-    return quantize(dense, chosen)
+    return quantize(dense, chosen).map(copied)
 
 
 def _input(
