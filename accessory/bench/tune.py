@@ -89,9 +89,9 @@ def _grouped(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Ten
 
 
 def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
-    from accessory.ops.triton.packed_grouped import _forward_kernel, _launch
+    from accessory.ops.triton.packed_grouped import product
 
-    return _launch(_forward_kernel, x_NI, problem.weight, count_E, problem.weight.shape[-2], tile)
+    return product(x_NI, problem.weight, count_E, tile=tile)
 
 
 def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequence[int] = (1,)) -> list[Tile]:
@@ -192,7 +192,7 @@ def compile_ahead(compiling: Sequence[Compiling], device: torch.device, processe
 
 
 def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
-    """In a process of its own: run each product once, of few rows. Kernels are the same for any number of rows."""
+    """In a process of its own: run each product of one row and of a few. Kernels for more rows are the same."""
     compiling, device = part
     weight: Any = None
     for n, (run, format, shape, alone, tile) in enumerate(compiling):
@@ -201,10 +201,11 @@ def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
             gc.collect()
             weight = _weight(format, *shape, device)
             weight = weight[0] if alone else weight
-            x_NI, count_E = _input(shape[0], 1, 1, shape[2], device, 0)
+            inputs = [_input(shape[0], 1, many, shape[2], device, 0) for many in (1 / shape[0], 2)]
         try:
             with torch.inference_mode():
-                run(Problem(format, weight, weight, [(x_NI, count_E)]), x_NI, count_E, tile)
+                for x_NI, count_E in inputs:
+                    run(Problem(format, weight, weight, inputs), x_NI, count_E, tile)
         except Exception as error:  # `best` counts it
             log.debug("%s %s: %s", format, tile, error)
     return len(compiling)

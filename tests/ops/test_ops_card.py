@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +41,33 @@ def test_a_launcher_runs_on_the_card_of_its_first_argument(current, name, card, 
     launch = on_its_card(lambda first, other, *, named: (current.index, other, named))
     assert launch(SimpleNamespace(device=torch.device(name)), 2, named=3) == (card, 2, 3)
     assert (current.index, current.entered) == (0, entered)
+
+
+NAMES = """
+import importlib, sys
+from accessory.ops.triton.card import name_kernels
+modules = [f"accessory.ops.triton.{name}" for name in sys.argv[1:]]
+for name in modules:
+    here = vars(importlib.import_module(name))
+    name_kernels(name)
+    [v.cache_key for v in reversed(here.values()) if hasattr(v, "cache_key")]  # as if the last one were used first
+kernels = {f"{name} {v}": v for name in modules for v in vars(sys.modules[name]).values() if hasattr(v, "cache_key")}
+assert len(kernels) > 90, len(kernels)
+print(*sorted(f"{name} {kernel.cache_key}" for name, kernel in kernels.items()), sep="\\n")
+"""
+
+
+def test_the_names_of_kernels_do_not_follow_from_which_one_comes_first():
+    pytest.importorskip("triton")
+    modules = [path.stem for path in KERNELS if path.stem not in ("__init__", "card")]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    orders = [
+        subprocess.Popen([sys.executable, "-c", NAMES, *order], env=environment, text=True, stdout=subprocess.PIPE)
+        for order in (modules, modules[::-1])
+    ]
+    one, other = (process.communicate()[0].splitlines() for process in orders)
+    assert [process.returncode for process in orders] == [0, 0]
+    assert one == other
 
 
 def functions_that_launch(tree: ast.Module) -> dict[str, bool]:

@@ -1,8 +1,12 @@
-"""The card that holds a kernel's tensors: launches there (`on_its_card`), and the tiles measured on it."""
+"""The card that holds a kernel's tensors: launches there (`on_its_card`), and the tiles measured on it.
+
+And the names of kernels in Triton's cache.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
@@ -23,6 +27,7 @@ def on_its_card(launch: Launcher) -> Launcher:
 
     @functools.wraps(launch)
     def launch_there(first: Any, /, *others: Any, **named: Any) -> Any:
+        name_kernels(launch.__module__)
         device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():  # on a CPU, Triton's interpreter runs
             return launch(first, *others, **named)
@@ -30,6 +35,21 @@ def on_its_card(launch: Launcher) -> Launcher:
             return launch(first, *others, **named)
 
     return launch_there  # type: ignore[return-value]
+
+
+@cache
+def name_kernels(module: str) -> None:
+    """Fix the names that a module's kernels have in Triton's cache on the disk.
+
+    Triton 3.6 makes a kernel's name when the kernel is first used, and leaves out the constants of functions whose own
+    names are not made yet. So the names would follow from which kernel a process uses first, and a process that begins
+    with another one would compile kernels again that are there. Here functions come before those that call them.
+    """
+    for value in list(vars(sys.modules[module]).values()):
+        if hasattr(value, "cache_key"):  # a function of Triton's, not one of its interpreter
+            if value.__module__ != module:
+                name_kernels(value.__module__)
+            value.cache_key  # noqa: B018
 
 
 def cdiv(a: int, b: int) -> int:

@@ -216,15 +216,22 @@ def _tile(table: dict[int, tuple[Any, ...]], rows: float) -> dict[str, Any]:
 
 
 @on_its_card
-def product(x_NI: Tensor, p: Packed, count_E: Tensor | None = None, as_rows: float | None = None) -> Tensor:
+def product(
+    x_NI: Tensor,
+    p: Packed,
+    count_E: Tensor | None = None,
+    as_rows: float | None = None,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
     """x (N, I) times a quantised stack (E, O, I), with rows sorted by expert, or times one weight (O, I).
 
     Returns (N, O) in x's dtype. as_rows: take the tile for so many rows an expert, by default for as many as there are.
     """
     rows = len(x_NI) / (1 if count_E is None else len(count_E)) if as_rows is None else as_rows
     O, I = p.shape[-2], p.shape[-1]  # noqa: E741
-    found = None if count_E is None else measured_on(x_NI.device, "packed_grouped", p.format, O, I, rows)
-    tile = found or _tile(ALONE if count_E is None else FORWARD, rows)
+    if tile is None and count_E is not None:
+        tile = measured_on(x_NI.device, "packed_grouped", p.format, O, I, rows)
+    tile = tile or _tile(ALONE if count_E is None else FORWARD, rows)
     return _launch(_forward_kernel, x_NI, p, count_E, p.shape[-2], tile)
 
 
