@@ -46,7 +46,7 @@ def name_kernels(module: str) -> None:
     with another one would compile kernels again that are there. Here functions come before those that call them.
     """
     for value in list(vars(sys.modules[module]).values()):
-        if hasattr(value, "cache_key"):  # a function of Triton's, not one of its interpreter
+        if hasattr(type(value), "cache_key"):  # a function of Triton's, not one of its interpreter
             if value.__module__ != module:
                 name_kernels(value.__module__)
             value.cache_key  # noqa: B018
