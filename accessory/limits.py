@@ -61,8 +61,8 @@ GROUPED_ROWS_AN_EXPERT_FP32 = 128
 # adapter for a grouped product. Not measured yet: benchmarks/gpu_choices.py times both.
 ADAPTER_ROWS = 64
 
-# Logits that the head makes at a time while it is trained: 256 MB in 16 bits, 4194 rows of Mixtral's vocabulary. And
-# the rows of them that a CPU's cross-entropy widens to fp32 at a time.
+# Logits that a rank's head makes at a time while it is trained: 256 MB in 16 bits, 4194 rows of Mixtral's vocabulary.
+# And the rows of them that a CPU's cross-entropy widens to fp32 at a time.
 LOGITS_AT_ONCE = 2**27
 CROSS_ENTROPY_ROWS = 1024
 # Numbers that a GPU quantises at a time while a weight is loaded.

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, S keys, D dim, V vocabulary, c = head_dim/2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from accessory.nn.linear import Linear, RMSNorm
 from accessory.nn.moe import MoE
 from accessory.nn.multimodal import ImageTokens, place
 from accessory.ops.attention import Documents, Mask, has_varlen
-from accessory.ops.cross_entropy import head_cross_entropy_sum
+from accessory.ops.cross_entropy import VocabularyPart, head_cross_entropy_sum
 from accessory.ops.linear import AdapterRows
 from accessory.ops.rope import rope_frequencies, rotations
 from accessory.ops.routing import RouterStatistics
@@ -110,6 +111,10 @@ class Decoder(ImageTokens):
         self.layers = nn.ModuleList(Layer(args, implementation, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
+        # Where ranks share the vocabulary: which tokens' logits `output` makes here, and what makes (…, V) of all
+        # ranks' logits. The loss needs no gathered logits.
+        self.vocabulary = VocabularyPart(0, args.vocab_size)
+        self.gather_logits: Callable[[Tensor], Tensor] | None = None
         if sees:
             self.add_images(args.sees_with, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
@@ -210,9 +215,10 @@ class Decoder(ImageTokens):
             adapters = None if adapters is None else adapters[rows_N]
         _, h = self.norm.after(x, y, self.products_in, adapters)
         if label_N is None:
-            return DecoderOutput(self.output(h, adapters), router)
+            logits = self.output(h, adapters)
+            return DecoderOutput(logits if self.gather_logits is None else self.gather_logits(logits), router)
         trained = [p for p in self.output.parameters() if p.requires_grad]
-        loss = head_cross_entropy_sum(h.reshape(-1, h.shape[-1]), label_N, self.output, trained, self.args.vocab_size)
+        loss = head_cross_entropy_sum(h.reshape(-1, h.shape[-1]), label_N, self.output, trained, self.vocabulary)
         return DecoderOutput(h.new_empty(0), router, loss)
 
 

@@ -1,8 +1,8 @@
 """Cuts a network for this rank and adds the collectives. The layers themselves compute on local tensors.
 
-Collectives are at three places only. The outputs of embedding and head are gathered. The outputs of attention and of
-the experts are summed: two all-reduces a layer. Of data-parallel ranks, those that share rows gather their keys and
-values, and those with different experts exchange tokens.
+Collectives are at three places only. The outputs of embedding and head are gathered; for a loss, three numbers a row
+instead of the head's. The outputs of attention and of the experts are summed: two all-reduces a layer. Of data-parallel
+ranks, those that share rows gather their keys and values, and those with different experts exchange tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import RMSNorm
 from accessory.nn.moe import MoE
+from accessory.ops.cross_entropy import VocabularyPart
 from accessory.parallel import sharding
 from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks, stack_from_ranks
 from accessory.parallel.experts import compute_at_owners
@@ -128,8 +129,11 @@ def _box(part: sharding.Slice | None, whole: tuple[int, ...]) -> tuple[tuple[int
 
 
 def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
-    def gathered(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def gathered(output: Tensor) -> Tensor:
         return gather_from_ranks(output, ranks)
+
+    def stacked(part: Tensor) -> Tensor:
+        return stack_from_ranks(part, ranks)
 
     def reduced_before(norm: RMSNorm | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         """A hook that sums an output over ranks, unless the norm that comes next does."""
@@ -153,9 +157,11 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
         x_TD, weight_TK, *rest = inputs
         return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), *rest
 
-    decoder.tok_embeddings.register_forward_hook(gathered)
+    decoder.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: gathered(output))
     decoder.output.register_forward_pre_hook(copy_first)
-    decoder.output.register_forward_hook(gathered)
+    _, (first, _) = decoder.local_shards["output.weight"]
+    decoder.vocabulary = VocabularyPart(first, decoder.output.weight.shape[0], stacked)
+    decoder.gather_logits = gathered
     layers: list[Any] = list(decoder.layers)
     # The last norm sees some rows only, so the sum before it stands alone.
     for layer, norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), None], strict=True):

@@ -1,6 +1,6 @@
 """The moments of a training step that may be its largest, and what takes the memory at each of them.
 
-Legend: L layers, V vocabulary.
+Legend: L layers, V a rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -116,11 +116,12 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
 def _logits(setup: Setup, task: Training, trained: int) -> int:
     """The logits of some tokens in 16 bits, and what gradients of the head take beside the finished one.
 
-    The gradient of the logits takes their place. A CPU has some rows of them in fp32 as well. trained: numbers of the
-    head that are trained. Each piece of the logits makes a gradient of these in 16 bits, which is widened where the
-    weight is fp32; from the second piece on, it is added to that of the pieces before.
+    Model-parallel ranks share the vocabulary. The gradient of the logits takes their place. A CPU has some rows of them
+    in fp32 as well. trained: numbers of the head that are trained. Each piece of the logits makes a gradient of these
+    in 16 bits, which is widened where the weight is fp32; from the second piece on, it is added to that of the pieces
+    before.
     """
-    V, tokens = setup.args.vocab_size, setup.training_tokens
+    V, tokens = setup.args.vocab_size // setup.tp, setup.training_tokens
     rows = max(1, LOGITS_AT_ONCE // V)
     wide = CROSS_ENTROPY_TENSORS * 4 * min(CROSS_ENTROPY_ROWS, tokens) * V if setup.device == "cpu" else 0
     gathered = setup.fsdp

@@ -7,12 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accessory.ops import cross_entropy
-from accessory.ops.cross_entropy import head_cross_entropy_sum
+from accessory.ops.cross_entropy import VocabularyPart, head_cross_entropy_sum
 
 
 def cross_entropy_sum(logits_NV, label_N):
     """With a head that returns its input, in memory that may be written over."""
-    return head_cross_entropy_sum(logits_NV, label_N, lambda x: x * 1, (), logits_NV.shape[1])
+    return head_cross_entropy_sum(logits_NV, label_N, lambda x: x * 1, (), VocabularyPart(0, logits_NV.shape[1]))
 
 
 def both(logits_NV, label_N, factor=1.0):
@@ -76,7 +76,8 @@ def test_no_rows_give_zero_and_an_empty_gradient():
     """A rank whose rows have no tokens to learn still takes part in the step."""
     weight = torch.randn(5, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    loss = head_cross_entropy_sum(torch.zeros(0, 4, requires_grad=True), none, lambda h: h @ weight.T, [weight], 5)
+    h, whole = torch.zeros(0, 4, requires_grad=True), VocabularyPart(0, 5)
+    loss = head_cross_entropy_sum(h, none, lambda h: h @ weight.T, [weight], whole)
     loss.backward()
     assert loss.item() == 0
     assert not weight.grad.any()
@@ -116,7 +117,7 @@ def test_the_heads_gradients_do_not_depend_on_the_pieces(monkeypatch, logits):
         seen.append(len(rows))
         return F.linear(rows, weight, bias)
 
-    loss = head_cross_entropy_sum(h, label, head, [weight, bias], 11)
+    loss = head_cross_entropy_sum(h, label, head, [weight, bias], VocabularyPart(0, 11))
     got = torch.autograd.grad(loss * 0.3, [h, weight, bias])
     wanted = F.cross_entropy(F.linear(h, weight, bias), label, reduction="sum")
     torch.testing.assert_close(loss, wanted)

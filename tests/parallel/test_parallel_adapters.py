@@ -1,4 +1,4 @@
-"""LoRA and biases on several ranks give the whole network's logits and, after `plan`'s sums, its gradients."""
+"""LoRA and biases on several ranks give the whole network's logits or loss and, after `plan`'s sums, its gradients."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ ARGS = TINY.replace(
     bias_tuning=True,
 )
 TOKENS_BT = torch.arange(18).view(2, 9) * 3 % 64
+LABEL_N = TOKENS_BT.flatten().roll(-1).where(torch.arange(18) % 5 > 0, -100)
 
 
 def whole(implementation):
@@ -41,7 +42,19 @@ def gradients(decoder):
     return out
 
 
-def rank_main(rank, world, implementation):
+def outcome(decoder, learns):
+    """What is compared, and backward from it: the loss, of which no rank gathers logits, or the logits."""
+    if learns:
+        decoder.gather_logits = None
+        loss = decoder(TOKENS_BT, label_N=LABEL_N).loss
+        loss.backward()
+        return loss.detach()
+    logits = decoder(TOKENS_BT).logits
+    logits.square().sum().backward()
+    return logits.detach()
+
+
+def rank_main(rank, world, implementation, learns):
     import torch.distributed as dist
 
     from accessory.adapt.peft import adapter_specs_for, add_adapters
@@ -64,8 +77,7 @@ def rank_main(rank, world, implementation):
         parts[name] = part
         source = tensors[name] if part.dim is None else tensors[name].narrow(part.dim, part.start, part.length)
         place.copy_(source)
-    logits = decoder(TOKENS_BT).logits
-    logits.square().sum().backward()
+    out = outcome(decoder, learns)
     found = gradients(decoder)
     for name, grad in found.items():
         sharers = sharding.gradient_sharers(name, ARGS, implementation, world)
@@ -74,19 +86,19 @@ def rank_main(rank, world, implementation):
             dist.all_gather(all_grads, grad.contiguous())
             first = rank // sharers * sharers
             found[name] = torch.stack(all_grads[first : first + sharers]).sum(0)
-    return logits.detach(), found, parts
+    return out, found, parts
 
 
 @pytest.mark.parametrize("implementation", ["base", "sparse"])
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_with_adapters_are_the_whole_network(implementation, world):
+@pytest.mark.parametrize("learns", [False, True])
+def test_ranks_with_adapters_are_the_whole_network(implementation, world, learns):
     decoder, _ = whole(implementation)
-    logits = decoder(TOKENS_BT).logits
-    logits.square().sum().backward()
+    wanted = outcome(decoder, learns)
     expected = gradients(decoder)
     seen = set()
-    for got, found, parts in run_ranks(rank_main, world, implementation):
-        torch.testing.assert_close(got, logits.detach(), rtol=1e-5, atol=1e-5)
+    for got, found, parts in run_ranks(rank_main, world, implementation, learns):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         for name, grad in found.items():
             part = parts[name]
             want = expected[name] if part.dim is None else expected[name].narrow(part.dim, part.start, part.length)

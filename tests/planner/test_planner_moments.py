@@ -64,6 +64,15 @@ def test_gradients_of_the_head_while_they_are_made(task, bytes_each):
     assert training_moments(setup, setup.task)["the end of forward"]["logits"] == logits + bytes_each * numel
 
 
+@pytest.mark.parametrize("tokens", [8, 2**21])
+def test_ranks_that_share_the_vocabulary_have_a_part_of_the_logits(tokens):
+    """And of the head. A piece has as many numbers on each rank, so its rows are more."""
+    setup = full(TINY, tp=2, max_words=tokens)
+    logits = 2 * min(LOGITS_AT_ONCE, tokens * TINY.vocab_size // 2)
+    head = (2 if tokens == 8 else 6) * TINY.vocab_size // 2 * TINY.dim
+    assert training_moments(setup, setup.task)["the end of forward"]["logits"] == logits + head
+
+
 def test_moments_on_the_host_leave_three_buffers_on_the_card():
     setup = full(dp=8, data_parallel="fsdp", **HOST_MOMENTS)
     terms = step(setup)
