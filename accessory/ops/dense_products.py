@@ -17,6 +17,7 @@ from torch import Tensor
 
 from accessory.limits import IN_PLACE_ROWS_DENSE
 from accessory.ops import dispatch
+from accessory.ops.compute_copy import in_dtype
 
 
 def dense_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def sort_by_expert(expert_TK: Tensor, experts: int, first: int = 0) -> tuple[Ten
 
 def grouped_dense(x_NI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Multiply each row of x by its expert's weight: (N, O) in x's dtype. `ops.dispatch` chooses the kernel."""
-    weight_EOI = weight_EOI.to(x_NI.dtype)
+    weight_EOI = in_dtype(weight_EOI, x_NI.dtype)
     kernel = dispatch.choose(dispatch.product("grouped", x_NI, weight_EOI, len(x_NI)))
     return kernel.load()(x_NI, weight_EOI, count_E)
 

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 # attention: over a paged cache. rotate_and_write: queries and keys turned by their positions, keys and values into the
 # cache. Both take the cache, dense or fp8, as their weight. rope: queries and keys turned alone. add_norm: the residual
 # stream and its norm. route: the same, and what the router chose. gate: silu(gate) · up, with its gradients in
-# gate_backward. combine: each token's sum over its experts. cross_entropy: its sum over rows of logits.
+# gate_backward. combine: each token's sum over its experts. cross_entropy: its sum over rows of logits. adamw: the
+# update of a parameter, whose numbers are its rows.
 Op = Literal[
     "linear", "linear_backward", "grouped", "grouped_backward", "grouped_terms", "grouped_weights", "decode",
     "adapters", "dequantize", "attention", "rotate_and_write", "rope", "add_norm", "route", "gate", "gate_backward",
-    "combine", "cross_entropy",
+    "combine", "cross_entropy", "adamw",
 ]  # fmt: skip
 DENSE = "dense"
 
@@ -237,6 +238,7 @@ TABLE: tuple[Kernel, ...] = (
 
     Kernel("rope", "triton.rope:turn", (DENSE,), _CUDA, triton=True),
     Kernel("cross_entropy", "triton.cross_entropy:cross_entropy", (DENSE,), _CUDA, triton=True),
+    Kernel("adamw", "triton.adamw:update", (DENSE,), _CUDA, dtypes=_FP32, rows=limits.ADAMW_NUMBERS, triton=True),
 
     # For rows whose bits must not depend on the others: no limit here is one of rows.
     Kernel("linear", "triton.fixed:decoding_linear_in_tiles", (DENSE, *_TRITON_FORMATS), _CUDA, _AMPERE, _16_BITS,
@@ -352,6 +354,11 @@ def over_tokens(op: Op, x: Tensor, experts: int = 1) -> Product:
         op, experts=experts, device=device.type, capability=_capability(device), dtype=_name(x.dtype),
         grad=torch.is_grad_enabled(), triton=has_triton(), fixed=fixed(),
     )  # fmt: skip
+
+
+def over_numbers(op: Op, x: Tensor) -> Product:
+    """Describes what is done with each number of x on its own."""
+    return over_tokens(op, x)._replace(rows=x.numel())
 
 
 @cache

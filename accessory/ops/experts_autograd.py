@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from accessory.ops import dispatch
+from accessory.ops.compute_copy import in_dtype
 from accessory.ops.dense_products import Term, grouped_backward, grouped_dense, grouped_weight_gradient, sort_by_expert
 from accessory.ops.dense_products import sum_of_terms as sum_of_dense_terms
 from accessory.ops.experts import combine, gate
@@ -241,7 +242,7 @@ def _stacks(
     """w1, w2 and w3 in the dtype of the products. kept: copies that forward made."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+        return None if tensor is None else in_dtype(tensor, dtype)
 
     stacks = []
     for n in range(STACKS):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops import dispatch
+from accessory.ops.compute_copy import in_dtype
 from accessory.ops.dense_products import dense_linear, grouped_dense, sort_by_expert
 from accessory.ops.dispatch import Product, product
 from accessory.ops.quantized import Packed
@@ -163,13 +164,13 @@ def linear(
         if not x.is_cuda or dispatch.fixed():
             return y + linear(low, weight.lora_b)
         # Added by the product itself, which spares a pass over y.
-        b_Or = weight.lora_b.to(x.dtype)
+        b_Or = in_dtype(weight.lora_b, x.dtype)
         return torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b_Or.t()).view(y.shape)
-    bias_O = None if bias_O is None else bias_O.to(x.dtype)
+    bias_O = None if bias_O is None else in_dtype(bias_O, x.dtype)
     if isinstance(weight, Packed):
         y = packed_linear(x, weight)
         return y if bias_O is None else y + bias_O
-    return dense_linear(x, weight.to(x.dtype), bias_O)
+    return dense_linear(x, in_dtype(weight, x.dtype), bias_O)
 
 
 def grouped_linear(
@@ -188,7 +189,7 @@ def grouped_linear(
             low_NR = w.scaled(grouped_linear(x_NI, w.lora_a, count_E))
             y_NO = y_NO + grouped_linear(low_NR, w.lora_b, count_E)
         if w.bias is not None:
-            N, bias_EO = x_NI.shape[0], w.bias.to(x_NI.dtype)
+            N, bias_EO = x_NI.shape[0], in_dtype(w.bias, x_NI.dtype)
             # Rows of other ranks' experts get the last expert's bias. The host does not learn how many there are.
             filled_E = torch.cat([count_E[:-1], N - count_E[:-1].sum(dim=0, keepdim=True)])
             y_NO = y_NO + bias_EO.repeat_interleave(filled_E, dim=0, output_size=N)

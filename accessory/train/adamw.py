@@ -1,13 +1,15 @@
 """AdamW (arXiv 1711.05101) over this rank's parts of the trained parameters, and how a large update is cut into pieces.
 
-The factor that clips gradients and undoes fp16's loss scale is part of the update. So on a GPU, where torch's fused
-kernel takes it, no pass over the gradients is needed before. Gradients in bf16 are widened piece by piece.
+The factor that clips gradients and undoes fp16's loss scale is part of the update. So on a GPU, whose kernels take it,
+no pass over the gradients is needed before. Large parameters have a kernel of ours (`ops.triton.adamw`). It reads
+gradients in bf16 as they are, and writes the parameter's 16-bit copy too, where products read one. Elsewhere torch
+makes the update, and gradients in bf16 are widened piece by piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from accessory.limits import OPTIMIZER_PIECE
+from accessory.ops import dispatch
+from accessory.ops.compute_copy import copy_of
 from accessory.parallel.local_shard import local
 
 BETAS = (0.9, 0.95)
@@ -30,11 +34,22 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some numbers of one parameter, with their gradients and moments: the whole parameter, or flat parts of each."""
+    """Some numbers of one parameter, with their gradients and moments: the whole parameter, or flat parts of each.
+
+    kernel: our own, for all pieces of a parameter or none, so that its bits do not depend on the pieces; None: torch's.
+    copy: the numbers in the dtype of the products, which our kernel writes too.
+    """
 
     value: Tensor
     gradient: Tensor
     moments: Mapping[str, Tensor]
+    kernel: dispatch.Kernel | None = None
+    copy: Tensor | None = None
+
+    @property
+    def widened(self) -> bool:
+        """Whether the gradient must become fp32 first."""
+        return self.kernel is None and self.gradient.dtype != self.value.dtype
 
     def cut(self, size: int) -> Iterator[Piece]:
         """Flat parts of at most `size` numbers. A moment that has one number for several is cut at the same places."""
@@ -44,7 +59,9 @@ class Piece:
             for name, moment in self.moments.items():
                 each = self.value.numel() // moment.numel()
                 moments[name] = moment.view(-1)[start // each : (start + size) // each]
-            yield Piece(value[start : start + size], gradient[start : start + size], moments)
+            copy = None if self.copy is None else self.copy.view(-1)[start : start + size]
+            part = replace(self, value=value[start : start + size], gradient=gradient[start : start + size])
+            yield replace(part, moments=moments, copy=copy)
 
 
 def aligned(numel: int) -> int:
@@ -99,17 +116,35 @@ class AdamW:
         self.updates += 1
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None and local(p).numel()]
-            self._update([Piece(local(p), local(p.grad), self.state[p]) for p in moved], group, scale)
+            pieces = [self._piece(p, local(p.grad)) for p in moved]
+            self._update(pieces, group, scale)
+            for p, piece in zip(moved, pieces, strict=True):
+                copy = copy_of(p)
+                if copy is not None and piece.kernel is not None:
+                    copy.written(p)
+                elif copy is not None:
+                    copy.forget()
+
+    def _piece(self, parameter: nn.Parameter, gradient: Tensor) -> Piece:
+        """A whole parameter. Moments in other forms than fp32 have kernels of their own."""
+        value, moments = local(parameter), self.state[parameter]
+        kernel = dispatch.find(dispatch.over_numbers("adamw", value))
+        if kernel is None or not value.is_contiguous() or set(moments) != set(MOMENTS):
+            return Piece(value, gradient, moments)
+        copy = copy_of(parameter)
+        return Piece(value, gradient, moments, kernel, None if copy is None else copy.tensor)
 
     def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
         """Update the parameters of one group, each a whole piece."""
-        self._adamw([piece for piece in pieces if piece.gradient.dtype == piece.value.dtype], group, scale)
-        narrow = (piece for piece in pieces if piece.gradient.dtype != piece.value.dtype)
-        for bucket in buckets(narrow, OPTIMIZER_PIECE):
+        self._adamw([piece for piece in pieces if not piece.widened], group, scale)
+        for bucket in buckets((piece for piece in pieces if piece.widened), OPTIMIZER_PIECE):
             self._adamw(bucket, group, scale)
 
     def _adamw(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
-        """torch's update of some pieces. Their moments lie on the parameters' device."""
+        """The update of some pieces. Their moments lie on the parameters' device."""
+        for piece in pieces:
+            self._by_our_kernel(piece, group, scale)
+        pieces = [piece for piece in pieces if piece.kernel is None]
         if not pieces:
             return
         device = pieces[0].value.device
@@ -139,6 +174,13 @@ class AdamW:
             eps=EPS,
             maximize=False,
         )
+
+    def _by_our_kernel(self, piece: Piece, group: Mapping[str, Any], scale: float) -> None:
+        if piece.kernel is None:
+            return
+        how = {"lr": group["lr"], "weight_decay": group["weight_decay"], "updates": self.updates, "scale": scale}
+        moments = (piece.moments[moment] for moment in MOMENTS)
+        piece.kernel.load()(piece.value, piece.gradient, *moments, piece.copy, betas=BETAS, eps=EPS, **how)
 
     def zero_grad(self) -> None:
         """Free all gradients."""

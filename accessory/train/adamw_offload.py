@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class _Lanes:
             numel = piece.value.numel()
             moments = {moment: buffers[moment][start : start + numel] for moment in MOMENTS}
             trips += [(piece.moments[moment], moments[moment]) for moment in MOMENTS]
-            visiting.append(Piece(piece.value, piece.gradient, moments))
+            visiting.append(replace(piece, moments=moments))
             start += aligned(numel)
         return visiting, trips
 

@@ -104,5 +104,6 @@ def test_every_launcher_of_the_package_does():
         "prompt_experts.combine", "prompt_experts.gate_backward", "grouped_tma.product", "grouped_tma.gradient",
         "grouped_tma.sum_of_terms",
         "grouped_tma.weight_gradient", "cross_entropy.cross_entropy", "norm_backward.norm_backward", "rope.turn",
+        "adamw.update",
     }  # fmt: skip
     assert all(found.values()), found

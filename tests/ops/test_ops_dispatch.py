@@ -93,6 +93,7 @@ def test_every_row_is_reached_by_some_product():
         for d, g in (("bfloat16", False), ("float32", True))
     }
     found.add(find(Product("decode", "int4", 2, 8, **SIZES, plain=False)))
+    found.add(find(Product("adamw", rows=limits.ADAMW_NUMBERS[0], dtype="float32")))
     for op in (*OPS, "decode"):
         for weight in (dispatch.DENSE, *FORMATS):
             for rows in (1, 20, 100, 100_000):
@@ -134,6 +135,13 @@ def test_limits_are_where_they_were_measured(op, weight, most, here, beyond):
     assert choose(Product(op, weight, most, experts, **SIZES, plain=plain)).function == here
     after = find(Product(op, weight, most + 1, experts, **SIZES, plain=plain))
     assert (after.function if after else None) == beyond
+
+
+def test_large_parameters_in_fp32_have_a_kernel_for_their_update():
+    large = Product("adamw", rows=limits.ADAMW_NUMBERS[0], dtype="float32")
+    assert choose(large).function == "triton.adamw:update"
+    for changes in ({"rows": large.rows - 1}, {"device": "cpu"}, {"dtype": "bfloat16"}, {"triton": False}):
+        assert find(large._replace(**changes)) is None
 
 
 @pytest.mark.parametrize(

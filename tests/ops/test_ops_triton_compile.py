@@ -9,6 +9,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from accessory.ops.quantized import quantize  # noqa: E402
+from accessory.ops.triton import adamw  # noqa: E402
 from accessory.ops.triton import grouped_experts as kernels  # noqa: E402
 from accessory.ops.triton import grouped_tma as tma  # noqa: E402
 from accessory.ops.triton.nibbles import permutes  # noqa: E402
@@ -18,14 +19,16 @@ CARDS_WITH_TMA = {90: 232_448, 100: 232_448, 120: 101_376}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "u8"}
 
 
-def compiled(kernel, pointers, constants, capability, num_warps, num_stages):
+def compiled(kernel, pointers, constants, capability, num_warps, num_stages, multiples=()):
+    """multiples: the numbers that are multiples of 16, as pointers are."""
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    aligned = [name for name, kind in pointers.items() if kind.startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={places[name]: value for name, value in constants.items()},
-        attrs={places[name]: [["tt.divisibility", 16]] for name, kind in pointers.items() if kind.startswith("*")},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in (*aligned, *multiples)},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -90,3 +93,20 @@ def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
     constants = {"OUT": 14336, "IN": 4096, "E": 8, "SLOTS": 8, "ADDS": True, "WAITS": True, "PROGRAMS": 132, **sizes}
     done = compiled(tma._weights_kernel, types, constants, capability, **how)
     assert done.metadata.shared <= CARDS_WITH_TMA[capability]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("gradient", ["*fp32", "*bf16"])
+@pytest.mark.skipif(not permutes(), reason="Triton's interpreter compiles nothing")
+def test_the_update_reads_and_writes_16_bytes_at_a_time(gradient, capability):
+    """A thread's loads and stores are as wide as memory gives them, also behind the mask of the last numbers."""
+    types = dict.fromkeys(("weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32")
+    types |= {"gradient_ptr": gradient, "copy_ptr": "*bf16"}
+    types |= dict.fromkeys(("scale", "kept", "beta1", "beta2", "step", "correction", "eps"), "fp32")
+    constants = {"COPIES": True, "BLOCK": adamw.BLOCK}
+    done = compiled(adamw._adamw_kernel, types, constants, capability, 4, 3, multiples=("N",))
+    ptx = done.asm["ptx"]
+    accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
+    assert accesses
+    assert all(".v4" in line for line in accesses), accesses
