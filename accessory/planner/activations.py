@@ -91,7 +91,7 @@ class LayerTraining:
     context: int = 1  # ranks that share each row
     exchanged: bool = False  # tokens go to the ranks of their experts and back
     gradient: int = 4  # of a gradient
-    copy: int = 2  # of the 16-bit copy that products read
+    copy: int = 2  # of the 16-bit copy that products read, where a pass makes it
     recompute: bool = False  # whether the layer is computed again in backward
     accumulating: bool = False  # gradients of earlier micro-steps are there already; `training` counts them
 
@@ -112,7 +112,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         context=setup.cp,
         exchanged=setup.ep > 1,
         gradient=2 if gathered else task.gradient,
-        copy=0 if gathered else parameter.copy,
+        copy=0 if gathered or setup.keeps_copies else parameter.copy,
         recompute=task.checkpointing,
         accumulating=setup.keeps_gradients and not gathered,
     )

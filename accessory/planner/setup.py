@@ -120,11 +120,23 @@ class Setup:
     def keeps_gradients(self) -> bool:
         """Whether gradients lie in memory through the whole step: between micro-steps, and where CUDA graphs write."""
         assert isinstance(self.task, Training), "prompts have no gradients"
-        graphs = self.task.kind == "lora" if self.task.cuda_graphs is None else self.task.cuda_graphs
+        return self.task.accum_iter > 1 or self.graphs
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether the 16-bit copies of trained weights lie in memory from step to step: see `train.passes`."""
+        assert isinstance(self.task, Training), "prompts read the weights themselves"
+        return self.graphs and not self.task.checkpointing
+
+    @property
+    def graphs(self) -> bool:
+        """Whether a training step's passes are CUDA graphs."""
+        assert isinstance(self.task, Training), "prompts have no such passes"
+        wanted = self.task.kind == "lora" if self.task.cuda_graphs is None else self.task.cuda_graphs
         whole = self.tp == 1 or self.implementation == "sparse"  # the host of a rank of base counts its pairs
         narrow = self.dense_bytes == 2  # in fp32 the host takes the experts in turn
         possible = self.device == "cuda" and not self.views and self.cp == self.ep == 1 and whole and narrow
-        return self.task.accum_iter > 1 or (graphs and possible and not self.fsdp)
+        return wanted and possible and not self.fsdp
 
     @property
     def training_tokens(self) -> int:

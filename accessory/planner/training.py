@@ -38,6 +38,9 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     # Between micro-steps all gradients are there.
     earlier_gradients = gradients if setup.keeps_gradients else 0
     layer_copies, head_copies = _copies(setup, task, trained)
+    lasting_copies = 0
+    if setup.keeps_copies:
+        lasting_copies, layer_copies, head_copies = layer_copies + head_copies, 0, 0
     whole_weights = _gathered(setup, task, groups)
 
     layer, learning = layer_sizes(setup, setup.training_tokens), layer_training(setup, task)
@@ -52,7 +55,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
         return {
             **lasting,
             "gradients": max(finished, earlier_gradients) + layer.gradients,
-            "16-bit copies of weights": copies + layer.copies,
+            "16-bit copies of weights": lasting_copies + copies + layer.copies,
             "whole weights, summed gradients": whole_weights,
             "activations": activations + layer.activations,
             "logits": logits,
@@ -73,6 +76,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
         "the optimiser's step": {
             **lasting,
             "gradients": gradients,
+            "16-bit copies of weights": lasting_copies,
             "pieces that are updated": _pieces(setup, task),
         },
     }
@@ -85,7 +89,8 @@ def _is_head(group: TensorGroup) -> bool:
 def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[int, int]:
     """Bytes of the 16-bit copies that autograd keeps of the trained weights of all layers, and of the head.
 
-    A layer that is computed again in backward makes its copies there. FSDP2's 16-bit weights need no copies.
+    Where passes are CUDA graphs, they stay from step to step. A layer that is computed again in backward makes its
+    copies there. FSDP2's 16-bit weights need no copies.
     """
     copied = [g for g in trained if g.role in ("product", "adapter") and not (setup.fsdp and replicas_of(g, setup) > 1)]
     head = task.parameter.copy * sum(g.numel for g in copied if _is_head(g))

@@ -2,7 +2,8 @@
 
 A graph holds both passes over one shape of batch. So batches are padded to few lengths, the head computes every row and
 leaves out those without a label, and what changes from step to step, such as the number of learnt tokens, is a tensor.
-Gradients lie in the same memory for the whole run. Graphs share one pool of memory, since no tensor outlives a pass.
+Gradients lie in the same memory for the whole run, and so do the 16-bit copies of trained weights that products read.
+Graphs share one pool of memory, since no tensor outlives a pass.
 
 Legend: B rows, T tokens, N = B·T, C documents.
 """
@@ -21,7 +22,9 @@ from torch.distributed.tensor import DTensor
 from accessory.data.batches import IGNORED, Batch
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
+from accessory.nn.linear import Linear
 from accessory.ops.attention import Documents
+from accessory.ops.compute_copy import keep_copy, refresh
 from accessory.ops.experts_autograd import runs_host_free
 from accessory.ops.graphs import possible, record
 from accessory.ops.shared_rows import SharedRows
@@ -130,6 +133,7 @@ class GraphedPasses(Passes):
         super().__init__(backward)
         self.named = named
         self.written = _written_whole(decoder)
+        self.copied = _keep_copies(decoder)
         self.gradients: list[Tensor] = []
         self.first = True
         self._seen: Counter[Any] = Counter()
@@ -146,6 +150,7 @@ class GraphedPasses(Passes):
         self.first = True
 
     def run(self, batch: Batch, factors: Tensor, device: torch.device, context: Ranks | None, images: Any) -> None:
+        refresh(self.copied)  # a replay does not ask whether they are current
         inputs = of_fixed_shape(batch, factors)
         boundaries = len(inputs.documents.start_N) if isinstance(inputs.documents, Documents) else 0
         key = (tuple(inputs.tokens_BT.shape), boundaries, self.first)
@@ -201,6 +206,26 @@ def _written_whole(decoder: Decoder) -> set[str]:
         for kind, _ in module.named_parameters(recurse=False)
         if not kind.endswith("_bias")
     }
+
+
+def _keep_copies(decoder: Decoder) -> list[nn.Parameter]:
+    """Give each trained fp32 parameter of a product in 16 bits a copy that stays, which the optimiser can write.
+
+    At the end of a forward pass all copies are there anyway, beside all gradients; so a step's peak stays what it is.
+    Layers that are computed again have the copies of one layer at a time, and get none that stay.
+    """
+    if any(layer.recompute for layer in decoder.layers):
+        return []
+    copied = [
+        p
+        for name, module in decoder.named_modules()
+        if isinstance(module, Linear | StackedExperts) and ".gate" not in name  # the router's products are in fp32
+        for p in module.parameters(recurse=False)
+        if p.requires_grad and p.dtype != decoder.products_in
+    ]
+    for p in copied:
+        keep_copy(p, decoder.products_in)
+    return copied
 
 
 def _copy(inputs: Inputs, held: Inputs) -> None:

@@ -1,4 +1,5 @@
-"""On a GPU: moments that visit from the host, 8-bit moments, the factor inside the update, and the memory of each."""
+"""On a GPU: our own kernel of AdamW, moments that visit from the host, 8-bit moments, the factor inside the update, the
+16-bit copies that stay from step to step, and the memory of each."""
 
 import gc
 import math
@@ -10,6 +11,9 @@ from helpers.training import ARGS, batches, make_decoder
 from torch import nn
 
 from accessory.checkpoint.names import expected_shapes
+from accessory.limits import ADAMW_NUMBERS
+from accessory.ops import dispatch
+from accessory.ops.compute_copy import copy_of, keep_copy
 from accessory.parallel.fsdp import squared_norm
 from accessory.parallel.mesh import DeviceMesh
 from accessory.planner.peak import WORKSPACE, estimate
@@ -18,6 +22,7 @@ from accessory.planner.training import training_moments
 from accessory.train import adamw, adamw_offload
 from accessory.train.adamw import BETAS, EPS
 from accessory.train.optim import make_optimizer
+from accessory.train.passes import GraphedPasses
 from accessory.train.state import load_state, save_state
 from accessory.train.trainer import LossWeights, Trainer
 
@@ -27,14 +32,16 @@ pytestmark = [
 ]
 
 SHAPES = {"w.weight": (700, 3001), "v.weight": (512, 4096), "a.norm.weight": (300,), "w.bias": (7,), "u.weight": (9, 9)}
+# Two that our own kernel updates: rows that no block divides, and an odd number of numbers.
+LARGE_SHAPES = {"x.weight": (2052, 2050), "y.weight": (2049, 2051), "z.weight": (30, 50)}
 WIDE = CUTTABLE.replace(vocab_size=ARGS.vocab_size)
 EIGHT, HOST = {"optimizer": "adamw_8bit"}, {"offload": "optimizer"}
 
 
-def parameters():
+def parameters(shapes=SHAPES):
     generator = torch.Generator("cuda").manual_seed(0)
     return [
-        (name, nn.Parameter(torch.randn(shape, generator=generator, device="cuda"))) for name, shape in SHAPES.items()
+        (name, nn.Parameter(torch.randn(shape, generator=generator, device="cuda"))) for name, shape in shapes.items()
     ]
 
 
@@ -89,12 +96,52 @@ def test_without_a_factor_it_is_torchs_fused_update_bit_by_bit():
     same(got, [p.detach() for _, p in theirs])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copied", [None, torch.bfloat16, torch.float16])
+def test_large_parameters_are_updated_as_torchs_fused_kernel_does(copied, dtype, scale):
+    """To fp32 rounding, by our kernel, with their copies bit by bit; small ones by torch's."""
+    assert all((math.prod(shape) >= ADAMW_NUMBERS[0]) == (name != "z.weight") for name, shape in LARGE_SHAPES.items())
+    named, theirs = parameters(LARGE_SHAPES), parameters(LARGE_SHAPES)
+    if copied is not None:
+        for _, p in named:
+            keep_copy(p, copied)
+    ours = make_optimizer(named, 0.1)
+    moved(ours, named, scale=scale, dtype=dtype)
+    optimizer = torch.optim.AdamW([p for _, p in theirs], 1e-2, BETAS, EPS, weight_decay=0.1, fused=True)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(5):
+        for _, p in theirs:
+            p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(dtype).float() * scale
+        optimizer.step()
+    for (name, p), (_, q) in zip(named, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6, msg=name)
+        for moment, tensor in ours.state[p].items():
+            torch.testing.assert_close(tensor, optimizer.state[q][moment], rtol=2e-6, atol=1e-6, msg=name)
+        if copied is not None:
+            assert copy_of(p).is_current(p) == (name != "z.weight")
+            assert torch.equal(copy_of(p).current(p), p.to(copied)), name
+
+
+def test_the_update_reads_gradients_in_bf16_as_they_are():
+    named = parameters(LARGE_SHAPES)
+    optimizer = make_optimizer(named, 0.1)
+    moved(optimizer, named, steps=1, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step(0.5)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - held < 2**20
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE_SHAPES], ids=["small", "large"])
 @pytest.mark.parametrize("piece", [2**16, 2**23])
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moments_on_the_host_give_the_same_bits(monkeypatch, piece, scale, dtype):
+def test_moments_on_the_host_give_the_same_bits(monkeypatch, piece, scale, dtype, shapes):
     """There are more small pieces than buffers, so that a buffer is used again while copies are under way."""
-    plain, visiting = parameters(), parameters()
+    plain, visiting = parameters(shapes), parameters(shapes)
     wanted = moved(make_optimizer(plain, 0.1), plain, scale=scale, dtype=dtype)
     monkeypatch.setattr(adamw_offload, "OPTIMIZER_PIECE", piece)
     optimizer = make_optimizer(visiting, 0.1, offload="optimizer")
@@ -227,3 +274,78 @@ def test_memory_is_what_the_planner_says(large, choices):
     added = torch.cuda.max_memory_allocated() - held
     assert added == pytest.approx(step["pieces that are updated"], abs=40e6)
     assert max(passes, held - began + added) == pytest.approx(estimate(setup).allocated, rel=0.10)
+
+
+# --------------------------------------------------------------------------- copies that stay
+
+
+def graphed(large, copies=True, **choices):
+    """A trainer whose passes are CUDA graphs."""
+    made = trainer(args=LARGE, tensors=large, graphs=True, **choices)
+    assert isinstance(made.passes, GraphedPasses)
+    if not copies:
+        made.passes.copied.clear()
+        for _, p in made.named:
+            if copy_of(p) is not None:
+                del p.compute_copy
+    return made
+
+
+@pytest.mark.parametrize("choices", [{}, EIGHT, HOST], ids=["fp32", "8 bits", "host"])
+def test_a_run_with_copies_is_one_without(large, choices, tmp_path):
+    """Bit by bit: with replays, evaluations, weights that somebody sets, and a state that is read."""
+    if choices == EIGHT:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: optim)")
+    losses, values = [], []
+    for copies in (True, False):
+        made, found = graphed(large, copies, **choices), []
+        state = None
+        for step in range(7):
+            found.append(made.step(batches(step % 2, parts=2), 3e-4)["loss"])
+            if step == 3:
+                state = save_state(made, tmp_path / str(copies), 4, {"updates": 4, "loss_scale": [1.0, 0]}, 1)
+            if step == 4:
+                with torch.no_grad():
+                    torch._foreach_mul_([p for _, p in made.named], 1.01)
+            if step == 5:
+                load_state(made, state)
+            if step > 3:
+                found.append(made.evaluate(batches(9))[0])
+        assert made.passes._made
+        kept = [p for _, p in made.named if copy_of(p) is not None]
+        assert bool(kept) == copies
+        if copies and not choices:
+            large_ones = [p for p in kept if dispatch.find(dispatch.over_numbers("adamw", p)) is not None]
+            assert large_ones
+            assert all(copy_of(p).is_current(p) for p in large_ones)
+        losses.append(found)
+        values.append({name: p.detach().cpu() for name, p in made.named})
+        del made, kept
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert losses[0] == losses[1]
+    for name, value in values[0].items():
+        assert torch.equal(value, values[1][name]), name
+
+
+def test_copies_that_stay_do_not_raise_a_steps_peak(large):
+    """What lasts is what the planner says; the peak is that of a step which makes the copies, to 2 %."""
+    peaks = []
+    for copies in (False, True):
+        gc.collect()
+        torch.cuda.empty_cache()
+        began = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        made = graphed(large, copies)
+        for step in range(4):
+            made.step(batches(step), 1e-4)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - began)
+        lasting = torch.cuda.memory_allocated() - began
+        copied = sum(copy_of(p).tensor.nbytes for _, p in made.named if copy_of(p) is not None)
+        del made
+    setup = planned(cuda_graphs=True)
+    step = training_moments(setup, setup.task)["the optimiser's step"]
+    assert copied == step["16-bit copies of weights"]
+    assert -1e6 <= lasting - sum(step.values()) <= 2 * WORKSPACE + 40e6
+    assert peaks[1] <= 1.02 * peaks[0]

@@ -97,3 +97,18 @@ def test_a_plan_needs_no_torch(task):
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("choices", "keeps"),
+    [
+        ({"kind": "lora"}, True),
+        ({"kind": "full"}, False),
+        ({"kind": "full", "accum_iter": 2}, False),
+        ({"kind": "full", "cuda_graphs": True}, True),
+        ({"kind": "full", "cuda_graphs": True, "checkpointing": True}, False),
+    ],
+    ids=str,
+)
+def test_copies_of_weights_are_kept_where_graphs_read_them(choices, keeps):
+    assert finetuning(**choices).keeps_copies is keeps
