@@ -18,7 +18,7 @@ from accessory.engine.pages import PagePool
 from accessory.engine.runner import About
 from accessory.engine.scheduler import Scheduler
 from accessory.engine.sequence import Sequence
-from accessory.errors import RankError
+from accessory.errors import NonFiniteError, RankError
 from accessory.limits import MAX_WAITING
 
 
@@ -26,10 +26,11 @@ class Engine:
     """A scheduler, and the executor of its steps.
 
     On a GPU the host plans a step, and handles the text of the one before, while the card runs the step between.
+    compiles: whether kernels are compiled and graphs captured when a step of a new size first comes, as a GPU does.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
-        self.scheduler, self.executor = scheduler, executor
+    def __init__(self, scheduler: Scheduler, executor: Executor, compiles: bool = False) -> None:
+        self.scheduler, self.executor, self.compiles = scheduler, executor, compiles
         self._turn = threading.RLock()
         self._under_way: deque[StepHandle] = deque()
 
@@ -47,7 +48,7 @@ class Engine:
             vocab_size=about.vocab_size,
             deterministic=about.deterministic,
         )
-        return cls(scheduler, executor)
+        return cls(scheduler, executor, compiles=not about.on_cpu)
 
     def add(self, sequence: Sequence) -> Sequence:
         """Let a request wait for its turn.
@@ -100,6 +101,30 @@ class Engine:
                 self.scheduler.commit(self._under_way.popleft().result())
                 return True
             return plan is not None
+
+    def rehearse(self, first: Many[Sequence], then: Many[Sequence] = ()) -> None:
+        """Answer requests that nobody reads. They stay in no count, and in no page that others share.
+
+        `then` come when all of `first` have drawn a token. Requests of other callers are answered meanwhile. Raises
+        what a request ends with, but for logits that are not finite: random ids say little about a model.
+        """
+        begun: list[Sequence] = []
+        try:
+            for some in (first, then):
+                self.add_all(some)
+                begun += some
+                while not all(request.drawn or request.finished for request in begun):
+                    self.step()
+            while not all(request.finished for request in begun):
+                self.step()
+        finally:
+            with self._turn:
+                for request in begun:
+                    self.finish(request)
+                self.scheduler.forget(begun)
+        for request in begun:
+            if request.error is not None and not isinstance(request.error, NonFiniteError):
+                raise request.error
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
         """The logits after each token of the rows: see `Runner.score`."""

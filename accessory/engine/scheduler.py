@@ -9,6 +9,7 @@ Only the standard library is imported here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -308,6 +309,16 @@ class Scheduler:
                 self.finish(sequence, "length")
             elif sequence.slot is not None:
                 self._publish(sequence)
+
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Take sequences that have ended out of the counts. No page has content afterwards that others could share."""
+        for sequence in sequences:
+            if sequence.computed or sequence.put_back:  # else it never began, and was not counted
+                self.counts.prompt_tokens -= sequence.prompt_length
+                self.counts.cached_tokens -= sequence.cached
+                self.counts.drawn_tokens -= sequence.answer_length
+                self.counts.put_back -= sequence.put_back
+        self.pool.forget()
 
     def fail(self, error: BaseException) -> None:
         """End every sequence with an error: the ranks are gone, and so is what their pages held."""

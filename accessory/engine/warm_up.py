@@ -1,0 +1,176 @@
+"""Requests that nobody asked, of every size that a GPU meets for the first time only once.
+
+A kernel is compiled, and a CUDA graph captured, when a step first needs it: a client would wait for seconds. Which ones
+a step needs follows from its tokens, its sequences, and whether these decode, begin or go on. So all of that is tried
+before the first client comes. The requests pass through the engine as any others do, on one rank or several.
+
+Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.scheduler import Scheduler
+from accessory.engine.sequence import Sequence
+from accessory.limits import GRAPH_BUCKETS, PAGE_SIZE
+from accessory.progress import progress_bar
+
+if TYPE_CHECKING:
+    from accessory.engine.engine import Engine
+
+# Ways to draw a token, which take different operations: the likeliest, a sort, the best of a few, no ranking, and all
+# that may be asked for beside.
+DRAWN = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0, top_p=0.9, seed=0),
+    SamplingParams(temperature=1.0, top_k=20, seed=0),
+    SamplingParams(temperature=1.0, top_p=1.0, seed=0),
+    SamplingParams(temperature=1.0, top_p=0.9, frequency_penalty=0.1, logprobs=5, seed=0),
+)
+ANSWER = 3  # tokens: the first comes with the prompt, so two are decoded
+LONG_ANSWER = 8  # of sequences that are to decode beside others
+BESIDE = 4  # sequences that decode while prompts come
+# Lengths of such prompts: attention splits keys where a page does not hold them all.
+PROMPTS_BESIDE = (20, 200)
+# Tokens with which a prompt goes on behind pages that are computed. Attention's tile depends on them: it has two, five
+# or more rows a head.
+REMAINDERS = (2, 8, 40, 100)
+JUDGED = (100, 300)  # tokens of prompts whose log-probabilities are asked for: the head's rows
+
+
+class Round(NamedTuple):
+    """Requests that run together. `then` come when all of `first` have drawn a token."""
+
+    what: str
+    first: list[Sequence]
+    then: list[Sequence]
+
+
+def warm_up(engine: Engine, adapters: int = 0, images: Iterable[Sequence] = (), shown: bool = False) -> None:
+    """Have the engine compute steps of all kinds once. Nothing stays of them but kernels, graphs and memory.
+
+    adapters: how many stand beside the weights. images: requests with an image, run one by one. shown: with a progress
+    bar.
+    """
+    todo = [*rounds(engine.scheduler, adapters), *(Round("an image", [sequence], []) for sequence in images)]
+    with progress_bar(len(todo), "warming up", shown, unit=" rounds") as bar:
+        for what, first, then in todo:
+            bar.set_postfix_str(what)
+            engine.rehearse(first, then)
+            bar.update()
+
+
+def rounds(scheduler: Scheduler, adapters: int) -> list[Round]:
+    """All there is to do, for as many sequences and tokens as the scheduler plans and the cache has pages for."""
+    if _Requests(scheduler, -1).room < 2:  # not even a prompt of one token and its answer
+        return []
+    # A step in which a token takes an adapter has kernels and graphs of its own, whichever adapter it is.
+    return [
+        one
+        for adapter in ((-1, 0) if adapters else (-1,))
+        for requests in (_Requests(scheduler, adapter),)
+        for kind in (requests.decoding, requests.prompts, requests.judged, requests.mixed, requests.going_on)
+        for one in kind()
+    ]
+
+
+@dataclass
+class _Requests:
+    """Makes requests with random ids, and rounds of them. adapter: as a `Sequence`'s."""
+
+    scheduler: Scheduler
+    adapter: int
+
+    def __post_init__(self) -> None:
+        pages, longest = self.scheduler.pool.pages - 1, self.scheduler.longest
+        self.tokens = pages * PAGE_SIZE  # that the cache holds
+        self.room = self.tokens if longest is None else min(self.tokens, longest)  # a sequence's tokens at most
+        self.most = min(self.scheduler.max_running, pages, self.scheduler.max_waiting)  # sequences at once
+        self._random, self._of = random.Random(self.adapter), "" if self.adapter < 0 else " with an adapter"
+
+    def decoding(self) -> Iterator[Round]:
+        """As many sequences as each graph has rows, the most first: all graphs take their memory from one pool."""
+        answer = min(ANSWER, self.room - 1)
+        for count in reversed([*(b for b in GRAPH_BUCKETS if b < self.most), self.most]):
+            drawn = [DRAWN[n % len(DRAWN)] for n in range(count)]
+            requests = [self._request(min(2, self.room - answer), answer, params) for params in drawn]
+            yield self._round(f"{count} sequences", requests)
+
+    def prompts(self) -> Iterator[Round]:
+        """Steps of rising numbers of tokens, and one step more than that.
+
+        Limits of kernels and tiles double at most, so a power of two lies between each two of them. Triton compiles
+        anew for multiples of 16: the number before a power of two is none.
+        """
+        budget = self.scheduler.budget
+        most = min(budget, self._together)
+        powers = [2**n for n in range(most.bit_length())]
+        for tokens in sorted({*powers, *(power - 1 for power in powers), most} - {0}):
+            yield self._round(f"prompts of {tokens:,} tokens", self._prompts(tokens))
+        # What does not fit a step goes on in the next one.
+        if (tokens := min(budget + budget // 4, self._together)) > budget:
+            yield self._round(f"prompts of {tokens:,} tokens", self._prompts(tokens))
+
+    def judged(self) -> Iterator[Round]:
+        """Prompts of which every token is judged. The head has as many rows."""
+        params = SamplingParams(prompt_logprobs=1)
+        for tokens in JUDGED:
+            yield self._round(f"{tokens} tokens judged", [self._request(min(tokens, self.room - 1), 1, params)])
+
+    def mixed(self) -> Iterator[Round]:
+        """Prompts that come while others decode."""
+        for tokens in PROMPTS_BESIDE:
+            yield self._round(
+                f"a prompt of {tokens} tokens beside {BESIDE} sequences",
+                [self._long() for _ in range(min(BESIDE, self.most))],
+                [self._request(min(tokens, self.room - 1), 1)],
+            )
+
+    def going_on(self) -> Iterator[Round]:
+        """Prompts whose first page is computed, one and as many as a step takes, beside the sequence that computed it.
+
+        Few of them are too few programs for a card, so several programs share the keys of each.
+        """
+        for tokens in REMAINDERS:
+            if PAGE_SIZE + tokens + 1 > self.room:
+                return
+            for count in sorted({1, max(1, min(self.most - 1, self.scheduler.budget // tokens))}):
+                page = self._ids(PAGE_SIZE)
+                yield self._round(
+                    f"{count} times {tokens} tokens behind a page",
+                    [self._long(page)],
+                    [self._request(tokens, 1, before=page) for _ in range(count)],
+                )
+
+    @property
+    def _together(self) -> int:
+        """The most tokens of prompts that are there at once."""
+        return min(self.tokens, self.most * (self.room - 1))
+
+    def _prompts(self, tokens: int) -> list[Sequence]:
+        """As few prompts as have so many tokens."""
+        count = -(-tokens // (self.room - 1))
+        return [self._request(tokens // count + (n < tokens % count), 1) for n in range(count)]
+
+    def _long(self, before: Many[int] = ()) -> Sequence:
+        """A short prompt with a long answer, as far as there is room."""
+        answer = min(LONG_ANSWER, self.room - len(before) - 1)
+        return self._request(min(2, self.room - len(before) - answer), answer, before=before)
+
+    def _request(self, prompt: int, answer: int, params: SamplingParams = DRAWN[0], before: Many[int] = ()) -> Sequence:
+        """prompt: its tokens behind those of `before`."""
+        # A root of its own: no page is taken for one of a client's.
+        root = f"warm-up {self.adapter}".encode()
+        return Sequence([*before, *self._ids(prompt)], params, answer, adapter=self.adapter, root=root)
+
+    def _ids(self, count: int) -> list[int]:
+        return [self._random.randrange(self.scheduler.vocab_size or 1) for _ in range(count)]
+
+    def _round(self, what: str, first: list[Sequence], then: Iterable[Sequence] = ()) -> Round:
+        return Round(what + self._of, first, list(then))
