@@ -66,6 +66,8 @@ def _serve(options: argparse.Namespace, model: Any, name: str, key: str | None, 
     from accessory.server.service import Limits, Service
     from accessory.server.visits import AccessLog, spans
 
+    if options.warm_up:
+        model.warm_up(progress=True)
     metrics = Metrics()
     thread = EngineThread(model, metrics)
     metrics.watch(thread.engine.scheduler)

@@ -33,6 +33,8 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
     add_option(command, "max_body_mb", type=int, default=32, metavar="MB", help="of a request (default: 32)")
     about = "write no line a request on standard error"
     add_option(command, "no_access_log", dest="access_log", action="store_false", help=about)
+    about = "answer at once; on a GPU, the first requests then wait for kernels to be compiled"
+    add_option(command, "no_warm_up", dest="warm_up", action="store_false", help=about)
     add_option(command, "page", action="store_true", help="also a page in the browser, at / of the same port")
     about = "a host from which images are fetched; may be given several times (default: none)"
     add_option(command, "image_host", action="append", default=[], metavar="HOST", help=about)

@@ -12,12 +12,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from accessory.config import ModelArgs
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.engine import Engine, told_again
 from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.sequence import Sequence as Request
+from accessory.engine.warm_up import warm_up
 from accessory.errors import AccessoryError, InputError
 from accessory.model.prompts import Prompt, count_prompts, open_images
 from accessory.model.requests import RequestMaker
@@ -289,6 +292,39 @@ class TextModel:
     def _together(self, work: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
         """Do the work. On ranks that share a model, the first one does it and the others follow (`MetaModel`)."""
         return (yield from work)
+
+    # ----------------------------------------------------------------- warming up
+
+    def warm_up(self, progress: bool = False) -> None:
+        """On a GPU, compile every kernel and capture every CUDA graph that answers need, before anybody waits for one.
+
+        Otherwise the first step of each size takes up to seconds. Prompts of all sizes are computed, and as many
+        sequences decode at once as there are pages for. It takes longest the first time on a machine: Triton keeps its
+        kernels on disk. Nothing stays in the cache; what prompts shared before is forgotten, so call it before the
+        model is asked. On a CPU there is nothing to compile, and nothing is done. progress: show a progress bar.
+        """
+
+        def work() -> Generator[Any, None, None]:
+            engine = self.engine()
+            if engine.compiles:
+                warm_up(engine, len(self.adapters), self._with_image(), progress)
+            return
+            yield
+
+        _outcome(self._together(work()))
+
+    def _with_image(self) -> list[Request]:
+        """A request with an image, where the model takes any."""
+        if self.image_processor is None:
+            return []
+        size = self.image_processor.pixels
+        try:
+            asked = TextRequest([0], max_gen_len=1)
+            request = self._maker().make(asked, torch.zeros(3, size, size)).request
+            self.engine().check(request)
+        except InputError:  # context or cache have no room for any image
+            return []
+        return [request]
 
     # ----------------------------------------------------------------- scoring
 

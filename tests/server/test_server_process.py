@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import httpx
 import pytest
 from helpers.serving import eventually
 
 from accessory.cli import main
+from accessory.errors import InputError
 
 
 @pytest.fixture
@@ -92,6 +94,24 @@ def test_an_open_host_without_a_key_warns(folders, monkeypatch, caplog, capsys):
             main(["serve", str(folders[0]), "--port", "0", *words])
         said = caplog.text + capsys.readouterr().err
         assert ("--api-key-file" in said) == warns
+
+
+@pytest.mark.parametrize(("words", "warms"), [([], True), (["--no-warm-up"], False), (["--no_warm_up"], False)])
+def test_a_model_is_warmed_up_before_the_server_begins(folders, monkeypatch, capsys, words, warms):
+    did = []
+
+    class Model:
+        def warm_up(self, progress):
+            assert progress
+            did.append("warm up")
+
+        def engine(self):
+            did.append("begin")
+            raise InputError("that is enough")
+
+    monkeypatch.setattr("accessory.commands.serve.open_model", lambda *_: nullcontext(Model()))
+    assert refused(capsys, folders[0], "--port", 0, *words).endswith("that is enough")
+    assert did == ["warm up", "begin"][not warms :]
 
 
 def started(folder, *words):
