@@ -4,7 +4,8 @@
 
 The engine gets as many requests at once as there are clients, again when all are answered, in this process. The
 server is that of `accessory serve`, and `accessory bench --what serve` asks it, in a process of its own. Then one
-request a second comes, at random moments. Prints Markdown.
+request a second comes, at random moments. On a GPU the model is warmed up before anything is timed, as the server does.
+Prints Markdown, a row when it is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,25 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = measure_card(device, torch.bfloat16)
     model = model_of(options, device)
-    alone = {clients: engine_alone(model, options, clients) for clients in options.clients}
-    served: dict[int | str, dict[str, Any]] = {}
+    began = time.perf_counter()
+    model.warm_up(progress=True)
+    what = f"{options.quant}, prompts of {options.prompt}, answers of {options.tokens} tokens"
+    tell(f"{card}; {model.args.n_layers} layers, {what}; warmed up in {time.perf_counter() - began:.1f} s")
+    alone: dict[int, float] = {}
+    for clients in options.clients:
+        alone[clients] = engine_alone(model, options, clients)
+        print(f"the engine alone, {clients} at once: {alone[clients]:,.0f} tokens/s", file=sys.stderr, flush=True)
+    tell("\n| clients | engine, tokens/s | over HTTP, tokens/s | ratio | first token p50, ms | p99, ms |")
+    tell("|---|---|---|---|---|---|")
 
     def ask() -> None:
         try:
-            for clients in options.clients:
-                served[clients] = asked(address, options, "--clients", clients, "--requests", ROUNDS * clients)
-            served["rate"] = asked(address, options, "--rate", 1, "--requests", 20)
+            for clients, engine in alone.items():
+                found = asked(address, options, "--clients", clients, "--requests", ROUNDS * clients)
+                over = found["output_tokens_per_second"]
+                tell(f"| {clients} | {engine:,.0f} | {over:,.0f} | {over / engine:.3f} | {first_tokens(found)} |")
+            found = asked(address, options, "--rate", 1, "--requests", 20)
+            tell(f"| one a second | – | {found['output_tokens_per_second']:,.0f} | – | {first_tokens(found)} |")
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -77,17 +90,11 @@ def main() -> None:
         run(make_app(service, most_bytes=2**20), listening, patience=5.0, ready=asking.start)
         asking.join()
         thread.close()
-    what = f"{options.quant}, prompts of {options.prompt}, answers of {options.tokens} tokens"
-    print(f"{card}; {model.args.n_layers} layers, {what}")
-    print("\n| clients | engine, tokens/s | over HTTP, tokens/s | ratio | first token p50, ms | p99, ms |")
-    print("|---|---|---|---|---|---|")
-    for clients, engine in alone.items():
-        found = served[clients]
-        over = found["output_tokens_per_second"]
-        print(f"| {clients} | {engine:,.0f} | {over:,.0f} | {over / engine:.3f} | {first_tokens(found)} |")
-    print(
-        f"| one a second | – | {served['rate']['output_tokens_per_second']:,.0f} | – | {first_tokens(served['rate'])} |"
-    )
+
+
+def tell(line: str) -> None:
+    """Print a line at once: a file, or a pipe, would get it at the end."""
+    print(line, flush=True)
 
 
 def model_of(options: argparse.Namespace, device: torch.device) -> MetaModel:

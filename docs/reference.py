@@ -97,7 +97,7 @@ def generated() -> dict[str, str]:
     commands = "\n\n".join(command_section(name, parser) for name, parser in command_parsers().items())
     classes = {"MetaModel": "accessory/model/meta.py", "TextModel": "accessory/model/text_model.py"}
     written = ["generate", "stream_generate", "complete", "stream", "answers"]
-    methods = ["from_pretrained", *written, "compute_logits", "evaluate_examples"]
+    methods = ["from_pretrained", *written, "compute_logits", "evaluate_examples", "warm_up"]
     return {
         "commands": commands,
         "recipe": recipe_section(),

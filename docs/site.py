@@ -42,6 +42,7 @@ What a program of yours may use. [reference.md](docs/reference.md#metamodel) say
         - answers
         - compute_logits
         - evaluate_examples
+        - warm_up
 
 ::: accessory.model.multi_gpu_wrapper.MultiGpuWrapper
 
