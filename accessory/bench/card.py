@@ -73,12 +73,13 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 7,
 
 
 def seconds_in_turn(
-    ways: Sequence[Callable[[], object]], device: torch.device, calls: int, *, graph: bool = True
+    ways: Sequence[Callable[[], object]], device: torch.device, calls: int, *, graph: bool = True, rounds: int = 9
 ) -> float:
     """Seconds of one call of `ways`, which take turns, so that a cache does not hold what the next call reads.
 
     On a GPU all calls are one CUDA graph, so the time of launching them does not count. graph: False where they need
-    the host; the card's own clock is used then too. calls: how many are timed together, at least.
+    the host; the card's own clock is used then too. calls: how many are timed together, at least. rounds: of those, of
+    which the median counts.
     """
     turns = [ways[n % len(ways)] for n in range(-(-calls // len(ways)) * len(ways))]
 
@@ -89,17 +90,17 @@ def seconds_in_turn(
     if device.type != "cuda":
         return seconds_of(all_turns, device, rounds=3, warm=1) / len(turns)
     if not graph:
-        return _card_seconds(all_turns) / len(turns)
+        return _card_seconds(all_turns, rounds) / len(turns)
 
     def each_once() -> None:
         for way in ways:
             way()
 
     replay, _ = record(all_turns, torch.cuda.Stream(), warm=each_once)
-    return _card_seconds(replay) / len(turns)
+    return _card_seconds(replay, rounds) / len(turns)
 
 
-def _card_seconds(run: Callable[[], object], rounds: int = 9) -> float:
+def _card_seconds(run: Callable[[], object], rounds: int) -> float:
     run()
     times = []
     for _ in range(rounds):

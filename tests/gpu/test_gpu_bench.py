@@ -51,7 +51,7 @@ def test_tiles_are_measured_and_found(tmp_path, monkeypatch):
     """A few of the tiles: to compile all takes minutes."""
     pytest.importorskip("triton")
     few = tuple(f._replace(candidates=lambda *weight, f=f: f.candidates(*weight)[::24]) for f in tuning.FAMILIES)
-    monkeypatch.setattr(tune.run, "__defaults__", (few,))
+    monkeypatch.setattr(tune.run, "__defaults__", (few, 1))
     out = tmp_path / "tiles.json"
     command = ["tune", "--sizes", "tiny", "--format", "none", "int8", "--rows", "3", "--out", str(out)]
     assert main(command) == 0
