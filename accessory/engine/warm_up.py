@@ -100,18 +100,20 @@ class _Requests:
         for count in reversed([*(b for b in GRAPH_BUCKETS if b < self.most), self.most]):
             drawn = [DRAWN[n % len(DRAWN)] for n in range(count)]
             requests = [self._request(min(2, self.room - answer), answer, params) for params in drawn]
-            yield self._round(f"{count} sequences", requests)
+            yield self._round(f"{count} at once", requests)
 
     def prompts(self) -> Iterator[Round]:
         """Steps of rising numbers of tokens, and one step more than that.
 
-        Limits of kernels and tiles double at most, so a power of two lies between each two of them. Triton compiles
-        anew for multiples of 16: the number before a power of two is none.
+        Between two limits of kernels or tiles (`limits`, and the tables beside kernels) lies a power of two, or the
+        middle of two such. Triton compiles anew for multiples of 16: the number before a power of two is none.
         """
         budget = self.scheduler.budget
         most = min(budget, self._together)
         powers = [2**n for n in range(most.bit_length())]
-        for tokens in sorted({*powers, *(power - 1 for power in powers), most} - {0}):
+        between = (power // 2 * 3 for power in powers)
+        sizes = {*powers, *between, *(power - 1 for power in powers), most}
+        for tokens in sorted(size for size in sizes if 0 < size <= most):
             yield self._round(f"prompts of {tokens:,} tokens", self._prompts(tokens))
         # What does not fit a step goes on in the next one.
         if (tokens := min(budget + budget // 4, self._together)) > budget:
@@ -143,7 +145,7 @@ class _Requests:
             for count in sorted({1, max(1, min(self.most - 1, self.scheduler.budget // tokens))}):
                 page = self._ids(PAGE_SIZE)
                 yield self._round(
-                    f"{count} times {tokens} tokens behind a page",
+                    f"{count} × {tokens} tokens behind a page",
                     [self._long(page)],
                     [self._request(tokens, 1, before=page) for _ in range(count)],
                 )
