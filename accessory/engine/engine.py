@@ -115,16 +115,15 @@ class Engine:
                 begun += some
                 while not all(request.drawn or request.finished for request in begun):
                     self.step()
+                _raise_errors(begun)  # before another step would start ranks again that were closed
             while not all(request.finished for request in begun):
                 self.step()
+            _raise_errors(begun)
         finally:
             with self._turn:
                 for request in begun:
                     self.finish(request)
                 self.scheduler.forget(begun)
-        for request in begun:
-            if request.error is not None and not isinstance(request.error, NonFiniteError):
-                raise request.error
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
         """The logits after each token of the rows: see `Runner.score`."""
@@ -150,6 +149,13 @@ class Engine:
             self.scheduler.fail(told_again(error) if isinstance(error, Exception) else broken_off)
             self.executor.drop()
             raise
+
+
+def _raise_errors(requests: Many[Sequence]) -> None:
+    """Raise the first error that ended a request, unless its logits were not finite."""
+    for request in requests:
+        if request.error is not None and not isinstance(request.error, NonFiniteError):
+            raise told_again(request.error)
 
 
 def told_again(error: BaseException) -> BaseException:

@@ -1,10 +1,10 @@
-"""Requests that nobody asked, of every size that a GPU meets for the first time only once.
+"""Requests that nobody asked for, so that a GPU meets every kind of step before the first client comes.
 
 A kernel is compiled, and a CUDA graph captured, when a step first needs it: a client would wait for seconds. Which ones
 a step needs follows from its tokens, its sequences, and whether these decode, begin or go on. So all of that is tried
-before the first client comes. The requests pass through the engine as any others do, on one rank or several.
+first. The requests pass through the engine as any others do, on one rank or several.
 
-Only the standard library is imported here.
+No torch is imported here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LONG_ANSWER = 8  # of sequences that are to decode beside others
 BESIDE = 4  # sequences that decode while prompts come
 # Lengths of such prompts: attention splits keys where a page does not hold them all.
 PROMPTS_BESIDE = (20, 200)
-# Tokens with which a prompt goes on behind pages that are computed. Attention's tile depends on them: it has two, five
-# or more rows a head.
+# Tokens with which a prompt goes on behind a page that is computed. Attention's tiles have 16, 64 or 128 rows, and a
+# token takes as many as a key/value head has query heads.
 REMAINDERS = (2, 8, 40, 100)
 JUDGED = (100, 300)  # tokens of prompts whose log-probabilities are asked for: the head's rows
 

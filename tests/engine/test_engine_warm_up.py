@@ -203,7 +203,7 @@ def test_closed_meanwhile_it_does_not_go_on():
 
     engine.executor.submit = close
     with pytest.raises(RankError, match="closed"):
-        engine.rehearse([Sequence([1, 2], SamplingParams(), 3)])
+        engine.rehearse([Sequence([1, 2], SamplingParams(), 3)], [Sequence([1, 2], SamplingParams(), 3)])
     assert len(engine.executor.plans) == 1
 
 
