@@ -30,6 +30,8 @@ DENSE = "none"
 ROWS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)  # an expert
 INPUTS, CALLS = 4, 16
 FINALISTS = 6  # tiles
+SLOW = 5  # times the present tile's seconds, beyond which a tile is tried once only
+LAUNCH = 1e-4  # seconds that a single launch may take by itself
 
 
 class Problem(NamedTuple):
@@ -44,15 +46,16 @@ class Problem(NamedTuple):
 class Family(NamedTuple):
     """Kernels that share a table of tiles.
 
-    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile. weights:
-    those that it multiplies by: "w1" (w3 has its shape), "w2", or attention's "wqkv" and "wo", which are no stacks.
+    candidates: the tiles for a format and a weight's (O, I). run: a product of `Problem.inputs` with a tile, or with
+    the one that the kernel takes by itself. weights: those that it multiplies by: "w1" (w3 has its shape), "w2", or
+    attention's "wqkv" and "wo", which are no stacks.
     most: rows an expert, beyond which these kernels are not used.
     """
 
     name: str
     formats: Sequence[str]
     candidates: Callable[[str, int, int], list[Tile]]
-    run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+    run: Callable[[Problem, Tensor, Tensor, Tile | None], Tensor]
     weights: Sequence[str] = ("w1", "w2")
     most: float = float("inf")
 
@@ -65,6 +68,7 @@ class Timed(NamedTuple):
     key: Key
     tile: Tile
     us: float
+    now: float  # µs with the tile that the kernel takes by itself
     tried: int  # tiles
     refused: int  # of them, those that the card has no room for
 
@@ -83,13 +87,13 @@ def _grouped_tiles(format: str, out_features: int, in_features: int) -> list[Til
     return [tile_of(size, out_features, in_features) for size in sizes]
 
 
-def _grouped(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+def _grouped(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile | None) -> Tensor:
     from accessory.ops.triton.grouped import product
 
     return product(x_NI, problem.weight, count_E, tile=tile)
 
 
-def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+def _packed(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile | None) -> Tensor:
     from accessory.ops.triton.packed_grouped import product
 
     return product(x_NI, problem.weight, count_E, tile=tile)
@@ -123,19 +127,19 @@ def _order(x_NI: Tensor) -> Tensor:
     return torch.arange(len(x_NI), dtype=torch.int32, device=x_NI.device)
 
 
-def _up(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+def _up(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile | None) -> Tensor:
     from accessory.ops.triton.grouped_experts import up
 
     return up(x_NI, problem.weight, problem.other, count_E, _order(x_NI), 1, tile)
 
 
-def _down(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+def _down(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile | None) -> Tensor:
     from accessory.ops.triton.grouped_experts import down
 
     return down(x_NI, problem.weight, count_E, _order(x_NI), tile)
 
 
-def _linear(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile) -> Tensor:
+def _linear(problem: Problem, x_NI: Tensor, count_E: Tensor, tile: Tile | None) -> Tensor:
     from accessory.ops.triton.grouped_experts import linear
 
     return linear(x_NI, problem.weight, tile)
@@ -158,7 +162,7 @@ FAMILIES = (
 class Compiling(NamedTuple):
     """A tile to compile a kernel for, and the product that does: of a weight (E, O, I)."""
 
-    run: Callable[[Problem, Tensor, Tensor, Tile], Tensor]
+    run: Callable[[Problem, Tensor, Tensor, Tile | None], Tensor]
     format: str
     shape: tuple[int, int, int]
     alone: bool  # no stack
@@ -283,25 +287,29 @@ def suits(tile: Tile, rows: float) -> bool:
 
 
 def best(key: Key, family: Family, problem: Problem, tiles: Sequence[Tile], device: torch.device) -> Timed:
-    """The quickest of the tiles: each is timed a few times, and the quickest of them again. RuntimeError where none can
-    run."""
+    """The quickest of the tiles: each is timed a few times, and the quickest of them again.
 
-    def seconds(n: int, calls: int, rounds: int) -> float:
-        ways = [partial(family.run, problem, x_NI, count_E, tiles[n]) for x_NI, count_E in problem.inputs]
+    RuntimeError where none can run.
+    """
+
+    def seconds(tile: Tile | None, calls: int = CALLS, rounds: int = 9, **how: Any) -> float:
+        ways = [partial(family.run, problem, x_NI, count_E, tile) for x_NI, count_E in problem.inputs[:calls]]
         with torch.inference_mode():
-            return seconds_in_turn(ways, device, calls, rounds=rounds)
+            return seconds_in_turn(ways, device, calls, rounds=rounds, **how)
 
+    now = seconds(None)
     times: list[tuple[float, int]] = []
     why: Exception | None = None
-    for n in range(len(tiles)):
+    for n, tile in enumerate(tiles):
         try:
-            times.append((seconds(n, INPUTS, 3), n))
+            if seconds(tile, 1, 1, graph=False) < SLOW * now + LAUNCH:
+                times.append((seconds(tile, INPUTS, 3), n))
         except Exception as error:  # a tile may need more shared memory than the card has
             why = error
     if not times:
         raise RuntimeError(f"{key}: no tile can run on this card") from why
-    least, n = min((seconds(n, CALLS, 9), n) for _, n in sorted(times)[:FINALISTS])
-    return Timed(key, tiles[n], least * 1e6, len(tiles), len(tiles) - len(times))
+    least, n = min((seconds(tiles[n]), n) for _, n in sorted(times)[:FINALISTS])
+    return Timed(key, tiles[n], least * 1e6, now * 1e6, len(tiles), len(tiles) - len(times))
 
 
 def _weight(format: str, E: int, O: int, I: int, device: torch.device) -> Any:  # noqa: E741

@@ -67,15 +67,20 @@ def run(
             for count in tuning.compile_ahead(compiling, device, processes):
                 bar.update(count)
     bar = progress_bar(tuning.count(options.format, rows, families), "tiles", unit=" products")
-    print("| family | format | shape | rows an expert | µs | tile |\n|---|---|---|---|---|---|", flush=True)
+    about = {"sizes": options.sizes, "version": __version__, "torch": torch.__version__}
+    print(
+        "| family | format | shape | rows an expert | µs | now, µs | tile |\n|---|---|---|---|---|---|---|", flush=True
+    )
     with bar:
         for found in tuning.tune(args, options.format, device, rows=rows, families=families, begin=bar.set_description):
             old[found.key] = (found.tile, found.us)
-            print(f"| {' | '.join(map(str, found.key))} | {found.us:.1f} | {found.tile} |", flush=True)
+            print(
+                f"| {' | '.join(map(str, found.key))} | {found.us:.1f} | {found.now:.1f} | {found.tile} |", flush=True
+            )
+            # After each, so that a run that is ended loses nothing.
+            table = tiles.as_json(card, [(key, tile, us) for key, (tile, us) in sorted(old.items())], **about)
+            with write_whole(out) as file:
+                file.write(json.dumps(table, indent=1).encode())
             bar.update()
-    about = {"sizes": options.sizes, "version": __version__, "torch": torch.__version__}
-    table = tiles.as_json(card, [(key, tile, us) for key, (tile, us) in sorted(old.items())], **about)
-    with write_whole(out) as file:
-        file.write(json.dumps(table, indent=1).encode())
     print(f"{out}: written")
     return 0
