@@ -31,7 +31,7 @@ ROWS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)  # an expert
 INPUTS, CALLS = 4, 16
 FINALISTS = 6  # tiles
 SLOW = 5  # times the present tile's seconds, beyond which a tile is tried once only
-LAUNCH = 1e-4  # seconds that a single launch may take by itself
+LAUNCH = 1e-3  # seconds that a single launch may take by itself
 
 
 class Problem(NamedTuple):
@@ -182,8 +182,11 @@ def to_compile(
     return found
 
 
-def compile_ahead(compiling: Sequence[Compiling], device: torch.device, processes: int) -> Iterator[int]:
-    """Compile kernels in so many processes, into the cache that they share with this one. Yields how many a part had.
+def compile_ahead(
+    compiling: Sequence[Compiling], device: torch.device, processes: int
+) -> Iterator[tuple[int, list[Compiling]]]:
+    """Compile kernels in so many processes, into the cache that they share with this one. Yields how many a part had,
+    and which of them cannot run.
 
     A kernel takes a second or more of a core, and is timed in milliseconds.
     """
@@ -196,10 +199,11 @@ def compile_ahead(compiling: Sequence[Compiling], device: torch.device, processe
         yield from pool.imap_unordered(_compile, parts)
 
 
-def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
+def _compile(part: tuple[Sequence[Compiling], torch.device]) -> tuple[int, list[Compiling]]:
     """In a process of its own: run each product of one row and of a few. Kernels for more rows are the same."""
     compiling, device = part
     weight: Any = None
+    refused = []
     for n, (run, format, shape, alone, tile) in enumerate(compiling):
         if weight is None or (format, shape) != (compiling[n - 1].format, compiling[n - 1].shape):
             weight = None
@@ -211,9 +215,10 @@ def _compile(part: tuple[Sequence[Compiling], torch.device]) -> int:
             with torch.inference_mode():
                 for x_NI, count_E in inputs:
                     run(Problem(format, weight, weight, inputs), x_NI, count_E, tile)
-        except Exception as error:  # `best` counts it
+        except Exception as error:
             log.debug("%s %s: %s", format, tile, error)
-    return len(compiling)
+            refused.append(compiling[n])
+    return len(compiling), refused
 
 
 # --------------------------------------------------------------------------- timing
@@ -226,13 +231,14 @@ def tune(
     *,
     rows: Sequence[float] = ROWS,
     families: Sequence[Family] = FAMILIES,
+    refused: Sequence[Compiling] = (),
     begin: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Timed]:
-    """The quickest tile for each family, format, shape and number of rows an expert."""
+    """The quickest tile for each family, format, shape and number of rows an expert. refused: what cannot run."""
     for family, format in itertools.product(families, formats):
         if format in family.formats:
             for O, I in _shapes(args, family):  # noqa: E741
-                yield from _tune(args, family, format, O, I, device, rows, begin)
+                yield from _tune(args, family, format, O, I, device, rows, refused, begin)
 
 
 def _shapes(args: ModelArgs, family: Family) -> tuple[tuple[int, int], ...]:
@@ -245,12 +251,13 @@ def _shapes(args: ModelArgs, family: Family) -> tuple[tuple[int, int], ...]:
 
 def _tune(
     args: ModelArgs, family: Family, format: str, O: int, I: int, device: torch.device,  # noqa: E741
-    rows: Sequence[float], begin: Callable[[str], None],
+    rows: Sequence[float], refused: Sequence[Compiling], begin: Callable[[str], None],
 ) -> Iterator[Timed]:  # fmt: skip
     experts, chosen = _experts(args, family)
     weight, other = (_weight(format, experts, O, I, device) for _ in range(2))
     weight, other = (weight[0], other[0]) if family.alone else (weight, other)
-    tiles = _tiles(family, format, O, I)
+    what = (family.run, format, (experts, O, I), family.alone)
+    tiles = [tile for tile in _tiles(family, format, O, I) if (*what, tile) not in refused]
     for many in _rows(family, rows):
         key = Key(family.name, format, kind_of(O, I), many)
         begin(f"{family.name} {format}, {key.kind}, {many} rows an expert")

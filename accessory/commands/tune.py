@@ -61,10 +61,12 @@ def run(
     args, rows = PRESETS[options.sizes], options.rows or tuning.ROWS
     kept = json.loads(out.read_text(encoding="utf-8"))["tiles"] if out.exists() and tiles.read(out) else []
     old = {tiles.Key(*(row[n] for n in tiles.Key._fields)): (row["tile"], row["us"]) for row in kept}
+    refused: list[tuning.Compiling] = []
     if processes > 1:
         compiling = tuning.to_compile(args, options.format, rows, families)
         with progress_bar(len(compiling), "compiling", unit=" kernels") as bar:
-            for count in tuning.compile_ahead(compiling, device, processes):
+            for count, bad in tuning.compile_ahead(compiling, device, processes):
+                refused += bad
                 bar.update(count)
     bar = progress_bar(tuning.count(options.format, rows, families), "tiles", unit=" products")
     about = {"sizes": options.sizes, "version": __version__, "torch": torch.__version__}
@@ -72,7 +74,10 @@ def run(
         "| family | format | shape | rows an expert | µs | now, µs | tile |\n|---|---|---|---|---|---|---|", flush=True
     )
     with bar:
-        for found in tuning.tune(args, options.format, device, rows=rows, families=families, begin=bar.set_description):
+        timed = tuning.tune(
+            args, options.format, device, rows=rows, families=families, refused=refused, begin=bar.set_description
+        )
+        for found in timed:
             old[found.key] = (found.tile, found.us)
             print(
                 f"| {' | '.join(map(str, found.key))} | {found.us:.1f} | {found.now:.1f} | {found.tile} |", flush=True

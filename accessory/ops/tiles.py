@@ -52,16 +52,13 @@ def cache_folder() -> Path:
 def measured(
     card: str, family: str, format: str, out_features: int, in_features: int, rows: float
 ) -> tuple[tuple[str, Any], ...] | None:
-    """The items of the tile for so many rows an expert; None where this card was not measured for it.
+    """The items of the tile for so many rows an expert; None where this card was not measured for as many.
 
-    More rows than the most that were measured take the tile of the most. ConfigError for a table that is none.
+    ConfigError for a table that is none.
     """
     kind, table = kind_of(out_features, in_features), table_of(card)
-    fitting = sorted((key for key in table if key[:3] == (family, format, kind)), key=lambda key: key.rows)
-    if not fitting:
-        return None
-    key = next((key for key in fitting if rows <= key.rows), fitting[-1])
-    return tuple(table[key].items())
+    fitting = [key for key in table if key[:3] == (family, format, kind) and rows <= key.rows]
+    return tuple(table[min(fitting, key=lambda key: key.rows)].items()) if fitting else None
 
 
 @cache

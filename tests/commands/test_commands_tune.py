@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.bench.tune import Family, compile_ahead, to_compile
+from accessory.bench.tune import Family, compile_ahead, to_compile, tune
 from accessory.cli import _parser, main
 from accessory.commands.tune import run
 from accessory.config import PRESETS
@@ -61,8 +61,9 @@ def test_every_tile_is_compiled_once_in_processes_before_it_is_timed(tmp_path):
     family = Family("mine", ("none",), lambda *_: [*tiles_here, *tiles_here[:2]], noted)
     ahead = to_compile(PRESETS["tiny"], ["none", "int8"], [1, 4], (family,))
     assert len(ahead) == 2 * 3  # of both weights; no expert has rows enough for 512
-    counts = list(compile_ahead(ahead, torch.device("cpu"), processes=2))
-    assert sum(counts) == len(ahead)
+    parts = list(compile_ahead(ahead, torch.device("cpu"), processes=2))
+    assert sum(count for count, _ in parts) == len(ahead)
+    assert not any(refused for _, refused in parts)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         f"none-4-{out}-{into}-{M}": 2 * "run\n" for out, into in ((96, 64), (64, 96)) for M in (1, 2, 8)
     }
@@ -71,7 +72,11 @@ def test_every_tile_is_compiled_once_in_processes_before_it_is_timed(tmp_path):
 def test_a_tile_that_cannot_be_compiled_ends_no_process():
     family = Family("mine", ("none",), lambda *_: TILES[2:], product)
     ahead = to_compile(PRESETS["tiny"], ["none"], [1], (family,))
-    assert sum(compile_ahead(ahead, torch.device("cpu"), processes=1)) == len(ahead) == 2
+    ((one, refused), (other, more)) = compile_ahead(ahead, torch.device("cpu"), processes=1)
+    assert one + other == len(ahead) == 2
+    assert sorted(refused + more, key=lambda c: c.shape) == sorted(ahead, key=lambda c: c.shape)
+    with pytest.raises(RuntimeError, match="no tile can run"):
+        next(tune(PRESETS["tiny"], ["none"], torch.device("cpu"), rows=[1], families=[family], refused=ahead))
 
 
 @pytest.mark.parametrize(
