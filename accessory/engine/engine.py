@@ -1,6 +1,7 @@
 """The engine: requests in at any time, tokens out. It has no thread of its own: whoever waits for a token makes steps.
 
 Several threads may ask at once. One of them makes the next step, for all requests; the others find their tokens ready.
+Requests come and leave while a step runs: the scheduler is held only while it plans a step or takes its results.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, executor: Executor, compiles: bool = False) -> None:
         self.scheduler, self.executor, self.compiles = scheduler, executor, compiles
-        self._turn = threading.RLock()
+        self._turn = threading.RLock()  # of the thread that makes a step, or whatever else the ranks do
+        self._held = threading.Lock()  # of who reads or changes the scheduler; taken after a turn, never before one
         self._under_way: deque[StepHandle] = deque()
 
     @classmethod
@@ -55,7 +57,7 @@ class Engine:
 
         InputError where it can never be answered. BusyError where as many wait as may; nothing else changes then.
         """
-        with self._turn:
+        with self._held:
             self.scheduler.add(sequence)
         return sequence
 
@@ -65,7 +67,7 @@ class Engine:
 
     def add_all(self, sequences: Many[Sequence]) -> None:
         """As `add`, of all of them or, where one is refused, of none."""
-        with self._turn:
+        with self._held:
             self.scheduler.check_queue(len(sequences))
             for sequence in sequences:
                 self.scheduler.check_room(sequence)
@@ -78,8 +80,11 @@ class Engine:
             self.executor.recover()
 
     def finish(self, sequence: Sequence, *, stopped: bool = False) -> None:
-        """End a request, at a stop text (`stopped`) or because nobody wants the rest. Its pages are free at once."""
-        with self._turn:
+        """End a request, at a stop text (`stopped`) or because nobody wants the rest.
+
+        Its pages are free at once: a step that is under way may write them yet, but before any later one does.
+        """
+        with self._held:
             self.scheduler.finish(sequence, "stop" if stopped else "abort")
 
     def advance(self, requests: Many[Sequence]) -> None:
@@ -94,13 +99,20 @@ class Engine:
         An error of the executor ends all requests with it: what their pages held is lost.
         """
         with self._turn, self._all_end_with_an_error():
-            plan = self.scheduler.plan()
+            with self._held:
+                plan = self.scheduler.plan()
             if plan is not None:
                 self._under_way.append(self.executor.submit(plan))
             if self._under_way and (plan is None or len(self._under_way) > self.executor.ahead):
-                self.scheduler.commit(self._under_way.popleft().result())
+                self._finish_oldest()
                 return True
             return plan is not None
+
+    def _finish_oldest(self) -> None:
+        """Wait for the oldest step under way, and take its results."""
+        result = self._under_way.popleft().result()
+        with self._held:
+            self.scheduler.commit(result)
 
     def rehearse(self, first: Many[Sequence], then: Many[Sequence] = ()) -> None:
         """Answer requests that nobody reads. They stay in no count, and in no page that others share.
@@ -123,13 +135,14 @@ class Engine:
             with self._turn:
                 for request in begun:
                     self.finish(request)
-                self.scheduler.forget(begun)
+                with self._held:
+                    self.scheduler.forget(begun)
 
     def score(self, rows: list[list[int]], images: list[Any]) -> list[Any]:
         """The logits after each token of the rows: see `Runner.score`."""
         with self._turn, self._all_end_with_an_error():
             while self._under_way:  # the executor's answers come in the order of its tasks
-                self.scheduler.commit(self._under_way.popleft().result())
+                self._finish_oldest()
             return self.executor.score(rows, images)
 
     def close(self, error: Exception) -> None:
@@ -137,7 +150,8 @@ class Engine:
         with self._turn:
             if self.executor.close():
                 self._under_way.clear()
-                self.scheduler.fail(error)
+                with self._held:
+                    self.scheduler.fail(error)
 
     @contextmanager
     def _all_end_with_an_error(self) -> Iterator[None]:
@@ -146,7 +160,8 @@ class Engine:
         except BaseException as error:
             self._under_way.clear()
             broken_off = RankError(f"a step was broken off ({type(error).__name__}) in another thread; ask again")
-            self.scheduler.fail(told_again(error) if isinstance(error, Exception) else broken_off)
+            with self._held:
+                self.scheduler.fail(told_again(error) if isinstance(error, Exception) else broken_off)
             self.executor.drop()
             raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 
 import psutil
 import pytest
@@ -155,6 +156,35 @@ def test_a_seed_repeats_and_copies_differ(runner):
     first, again = (list(map(written, answers(tiny_engine(runner), wishes))) for _ in range(2))
     assert first == again
     assert len({tuple(ids) for ids in first}) == 3
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_requests_come_and_leave_while_a_step_runs(runner, ahead, monkeypatch):
+    engine = tiny_engine(runner, ahead=ahead)
+    stays, leaves, comes = Wish([1, 5, 9], 6), Wish([1, 7], 6), Wish([1, 5, 8, 3], 6)
+    begun, goes_on, submit = threading.Event(), threading.Event(), engine.executor.submit
+
+    def stuck(plan):
+        begun.set()
+        assert goes_on.wait(20)
+        return submit(plan)
+
+    monkeypatch.setattr(engine.executor, "submit", stuck)
+    first, second = engine.add(stays.request()), engine.add(leaves.request())
+    steps = threading.Thread(target=step_to_the_end, args=(engine,))
+    steps.start()
+    assert begun.wait(20)
+    engine.finish(second)
+    third = engine.add(comes.request())
+    assert second.finished == "abort"
+    assert not goes_on.is_set()
+    goes_on.set()
+    steps.join(20)
+    assert not steps.is_alive()
+    for request, expected in zip((first, third), alone(runner, [stays, comes]), strict=True):
+        check_against(request, expected)
+    assert not second.drawn
+    check_empty(engine)
 
 
 # ----------------------------------------------------------------------------- for long
