@@ -23,6 +23,8 @@ from accessory.model.writing import Completion, TextRequest, Writing
 from accessory.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
+# Seconds between requests that come together, at most, and from the first of them to the last.
+APART, GATHERING = 0.001, 0.005
 
 
 class Piece(NamedTuple):
@@ -161,10 +163,7 @@ class EngineThread:
         return answers
 
     def leave(self, answers: Sequence[Answer]) -> None:
-        """Nobody reads these any more. Their pages are free before the next step.
-
-        The engine is held while a step runs, and while ranks start again, so the thread itself tells the engine.
-        """
+        """Nobody reads these any more. Their pages are free before the next step: the thread tells the engine then."""
         with self._awake:
             self._left += answers
             self._awake.notify()
@@ -180,8 +179,8 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             with self._awake:
-                while not (self._open or self._left or self._closing):
-                    self._awake.wait()
+                if not (self._open or self._left or self._closing):
+                    self._wait()
                 if self._closing and not self._open:
                     return
                 answers, left, self._left = list(self._open), self._left, []
@@ -200,6 +199,18 @@ class EngineThread:
                     del self._open[answer]
             if self.failure is not None:  # after the readers have heard of it, because ranks take long to load
                 self._recover()
+
+    def _wait(self) -> None:
+        """Until there is something to do, and requests that come together are all there.
+
+        The first of them would have a step of its own, and the others would wait until it ends.
+        """
+        while not (self._open or self._left or self._closing):
+            self._awake.wait()
+        since, there = time.monotonic(), 0
+        while there < len(self._open) and time.monotonic() - since < GATHERING:
+            there = len(self._open)
+            self._awake.wait(APART)
 
     def _handed_on(self, answer: Answer) -> bool:
         """As `_hand_on`. An error in one answer's text ends this answer, and no other."""

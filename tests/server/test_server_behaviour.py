@@ -102,6 +102,23 @@ def test_nobody_waits_for_a_step(server, monkeypatch):
     server.settle(5)
 
 
+def test_requests_that_come_together_have_one_first_step(server, monkeypatch):
+    """Without that, the second would wait until the first one's step has ended."""
+    monkeypatch.setattr("accessory.server.answers.APART", 0.5)
+    monkeypatch.setattr("accessory.server.answers.GATHERING", 5.0)
+    begun, submit = [], server.thread.engine.executor.submit
+
+    def noted(plan):
+        begun.append(sum(entry.begin is not None for entry in plan.entries))
+        return submit(plan)
+
+    monkeypatch.setattr(server.thread.engine.executor, "submit", noted)
+    with ThreadPoolExecutor(3) as pool:
+        each = [pool.submit(server.post, COMPLETIONS, prompt="A", max_tokens=2) for _ in range(3)]
+    assert [answer.result().status_code for answer in each] == [200] * 3
+    assert begun[0] == 3
+
+
 def test_two_visitors_progress_together(server, slow):
     """The second one, who comes later and wants less, ends first; neither waits for the other."""
     expected = server.model.generate(["A"], max_gen_len=60)[0]
