@@ -11,6 +11,7 @@ from accessory.ops import tiles
 from accessory.ops.tiles import Key
 
 CARD = "NVIDIA H100 80GB HBM3"
+PACKAGED = tiles.SHIPPED
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +77,17 @@ def test_a_variable_that_names_nothing_is_an_error(monkeypatch):
     monkeypatch.setenv(tiles.VARIABLE, "nowhere")
     with pytest.raises(ConfigError, match="ACCESSORY_TILES: got 'nowhere'"):
         tile()
+
+
+def test_shipped_tables_have_tiles_of_kernels():
+    pytest.importorskip("triton")
+    from accessory.bench.tune import FAMILIES
+    from accessory.ops.triton.grouped_experts import NAMES
+
+    paths = list(PACKAGED.glob("*.json"))
+    assert paths
+    for path in paths:
+        for key, found in tiles.read(path).items():
+            family = next(family for family in FAMILIES if family.name == key.family)
+            assert key.format in family.formats
+            assert set(found) == set(NAMES), (path, key)
