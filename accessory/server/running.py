@@ -19,6 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 SWITCH_SECONDS = 0.0005
 MOST_HEADER_BYTES = 64 * 2**10
 PATIENCE = 30.0  # seconds in which a request's head must have come, and in which more of its body must come
+# Seconds for which an idle connection stays open. Proxies and clients keep theirs for a minute, and one that the server
+# closes at the moment of the next request is an error there; uvicorn's own 5 s made that happen.
+KEEP_ALIVE = 75
 BACKLOG = 2048  # connections that wait to be accepted, as in uvicorn
 
 
@@ -82,6 +85,7 @@ def configured(app: Any, patience: float) -> uvicorn.Config:
         access_log=False,
         http=PatientProtocol,  # on h11: httptools, which uvicorn takes where it is installed, has no limit of headers
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=round(patience),
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
         server_header=False,

@@ -195,3 +195,16 @@ def test_a_crowd_gets_what_each_gets_alone(server):
     with ThreadPoolExecutor(24) as pool:
         assert list(pool.map(ask, range(24))) == expected
     server.settle()
+
+
+@pytest.mark.slow
+def test_an_idle_connection_stays_open(server):
+    """For longer than uvicorn's own 5 seconds."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            connection.settimeout(5.5)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
