@@ -139,6 +139,7 @@ def test_masks_that_raise_leave_no_request_waiting(runner):
     check_empty(engine)
 
 
+@pytest.mark.slow
 def test_of_ten_thousand_requests_those_that_may_not_wait_are_refused_and_the_others_answered(runner):
     wishes = [Wish([1, n % 7], 1) for n in range(10_000)]
     expected = [written(request) for request in alone(runner, wishes[:7])]

@@ -92,6 +92,7 @@ def on_ranks(rank, world, folder):
     return found
 
 
+@pytest.mark.slow
 def test_ranks_of_a_group_warm_up_together(speaking):
     first, second = run_ranks(on_ranks, 2, speaking)
     alone = MetaModel.from_pretrained(speaking, **HOW).generate([PROMPT], max_gen_len=4)
