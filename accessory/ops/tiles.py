@@ -1,8 +1,9 @@
 """Tiles that were measured on a card. `accessory tune` writes the tables, and kernels ask here before their defaults.
 
-A table is a file `tiles-<card>.json`. The file of a card's whole name ("h100-80gb-hbm3") wins over one of its beginning
-("h100"). Tables are looked for in the file or folder of the variable ACCESSORY_TILES, then in the user's cache, then in
-the folder that the package brings. Only the standard library is imported here.
+A table is a file `tiles-<card>.json`. What the file of a card's whole name ("h100-80gb-hbm3") says wins over one of its
+beginning ("h100"). Tables are those of the variable ACCESSORY_TILES, a file or folder, then those in the user's cache,
+then those that the package brings: a later one counts for what no earlier one has measured. Only the standard library
+is imported here.
 """
 
 from __future__ import annotations
@@ -63,9 +64,11 @@ def measured(
 
 @cache
 def table_of(card: str) -> dict[Key, Tile]:
-    """The measured tiles of a card; empty where nobody measured it."""
-    path = next(_files(slug(card)), None)
-    return {} if path is None else read(path)
+    """The measured tiles of a card, from all tables that have any; empty where nobody measured it."""
+    table: dict[Key, Tile] = {}
+    for path in reversed(list(_files(slug(card)))):
+        table |= read(path)
+    return table
 
 
 def _files(name: str) -> Iterator[Path]:

@@ -65,6 +65,13 @@ def test_the_variable_wins_over_the_cache_and_that_over_what_is_shipped(places, 
         assert tile() == 4012
 
 
+def test_tables_add_to_each_other():
+    """Who tunes one size keeps what came along for the others."""
+    write(tiles.SHIPPED / "tiles-h100.json", 1000)
+    write(tiles.cache_folder() / "tiles-h100.json", 2000, rows=(4, 96))
+    assert [tile(rows) for rows in (1, 4, 5, 12, 13)] == [2004, 2004, 1012, 1012, 2096]
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"tiles": [{}]}', '{"tiles": 3}'])
 def test_a_file_that_is_no_table_is_named(text):
     path = tiles.cache_folder() / tiles.file_name(CARD)
