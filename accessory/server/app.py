@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 import accessory
 from accessory.errors import InputError
+from accessory.model.writing import Completion
+from accessory.server.answers import Answer
 from accessory.server.failures import ApiError, api_error
 from accessory.server.gate import Gate
 from accessory.server.messages import MessagesRequest
@@ -171,7 +173,7 @@ async def _answer(
     if stream:
         return _Events(service, job, pieces(job), written)
     try:
-        completions = await _unless_gone(request, asyncio.gather(*(answer.whole() for answer in job.answers)))
+        completions = await _unless_gone(request, _whole(job.answers))
         if completions is None:
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(whole(job, completions))
@@ -221,19 +223,23 @@ def _as_event(piece: dict[str, Any]) -> str:
     return f"event: {piece['type']}\n{_as_data(piece)}"
 
 
-async def _unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
+async def _whole(answers: Sequence[Answer]) -> list[Completion]:
+    return await asyncio.gather(*(answer.whole() for answer in answers))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
     """The result of `work`, or None if the client leaves before."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    left = asyncio.ensure_future(gone())
+    left, working = asyncio.ensure_future(gone()), asyncio.ensure_future(work)
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
+        await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        for task in (left, work):
+        for task in (left, working):
             task.cancel()
 
 

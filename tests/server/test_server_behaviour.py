@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import threading
@@ -46,7 +47,7 @@ def opened(server, body, *, receive_buffer: int | None = None) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
-def test_who_leaves_frees_pages(server, slow, stream, n):
+def test_who_leaves_frees_pages(server, slow, stream, n, caplog):
     scheduler = server.thread.engine.scheduler
     connection = opened(server, {**LONG, "stream": stream, "n": n})
     eventually(lambda: len(scheduler.running) == n)
@@ -58,6 +59,8 @@ def test_who_leaves_frees_pages(server, slow, stream, n):
     assert scheduler.counts.drawn_tokens - drawn < 20 * n  # of 240
     assert server.metric("request_success_total", finished_reason="abort") >= n
     server.settle()
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_who_leaves_while_waiting_is_forgotten(server, slow, monkeypatch):
