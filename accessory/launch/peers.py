@@ -2,9 +2,9 @@
 
 A collective on a GPU waits for ever for a rank that was killed, and nothing in the process can interrupt it. So every
 rank holds a connection to the first one. When it breaks, a thread waits for a moment and ends the process, if it still
-waits in a step.
+waits in a step. Under torchrun it says nothing then: the launcher says which rank ended first.
 
-Only the standard library is imported here.
+torch is not imported here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accessory.errors import AccessoryError, RankError
+
 PATIENCE = 8.0  # seconds in which a step may end by itself, with a better error, once a rank is gone
 _CONNECT = 10.0
+_NOTICED = 2.0  # seconds within which a broken connection explains an error of a collective
+_GONE = "another rank is gone in the middle of a step"
 _BYE = b"b"  # a rank says it where it ends as it should
 
 
@@ -34,6 +38,7 @@ class Peers:
     def __init__(self, rank: int, size: int, share: Callable[[Any], Any]) -> None:
         self._rank = rank
         self._busy = 0
+        self._quiet = "TORCHELASTIC_RUN_ID" in os.environ
         self._gone = threading.Event()
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -57,6 +62,23 @@ class Peers:
         finally:
             with self._lock:
                 self._busy -= 1
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """While all that is done needs the other ranks, as a training run does.
+
+        gloo raises an error where another rank is gone. It becomes a RankError; under torchrun this process ends.
+        """
+        with self.step():
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, AccessoryError) or not self._gone.wait(_NOTICED):
+                    raise
+                if self._quiet:
+                    os._exit(1)
+                raise RankError(_GONE) from error
+        self.close()
 
     def close(self) -> None:
         """Say goodbye, unless an error ends this process: then the others must not wait for it."""
@@ -97,6 +119,7 @@ class Peers:
         except OSError:
             said = b""
         if said != _BYE and connection in self._sockets:
+            self._gone.set()
             self._end_if_stuck()
 
     def _end_if_stuck(self) -> None:
@@ -105,8 +128,8 @@ class Peers:
             time.sleep(0.1)
             if not self._busy:  # it says itself what is wrong, with the next step at the latest
                 return
-        print(f"accessory: error: rank {self._rank}: another rank is gone in the middle of a step", file=sys.stderr)
-        sys.stderr.flush()
+        if not self._quiet:
+            print(f"accessory: error: rank {self._rank}: {_GONE}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

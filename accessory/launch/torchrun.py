@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from accessory.errors import RankError
 from accessory.launch.threads import cores
 
 # Seconds that a rank has after Ctrl-C to end its step and save its state. torchrun's default is 30.
@@ -16,7 +17,8 @@ SAVING = "600"
 def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> int:
     """Run `python …words` as n ranks of this machine; returns the exit status.
 
-    Ctrl-C and SIGTERM reach the ranks, which then save a state. The ranks print their own errors.
+    Ctrl-C and SIGTERM reach the ranks, which then save a state. The ranks print their own errors. RankError for a rank
+    that could not, because a signal ended it.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,7 +33,13 @@ def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> 
         print(f"starting {n} ranks …", file=sys.stderr, flush=True)  # they import torch for some seconds
     try:
         torchrun.run(arguments)
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        signals = {rank: -f.exitcode for rank, f in sorted(error.failures.items()) if f.exitcode < 0}
+        if signals:
+            ended = ", ".join(f"rank {rank} was ended by signal {number}" for rank, number in signals.items())
+            raise RankError(f"{ended}; all ranks are ended") from error
+        return 1
+    except SignalException:
         return 1
     finally:
         logging.disable(logging.NOTSET)

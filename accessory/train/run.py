@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +15,9 @@ from accessory.counts import spell_parameters
 from accessory.data.template_names import OWN
 from accessory.errors import MissingExtraError
 from accessory.launch.gpus import check_device, default_device
+from accessory.launch.peers import Peers
 from accessory.launch.process_group import join_launched
-from accessory.parallel.mesh import DeviceMesh, Ranks
+from accessory.parallel.mesh import DeviceMesh, Ranks, broadcast_object
 from accessory.train.config import FinetuneConfig
 from accessory.train.export import export
 from accessory.train.loop import TrainingLoop
@@ -42,7 +45,11 @@ def finetune(config: FinetuneConfig) -> Path:
     state saved. SIGTERM and Ctrl-C save a state and end the run; it is resumed with `resume: auto`.
     """
     mesh, device = _join_ranks(config)
+    with _watched(mesh):
+        return _finetune(config, mesh, device)
 
+
+def _finetune(config: FinetuneConfig, mesh: DeviceMesh, device: torch.device) -> Path:
     # Everything is checked, and the model's files are opened. Its weights are not yet read.
     ready = prepare(config, mesh, mesh.replicas)
     folder, start, source = ready.folder, ready.start, ready.source
@@ -94,6 +101,13 @@ def _join_ranks(config: FinetuneConfig) -> tuple[DeviceMesh, torch.device]:
     if config.precision == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
     return mesh, torch.device(device)
+
+
+def _watched(mesh: DeviceMesh) -> AbstractContextManager[None]:
+    """Ends this rank where another one is gone: on GPUs it would wait for it until the launcher's patience ends."""
+    if mesh.all is None:
+        return nullcontext()
+    return Peers(mesh.all.rank, mesh.all.size, partial(broadcast_object, ranks=mesh.all)).run()
 
 
 def _build_trainer(config: FinetuneConfig, source: Source, mesh: DeviceMesh, device: torch.device) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ while len(watch._sockets) < (size - 1 if rank == 0 else 1) and time.monotonic() 
 print("connected", flush=True)
 if rank == size - 1:
     sys.stdin.readline()
-    if ends == "killed":
+    if ends.startswith(("killed", "run")):
         os.kill(os.getpid(), signal.SIGKILL)
     if ends == "error":
         raise ValueError("this rank fails")
@@ -41,12 +42,16 @@ if rank == size - 1:
 if ends == "between":
     time.sleep(1.5)
     sys.exit(0)
-with watch.step():
+with watch.run() if ends.startswith("run") else watch.step():
+    if ends == "run told":  # as gloo tells it
+        time.sleep(0.3)
+        raise RuntimeError("Connection closed by peer")
     time.sleep(1.5 if ends == "well" else 60)
 """
 
 
-def ranks(tmp_path, ends, size):
+def ranks(tmp_path, ends, size, launcher=None):
+    env = os.environ | ({} if launcher is None else {"TORCHELASTIC_RUN_ID": launcher})
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(size), str(tmp_path / "address"), ends],
@@ -54,6 +59,7 @@ def ranks(tmp_path, ends, size):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         for rank in range(size)
     ]
@@ -76,6 +82,20 @@ def test_ranks_that_wait_for_one_that_is_gone_end(tmp_path, ends):
     for rank in range(2):
         assert errors[rank] == f"accessory: error: rank {rank}: another rank is gone in the middle of a step\n"
     assert seconds < 10
+
+
+@pytest.mark.parametrize("ends", ["run", "run told"])
+def test_a_run_under_torchrun_ends_without_a_word(tmp_path, ends):
+    """torchrun says which rank was killed. The others wait in a collective, or it fails."""
+    status, errors, seconds = ranks(tmp_path, ends, 2, launcher="one")
+    assert (status, errors[0]) == ([1, -9], "")
+    assert seconds < 10
+
+
+def test_a_run_that_a_collective_tells_of_another_ranks_end_is_a_rank_error(tmp_path):
+    status, errors, _ = ranks(tmp_path, "run told", 2)
+    assert status == [1, -9]
+    assert errors[0].endswith("RankError: another rank is gone in the middle of a step\n")
 
 
 @pytest.mark.parametrize("ends", ["well", "between"])

@@ -31,3 +31,9 @@ def test_started_ranks_know_who_they_are_and_get_every_word():
 def test_a_failed_rank_is_a_failure_and_the_launcher_adds_nothing():
     done = ranks(2, RANK.format("'it says so' if os.environ['RANK'] == '1' else 0"))
     assert (done.returncode, done.stderr) == (1, "it says so\n")
+
+
+def test_a_rank_that_a_signal_ends_is_named():
+    done = ranks(2, RANK.format("os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)"))
+    assert done.returncode == 1
+    assert done.stderr.endswith("accessory.errors.RankError: rank 1 was ended by signal 9; all ranks are ended\n")

@@ -107,6 +107,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(inputs, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
 
 
+def test_a_killed_rank_ends_the_other_with_one_line(inputs, tmp_path):
+    fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=1)
+    started = started_runs.start(fields, ranks=2, prepare=run_faults.signal_rank, arguments=(1, 3, signal.SIGKILL))
+    assert started.wait() == [1, -9]
+    assert started.errors() == ["accessory: error: another rank is gone in the middle of a step"]
+    assert "Traceback" not in started.said()
+    runs.check_folder(tmp_path / "run")
+
+
 def test_the_second_ctrl_c_does_not_wait(inputs, tmp_path):
     fields = runs.options(inputs, tmp_path / "run", save_iteration_interval=None, save_interval=0)
     started = started_runs.start(fields, prepare=run_faults.signal_after, arguments=(2, signal.SIGINT, signal.SIGINT))
