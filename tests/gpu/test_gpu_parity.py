@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.generating import answers, engine_over
-from helpers.random_models import canonical_from_hf, decoder_from_canonical, hf_mixtral
+from helpers.random_models import canonical_from_hf, decisive, decoder_from_canonical, hf_mixtral
 
 from accessory.config import ModelArgs, MoEArgs
 from accessory.engine.runner import Runner
@@ -58,14 +58,6 @@ def test_logits_are_those_of_transformers(shape, implementation, dtype, bound, t
     assert same_BT.float().mean() >= 0.95
     assert compared_BT.float().mean() >= (1.0 if dtype == torch.float32 else 0.2)
     assert relative_error(ours[compared_BT], exact.logits[compared_BT]) <= bound
-
-
-def decisive(oracle):
-    """Give the routers wide gaps between experts, so that few tokens are at a near tie."""
-    with torch.no_grad():
-        for layer in oracle.model.layers:
-            layer.mlp.gate.weight.mul_(8)
-    return oracle
 
 
 def record_experts(decoder):
