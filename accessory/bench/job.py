@@ -22,6 +22,7 @@ from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 from accessory.parallel.fsdp import DataParallel
 from accessory.parallel.mesh import DeviceMesh, Ranks
+from accessory.planner.setup import OptimizerKind
 
 STORED = "stored"  # in place of a format: the weights as the checkpoint has them
 
@@ -54,6 +55,7 @@ class Job:
     backward: bool = False  # of a layer
     data_parallel: DataParallel = "sdp"
     gradient_dtype: torch.dtype = torch.float32  # of trained weights
+    optimizer: OptimizerKind = "adamw"
     model_parallel_size: int = 1  # while training; else all ranks hold the model together
     peers: Sequence[str] = ()
     gpt_fast: Path | None = None

@@ -1,9 +1,9 @@
 """`accessory bench --what train`: the seconds of a training step, ours.
 
 passes: forward and backward on 16-bit weights, without an optimiser. full: a whole step; weights, gradients and AdamW
-in fp32, products in 16 bits; its floor adds the bytes that AdamW must move. lora: a whole step of LoRA (rank 16,
-attention and experts) over frozen weights, which may be quantised. The balance loss is always part of it. On several
-ranks each data-parallel rank has rows of its own.
+in fp32 unless options say otherwise, products in 16 bits; its floor adds the bytes that AdamW must move. lora: a whole
+step of LoRA (rank 16, attention and experts) over frozen weights, which may be quantised. The balance loss is always
+part of it. On several ranks each data-parallel rank has rows of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from accessory.data.batches import Batch
 from accessory.train.trainer import LossWeights, Trainer
 
 RANK = 16
-ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments are read, and all but the gradient written
+# A parameter: weight, gradient (in fp32) and two moments are read, and all but the gradient written.
+MOVED = {"adamw": 28, "adamw_8bit": 16}
 ROUNDS = 5
 
 
@@ -66,7 +67,7 @@ def add(
         return
     passes = 2 if part == "lora" else 3  # a frozen weight has no gradient
     operations = passes * floors.prompt_operations(job.args, batch, tokens, every_logit=True) / job.model_parallel_size
-    moved = ADAMW_BYTES * job.args.parameter_counts()[0] / job.size if part == "full" else 0.0
+    moved = MOVED[job.optimizer] * job.args.parameter_counts()[0] / job.size if part == "full" else 0.0
     learnt = batch * tokens * (job.size // job.model_parallel_size)
     memory = peak_gb(job.device)
     job.add(replace(figure, seconds=seconds, tokens=learnt, operations=operations, moved=moved, peak_gb=memory))
@@ -77,6 +78,7 @@ def what_of(job: Job, part: str, batch: int, tokens: int, format: str) -> str:
     ways: list[str] = [job.data_parallel] if job.size > job.model_parallel_size else []
     ways += [f"tp {job.model_parallel_size}"] if job.model_parallel_size > 1 else []
     ways += ["recomputing"] if job.recompute else []
+    ways += [job.optimizer] if job.optimizer != "adamw" and part != "passes" else []
     ways += ["gradients in bf16"] if job.gradient_dtype == torch.bfloat16 else []
     return ", ".join([f"{name}, {batch} × {tokens}", *ways])
 
@@ -95,7 +97,8 @@ def _ours(job: Job, implementation: Implementation, format: str, part: str, batc
     decoder = job.build(job.spec(format, implementation, args), training)
     if part == "passes":
         decoder.cast(job.dtype)
-    trainer = Trainer(decoder, job.mesh, LossWeights(args.load_balancing_weight), clip=2.0, graphs=job.graphs)
+    weights = LossWeights(args.load_balancing_weight)
+    trainer = Trainer(decoder, job.mesh, weights, clip=2.0, optimizer=job.optimizer, graphs=job.graphs)
     rows = random_batch(args, batch, job.tokens[0])
     if part != "passes":
         return lambda: trainer.step([rows], 1e-5)

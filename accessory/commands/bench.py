@@ -74,6 +74,7 @@ def bench(options: argparse.Namespace) -> int:
         data_parallel=options.data_parallel or "sdp",
         model_parallel_size=options.model_parallel_size or 1,
         gradient_dtype=torch_dtype(options.gradient_dtype or "fp32"),
+        optimizer=options.optimizer or "adamw",
         peers=options.vs,
         gpt_fast=None if options.gpt_fast_path is None else Path(options.gpt_fast_path),
     )

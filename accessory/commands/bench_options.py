@@ -53,6 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data_parallel": {"train": "sdp"},
     "model_parallel_size": {"train": 1},
     "gradient_dtype": {"train": "fp32"},
+    "optimizer": {"train": "adamw"},
     "kernels": {"decode": False},
     "deterministic": {"decode": False, "prefill": False},
     "vs": dict.fromkeys(_NETWORK),
@@ -121,6 +122,8 @@ def _network_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--data-parallel", choices=("sdp", "fsdp"), help=about)
     about = "train: of trained weights' gradients (default: fp32)"
     bench.add_argument("--gradient-dtype", choices=("fp32", "bf16"), help=about)
+    about = "train: adamw, or adamw_8bit: most moments in 8 bits (default: adamw)"
+    bench.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), help=about)
     about = "train: ranks that hold the model together (default: 1)"
     bench.add_argument("--model-parallel-size", type=int, metavar="N", help=about)
     about = "decode: the kernels of a step, with the time of each"

@@ -114,6 +114,18 @@ def test_training_steps(bench):
     assert passes["moved"] == lora["moved"] == qlora["moved"] == 0
 
 
+def test_a_full_step_with_moments_in_8_bits(bench):
+    pytest.importorskip("bitsandbytes")
+    how = ("--part", "full", "lora", "--optimizer", "adamw_8bit", "--gradient-dtype", "bf16")
+    _, found, *_ = bench("tiny", "train", *how, *SHORT["train"], *CPU)
+    assert [what for _, what in check(found)] == [
+        f"{part}, 1 × 8, adamw_8bit, gradients in bf16" for part in ("full", "lora")
+    ]
+    # Weight and moments are read and written (4 + 1 + 1 bytes), an fp32 gradient is read.
+    assert found["figures"][0]["moved"] == 16 * PRESETS["tiny"].parameter_counts()[0]
+    assert "--optimizer adamw_8bit" in found["command"]
+
+
 def test_many_requests_at_once(bench):
     _, found, *_ = bench("tiny", "decode", "--requests", "2", *SHORT["decode"], *CPU)
     many = found["figures"][-1]
