@@ -106,10 +106,10 @@ def measurements(args: ModelArgs, gpus: int, card: Card, quick: bool) -> list[Me
     if not quick:
         many = (*decode, "--requests", "256", "--format", "none", "int8", "--batch", "1")
         found.append(Measurement("requests", many, 240))
+    found.append(Measurement("allreduce", ("--what", "allreduce")))
     found += full_steps(args, gpus, card, quick)
     found += adapter_steps(args, gpus, card)
     found += everything(args, gpus, card)
-    found.append(Measurement("allreduce", ("--what", "allreduce")))
     return found
 
 

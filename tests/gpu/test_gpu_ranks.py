@@ -97,21 +97,29 @@ def test_ranks_answer_as_one_card(folders, layout, way, ranks):
     ) as model:
         assert len(rank_processes()) == ranks
         got, logits = said_by(model)
-    errors = [
-        (a - b).norm() / b.norm()
-        for ours, theirs in zip(logits, wanted_logits, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
     if way == "fp32":
         assert [answer.token_ids for answer in got] == [answer.token_ids for answer in wanted]
-        assert max(errors) <= 1e-5
+        assert max(map(relative_error, logits, wanted_logits)) <= 1e-5
         return
+    errors = [
+        relative_error(*token)
+        for ours, theirs in zip(logits, wanted_logits, strict=True)
+        for token in zip(ours, theirs, strict=True)
+    ]
     # In 16 bits a token may still go to another expert. All that its row says from there on differs rightly.
-    assert torch.stack(errors).quantile(0.9) <= 2e-2
+    assert torch.tensor(errors).quantile(0.9) <= 2e-2
     same = [clear_tokens(answer) for answer in wanted]
     assert sum(same) >= 2 * len(same), "too few clear tokens to compare"
-    for n, ours, theirs in zip(same, got, wanted, strict=True):
-        assert ours.token_ids[:n] == theirs.token_ids[:n]
+    parted = [
+        ours.text
+        for n, ours, theirs in zip(same, got, wanted, strict=True)
+        if ours.token_ids[:n] != theirs.token_ids[:n]
+    ]
+    assert len(parted) <= len(got) // 4, parted
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def clear_tokens(answer):
@@ -145,7 +153,8 @@ def test_a_rank_killed_in_a_stream_is_one_error_and_the_next_call_is_answered(fo
 
 # --------------------------------------------------------------------------- finetunes
 
-STEPS, ROWS = 12, 8
+STEPS, ROWS = 36, 8
+FEW = 12  # steps of a run whose ranks change
 CURVE = 1e-5 if ON_CPU else 1e-4  # cards sum in another order each time
 
 
@@ -158,9 +167,9 @@ def inputs(tmp_path_factory):
 
 
 def recipe(inputs, output, **changes):
-    """A recipe of 12 steps of 8 rows. Its rate stays the same, so that a run may end early and go on."""
-    fields = {"llama_type": "mixtral_sparse", "device": DEVICE, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 0}
-    fields |= {"batch_size": ROWS, "accum_iter": 1, "epochs": 4.0, "resume": "auto", "save_iteration_interval": 4}
+    """A recipe of 36 steps of 8 rows. Its rate stays the same, so that a run may end early and go on."""
+    fields = {"llama_type": "mixtral_sparse", "device": DEVICE, "lr": 3e-4, "min_lr": 3e-4, "warmup_epochs": 0}
+    fields |= {"batch_size": ROWS, "accum_iter": 1, "epochs": 12.0, "resume": "auto", "save_iteration_interval": 4}
     fields |= {"global_batch_statistics": True, "load_balancing_weight": 0.1}
     path = output.with_suffix(".yaml")
     path.write_text(json.dumps(runs.options(inputs, output, **fields | changes)))
@@ -191,39 +200,37 @@ def test_a_finetune_goes_on_on_fewer_ranks(inputs, unbroken, tmp_path, mode, mod
         together = min(model_parallel, size)
         kind = "mixtral" if number == len(stages) else "mixtral_sparse"
         cut = [f"model_parallel_size={together}", f"batch_size={ROWS * together // size}", f"llama_type={kind}"]
-        finetune(path, size, *cut, f"max_steps={STEPS * number // len(stages)}")
-    runs.same_curve(runs.curve(tmp_path / "run"), unbroken, CURVE)
+        finetune(path, size, *cut, f"max_steps={FEW * number // len(stages)}")
+    runs.same_curve(runs.curve(tmp_path / "run"), unbroken[:FEW], CURVE)
     runs.check_folder(tmp_path / "run")
     assert not runs.left_over(tmp_path / "run")
 
 
 @on_ranks
 @pytest.mark.parametrize("mode", ["sdp", "fsdp"])
-def test_a_rank_killed_in_training_is_one_line_and_the_run_goes_on(inputs, tmp_path, mode, ranks):
-    changes = {"data_parallel": mode, "epochs": 30.0, "batch_size": ROWS // ranks}
-    path = recipe(inputs, tmp_path / "run", **changes)
+def test_a_rank_killed_in_training_is_one_line_and_the_run_goes_on(inputs, unbroken, tmp_path, mode, ranks):
+    path = recipe(inputs, tmp_path / "run", data_parallel=mode, batch_size=ROWS // ranks)
     command = [sys.executable, "-m", "accessory", "finetune", path, "--n-gpus", str(ranks)]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 100
         while (done := runs.steps_written(tmp_path / "run")) < 6 and run.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
+        assert done >= 6
         family = psutil.Process(run.pid).children(recursive=True)
         (victim,) = (p for p in family if p.environ().get("RANK") == str(ranks - 1))
         victim.kill()
         _, said = run.communicate(timeout=100)
     finally:
         run.kill()
-    assert done >= 6, said
     assert gone(family)
     assert run.returncode == 1
-    errors = [line for line in said.splitlines() if "error" in line]
-    assert len(errors) == 1, said
+    (error,) = (line for line in said.splitlines() if line.startswith("accessory: error: "))
+    assert error.endswith(f": rank {ranks - 1} was ended by signal 9; all ranks are ended")
     assert "Traceback" not in said
     runs.check_folder(tmp_path / "run")
-    assert runs.steps_written(tmp_path / "run") < 90
+    assert runs.steps_written(tmp_path / "run") < STEPS
     finetune(path, ranks)
-    finetune(recipe(inputs, tmp_path / "straight", **changes), ranks)
-    runs.same_curve(runs.curve(tmp_path / "run"), runs.curve(tmp_path / "straight"), CURVE)
+    runs.same_curve(runs.curve(tmp_path / "run"), unbroken, CURVE)
     runs.check_folder(tmp_path / "run")
     assert not runs.left_over(tmp_path / "run")
