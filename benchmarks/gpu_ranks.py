@@ -5,7 +5,7 @@
 Weights are random. Decoding, prompts, many requests at once, training steps in every division of the GPUs, sums over
 ranks. A full step has as many layers as fit by the planner's arithmetic. FOLDER keeps the log and the JSON of each
 command, and the table so far, as soon as they are there. A command that fails, or runs into its limit, is a row that
-says so. Run again with the same FOLDER, the program leaves out what has a JSON there. Prints Markdown.
+says so. Run again with the same FOLDER, the program leaves out what the same command left there. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -190,14 +190,18 @@ def carry_out(chosen: Sequence[Measurement], size: str, gpus: int, folder: Path)
 
 def measure(one: Measurement, size: str, gpus: int, folder: Path) -> list[str]:
     """The rows of one command; the last of them says what went wrong."""
-    log = folder / f"{one.name}.log"
-    if (folder / f"{one.name}.json").exists():
+    log, words = folder / f"{one.name}.log", one.command(size, gpus, folder)
+    shown = f"$ {shlex.join(words)}\n"
+    found = folder / f"{one.name}.json"
+    if found.exists() and log.exists() and log.read_text(encoding="utf-8").startswith(shown):
         return rows_in(one, log)
-    _, *rest = one.command(size, gpus, folder)
+    found.unlink(missing_ok=True)  # of another command
     environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     with log.open("wb") as out:
-        command = [sys.executable, "-m", "torch.distributed.run", *rest]
+        out.write(shown.encode())
+        out.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
             status = process.wait(one.seconds)
@@ -238,8 +242,8 @@ def heading(chosen: Sequence[Measurement], folder: Path) -> str:
 def last_words(log: Path) -> str:
     """The line of the error; else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "error: " in line or "Error: " in line]
-    return (told or lines or ["it said nothing"])[0 if told else -1].replace("|", "/")[:160]
+    told = [line for line in lines[1:] if "error: " in line or "Error: " in line]
+    return (told or lines[1:] or ["it said nothing"])[0 if told else -1].replace("|", "/")[:160]
 
 
 def row(cells: Sequence[str]) -> str:

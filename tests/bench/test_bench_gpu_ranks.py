@@ -91,5 +91,8 @@ def test_a_command_leaves_rows_whatever_becomes_of_it(monkeypatch, capsys, tmp_p
     assert "\n2 × a card: copy 3 TB/s\n" in whole[1]
     assert whole[1].endswith("\n".join(whole[0]) + "\n")
     (tmp_path / "decode.json").write_text("{}")
-    monkeypatch.setattr(gpu_ranks.subprocess, "Popen", None)  # it is not run again
+    monkeypatch.setattr(gpu_ranks.subprocess, "Popen", None)  # it is not run again, but another command is
     assert gpu_ranks.measure(one, "8x7b", 2, tmp_path) == whole[0][:1]
+    monkeypatch.setattr(Measurement, "command", lambda *_: ["torchrun", "other"])
+    with pytest.raises(TypeError):
+        gpu_ranks.measure(one, "8x7b", 2, tmp_path)
