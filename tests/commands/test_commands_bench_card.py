@@ -307,6 +307,7 @@ def in_a_rank(rank: int, world: int, folder: str, card: Any) -> dict[str, str]:
     return printed
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_everything_that_takes_ranks(tmp_path, card):
     first, second = run_ranks(in_a_rank, 2, str(tmp_path), card)
     assert set(second.values()) == {""}

@@ -190,6 +190,7 @@ def test_every_way_to_draw_tokens_reaches_the_model(multi, pages):
     assert teller.how == {**given, "additional_stop_symbols": [*stops, "END", "###"]}
 
 
+@pytest.mark.slow
 def test_another_image_or_none_begins_another_dialogue_and_the_page_says_so(multi, files):
     multi.ask("Hello")
     assert (multi.rounds()[-1], multi.pictures()) == (("bot", NONE), [])
@@ -220,6 +221,7 @@ def test_the_same_image_chosen_again_goes_on_with_its_dialogue(multi, files):
     assert len(multi.rounds()) == 4
 
 
+@pytest.mark.slow
 def test_clear_empties_the_page_and_a_new_image_does_not_disturb_an_answer(multi, pages, files):
     teller = pages["multi"][0].model
     multi.upload(files / "a cat.png")
@@ -325,6 +327,7 @@ def test_what_is_no_image_is_one_line_that_names_it(kind, visit, pages, files):
     assert kept(pages[kind][0]) == []
 
 
+@pytest.mark.slow
 def test_files_are_private_and_go_when_nobody_needs_them(multi, pages, browser, files, monkeypatch):
     monkeypatch.setattr(uploads, "_UNDER_WAY", 2.0)
     page, url = pages["multi"]

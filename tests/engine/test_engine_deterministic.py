@@ -40,7 +40,7 @@ EXACT = 0.0
     params=[
         ("sparse", torch.bfloat16),
         ("base", torch.float32),
-        ("int8", torch.bfloat16),
+        pytest.param(("int8", torch.bfloat16), marks=pytest.mark.slow),
         pytest.param(("sparse", torch.float32), marks=pytest.mark.slow),
         pytest.param(("base", torch.bfloat16), marks=pytest.mark.slow),
         pytest.param(("int8", torch.float32), marks=pytest.mark.slow),

@@ -146,7 +146,7 @@ ACTS = [
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize(("number", "act", "error", "says"), ACTS)
 # In a chunk of the prompt, in its last chunk, while decoding.
-@pytest.mark.parametrize("step", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)), 3])
 def test_a_step_that_fails_is_one_error_and_the_next_call_works(step, number, act, error, says, ahead):
     script = ({}, {})
     script[number][RUN, step] = act

@@ -120,7 +120,12 @@ def cold(runner, *, ahead=1):
 
 @pytest.mark.parametrize(
     ("pages", "max_seq_len", "ahead", "deterministic"),
-    [(PAGES, 320, 0, False), (7, 320, 1, False), (2, 320, 0, True), (PAGES, 66, 1, True)],
+    [
+        (7, 320, 1, False),
+        (PAGES, 66, 1, True),
+        pytest.param(PAGES, 320, 0, False, marks=pytest.mark.slow),
+        pytest.param(2, 320, 0, True, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_stays_of_it(rich, pages, max_seq_len, ahead, deterministic):
     runner = rich_runner(rich, pages=pages, max_seq_len=max_seq_len, deterministic=deterministic)

@@ -100,6 +100,7 @@ def test_ranks_of_a_group_warm_up_together(speaking):
     assert second == [alone]
 
 
+@pytest.mark.slow
 def test_ranks_of_a_driver_warm_up(cut_folder):
     expected = MetaModel.from_pretrained(cut_folder, **HOW).generate([PROMPT], max_gen_len=4)
     with MultiGpuWrapper(cut_folder, gpus=2, **HOW) as wrapper:

@@ -136,6 +136,7 @@ def test_a_visitor_chooses_an_adapter(served, folders, browser):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_signal_ends_it_while_a_visitor_looks_on(served, browser):
     server, given, _ = served
     visitor = web.Visitor(browser, server.url, **given)

@@ -72,7 +72,11 @@ def test_moments_on_the_host_change_no_bit():
 
 
 # (loss, norm): bf16 keeps 8 bits of a gradient, and adamw_8bit 4 to 7 bits of a moment.
-BOUNDS = [(BF16, (1e-3, 1e-2)), (EIGHT, (2e-2, 2e-1)), (BF16 | EIGHT, (2e-2, 2e-1))]
+BOUNDS = [
+    pytest.param(BF16, (1e-3, 1e-2), marks=pytest.mark.slow),
+    pytest.param(EIGHT, (2e-2, 2e-1), marks=pytest.mark.slow),
+    (BF16 | EIGHT, (2e-2, 2e-1)),
+]
 
 
 @pytest.mark.parametrize(("choices", "bounds"), BOUNDS)
@@ -99,10 +103,8 @@ def test_gradients_take_two_bytes_but_those_of_norms_and_routers():
 # --------------------------------------------------------------------------- ranks
 
 # Gradients in bf16 are summed over two micro-steps and two ranks, which rounds three times more.
-CASES = [
-    (1, "fsdp", None, BF16, (1e-2, 2e-2)),
-    (2, "sdp", None, EIGHT | BF16, (2e-2, 2e-1)),
-]
+FEW = [(2, "sdp", None, EIGHT | BF16, (2e-2, 2e-1))]
+OTHERS = [(1, "fsdp", None, BF16, (1e-2, 2e-2))]
 MORE = [
     (1, "sdp", LORA, BF16, (1e-2, 2e-2)),
     (1, "fsdp", None, EIGHT, (2e-2, 2e-1)),
@@ -128,7 +130,11 @@ def on_ranks(rank, world, cases, values):
     return out
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.long)], ids=["few", "more"])
+@pytest.mark.parametrize(
+    "cases",
+    [FEW, pytest.param(OTHERS, marks=pytest.mark.slow), pytest.param(MORE, marks=pytest.mark.long)],
+    ids=["few", "others", "more"],
+)
 def test_ranks_follow_one_process(cases):
     for results in run_ranks(on_ranks, 2, cases, tensors(), timeout=300):
         for (model, mode, peft, choices, bounds), (dtypes, curve) in zip(cases, results, strict=True):
@@ -146,7 +152,10 @@ def save(trainer, folder, step):
     return save_state(trainer, folder, step, {"updates": trainer.optimizer.updates, "loss_scale": [1.0, 0]}, 2)
 
 
-@pytest.mark.parametrize("choices", [BF16, EIGHT, EIGHT | BF16, HOST])
+@pytest.mark.parametrize(
+    "choices",
+    [BF16, EIGHT | BF16, *(pytest.param(choices, marks=pytest.mark.slow) for choices in (EIGHT, HOST))],
+)
 def test_a_resumed_run_makes_the_same_steps(tmp_path, choices):
     whole = made(**choices)
     steps(whole, last=3)

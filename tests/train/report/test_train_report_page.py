@@ -179,6 +179,7 @@ def test_what_is_drawn_is_what_was_measured(tmp_path, opened, log):
     assert page.get_by_text("no finite loss").is_visible()
 
 
+@pytest.mark.slow
 def test_ticks_are_few_told_apart_and_in_the_right_places(tmp_path, opened):
     items = list(records(70, 2, 4))
     for record in items:
@@ -268,6 +269,7 @@ def test_nothing_lies_over_anything_else(tmp_path, opened, steps, layers, expert
         assert page.evaluate(tiles) == 0
 
 
+@pytest.mark.slow
 def test_the_pointer_says_what_was_measured(tmp_path, opened):
     items = list(records(200, 3, 4, evals=4))
     items[60]["loss"] = math.nan
@@ -331,6 +333,7 @@ def test_a_dragged_mouse_zooms_all_charts_and_a_finger_none(report, opened):
     assert phone.evaluate(ranges) == whole
 
 
+@pytest.mark.slow
 def test_light_and_dark_have_contrast(report, opened):
     page = opened(report, color_scheme="light")
     for scheme in ("light", "dark"):  # the page follows when the scheme changes
