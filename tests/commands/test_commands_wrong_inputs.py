@@ -291,7 +291,13 @@ INTERRUPTED = {
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        *(pytest.param(name, signal.SIGINT, id=f"Ctrl-C-{name}", marks=pytest.mark.slow) for name in INTERRUPTED),
+        *(
+            pytest.param(
+                name, signal.SIGINT, id=f"Ctrl-C-{name}",
+                marks=pytest.mark.long if name in ("demo", "quantize") else pytest.mark.slow,
+            )
+            for name in INTERRUPTED
+        ),
         # Of the commands here, finetuning alone does something of its own at SIGTERM.
         *(
             pytest.param(

@@ -69,8 +69,13 @@ def on_grids(rank, world, cases, values):
     return out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", [pytest.param(TWO, id="2 ranks"), pytest.param(FOUR, id="4 ranks")])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(TWO, id="2 ranks", marks=pytest.mark.slow),
+        pytest.param(FOUR, id="4 ranks", marks=pytest.mark.long),
+    ],
+)
 def test_ranks_change_nothing(cases):
     world = cases[0][0][0] * cases[0][0][1]
     for rank, results in enumerate(run_ranks(on_grids, world, cases, tensors(), timeout=400)):

@@ -90,7 +90,7 @@ def test_the_command_reports_a_run_that_was_killed(tmp_path, capsys):
     assert "mixtral_sparse" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_thousand_steps_of_a_large_model(tmp_path):
     (record,) = records(1, 32, 8)
     layers = json.dumps({"layers": record.pop("layers")})[1:]  # the same in every step, and nearly all of the text
