@@ -324,7 +324,7 @@ def test_a_command_that_is_interrupted_at_any_moment_ends_cleanly(place, name, n
         if process.returncode in (130, 1, 0):  # else the signal came before Python could handle it
             assert "Traceback" not in err, (moment, err)
         else:
-            assert process.returncode == -number
+            assert process.returncode == -number, (moment, err)
         written = [p for p in (place / "d").rglob("*") if p.is_file() and ".partial" not in str(p)]
         assert all(p.stat().st_size for p in written if p.suffix in (".pth", ".safetensors", ".json")), (
             moment,
