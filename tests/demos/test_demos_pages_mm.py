@@ -179,6 +179,7 @@ def test_every_way_to_draw_tokens_reaches_the_model(multi, pages):
     stops = teller.how["additional_stop_symbols"]
     assert teller.how == {"temperature": 0, "top_p": 0.95, **plain, "seed": None, "additional_stop_symbols": stops}
     multi.page.click("#more >> text=More")
+    multi.settled()
     given = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.3}
     given |= {"temperature": 0.7, "top_p": 0.8, "seed": 5}
     for field, value in given.items():

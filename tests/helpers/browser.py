@@ -104,6 +104,13 @@ class Served:
             psutil.wait_procs(family, timeout=5)
 
 
+SETTLED = """() => {
+    const fetched = performance.getEntriesByType("resource").length, now = performance.now();
+    if (fetched !== window.fetched) [window.fetched, window.since] = [fetched, now];
+    return now - window.since > 200;
+}"""
+
+
 class Visitor:
     """A browser window on a demo."""
 
@@ -119,6 +126,11 @@ class Visitor:
         self.page.goto(url)
         self.page.wait_for_selector("#question textarea")
         self.page.evaluate(RECORD)
+        self.settled()
+
+    def settled(self) -> None:
+        """Wait until the page fetches no more of itself: a part that shows may not hear what is done to it yet."""
+        self.page.wait_for_function(SETTLED)
 
     def set(self, field: str, value: object) -> None:
         self.page.fill(f"#{field} input, #{field} textarea", str(value))
@@ -182,10 +194,21 @@ class Visitor:
         return [unquote(image.get_attribute("src")).rpartition("/")[2] for image in shown]
 
     def upload(self, path: Path, wait: bool = True) -> None:
-        """Choose an image; wait until the page shows it."""
+        """Choose an image; wait until the server has it and the page shows it.
+
+        A page that has just come up may not hear the first choice.
+        """
         self.page.set_input_files("#image input[type=file]", path)
-        if wait:
-            self.page.wait_for_selector("#image img")
+        if not wait:
+            return
+        from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
+        try:
+            self.page.wait_for_selector("#image img[src*='/file=']", timeout=3000)
+        except PlaywrightTimeout:
+            self.page.set_input_files("#image input[type=file]", path)
+            self.page.wait_for_selector("#image img[src*='/file=']")
+        self.settled()
 
     def drop_image(self) -> None:
         self.page.click("#image button[title='Remove Image']")
