@@ -7,7 +7,6 @@ Legend: N rows sorted by expert, E experts, O out, I in features.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -206,8 +205,7 @@ def _compile(part: tuple[Sequence[Compiling], torch.device]) -> tuple[int, list[
     refused = []
     for n, (run, format, shape, alone, tile) in enumerate(compiling):
         if weight is None or (format, shape) != (compiling[n - 1].format, compiling[n - 1].shape):
-            weight = None
-            gc.collect()
+            weight = None  # before the next one is made
             weight = _weight(format, *shape, device)
             weight = weight[0] if alone else weight
             inputs = [_input(shape[0], 1, many, shape[2], device, 0) for many in (1 / shape[0], 2)]
@@ -215,6 +213,8 @@ def _compile(part: tuple[Sequence[Compiling], torch.device]) -> tuple[int, list[
             with torch.inference_mode():
                 for x_NI, count_E in inputs:
                     run(Problem(format, weight, weight, inputs), x_NI, count_E, tile)
+        except torch.OutOfMemoryError:  # beside other processes; alone it may run
+            log.debug("%s %s: no memory", format, tile)
         except Exception as error:
             log.debug("%s %s: %s", format, tile, error)
             refused.append(compiling[n])

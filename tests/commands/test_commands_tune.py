@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.bench.tune import Family, compile_ahead, to_compile, tune
+from accessory.bench.tune import Compiling, Family, _compile, compile_ahead, to_compile, tune
 from accessory.cli import _parser, main
 from accessory.commands.tune import run
 from accessory.config import PRESETS
@@ -73,6 +73,15 @@ def test_every_tile_is_compiled_once_in_processes_before_it_is_timed(tmp_path):
     }
     with pytest.raises(RuntimeError, match="no tile can run"):
         next(tune(PRESETS["tiny"], ["none"], torch.device("cpu"), rows=[1], families=[family], refused=ahead))
+
+
+def without_memory(problem, x_NI, count_E, tile):
+    raise torch.OutOfMemoryError
+
+
+def test_a_tile_that_found_no_memory_beside_other_processes_is_timed_all_the_same():
+    one = Compiling(without_memory, "none", (4, 96, 64), False, {"M": 1})
+    assert _compile(([one], torch.device("cpu"))) == (1, [])
 
 
 @pytest.mark.parametrize(
