@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,13 +35,22 @@ def run_under_torchrun(n: int, words: Sequence[str], *, debug: bool = False) -> 
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        signals = {rank: -f.exitcode for rank, f in sorted(error.failures.items()) if f.exitcode < 0}
-        if signals:
-            ended = ", ".join(f"rank {rank} was ended by signal {number}" for rank, number in signals.items())
-            raise RankError(f"{ended}; all ranks are ended") from error
+        ended = _ended_by_signals({rank: failure.exitcode for rank, failure in sorted(error.failures.items())})
+        if ended:
+            said = ", ".join(f"rank {rank} was ended by signal {number}" for rank, number in ended.items())
+            raise RankError(f"{said}; all ranks are ended") from error
         return 1
     except SignalException:
         return 1
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _ended_by_signals(exit_codes: dict[int, int]) -> dict[int, int]:
+    """The signals, by rank, that explain a failure; none where a rank failed by itself, which said why.
+
+    Where one rank fails, torchrun ends the others by SIGTERM, and may count those that it ended among the failures.
+    """
+    others = {rank: code for rank, code in exit_codes.items() if code != -signal.SIGTERM}
+    return {rank: -code for rank, code in (others or exit_codes).items() if code < 0}

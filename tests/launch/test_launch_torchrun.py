@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+
+import pytest
+
+from accessory.launch.torchrun import _ended_by_signals
 
 # Each rank writes once, so that the lines of two ranks do not mix.
 RANK = """
@@ -37,3 +42,17 @@ def test_a_rank_that_a_signal_ends_is_named():
     done = ranks(2, RANK.format("os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)"))
     assert done.returncode == 1
     assert done.stderr.endswith("accessory.errors.RankError: rank 1 was ended by signal 9; all ranks are ended\n")
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "named"),
+    [
+        ({1: 1}, {}),
+        ({0: -signal.SIGTERM, 1: 1}, {}),
+        ({0: -signal.SIGTERM, 1: -signal.SIGKILL}, {1: signal.SIGKILL}),
+        ({0: 1, 1: -signal.SIGKILL}, {1: signal.SIGKILL}),
+        ({0: -signal.SIGTERM}, {0: signal.SIGTERM}),
+    ],
+)
+def test_ranks_that_the_launcher_ended_are_not_named_where_another_failed(exit_codes, named):
+    assert _ended_by_signals(exit_codes) == named
