@@ -77,8 +77,8 @@ def spread_experts(decoder: Decoder, ranks: Ranks) -> None:
     """
 
     def as_sent(module: StackedExperts, _inputs: Any, output: Tensor) -> Tensor:
-        # Results are rounded to the compute dtype already, so the cast loses nothing. FSDP2 wants no view.
-        return output.to(module.products_in, copy=True)
+        # Results are rounded to the compute dtype already, so the cast loses nothing.
+        return output.to(module.products_in)
 
     count = decoder.args.moe.num_experts
     for name, module in decoder.named_modules():

@@ -24,8 +24,8 @@ from accessory.parallel.symmetric import symmetric_sum
 GATHERED_AT_MOST = 2**16  # numbers
 
 # Versions of torch differ in the names of these two.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -70,14 +70,14 @@ class _StackFromRanks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         parts = x.new_empty(ranks.size, *x.shape)
-        _all_gather(parts.view(-1), x.reshape(-1), group=ranks.group)
+        all_gather_single(parts.view(-1), x.reshape(-1), group=ranks.group)
         return parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         own = torch.empty(grad.shape[1:], dtype=torch.float32, device=grad.device)
-        _reduce_scatter(own.view(-1), grad.float().reshape(-1), group=ctx.ranks.group)
+        reduce_scatter_single(own.view(-1), grad.float().reshape(-1), group=ctx.ranks.group)
         return own.to(grad.dtype), None
 
 

@@ -1,8 +1,8 @@
-"""Data parallelism: FSDP2 on one dimension of a mesh, the model-parallel cuts of `sharding` on the other.
+"""Data parallelism: `sharded` on one dimension of a mesh, the model-parallel cuts of `sharding` on the other.
 
-`sharding` cuts a parameter first; FSDP2 then cuts this rank's slice again. So the layers compute on plain local
+`sharding` cuts a parameter first; `sharded` then cuts this rank's slice again. So the layers compute on plain local
 tensors, and each kind of cut has its own collectives. Norms and routers are fp32 and small. They are not sharded, and
-their gradients are averaged at the end of a step. Experts that are spread over ranks are sharded over those ranks alone
+their gradients are summed at the end of a step. Experts that are spread over ranks are sharded over those ranks alone
 that have the same ones.
 """
 
@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import PackedWeight, RMSNorm
 from accessory.parallel.local_shard import local
 from accessory.parallel.mesh import DeviceMesh
+from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
 from accessory.parallel.sharding import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
@@ -50,33 +49,32 @@ def apply_fsdp(
     alone = _small(decoder)
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
-    experts = [m for m in decoder.modules() if isinstance(m, StackedExperts)]  # one a layer
     if mesh.experts is not None and mesh.experts_mesh is None:  # no other rank has them
-        alone |= {p for module in experts for p in module.parameters()}
+        alone |= {p for m in decoder.modules() if isinstance(m, StackedExperts) for p in m.parameters()}
 
-    def placement(p: nn.Parameter, size: int) -> Shard | None:
-        # In the base implementation a rank may have a single expert. The cut is then inside the expert, along a
-        # dimension that `size` divides.
-        dims = [d for d in range(p.dim()) if p.shape[d] % size == 0]
-        return Shard(dims[0]) if dims else None
+    def sharded(module: nn.Module) -> list[ShardedParameter]:
+        found = []
+        for owner in module.modules():
+            over = mesh.fsdp_mesh if not isinstance(owner, StackedExperts) else mesh.experts_mesh or mesh.fsdp_mesh
+            # The numbers of a quantised weight are not cast, and a rank has the scales of its rows.
+            packed = isinstance(owner, PackedWeight)
+            for kind, p in list(owner.named_parameters(recurse=False)):
+                dim = None if p in alone or isinstance(p, DTensor) else _dimension(p, over.size())
+                if dim is not None:
+                    dtype = p.dtype if packed else compute_dtype
+                    found.append(ShardedParameter(owner, kind, over, dim, dtype, gradient_dtype))
+        return found
 
-    # FSDP2's cast would convert quantised numbers as if they were weights. Then `ops.linear` casts the dense weights.
-    packed = any(isinstance(m, PackedWeight) for m in decoder.modules())
-    dtype = None if packed else compute_dtype
-    options: dict[str, Any] = {
-        "reshard_after_forward": mode == "fsdp",
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=gradient_dtype, cast_forward_inputs=False),
-        "ignored_params": alone,
-    }
+    layers = [ShardedLayer(layer, sharded(layer)) for layer in decoder.layers]
+    ShardedChain(ShardedLayer(decoder, sharded(decoder)), layers, stays=mode == "sdp")
 
-    def shard(module: nn.Module, over: Any) -> None:
-        fully_shard(module, mesh=over, shard_placement_fn=partial(placement, size=over.size()), **options)
 
-    for layer, its_experts in zip(decoder.layers, experts, strict=True):
-        if mesh.experts_mesh is not None:
-            shard(its_experts, mesh.experts_mesh)
-        shard(layer, mesh.fsdp_mesh)
-    shard(decoder, mesh.fsdp_mesh)
+def _dimension(p: Tensor, ranks: int) -> int | None:
+    """The dimension along which a parameter is cut: the first one that the ranks divide. None: it stays whole.
+
+    In the base implementation a rank may have a single expert. The cut is then inside the expert.
+    """
+    return next((d for d in range(p.dim()) if p.shape[d] % ranks == 0), None)
 
 
 def _adapters_alone(decoder: Decoder) -> bool:
@@ -96,31 +94,22 @@ def _small(decoder: Decoder) -> set[nn.Parameter]:
 def keep_gradients_in(decoder: Decoder, dtype: torch.dtype) -> None:
     """Have the gradients of all but small parameters in `dtype`. Call it when parameters have their place in memory.
 
-    autograd casts a plain parameter's gradient by itself. FSDP2 leaves one in fp32, which is cast as soon as it is
-    there, layer by layer.
+    autograd casts a plain parameter's gradient by itself. A sharded one gets it in the dtype in which it was summed.
     """
     if dtype == torch.float32:
         return
     small = _small(decoder)
-
-    def cast(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad = p.grad.to(dtype)
-
     for p in decoder.parameters():
         if p.requires_grad and p not in small:
             p.grad_dtype = None if isinstance(p, DTensor) else dtype
-            if isinstance(p, DTensor):
-                p.register_post_accumulate_grad_hook(cast)
 
 
 def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Complete the gradients after backward.
 
-    Gradients that FSDP2 does not shard are averaged over data ranks. Gradients of which each model rank has a part are
-    summed over model ranks. A trained parameter that the step did not use gets a zero gradient, so that no rank waits
-    for another. An expert that is spread has met the tokens of all ranks of its group: its gradient is their sum, of
-    which FSDP2 has taken the mean over the ranks with the same experts alone.
+    Gradients of parameters that are not sharded are summed over data ranks, unless an expert is spread, which has met
+    the tokens of all ranks. Gradients of which each model rank has a part are summed over model ranks. A trained
+    parameter that the step did not use gets a zero gradient, so that no rank waits for another.
     """
     alone, partial = [], []
     for name, p in decoder.named_parameters():
@@ -128,16 +117,14 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        if mesh.experts is not None and is_spread(name, mesh):
-            local(p.grad).div_(mesh.experts.size)
-        elif mesh.data is not None and not isinstance(p, DTensor):
+        if mesh.data is not None and not isinstance(p, DTensor) and not is_spread(name, mesh):
             alone.append(local(p.grad))
         if mesh.model is not None and sharers(decoder, name, mesh) > 1:
             partial.append((local(p.grad), sharers(decoder, name, mesh)))
     if mesh.data is not None:
         for flat, parts in _flattened(alone):
             dist.all_reduce(flat, group=mesh.data.group)
-            _scatter(flat.div_(mesh.data.size), parts)
+            _scatter(flat, parts)
     if mesh.model is not None:
         world, rank = mesh.model.size, mesh.model.rank
         for flat, parts in _flattened([g for g, n in partial if n == world]):

@@ -1,7 +1,7 @@
 """The local shards of a network: for each parameter, this process's tensor and its place in the uncut tensor.
 
-Model parallelism cuts a parameter as `sharding` says; data parallelism (FSDP2) cuts the result again. Loading, saving
-and counting use local shards and need not know how a parameter was cut.
+Model parallelism cuts a parameter as `sharding` says; data parallelism (`sharded`) cuts the result again. Loading,
+saving and counting use local shards and need not know how a parameter was cut.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:
     for name, m in packed.items():
         shape, data = tuple(m.shape), m.get_parameter("data")
         whole, offsets = cuts.get(name, (shape, (0,) * len(shape)))
-        # FSDP2 cuts experts or rows, and cuts all tensors of a weight in the same way: see `fsdp.apply_fsdp`.
+        # Experts or rows are cut, and all tensors of a weight in the same way: see `fsdp.apply_fsdp`.
         yield LocalShard(name, whole, _plus(offsets, _data_parallel_offsets(data)), m.packed().map(local))
     for name, parameter in decoder.named_parameters():
         if name.rpartition(".")[0] in packed:
@@ -86,12 +86,11 @@ def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _data_parallel_offsets(parameter: Tensor) -> tuple[int, ...]:
-    """The offsets of FSDP2's slice. It cuts one dimension into equal parts, rounded up; the last may be short or
-    empty."""
+    """The offsets of this rank's slice. One dimension is cut into equal parts."""
     offsets = [0] * parameter.dim()
     if isinstance(parameter, DTensor):
         (placement,) = parameter.placements
         if isinstance(placement, Shard):
-            n, ranks = parameter.shape[placement.dim], parameter.device_mesh.size()
-            offsets[placement.dim] = min(n, parameter.device_mesh.get_local_rank() * -(-n // ranks))
+            mesh = parameter.device_mesh
+            offsets[placement.dim] = mesh.get_local_rank() * parameter.shape[placement.dim] // mesh.size()
     return tuple(offsets)

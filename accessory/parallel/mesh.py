@@ -67,11 +67,11 @@ class DeviceMesh:
 
     data: Ranks | None = None
     model: Ranks | None = None
-    fsdp_mesh: Any = None  # the data-parallel dimension, for FSDP2
+    fsdp_mesh: Any = None  # the data-parallel dimension, for `sharded`
     all: Ranks | None = None
     context: Ranks | None = None
     experts: Ranks | None = None
-    experts_mesh: Any = None  # the data-parallel ranks with the same experts, for FSDP2; None: there are no others
+    experts_mesh: Any = None  # the data-parallel ranks with the same experts, for `sharded`; None: there are no others
 
     @classmethod
     def of(

@@ -100,7 +100,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
     """What the setup's task trains of each layer."""
     targets = setup.args.lora_targets if setup.args.lora_rank > 0 else ()
     full, parameter = task.kind == "full", task.parameter
-    # FSDP2 gathers 16-bit weights and gets 16-bit gradients, which it sums in fp32 in buffers of its own.
+    # Ranks gather 16-bit weights, and make gradients as they are summed.
     gathered = setup.fsdp and setup.dp // setup.ep > 1
     return LayerTraining(
         weights=full,
@@ -111,7 +111,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         packing=task.packing,
         context=setup.cp,
         exchanged=setup.ep > 1,
-        gradient=2 if gathered else task.gradient,
+        gradient=task.gradient,
         copy=0 if gathered or setup.keeps_copies else parameter.copy,
         recompute=task.checkpointing,
         accumulating=setup.keeps_gradients and not gathered,

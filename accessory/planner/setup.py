@@ -111,7 +111,7 @@ class Setup:
 
     @property
     def fsdp(self) -> bool:
-        """Whether FSDP2 shards anything of a training step. In sdp every rank has adapters whole."""
+        """Whether anything of a training step is sharded. In sdp every rank has adapters whole."""
         assert isinstance(self.task, Training), "only training shards over data-parallel ranks"
         whole = self.task.kind == "lora" and self.task.data_parallel == "sdp" and self.ep == 1
         return self.dp > 1 and not whole

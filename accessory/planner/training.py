@@ -90,7 +90,7 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
     """Bytes of the 16-bit copies that autograd keeps of the trained weights of all layers, and of the head.
 
     Where passes are CUDA graphs, they stay from step to step. A layer that is computed again in backward makes its
-    copies there. FSDP2's 16-bit weights need no copies.
+    copies there. Weights that are gathered arrive in 16 bits.
     """
     copied = [g for g in trained if g.role in ("product", "adapter") and not (setup.fsdp and replicas_of(g, setup) > 1)]
     head = task.parameter.copy * sum(g.numel for g in copied if _is_head(g))
@@ -99,23 +99,24 @@ def _copies(setup: Setup, task: Training, trained: list[TensorGroup]) -> tuple[i
 
 
 def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
-    """Bytes of the whole weights that FSDP2 has gathered, and of one layer's gradients that it sums."""
+    """Bytes of the whole weights that ranks have gathered, and of one layer's gradients that are summed.
+
+    fsdp has this layer and the next one, which arrives; sdp has all layers, from forward to backward. The gradients of
+    one layer are summed while the next one makes its own.
+    """
     if not setup.fsdp:
         return 0
     L, cut = setup.args.n_layers, [g for g in groups if g.role != "fp32" and replicas_of(g, setup) > 1]
 
     def whole(g: TensorGroup) -> int:
         if is_trained(g, setup):
-            return g.numel * (4 if setup.quantized else 2)
+            return 2 * g.numel
         return g.nbytes(2) if task.data_parallel == "fsdp" else 0
 
     layer = sum(whole(g) for g in cut if g.in_layer) // L
     outside = sum(whole(g) for g in cut if not g.in_layer)
-    # A layer's gradients as they are summed. In bf16, FSDP2 widens its own part of the sums for a moment.
-    bytes_each = 4 if task.gradient == 4 else 2 + (2 + 4) / setup.dp
-    reduced = int(bytes_each * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) / L)
-    # fsdp holds this layer, the next one and the buffer that it arrives in; sdp all layers, from forward to backward.
-    return outside + layer * (3 if task.data_parallel == "fsdp" else L) + reduced
+    summed = task.gradient * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L if L > 1 else 0
+    return outside + layer * (min(2, L) if task.data_parallel == "fsdp" else L) + summed
 
 
 def _logits(setup: Setup, task: Training, trained: int) -> int:

@@ -132,7 +132,8 @@ class FinetuneConfig:
     offload: Offload = option("none", "none, or optimizer: AdamW's moments in host memory, where a GPU trains")
     gradient_dtype: GradientDtype = option("fp32", "fp32, or bf16: gradients of half the size, summed in bf16")
     cuda_graphs: bool | None = option(
-        None, "replay the passes as CUDA graphs; default: where adapters are trained; not with FSDP or images"
+        None,
+        "replay the passes as CUDA graphs; default: where adapters are trained; not with fsdp or images",
     )
     device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one", DEVICE)
 

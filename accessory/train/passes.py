@@ -187,7 +187,7 @@ class GraphedPasses(Passes):
 
 def can_be_graphs(decoder: Decoder, mesh: DeviceMesh, *, images: bool) -> bool:
     """Whether passes of this network can be recorded: no rank waits for another but in a sum, and nothing waits for the
-    host. FSDP2 gathers parameters around the passes, images come in any number."""
+    host. Parameters that are sharded come and go around the passes, images come in any number."""
     device = next(decoder.parameters()).device
     if not possible(device) or mesh.context is not None or mesh.experts is not None or images:
         return False

@@ -189,9 +189,7 @@ class Trainer:
         for own, on_all in zip(totals.counted, totals.counted_on_all, strict=True):
             share = (on_all if self.weights.global_statistics else own) / max(totals.all_counted, 1.0)
             logged = share / (1 if together is None else together.size)
-            # FSDP2 averages over data-parallel ranks; the loss is a sum over them.
-            scale = self.mesh.data_size * self.loss_scale.value
-            rows.append([max(totals.learnt, 1.0), share, max(totals.all_counted, 1.0), logged, scale])
+            rows.append([max(totals.learnt, 1.0), share, max(totals.all_counted, 1.0), logged, self.loss_scale.value])
         return torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
 
     def _together(self) -> Ranks | None:

@@ -16,7 +16,7 @@ from typing import Any
 def rank_context() -> Any:
     """Makes processes by forking a server that has imported torch once; in each process the import takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accessory.train.run", "torch.distributed.fsdp", "torch._dynamo"])
+    context.set_forkserver_preload(["accessory.train.run", "accessory.parallel.sharded", "torch._dynamo"])
     return context
 
 

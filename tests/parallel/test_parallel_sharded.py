@@ -1,0 +1,198 @@
+"""Sharded parameters: what is whole when, what is sent, and that gradients are sums in the dtype that was asked for."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers.distributed import run_ranks
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from accessory.parallel import sharded
+from accessory.parallel.local_shard import local
+from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
+
+D, LAYERS = 4, 4
+
+
+class Block(nn.Module):
+    """Two weights, of which one is cut along its last dimension, and none of which is read but in here."""
+
+    def __init__(self, recompute=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D))
+        self.odd = nn.Parameter(torch.randn(3, D))
+        self.recompute = recompute
+
+    def forward(self, x):
+        return checkpoint(self._inner, x, use_reentrant=False) if self.recompute else self._inner(x)
+
+    def _inner(self, x):
+        return x + (x @ self.weight.T).tanh() @ self.odd.T @ self.odd.to(x.dtype)
+
+
+class Chain(nn.Module):
+    def __init__(self, recompute=False):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(D))
+        self.layers = nn.ModuleList(Block(recompute) for _ in range(LAYERS))
+
+    def forward(self, x):
+        x = x * self.first
+        for layer in self.layers:
+            x = layer(x)
+        return x.float().square().sum()
+
+
+def chain(stays, dtype=torch.float32, gradient_dtype=torch.float32, recompute=False, frozen=False, mesh=None):
+    """The network, sharded over all ranks, and what holds its layers."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.manual_seed(0)
+    network = Chain(recompute)
+    if frozen:
+        network.requires_grad_(False)
+        network.layers[1].odd.requires_grad_(True)
+    mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+    def cut(module, kind, dim):
+        return ShardedParameter(module, kind, mesh, dim, dtype, gradient_dtype)
+
+    layers = [ShardedLayer(m, [cut(m, "weight", 0), cut(m, "odd", 1)]) for m in network.layers]
+    outside = ShardedLayer(network, [cut(network, "first", 0)])
+    ShardedChain(outside, layers, stays)
+    for p in network.parameters():
+        if gradient_dtype != torch.float32:
+            p.grad_dtype = None
+    return network, layers
+
+
+def inputs(rank):
+    return torch.randn(2, D, generator=torch.Generator().manual_seed(rank + 1))
+
+
+def whole_gradients(network):
+    return {name: p.grad.full_tensor() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def all_ways(rank, world):
+    torch.manual_seed(0)
+    plain = Chain()
+    sum(plain(inputs(r)) for r in range(world)).backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
+    for stays in (True, False):
+        for recompute in (True, False):
+            network, _ = chain(stays, recompute=recompute)
+            parts = list(network.parameters())
+            network(inputs(rank)).backward()
+            found = whole_gradients(network)
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(found[name], gradient, msg=f"{name}, {stays}, {recompute}")
+            network(inputs(rank)).backward()  # a second micro-batch adds
+            torch.testing.assert_close(whole_gradients(network)["layers.2.odd"], 2 * wanted["layers.2.odd"])
+            with torch.no_grad():
+                torch.testing.assert_close(network(inputs(rank)), plain(inputs(rank)))
+            # Nobody went backward here, and then the weights changed.
+            network(inputs(rank))
+            with torch.no_grad():
+                for part, p in zip(parts, plain.parameters(), strict=True):
+                    local(part).mul_(0.5)
+                    p.mul_(0.5)
+                changed = plain(inputs(rank))
+                for p in plain.parameters():
+                    p.mul_(2.0)
+            torch.testing.assert_close(network(inputs(rank)), changed)
+            network, _ = chain(stays, recompute=recompute, frozen=True)
+            network(inputs(rank)).backward()
+            (name,) = found = whole_gradients(network)
+            torch.testing.assert_close(found[name], wanted[name])
+    return True
+
+
+def test_gradients_are_sums_over_ranks_in_every_way():
+    assert run_ranks(all_ways, 2) == [True] * 2
+
+
+def life_of_weights(rank, world, stays):
+    """What is gathered, and the most layers that are whole at once."""
+    network, layers = chain(stays)
+    gathered, most = Counter(), [0]
+
+    def watch(i, layer):
+        ask = layer.ask
+
+        def asking():
+            gathered[i] += not layer.asked
+            ask()
+            most[0] = max(most[0], sum(other.asked for other in layers))
+
+        layer.ask = asking
+
+    for i, layer in enumerate(layers):
+        watch(i, layer)
+    loss = network(inputs(rank))
+    between = [layer.asked for layer in layers]
+    loss.backward()
+    assert all(isinstance(p, DTensor) for p in network.parameters())
+    sizes = {p.whole.untyped_storage().size() for layer in layers for p in layer.parameters}
+    return [gathered[i] for i in range(LAYERS)], most[0], between, sizes
+
+
+def test_a_layer_is_whole_while_it_runs():
+    for result in run_ranks(life_of_weights, 2, False):
+        # The last layer's weights stay, because its backward pass comes next.
+        assert result == ([2] * (LAYERS - 1) + [1], 2, [False] * (LAYERS - 1) + [True], {0})
+
+
+def test_all_layers_stay_whole_from_forward_to_backward():
+    for result in run_ranks(life_of_weights, 2, True):
+        assert result == ([1] * LAYERS, LAYERS, [True] * LAYERS, {0})
+
+
+def dtypes(rank, world):
+    sent = []
+    reduce = sharded.reduce_scatter_single
+
+    def spied(out, gradient, **more):
+        sent.append(gradient.dtype)
+        return reduce(out, gradient, **more)
+
+    sharded.reduce_scatter_single = spied
+    out = []
+    for gradient_dtype in (torch.float32, torch.bfloat16):
+        network, layers = chain(False, torch.bfloat16, gradient_dtype)
+        network(inputs(rank).bfloat16()).backward()
+        (of_whole,) = {p.whole.dtype for layer in layers for p in layer.parameters}
+        (of_gradients,) = {p.grad.dtype for p in network.parameters()}
+        (on_the_wire,) = set(sent)
+        sent.clear()
+        out.append((of_whole, on_the_wire, of_gradients))
+    return out
+
+
+def test_weights_arrive_in_16_bits_and_gradients_leave_as_they_are_summed():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert run_ranks(dtypes, 2) == [[(bf16, fp32, fp32), (bf16, bf16, bf16)]] * 2
+
+
+def no_copies(rank, world):
+    """The tensors that are sent and received are the whole weight and gradient themselves."""
+    network, layers = chain(True)
+    places = []
+    gather = sharded.all_gather_single
+
+    def spied(out, own, **more):
+        places.append((out.untyped_storage().data_ptr(), own.untyped_storage().data_ptr()))
+        return gather(out, own, **more)
+
+    sharded.all_gather_single = spied
+    loss = network(inputs(rank))
+    weights = {layer.parameters[0].whole.untyped_storage().data_ptr() for layer in layers}
+    loss.backward()
+    return weights <= {out for out, own in places if out == own}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_weight_arrives_in_its_place(world):
+    assert run_ranks(no_copies, world) == [True] * world
