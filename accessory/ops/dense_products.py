@@ -155,5 +155,6 @@ def grouped_loop_weights(
     elif not adds:
         out.zero_()
     for dw_OI, dy, x in zip(out.unbind(), runs, inputs, strict=True):
-        dw_OI.add_(dy.t() @ x)
+        if len(x):
+            dw_OI.add_(dy.t() @ x)
     return out

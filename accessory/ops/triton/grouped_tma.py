@@ -115,6 +115,7 @@ def _weights_kernel(
         at = dw_ptr + tl.cast(e, tl.int64) * (OUT * IN) + row[:, None].to(tl.int64) * IN + col[None, :]
         inside = (row < OUT)[:, None] & (col < IN)[None, :]
         if ADDS:
+            inside &= rows > 0  # nothing is added, so what is there is neither read nor written
             acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, acc.to(dw_ptr.dtype.element_ty), mask=inside)
 
