@@ -65,6 +65,9 @@ ADAPTER_ROWS = 64
 # And the rows of them that a CPU's cross-entropy widens to fp32 at a time.
 LOGITS_AT_ONCE = 2**27
 CROSS_ENTROPY_ROWS = 1024
+# (token, expert) pairs of which training makes at a time what it does not keep of the experts: 235 MB a tensor of
+# Mixtral-8x7B's hidden size in 16 bits. A piece reads and writes the gradients of its experts again. Not measured.
+TRAINED_PAIRS_AT_ONCE = 8192
 # Numbers that a GPU quantises at a time while a weight is loaded.
 QUANTIZED_AT_ONCE_GPU = 2**24
 # The fewest and the most numbers of a parameter that our own kernel of AdamW updates. A launch for each smaller one

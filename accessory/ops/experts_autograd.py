@@ -5,11 +5,15 @@ the input: SwiGLU is computed again in backward, and w2's product is not needed 
 weight is ⟨dy, w2 h⟩ = ⟨w2ᵀ dy, h⟩, where dy is the gradient of the weighted sum. So neither the experts' results nor
 their gradients times the weights are kept.
 
+What is not kept is made for some rows at a time. So of the tensors (N, F) at most two are ever there as a whole, w1 x
+and w3 x, whose gradients take their places. Where the layer is computed again, they too are made for some rows at a
+time, if that takes less memory: each piece then reads all three stacks, so copies of them stay.
+
 A stack may be dense or quantised, trained or frozen, with a bias and a LoRA adapter. Adapters stay products of low
 rank: their parts are added to the large products, and no update of a weight is ever built.
 
-Legend: T tokens, K experts a token, N (token, expert) pairs sorted by expert, E experts, D dim, F hidden dim, r rank,
-O out, I in features.
+Legend: T tokens, K experts a token, N (token, expert) pairs sorted by expert, or a piece of them, E experts, D dim,
+F hidden dim, r rank, O out, I in features.
 """
 
 from __future__ import annotations
@@ -20,19 +24,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from accessory.limits import TRAINED_PAIRS_AT_ONCE
 from accessory.ops import dispatch
-from accessory.ops.compute_copy import in_dtype
-from accessory.ops.dense_products import Term, grouped_backward, grouped_dense, grouped_weight_gradient, sort_by_expert
+from accessory.ops.compute_copy import copy_of, in_dtype
+from accessory.ops.dense_products import Term, grouped_backward, grouped_dense, sort_by_expert
 from accessory.ops.dense_products import sum_of_terms as sum_of_dense_terms
 from accessory.ops.experts import combine, gate
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
-from accessory.ops.quantized_products import dequantized_for_products, packed_grouped, packed_grouped_backward
+from accessory.ops.quantized_products import (
+    dequantized_for_products,
+    multiplied_dequantized,
+    packed_grouped,
+    packed_grouped_backward,
+)
+from accessory.ops.stack_gradients import FIELDS, StackGradients
 
 _OPS: Sequence[dispatch.Op] = ("grouped", "grouped_backward", "grouped_weights")
 MANY = 2**20  # rows: kernels for few rows need the host less than those for many
 STACKS = 3  # w1, w2, w3
-FIELDS = 4  # of each: the dense weight, the bias, A and B
 
 
 class _Plan(NamedTuple):
@@ -76,6 +86,27 @@ class _Stack(NamedTuple):
     a_ErI: Tensor | None
     b_EOr: Tensor | None
     scale: float
+    cast: bool  # whether the weight is a copy that this pass has made
+
+
+class _Inner(NamedTuple):
+    """w1 x and w3 x, and the products of low rank on the way there."""
+
+    gate_NF: Tensor
+    up_NF: Tensor
+    low1_Nr: Tensor | None
+    low3_Nr: Tensor | None
+
+    def of(self, rows: slice) -> _Inner:
+        """Views of some rows."""
+        return _Inner(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+
+class _Piece(NamedTuple):
+    """Rows that follow one another. The device knows how many of them each expert has, the host does not."""
+
+    rows: slice
+    count_E: Tensor
 
 
 class _Experts(torch.autograd.Function):
@@ -85,17 +116,27 @@ class _Experts(torch.autograd.Function):
         order_N, count_E = sort_by_expert(expert_TK, w1.weight.shape[0], plan.first or 0)
         if plan.first is not None:
             order_N = order_N[: int(count_E.sum())]
-        x_ND = x_TD[order_N // expert_TK.shape[1]]
-        gate_NF, low1_Nr = _product(x_ND, w1, count_E)
-        up_NF, low3_Nr = _product(x_ND, w3, count_E)
-        del x_ND
-        h_NF = gate(gate_NF, up_NF)
-        kept = (None,) * STACKS if plan.recompute else (w1.weight, w2.weight, w3.weight)
-        inner = (None,) * 4 if plan.recompute else (gate_NF, up_NF, low1_Nr, low3_Nr)
-        ctx.plan, ctx.kept, ctx.inner, ctx.fields = plan, kept, inner, fields
+        token_N, rows = order_N // expert_TK.shape[1], len(order_N)
+        pieces, inner = _pieces(count_E, rows), None
+        if not plan.recompute or _apart((w1, w2, w3), x_TD, rows):
+            inner = _gate_and_up(x_TD[token_N], w1, w3, count_E, in_turn=len(pieces) > 1)
+        ctx.plan, ctx.fields, ctx.inner = plan, fields, None if plan.recompute else inner
+        ctx.kept = (None,) * STACKS if plan.recompute else (w1.weight, w2.weight, w3.weight)
         ctx.save_for_backward(x_TD, weight_TK, order_N, count_E)
-        del gate_NF, up_NF, inner
-        y_ND, _ = _product(h_NF, w2, count_E)
+        if len(pieces) > 1:
+            w1, w2, w3 = _for_pieces((w1, w2, w3), x_TD, rows, inner is not None)
+        y_ND = None
+        for piece in pieces:
+            if inner is not None:
+                gate_NF, up_NF, *_ = inner.of(piece.rows)
+            else:
+                gate_NF, up_NF, *_ = _gate_and_up(x_TD[token_N[piece.rows]], w1, w3, piece.count_E)
+            h_NF = gate(gate_NF, up_NF)
+            del gate_NF, up_NF
+            y_ND = _put(_product(h_NF, w2, piece.count_E)[0], y_ND, piece.rows, rows)
+            del h_NF
+        del inner, w1, w2, w3
+        assert y_ND is not None
         return combine(y_ND, order_N, weight_TK, None if plan.first is None else count_E.sum())
 
     @staticmethod
@@ -105,45 +146,92 @@ class _Experts(torch.autograd.Function):
         x_TD, weight_TK, order_N, count_E = ctx.saved_tensors
         plan, kept, inner, fields = ctx.plan, ctx.kept, ctx.inner, ctx.fields
         ctx.plan = ctx.kept = ctx.inner = ctx.fields = None
-        wanted = ctx.needs_input_grad[4:]
-        w1, w2, w3 = _stacks(plan, fields, x_TD.dtype, kept)
-        del kept
-        token_N, weight_N = order_N // weight_TK.shape[1], weight_TK.flatten()[order_N]
-        dy_ND = grads[0].to(x_TD.dtype)[token_N]
-        found = _Gradients(fields, wanted, count_E)
-
-        dlow2_Nr = _into_low(dy_ND, w2, count_E)
-        dh_NF = _back([(dy_ND, w2, dlow2_Nr)], count_E)
-        w2 = w2._replace(weight=None)  # its copy is given back
-        x_ND = x_TD[token_N]
-        gate_NF, up_NF, low1_Nr, low3_Nr = inner
-        del inner
-        if gate_NF is None:
-            # The last one read here is the first one read below, so it stays dequantised.
-            if isinstance(w3.weight, Packed):
-                w3 = w3._replace(weight=dequantized_for_products(w3.weight, x_ND))
-            gate_NF, low1_Nr = _product(x_ND, w1, count_E)
-            up_NF, low3_Nr = _product(x_ND, w3, count_E)
-        of_w2 = any(wanted[FIELDS : 2 * FIELDS])
-        gate_NF, up_NF, dh_NF, dweight_N = gate_backward(gate_NF, up_NF, dh_NF, weight_N, of_w2)
-        if w2.bias_EO is not None:
-            dweight_N += (dy_ND.float() * _rows_of(w2.bias_EO, count_E, len(dy_ND)).float()).sum(-1)
-        if of_w2:  # dh holds each row's weight times h
-            low2_Nr = None if w2.a_ErI is None else grouped_dense(dh_NF, w2.a_ErI, count_E) * w2.scale
-            found.add(1, dy_ND, dh_NF, low2_Nr, dlow2_Nr, weight_N)
-        del dh_NF, dy_ND
-        dlow1_Nr, dlow3_Nr = _into_low(gate_NF, w1, count_E), _into_low(up_NF, w3, count_E)
-        found.add(0, gate_NF, x_ND, low1_Nr, dlow1_Nr)
-        found.add(2, up_NF, x_ND, low3_Nr, dlow3_Nr)
-        del x_ND
+        stacks = _stacks(plan, fields, x_TD.dtype, kept)
+        found = StackGradients(fields, ctx.needs_input_grad[4:])
+        rows = _Backward(x_TD, grads[0], weight_TK, order_N, stacks, inner, found, ctx.needs_input_grad[0])
+        del kept, stacks, inner
+        rows.run(count_E)
         dx_TD = None
-        if ctx.needs_input_grad[0]:
-            dx_ND = _back([(up_NF, w3, dlow3_Nr), (gate_NF, w1, dlow1_Nr)], count_E)
-            del gate_NF, up_NF
-            rows = None if plan.first is None else count_E.sum()
-            dx_TD = combine(dx_ND, order_N, torch.ones_like(weight_TK), rows).to(x_TD.dtype)
-        dweight = dweight_N.new_zeros(weight_TK.numel()).scatter_(0, order_N, dweight_N)
+        if rows.dx_ND is not None:
+            products = None if plan.first is None else count_E.sum()
+            dx_TD = combine(rows.dx_ND, order_N, torch.ones_like(weight_TK), products).to(x_TD.dtype)
+        assert rows.dweight_N is not None
+        dweight = rows.dweight_N.new_zeros(weight_TK.numel()).scatter_(0, order_N, rows.dweight_N)
         return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *found.gradients
+
+
+class _Backward:
+    """The rows on their way back. What a method gives back before it ends is held by `self` alone."""
+
+    def __init__(
+        self, x_TD: Tensor, dy_TD: Tensor, weight_TK: Tensor, order_N: Tensor, stacks: Sequence[_Stack],
+        inner: _Inner | None, found: StackGradients, wants_dx: bool,
+    ) -> None:  # fmt: skip
+        self.x_TD, self.dy_TD, self.found, self.wants_dx = x_TD, dy_TD, found, wants_dx
+        self.token_N, self.weight_N = order_N // weight_TK.shape[1], weight_TK.flatten()[order_N]
+        self.w1, self.w2, self.w3 = stacks
+        self.inner = inner  # of all rows, or of a piece while it is computed
+        self.x_ND: Tensor | None = None
+        self.dx_ND: Tensor | None = None
+        self.dweight_N: Tensor | None = None
+
+    def run(self, count_E: Tensor) -> None:
+        rows = len(self.token_N)
+        pieces = _pieces(count_E, rows)
+        if len(pieces) > 1:
+            stacks = (self.w1, self.w2, self.w3)
+            if self.inner is None and _apart(stacks, self.x_TD, rows):
+                self.inner = _gate_and_up(self.x_TD[self.token_N], self.w1, self.w3, count_E, in_turn=True)
+            self.w1, self.w2, self.w3 = _for_pieces(stacks, self.x_TD, rows, self.inner is not None)
+            del stacks
+        whole = self.inner is not None
+        self.dy_TD = self.dy_TD.to(self.x_TD.dtype)
+        for piece in pieces:
+            self._through_w2(piece, last=piece is pieces[-1])
+            if not whole:
+                self._through_w1_and_w3(piece)
+        if whole:
+            self._through_w1_and_w3(_Piece(slice(0, rows), count_E))
+
+    def _through_w2(self, piece: _Piece, last: bool) -> None:
+        """From dy to the gradients of w1 x and w3 x, which take their places."""
+        rows, count_E = piece
+        dy_ND = self.dy_TD[self.token_N[rows]]
+        if last:
+            del self.dy_TD
+        dlow2_Nr = _into_low(dy_ND, self.w2, count_E)
+        dh_NF = _back([(dy_ND, self.w2, dlow2_Nr)], count_E)
+        if last:
+            self.w2 = self.w2._replace(weight=None)  # its copy is given back
+        if self.inner is None:
+            self.x_ND = self.x_TD[self.token_N[rows]]
+            # The last one read here is the first one read below, so it stays dequantised.
+            self.w3 = _dequantized(self.w3, self.x_TD, len(self.token_N))
+            self.inner = inner = _gate_and_up(self.x_ND, self.w1, self.w3, count_E)
+        else:
+            inner = self.inner.of(rows)
+        wanted = self.found.wants(1)
+        dweight_N = gate_backward(inner.gate_NF, inner.up_NF, dh_NF, self.weight_N[rows], wanted)
+        if self.w2.bias_EO is not None:
+            dweight_N += (dy_ND.float() * _rows_of(self.w2.bias_EO, count_E, len(dy_ND)).float()).sum(-1)
+        self.dweight_N = _put(dweight_N, self.dweight_N, rows, len(self.token_N))
+        if wanted:  # dh holds each row's weight times h
+            low2_Nr = None if self.w2.a_ErI is None else grouped_dense(dh_NF, self.w2.a_ErI, count_E) * self.w2.scale
+            self.found.add(1, dy_ND, dh_NF, low2_Nr, dlow2_Nr, count_E, self.weight_N[rows])
+
+    def _through_w1_and_w3(self, piece: _Piece) -> None:
+        rows, count_E = piece
+        x_ND = self.x_TD[self.token_N[rows]] if self.x_ND is None else self.x_ND
+        assert self.inner is not None
+        dgate_NF, dup_NF, low1_Nr, low3_Nr = self.inner
+        self.inner = self.x_ND = None
+        dlow1_Nr, dlow3_Nr = _into_low(dgate_NF, self.w1, count_E), _into_low(dup_NF, self.w3, count_E)
+        self.found.add(0, dgate_NF, x_ND, low1_Nr, dlow1_Nr, count_E)
+        self.found.add(2, dup_NF, x_ND, low3_Nr, dlow3_Nr, count_E)
+        del x_ND
+        if self.wants_dx:
+            dx_ND = _back([(dup_NF, self.w3, dlow3_Nr), (dgate_NF, self.w1, dlow1_Nr)], count_E)
+            self.dx_ND = _put(dx_ND, self.dx_ND, rows, len(self.token_N))
 
 
 def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[Weight]) -> bool:
@@ -157,80 +245,47 @@ def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[W
     )
 
 
-def gate_backward(
-    gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of weight · silu(gate) ⊙ up, where dh is that of silu(gate) ⊙ up alone.
+def gate_backward(gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool) -> Tensor:
+    """The gradients of weight · silu(gate) ⊙ up, where dh is that of silu(gate) ⊙ up alone: those of gate and up take
+    their places, and with `writes_h` weight · h takes the place of dh.
 
-    Returns those of gate and up, weight · h in dh's dtype (with `writes_h`; else anything), and the weights' (N,) fp32.
-    May write over its inputs.
+    gate, up and dh are contiguous. Returns the gradients of the weights, (N,) fp32.
     """
     kernel = dispatch.find(dispatch.over_tokens("gate_backward", gate_NF))
     if kernel is not None:
-        return kernel.load()(gate_NF, up_NF, dh_NF, weight_N, writes_h)  # type: ignore[return-value]
+        return kernel.load()(gate_NF, up_NF, dh_NF, weight_N, writes_h)
     g_NF, u_NF, weight_N1 = gate_NF.float(), up_NF.float(), weight_N.float()[:, None]
     sigmoid_NF = g_NF.sigmoid()
     silu_NF = g_NF * sigmoid_NF
     dweight_N = (dh_NF.float() * silu_NF * u_NF).sum(-1)
-    d_NF, dtype = dh_NF.float() * weight_N1, gate_NF.dtype
-    dgate_NF = d_NF * u_NF * sigmoid_NF * (1 + g_NF * (1 - sigmoid_NF))
-    h_NF = (weight_N1 * silu_NF * u_NF).to(dtype) if writes_h else dh_NF
-    return dgate_NF.to(dtype), (d_NF * silu_NF).to(dtype), h_NF, dweight_N
+    d_NF = dh_NF.float() * weight_N1
+    if writes_h:
+        torch.mul(weight_N1 * silu_NF, u_NF, out=dh_NF)
+    torch.mul(d_NF * u_NF * sigmoid_NF, 1 + g_NF * (1 - sigmoid_NF), out=gate_NF)
+    torch.mul(d_NF, silu_NF, out=up_NF)
+    return dweight_N
 
 
-class _Gradients:
-    """The gradients of the stacks' fields, in the order of the operation's inputs."""
-
-    def __init__(self, fields: Sequence[Tensor | None], wanted: Sequence[bool], count_E: Tensor) -> None:
-        self.fields, self.wanted, self.count_E = fields, wanted, count_E
-        self.gradients: list[Tensor | None] = [None] * len(fields)
-
-    def add(
-        self, stack: int, dy_NO: Tensor, x_NI: Tensor, low_Nr: Tensor | None, dlow_Nr: Tensor | None,
-        weight_N: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Those of a stack: dy is its product's gradient, x its input. weight_N: of rows whose dy lacks the factor."""
-        self._set(stack, 0, dy_NO, x_NI)
-        if self.wanted[stack * FIELDS + 1]:
-            ones_N = torch.ones(len(dy_NO), device=dy_NO.device) if weight_N is None else weight_N
-            column_N8 = ones_N.to(dy_NO.dtype)[:, None].expand(-1, 8).contiguous()  # kernels take eight at least
-            dtype = self.fields[stack * FIELDS + 1].dtype  # type: ignore[union-attr]
-            self.gradients[stack * FIELDS + 1] = grouped_weight_gradient(dy_NO, column_N8, self.count_E, torch.float32)[
-                ..., 0
-            ].to(dtype)
-        if low_Nr is not None and dlow_Nr is not None:
-            self._set(stack, 2, dlow_Nr, x_NI)
-            self._set(stack, 3, dy_NO, low_Nr)
-
-    def _set(self, stack: int, field: int, dy_NO: Tensor, x_NI: Tensor) -> None:
-        at = stack * FIELDS + field
-        if not self.wanted[at]:
-            return
-        parameter = self.fields[at]
-        assert parameter is not None
-        dtype = _dtype_of_gradient(parameter)
-        if _takes_sums(parameter):
-            # Written on top of the earlier micro-batches' gradient: autograd would make one and add it.
-            adds = not getattr(parameter, "gradient_is_stale", False)
-            grouped_weight_gradient(dy_NO, x_NI, self.count_E, dtype, parameter.grad, adds=adds)
-            parameter.gradient_is_stale = False  # type: ignore[attr-defined]
-        else:
-            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, self.count_E, dtype)
+# --------------------------------------------------------------------------- pieces of rows
 
 
-def _takes_sums(parameter: Tensor) -> bool:
-    """Whether a gradient may be added to the parameter's own, past autograd: nothing waits for it there."""
-    grad = parameter.grad if parameter.is_leaf else None
-    if grad is None or type(grad) is not Tensor or not grad.is_contiguous():
-        return False
-    if grad.dtype != _dtype_of_gradient(parameter):
-        return False
-    return not parameter._backward_hooks and not getattr(parameter, "_post_accumulate_grad_hooks", None)
+def _pieces(count_E: Tensor, rows: int) -> list[_Piece]:
+    """All rows, in order. The host does not wait for the counts."""
+    if rows <= TRAINED_PAIRS_AT_ONCE:
+        return [_Piece(slice(0, rows), count_E)]
+    end_E = count_E.cumsum(0)
+    bounds = [(start, min(start + TRAINED_PAIRS_AT_ONCE, rows)) for start in range(0, rows, TRAINED_PAIRS_AT_ONCE)]
+    return [_Piece(slice(*b), end_E.clamp(*b) - (end_E - count_E).clamp(*b)) for b in bounds]
 
 
-def _dtype_of_gradient(parameter: Tensor) -> torch.dtype:
-    """The dtype in which the parameter keeps its gradient: its own, unless it asks for another."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype if parameter.is_leaf else parameter.dtype
+def _put(part: Tensor, whole: Tensor | None, at: slice, rows: int) -> Tensor:
+    """The tensor of so many rows with this part of it. All rows at once are that tensor, and nothing is copied."""
+    if len(part) == rows:
+        return part
+    if whole is None:
+        whole = part.new_empty(rows, *part.shape[1:])
+    whole[at] = part
+    return whole
 
 
 # --------------------------------------------------------------------------- stacks and their products
@@ -248,7 +303,8 @@ def _stacks(
     for n in range(STACKS):
         dense, bias, a, b = fields[n * FIELDS : (n + 1) * FIELDS]
         weight = kept[n] if kept[n] is not None else plan.packed[n] if dense is None else cast(dense)
-        stacks.append(_Stack(weight, cast(bias), cast(a), cast(b), plan.scales[n]))
+        made = dense is not None and dense.dtype != dtype and copy_of(dense) is None
+        stacks.append(_Stack(weight, cast(bias), cast(a), cast(b), plan.scales[n], made))
     return stacks
 
 
@@ -262,8 +318,40 @@ def _product(x_NI: Tensor, stack: _Stack, count_E: Tensor) -> tuple[Tensor, Tens
     else:
         y_NO = sum_of_dense_terms([Term(x_NI, stack.weight, low_Nr, stack.b_EOr)], count_E, back=False)
     if stack.bias_EO is not None:
-        y_NO = y_NO + _rows_of(stack.bias_EO, count_E, len(x_NI))
+        y_NO += _rows_of(stack.bias_EO, count_E, len(x_NI))
     return y_NO, low_Nr
+
+
+def _gate_and_up(x_ND: Tensor, w1: _Stack, w3: _Stack, count_E: Tensor, in_turn: bool = False) -> _Inner:
+    """in_turn: dequantise each stack here where its product would, so that an adapter's part may be added to tiles."""
+    rows = len(x_ND)
+    gate_NF, low1_Nr = _product(x_ND, _dequantized(w1, x_ND, rows) if in_turn else w1, count_E)
+    up_NF, low3_Nr = _product(x_ND, _dequantized(w3, x_ND, rows) if in_turn else w3, count_E)
+    return _Inner(gate_NF, up_NF, low1_Nr, low3_Nr)
+
+
+def _apart(stacks: Sequence[_Stack], x_TD: Tensor, rows: int) -> bool:
+    """Whether w1 x and w3 x are made of all rows, although they are not kept and the rest is made in pieces.
+
+    In pieces the two take less, but copies of stacks stay from piece to piece: two more that are dequantised, or w2's
+    that was cast. All are as wide as F.
+    """
+    more = rows - TRAINED_PAIRS_AT_ONCE
+    dequantizes = any(isinstance(w.weight, Packed) and multiplied_dequantized(w.weight, x_TD, rows) for w in stacks)
+    copies = 2 if dequantizes else any(w.cast for w in stacks)
+    return 0 < 2 * more <= copies * stacks[0].weight.shape[0] * x_TD.shape[1]
+
+
+def _for_pieces(stacks: Sequence[_Stack], x_TD: Tensor, rows: int, apart: bool) -> list[_Stack]:
+    """The stacks that each piece reads are dequantised once. apart: of w1, w2 and w3 that is w2 alone."""
+    return [w if apart and n != 1 else _dequantized(w, x_TD, rows) for n, w in enumerate(stacks)]
+
+
+def _dequantized(stack: _Stack, x: Tensor, rows: int) -> _Stack:
+    """The stack, dequantised in x's dtype where each product of so many rows would do that first."""
+    if not isinstance(stack.weight, Packed):
+        return stack
+    return stack._replace(weight=dequantized_for_products(stack.weight, x, rows))
 
 
 def _into_low(dy_NO: Tensor, stack: _Stack, count_E: Tensor) -> Tensor | None:

@@ -66,11 +66,15 @@ class _FrozenLinear(torch.autograd.Function):
         return kernel.load()(dy_TO, ctx.packed), None
 
 
-def dequantized_for_products(packed: Packed, x_NI: Tensor) -> Tensor | Packed:
-    """The stack in x's dtype, where products with so many rows would dequantise it each; else the stack itself."""
-    kernel = dispatch.choose(dispatch.product("grouped", x_NI, packed, len(x_NI), grad=True))
-    before = kernel.function.endswith(":dequantized_grouped")
-    return dequantized(packed, x_NI.dtype) if before else packed
+def multiplied_dequantized(packed: Packed, x: Tensor, rows: int) -> bool:
+    """Whether products of `rows` rows in x's dtype dequantise the whole stack first."""
+    kernel = dispatch.choose(dispatch.product("grouped", x, packed, rows, grad=True))
+    return kernel.function.endswith(":dequantized_grouped")
+
+
+def dequantized_for_products(packed: Packed, x: Tensor, rows: int) -> Tensor | Packed:
+    """The stack in x's dtype, where products of so many rows would dequantise it each; else the stack itself."""
+    return dequantized(packed, x.dtype) if multiplied_dequantized(packed, x, rows) else packed
 
 
 # --------------------------------------------------------------------------- dequantised before the product

@@ -2,70 +2,11 @@
 
 import pytest
 import torch
+from helpers.trained_experts import WAYS, E, F, K, T, agree, case, gradients, leaves, single_products
 
+from accessory.ops import experts_autograd
 from accessory.ops.experts import grouped_experts
 from accessory.ops.experts_autograd import trained_experts
-from accessory.ops.linear import Weight
-from accessory.ops.quantized import Packed, dequantize, quantize
-
-T, D, F, E, K = 13, 128, 256, 4, 2
-
-
-def case(experts=E, lora=False, bias=False, format=None, seed=0):
-    """(x, stacks, weight, expert): what gradients flow to is a leaf."""
-    g = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape, scale=0.3):
-        return (torch.randn(*shape, generator=g) * scale).requires_grad_()
-
-    stacks = []
-    for O, I in ((F, D), (D, F), (F, D)):  # noqa: E741
-        dense = leaf(experts, O, I)
-        stacks.append(
-            Weight(
-                dense if format is None else quantize(dense.detach(), format),
-                leaf(experts, O) if bias else None,
-                leaf(experts, 8, I) if lora else None,
-                leaf(experts, O, 8) if lora else None,
-                lora_scale=0.5,
-            )
-        )
-    expert_TK = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
-    return leaf(T, D, scale=1.0), stacks, torch.rand(T, K, generator=g).requires_grad_(), expert_TK
-
-
-def leaves(x, stacks, weight):
-    fields = [t for w in stacks for t in (w.weight, w.bias, w.lora_a, w.lora_b) if isinstance(t, torch.Tensor)]
-    return [x, weight, *fields]
-
-
-def gradients(function, x, stacks, weight, expert, **options):
-    y = function(x, *stacks, weight, expert, **options)
-    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
-    return y, torch.autograd.grad((y * pull).sum(), leaves(x, stacks, weight))
-
-
-def single_products(x, *stacks_and_routing):
-    """`grouped_experts` with dense stacks, through which autograd finds its way."""
-    *stacks, weight, expert = stacks_and_routing
-    dense = [w._replace(weight=dequantize(w.weight)) if isinstance(w.weight, Packed) else w for w in stacks]
-    return grouped_experts(x, *dense, weight, expert)
-
-
-def agree(ours, theirs, bound=2e-6):
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() <= bound * b.norm().clamp_min(1e-6)
-
-
-WAYS = {
-    "dense": {},
-    "lora": {"lora": True},
-    "biases": {"bias": True},
-    "all": {"lora": True, "bias": True},
-    "nf4": {"format": "nf4", "lora": True},
-    "int4": {"format": "int4", "lora": True},
-    "int8": {"format": "int8", "lora": True, "bias": True},
-}
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -153,15 +94,16 @@ def test_what_is_kept_is_two_tensors_of_the_hidden_size():
     y = trained_experts(x, *stacks, weight, expert)
     kept = [t for t in y.grad_fn.inner if t is not None]
     assert [tuple(t.shape) for t in kept] == [(T * K, F)] * 2
-    assert all(t is None for t in trained_experts(x, *stacks, weight, expert, recompute=True).grad_fn.inner)
+    assert trained_experts(x, *stacks, weight, expert, recompute=True).grad_fn.inner is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("at_once", [experts_autograd.TRAINED_PAIRS_AT_ONCE, 8])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("first", [None, 1])
 @pytest.mark.parametrize("way", WAYS)
-def test_in_bf16_on_a_gpu(way, first, recompute):
+def test_in_bf16_on_a_gpu(way, first, recompute, at_once, monkeypatch):
     """Against fp32 on the CPU. Kernels there take 16 bits, sort no rows of other ranks and sum in other orders."""
     options = WAYS[way]
     x, stacks, weight, expert = case(experts=E if first is None else 2, **options)
@@ -172,6 +114,7 @@ def test_in_bf16_on_a_gpu(way, first, recompute):
             return None if t is None else t.detach().cuda().requires_grad_(t.requires_grad)
         return t.map(lambda part: part.cuda())
 
+    monkeypatch.setattr(experts_autograd, "TRAINED_PAIRS_AT_ONCE", at_once)
     moved = [w._replace(**{f: there(getattr(w, f)) for f in ("weight", "bias", "lora_a", "lora_b")}) for w in stacks]
     x16, weight_TK = x.detach().cuda().bfloat16().requires_grad_(), there(weight)
     poison = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(8)]

@@ -30,7 +30,7 @@ def test_what_autograd_keeps_of_experts(kind, lora, recompute):
     node = experts(x_TD, weight_TK, expert_TK).grad_fn
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*node.saved_tensors, *node.inner, *node.kept)
+        for t in (*node.saved_tensors, *(node.inner or ()), *node.kept)
         if t is not None and t.is_floating_point() and K not in t.shape and rank not in t.shape
     }
     for pointer in weights:

@@ -81,10 +81,8 @@ def gate(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 @on_its_card
-def gate_backward(
-    gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.experts_autograd.gate_backward` in one pass over memory, in place of gate, up and dh."""
+def gate_backward(gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool) -> Tensor:
+    """`ops.experts_autograd.gate_backward` in one pass over memory."""
     assert all(t.is_contiguous() for t in (gate_NF, up_NF, dh_NF)), "they are written in place"
     N, F = gate_NF.shape
     dweight_N = torch.empty(N, dtype=torch.float32, device=gate_NF.device)
@@ -93,7 +91,7 @@ def gate_backward(
             gate_NF, up_NF, dh_NF, weight_N.contiguous(), dweight_N,
             F=F, COLS=min(2048, triton.next_power_of_2(F)), WRITES_H=writes_h, num_warps=8,
         )  # fmt: skip
-    return gate_NF, up_NF, dh_NF, dweight_N
+    return dweight_N
 
 
 @on_its_card
