@@ -2,17 +2,19 @@
 
 The arithmetic follows `nn.decoder`, `nn.attention` and `ops.experts_autograd` line by line. The residual stream between
 layers is fp32. Products are in 16 bits. Of the experts two tensors of the hidden size are kept for backward, w1 x and
-w3 x. Where layers are computed again, only the inputs of each layer and of its experts are kept.
+w3 x. Where layers are computed again, only the inputs of each layer and of its experts are kept. The experts make the
+rest for a piece of the pairs at a time.
 
-Legend: T tokens, N = T·K (token, expert) pairs, D dim, F hidden dim held here, E experts held here.
+Legend: T tokens, N = T·K (token, expert) pairs, n of them a piece, D dim, F hidden dim held here, E experts held here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from accessory.formats import Format
+from accessory.limits import TRAINED_PAIRS_AT_ONCE
 from accessory.ops.dispatch import Op, Product, choose
 from accessory.planner.setup import Setup, Training
 
@@ -213,24 +215,42 @@ def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[Bac
     copy = training.copy * layer.stack if training.weights else 0
     dequantized = 2 * layer.stack if _backward_product(layer, training.format) == "dequantized" else 0
     low = quantized and training.experts_lora
-    # Experts that compute w1 x and w3 x again keep w3 dequantised from then to its own backward. Where tokens are
-    # exchanged, the exchange is computed again as well, and with it all that autograd keeps of it.
+    # Where tokens are exchanged, the exchange is computed again as well, and with it all that autograd keeps of it.
     again = training.recompute and not training.exchanged
-    inner, held = (0, dequantized) if again else (2 * NF, 0)
-    kept = layer.tokens_16bit
+    kept, dy = layer.tokens_16bit, layer.tokens_16bit
     if training.exchanged:  # also the gradients of results that were sent back, and of inputs that came
-        kept = (3 + 2) * ND + layer.tokens_16bit * training.recompute
-    moments = [BackwardPeak(kept + inner + NF + ND + max(dequantized, low * NF), 0, 3 * copy)]  # w2
-    if again:
-        moments += [
-            BackwardPeak(kept + 2 * NF + 2 * ND + held + max(dequantized, low * NF), 0, 2 * copy),  # w1 x
-            BackwardPeak(kept + 3 * NF + 2 * ND + (held or low * NF), 0, 2 * copy),  # w3 x
-        ]
+        kept, dy = (3 + 2) * ND + layer.tokens_16bit * training.recompute, ND
     both = ND + max(dequantized, low * ND) if quantized else 0
+    if layer.pairs <= TRAINED_PAIRS_AT_ONCE:
+        if not again:
+            return [
+                BackwardPeak(kept + 3 * NF + ND + max(dequantized, low * NF), 0, 3 * copy),  # w2
+                BackwardPeak(kept + 3 * NF + ND, done, 2 * copy),  # SwiGLU, and the gradient of w2
+                BackwardPeak(kept + 2 * NF + ND + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+            ]
+        held = dequantized  # w3 stays dequantised from where it is computed again to its own backward
+        return [
+            BackwardPeak(kept + NF + ND + max(dequantized, low * NF), 0, 3 * copy),  # w2
+            BackwardPeak(kept + 2 * NF + 2 * ND + held + max(dequantized, low * NF), 0, 2 * copy),  # w1 x
+            BackwardPeak(kept + 3 * NF + 2 * ND + (held or low * NF), done, 2 * copy),  # w3 x, SwiGLU, w2's gradient
+            BackwardPeak(kept + 2 * NF + ND + held + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+        ]
+    part = replace(layer, pairs=TRAINED_PAIRS_AT_ONCE)
+    nF, nD = part.hidden_16bit, part.pairs_16bit
+    copies = 2 * (dequantized > 0) or copy > 0
+    if again and 2 * (layer.pairs - part.pairs) > copies * layer.experts * layer.dim:
+        # Only the input's gradient is whole. The stacks that are dequantised are so for all pieces.
+        whole = kept + dy + ND + 3 * dequantized
+        low = low and not dequantized
+        return [
+            BackwardPeak(whole + 3 * nF + 2 * nD + low * nF, 3 * done, 3 * copy),  # w3 x, SwiGLU
+            BackwardPeak(whole + 2 * nF + nD + quantized * (1 + low) * nD, 3 * done, 3 * copy),  # the input
+        ]
+    results = ND if again else dy  # where computed again, forward is larger: it has the results of all rows
     return [
-        *moments,
-        BackwardPeak(kept + 3 * NF + 2 * ND + held, done, 2 * copy),  # SwiGLU, and the gradient of w2
-        BackwardPeak(kept + 2 * NF + ND + held + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+        BackwardPeak(kept + 2 * NF + ND + (dequantized or low * NF), 0, 3 * copy),  # w3 x
+        BackwardPeak(kept + 2 * NF + results + nF + nD + (dequantized or low * nF), done, 3 * copy),  # w2, SwiGLU
+        BackwardPeak(kept + 2 * NF + ND + both, 3 * done, 2 * copy),  # w1 and w3, then the input
     ]
 
 

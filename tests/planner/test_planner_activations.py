@@ -57,8 +57,8 @@ def test_a_layer_of_mixtral_by_hand():
 @pytest.mark.parametrize(
     ("format", "again", "inputs", "hidden", "stacks"),
     [
-        (None, False, 2, 3, 0),  # SwiGLU: x and dy; w1 x, w3 x and h, or their gradients
-        (None, True, 2, 3, 0),
+        (None, False, 1, 3, 0),  # SwiGLU: dy; w1 x, w3 x and h, or their gradients
+        (None, True, 2, 3, 0),  # also x, of which w1 x and w3 x are computed again
         ("nf4", False, 1, 4, 0),  # w2, dequantised tile by tile: its input's gradient is the sum of two tensors
         ("nf4", True, 2, 4, 0),  # so is w3 x, computed again
     ],
@@ -78,8 +78,24 @@ def test_backward_through_dequantized_stacks_by_hand(again, inputs, hidden, stac
     check_lora_by_hand(1040, "nf4", again, inputs, hidden, stacks)
 
 
-def check_lora_by_hand(tokens, format, again, inputs, hidden, stacks):
-    """inputs, hidden: how many tensors (N, D) and (N, F) are there. stacks: dequantised ones."""
+@pytest.mark.parametrize(
+    ("tokens", "format", "again", "inputs", "hidden", "piece", "stacks"),
+    [
+        (8192, None, False, 0.5, 2, (1, 1), 0),  # w1 x and w3 x; dy by token; of a piece dy and h
+        (8192, None, True, 1.5, 0, (2, 3), 0),  # dy by token and dx; of a piece x, dy, w1 x, w3 x and h
+        (8192, "nf4", False, 0.5, 2, (1, 1), 1),  # w2
+        (8192, "nf4", True, 1, 2, (1, 1), 1),  # in forward, with all results
+        (20480, "nf4", True, 2, 2, (0, 0), 1),  # w1 after w3: two gradients of one input
+        (20481, "nf4", True, 1.5, 0, (2, 3), 3),  # 2 · (N - 8192) is above 2 · 8 · D: two stacks take less
+        (65536, None, False, 1, 2, (0, 0), 0),  # w1 and w3: x, or its gradient
+    ],
+)
+def test_backward_of_more_pairs_than_a_piece_by_hand(tokens, format, again, inputs, hidden, piece, stacks):
+    check_lora_by_hand(tokens, format, again, inputs, hidden, stacks, piece)
+
+
+def check_lora_by_hand(tokens, format, again, inputs, hidden, stacks, piece=(0, 0)):
+    """inputs, hidden: how many tensors (N, D) and (N, F) are there, and of 8192 rows. stacks: dequantised ones."""
     D, F = 4096, 14336
     layer = LayerSizes(tokens, 2 * tokens, D, F, D, 1024, 8)
     training = LayerTraining(False, True, True, format=format, packing=False, recompute=again)
@@ -88,7 +104,8 @@ def check_lora_by_hand(tokens, format, again, inputs, hidden, stacks):
     beside = 4 * D if again else 2 * 4 * D + 2 * D + 2 * (D + 1024) + 2 * 1024 + 2 * D
     pairs = 2 * 2 * (inputs * D + hidden * F)
     back = layer_backward(layer, training)
-    assert back.activations == tokens * (beside + 2 * D + pairs) + stacks * 2 * layer.stack
+    rows = 2 * 8192 * (piece[0] * D + piece[1] * F)
+    assert back.activations == tokens * (beside + 2 * D + pairs) + rows + stacks * 2 * layer.stack
     assert back.gradients == back.copies == 0
 
 
@@ -130,3 +147,19 @@ def test_backward_of_trained_experts_ends_with_all_gradients():
     back = layer_backward(layer, LayerTraining(weights=True))
     assert back.gradients == 3 * 4 * layer.stack
     assert back.copies == 2 * (2 * layer.stack + layer.attention)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "copy", "copies"),
+    [
+        (4096, 2, 2),  # of w1 and w3, at the end
+        (12288, 2, 2),  # w1 x and w3 x of all pairs, so w2 is given back before
+        (12289, 2, 3),  # 2 · (N - 8192) is above 8 · D: in pieces
+        (12289, 0, 0),
+    ],
+)
+def test_experts_that_are_trained_and_computed_again_end_with_all_gradients(tokens, copy, copies):
+    layer = LayerSizes(tokens, 2 * tokens, 4096, 14336, 4096, 1024, 8)
+    back = layer_backward(layer, LayerTraining(weights=True, recompute=True, copy=copy))
+    assert back.gradients == 3 * 4 * layer.stack
+    assert back.copies == copies * 2 * layer.stack
