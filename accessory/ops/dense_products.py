@@ -18,6 +18,7 @@ from torch import Tensor
 from accessory.limits import IN_PLACE_ROWS_DENSE
 from accessory.ops import dispatch
 from accessory.ops.compute_copy import in_dtype
+from accessory.ops.gradient_squares import GradientSquares
 
 
 def dense_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -122,17 +123,27 @@ def sum_of_terms(terms: Sequence[Term], count_E: Tensor, *, back: bool) -> Tenso
 
 
 def grouped_weight_gradient(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, *, adds: bool = True
-) -> Tensor:
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, *, adds: bool = True,
+    squares: GradientSquares | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of `grouped_dense`'s weights, Σ over each expert's rows: (E, O, I) in `dtype`.
 
     out: a contiguous gradient on top of which it is written, or, without `adds`, in its place; it is returned. An
-    expert without rows gets zeros.
+    expert without rows gets zeros. squares: learns the sum of its squares where the kernel makes it.
     """
     # The stack of weights stands for its gradient, which has its shape.
     like = x_NI.new_empty(0).expand(len(count_E), dy_NO.shape[1], 0)
     found = dispatch.product("grouped_weights", dy_NO, like, len(dy_NO))._replace(in_features=x_NI.shape[1])
-    return dispatch.choose(found).load()(dy_NO, x_NI, count_E, dtype, out, adds)
+    kernel = dispatch.choose(found)
+    if squares is None:
+        return kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds)
+    if not kernel.squares:
+        squares.missed()
+        return kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds)
+    room = squares.room((len(count_E), dy_NO.shape[1], x_NI.shape[1]), x_NI.device)
+    gradient = kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds, room)
+    squares.written(gradient)
+    return gradient
 
 
 def grouped_mm_weights(

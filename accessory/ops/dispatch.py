@@ -103,6 +103,7 @@ class Kernel(NamedTuple):
     plain: bool = False  # whether it reads the weights alone
     triton: bool = False  # whether it needs Triton
     amx: bool = False  # whether it needs AMX
+    squares: bool = False  # whether it sums the squares of the gradient that it writes
     host_free: bool = True  # whether it runs without telling the host which expert got which rows; CUDA graphs need it
     fixed: Collection[str] = ("",)  # the kinds of `Fixed` for which it may run
 
@@ -192,7 +193,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("grouped_terms", "triton.grouped_tma:sum_of_terms", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,
            grad=False, triton=True),
     Kernel("grouped_weights", "triton.grouped_tma:weight_gradient", (DENSE,), _CUDA, _HOPPER, _16_BITS, multiple=8,
-           grad=False, triton=True),
+           grad=False, triton=True, squares=True),
     Kernel("grouped_weights", "dense_products:grouped_mm_weights", (DENSE,), _CUDA, _AMPERE, _BF16, multiple=8),
     Kernel("grouped_weights", "dense_products:grouped_loop_weights", (DENSE,), host_free=False),
 

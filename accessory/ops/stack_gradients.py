@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accessory.ops.dense_products import grouped_weight_gradient
+from accessory.ops.gradient_squares import squares_for
 
 FIELDS = 4  # of a stack: the dense weight, the bias, A and B
 
@@ -52,14 +53,15 @@ class StackGradients:
             return
         parameter = self.fields[at]
         assert parameter is not None
-        dtype = _dtype_of_gradient(parameter)
+        dtype, squares = _dtype_of_gradient(parameter), squares_for(parameter)
         if _takes_sums(parameter):
             # Written on top of the earlier micro-batches' gradient: autograd would make one and add it.
             adds = not getattr(parameter, "gradient_is_stale", False)
-            grouped_weight_gradient(dy_NO, x_NI, count_E, dtype, parameter.grad, adds=adds)
+            grouped_weight_gradient(dy_NO, x_NI, count_E, dtype, parameter.grad, adds=adds, squares=squares)
             parameter.gradient_is_stale = False  # type: ignore[attr-defined]
         else:
-            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, count_E, dtype, self.gradients[at])
+            before = self.gradients[at]
+            self.gradients[at] = grouped_weight_gradient(dy_NO, x_NI, count_E, dtype, before, squares=squares)
 
 
 def _takes_sums(parameter: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import PackedWeight, RMSNorm
+from accessory.ops.gradient_squares import squares_of_gradient
 from accessory.parallel.local_shard import local
 from accessory.parallel.mesh import DeviceMesh
 from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
@@ -155,6 +156,7 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
     """
     device = next(decoder.parameters()).device
     alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # by copies and dtype
+    total = torch.zeros((), device=device, dtype=torch.float32)
     for parameter_name, p in decoder.named_parameters():
         if p.grad is None or not local(p.grad).numel():
             continue
@@ -163,8 +165,11 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
             copies *= mesh.data.size
         if mesh.model is not None:
             copies *= model_copies(decoder, parameter_name, mesh)
-        alike.setdefault((copies, p.grad.dtype), []).append(local(p.grad))
-    total = torch.zeros((), device=device, dtype=torch.float32)
+        known = squares_of_gradient(p)
+        if known is not None:
+            total += known / copies
+        else:
+            alike.setdefault((copies, p.grad.dtype), []).append(local(p.grad))
     for (copies, _), grads in alike.items():
         if device.type == "cpu":  # where torch adds up a tensor's squares in turn, and loses digits of a long sum
             grads = [part for grad in grads for part in grad.flatten().split(_NORMED)]

@@ -12,8 +12,9 @@ from torch import nn
 
 from accessory.checkpoint.names import expected_shapes
 from accessory.limits import ADAMW_NUMBERS
-from accessory.ops import dispatch
+from accessory.ops import dispatch, gradient_squares
 from accessory.ops.compute_copy import copy_of, keep_copy
+from accessory.ops.gradient_squares import squares_of_gradient
 from accessory.parallel.fsdp import squared_norm
 from accessory.parallel.mesh import DeviceMesh
 from accessory.planner.peak import WORKSPACE, estimate
@@ -174,6 +175,24 @@ def test_the_norm_is_that_of_all_numbers(dtype):
     torch.cuda.reset_peak_memory_stats()
     assert float(squared_norm(decoder, DeviceMesh())) == pytest.approx(exact, rel=1e-5)
     assert torch.cuda.max_memory_allocated() - before < 2**20  # no fp32 copy of a gradient
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no TMA")
+def test_the_norm_takes_the_squares_that_the_products_summed(graphs, gradient_dtype, monkeypatch):
+    """Those of the last micro-batch, replayed or not, in every step."""
+    monkeypatch.setattr(gradient_squares, "FEWEST", 2**10)
+    made = trainer(gradient_dtype, graphs=graphs)
+    for step in range(4):
+        made.forward_backward(batches(step % 2) * 2)
+        gradients = [p.grad for _, p in made.named]
+        known = [squares_of_gradient(p) is not None for _, p in made.named]
+        assert sum(known) >= 3 * made.decoder.args.n_layers, "the stacks"
+        exact = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        assert float(squared_norm(made.decoder, DeviceMesh())) == pytest.approx(exact, rel=1e-5)
+        made.optimizer.step(1.0)
+        made.optimizer.zero_grad()
 
 
 # --------------------------------------------------------------------------- steps

@@ -90,9 +90,12 @@ def test_products_by_tma_fit_the_cards_that_have_it(rank, capability):
     M, P, R = (sizes[name] for name in "MPR")
     types = {"dy_desc": f"tensordesc<bf16[{R}, {M}]>", "x_desc": f"tensordesc<bf16[{R}, {P}]>", "count_ptr": "*i64"}
     types |= {"dy_ptr": one, "x_ptr": one, "dw_ptr": "*fp32"}
-    constants = {"OUT": 14336, "IN": 4096, "E": 8, "SLOTS": 8, "ADDS": True, "WAITS": True, "PROGRAMS": 132, **sizes}
-    done = compiled(tma._weights_kernel, types, constants, capability, **how)
-    assert done.metadata.shared <= CARDS_WITH_TMA[capability]
+    constants = {"OUT": 14336, "IN": 4096, "E": 8, "SLOTS": 8, "WAITS": True, "PROGRAMS": 132, **sizes}
+    for adds, squares in ((True, True), (False, True), (True, False)):
+        more = {"ADDS": adds, "SQUARES": squares} | ({} if squares else {"squares_ptr": None})
+        used = types | ({"squares_ptr": "*fp32"} if squares else {})
+        done = compiled(tma._weights_kernel, used, constants | more, capability, **how)
+        assert done.metadata.shared <= CARDS_WITH_TMA[capability]
 
 
 @pytest.mark.slow

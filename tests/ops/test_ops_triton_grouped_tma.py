@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers.interpreted import interpret, relative
 
+from accessory.ops.gradient_squares import GradientSquares
+
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
 # (rows of each expert, rows of other ranks, out, in): experts without rows, one row, sizes that are no multiple of a
@@ -50,14 +52,20 @@ def check(case, device="cpu", dtype=torch.float32, bound=1e-6):
     want = torch.cat([a @ b for a, b in zip(by_expert(dy, counts), w.double().cpu(), strict=True)])
     assert relative(kernels.gradient(dy, w, counts)[:n], want) <= bound
     want = torch.stack([a.t() @ b for a, b in zip(by_expert(dy, counts), by_expert(x, counts), strict=True)])
+    squares = GradientSquares().room(want.shape, torch.device(device))
     for out in (torch.float32, dtype):
-        got = kernels.weight_gradient(dy, x, counts, out)
+        got = kernels.weight_gradient(dy, x, counts, out, squares=squares)
         assert got.dtype == out
         assert relative(got, want) <= bound
+        assert float(squares.sum()) == pytest.approx(float(got.double().square().sum()), rel=1e-5)
     assert not got[counts == 0].any()
     before = torch.ones(E, dy.shape[1], x.shape[1], device=device)
-    assert kernels.weight_gradient(dy, x, counts, torch.float32, before) is before
+    squares.zero_()
+    squares[0] = 5.0  # of an expert that gets no rows, it stays
+    kept = 5.0 if counts[0] == 0 else 0.0
+    assert kernels.weight_gradient(dy, x, counts, torch.float32, before, squares=squares) is before
     assert relative(before - 1, want) <= max(bound, 1e-5)
+    assert float(squares.sum()) - kept == pytest.approx(float(before[counts > 0].double().square().sum()), rel=1e-5)
 
 
 def check_terms(device="cpu", dtype=torch.float32, bound=1e-6):

@@ -78,11 +78,12 @@ def _product_kernel(
 
 @triton.jit
 def _weights_kernel(
-    dy_desc, x_desc, dy_ptr, x_ptr, count_ptr, dw_ptr, OUT: tl.constexpr, IN: tl.constexpr,
-    E: tl.constexpr, SLOTS: tl.constexpr, ADDS: tl.constexpr, WAITS: tl.constexpr,
+    dy_desc, x_desc, dy_ptr, x_ptr, count_ptr, dw_ptr, squares_ptr, OUT: tl.constexpr, IN: tl.constexpr,
+    E: tl.constexpr, SLOTS: tl.constexpr, ADDS: tl.constexpr, WAITS: tl.constexpr, SQUARES: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """dw (E, OUT, IN) = Σ over an expert's rows of dy (N, OUT) times x (N, IN); ADDS: on top of what dw holds.
+    SQUARES: each tile leaves the sum of its numbers' squares, as they are written, at its place in squares.
 
     A program takes tiles one after the other, so that it loads the next one's rows while it writes.
     """
@@ -117,7 +118,15 @@ def _weights_kernel(
         if ADDS:
             inside &= rows > 0  # nothing is added, so what is there is neither read nor written
             acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, acc.to(dw_ptr.dtype.element_ty), mask=inside)
+        value = acc.to(dw_ptr.dtype.element_ty)
+        tl.store(at, value, mask=inside)
+        if SQUARES:  # beyond the ends of dw, acc is zero
+            written = value.to(tl.float32)
+            total = tl.sum(tl.sum(written * written, 1), 0)
+            if ADDS:
+                tl.store(squares_ptr + tile, total, mask=rows > 0)
+            else:
+                tl.store(squares_ptr + tile, total)
 
 
 # (M, P, R, SIDE, warps, stages), the best of 24 on an H200 at Mixtral-8x7B's sizes; fp32 is for Triton's interpreter.
@@ -206,12 +215,13 @@ def sum_of_terms(count_E: Tensor, terms: Sequence[Term], back: bool) -> Tensor:
 
 @on_its_card
 def weight_gradient(
-    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, adds: bool = True
-) -> Tensor:
+    dy_NO: Tensor, x_NI: Tensor, count_E: Tensor, dtype: torch.dtype, out: Tensor | None = None, adds: bool = True,
+    squares: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of `product`'s weights, Σ over each expert's rows: (E, O, I) in `dtype`, summed in fp32.
 
     out: a contiguous gradient on top of which it is written, or, without `adds`, in its place; it is returned. An
-    expert without rows gets zeros.
+    expert without rows gets zeros. squares: where the sums of its squares are left, one a tile.
     """
     dy_NO, x_NI = dy_NO.contiguous(), x_NI.contiguous()
     (_, OUT), IN, E = dy_NO.shape, x_NI.shape[1], len(count_E)
@@ -222,6 +232,7 @@ def weight_gradient(
     programs = min(tiles, (1 if tile["P"] == TILE_WEIGHTS[1] else 4) * multiprocessors(dy_NO.device))
     _weights_kernel[(programs,)](
         _blocks(dy_NO, tile["R"], tile["M"]), _blocks(x_NI, tile["R"], tile["P"]), dy_NO, x_NI, count_E, dw_EOI,
-        OUT=OUT, IN=IN, E=E, SLOTS=slots(E), ADDS=out is not None and adds, WAITS=permutes(), PROGRAMS=programs, **tile,
+        squares, OUT=OUT, IN=IN, E=E, SLOTS=slots(E), ADDS=out is not None and adds, WAITS=permutes(),
+        SQUARES=squares is not None, PROGRAMS=programs, **tile,
     )  # fmt: skip
     return dw_EOI
