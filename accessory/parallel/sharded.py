@@ -62,7 +62,8 @@ class ShardedParameter:
                     self.whole.grad_dtype = self.gradient_dtype
                 self.whole.register_post_accumulate_grad_hook(self._reduce)
         storage = self.whole.untyped_storage()
-        storage.resize_(self.whole.numel() * self.whole.element_size())
+        if storage.size() == 0:  # a GPU's storage would be copied even to its own size
+            storage.resize_(self.whole.numel() * self.whole.element_size())
         # Writing through `data` is no change that autograd should mind: the values are those of the forward pass.
         place = self.whole.data
         inner = None if self._leads() else place.new_empty(self.size, *part.shape)
