@@ -53,6 +53,7 @@ class TextModel:
     args: ModelArgs
     image_processor: ImageProcessor | None
     adapters: Mapping[str, bytes]
+    warmed_up = False  # whether `warm_up` was called
 
     def engine(self) -> Engine:
         raise NotImplementedError
@@ -312,6 +313,7 @@ class TextModel:
             yield
 
         _outcome(self._together(work()))
+        self.warmed_up = True
 
     def _with_image(self) -> list[Request]:
         """A request with an image, where the model takes any."""

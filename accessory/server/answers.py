@@ -250,9 +250,11 @@ class EngineThread:
         self.failure = str(error) if lost else None
 
     def _recover(self) -> None:
-        """Start ranks again that have died."""
+        """Start ranks again that have died. They count as running when they are as ready as those were."""
         try:
             self.engine.recover()
+            if self.model.warmed_up:
+                self.model.warm_up()
             self.failure = None
             log.warning("the ranks run again")
         except Exception as error:

@@ -45,6 +45,22 @@ def test_health_tells_of_ranks_that_do_not_start_again(server, monkeypatch):
     eventually(lambda: server.raw.get("/health").status_code == 200)
 
 
+@pytest.mark.parametrize("warmed_up", [True, False])
+def test_ranks_that_run_again_are_warmed_up_before_they_count(server, monkeypatch, warmed_up):
+    engine, seen = server.thread.engine, []
+
+    def lost(*_):
+        raise RankError("rank 1 was killed")
+
+    monkeypatch.setattr(server.model, "warmed_up", warmed_up, raising=False)
+    monkeypatch.setattr(server.model, "warm_up", lambda: seen.append(server.thread.failure), raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.executor, "submit", lost)
+        check_error(server.post("/v1/completions", **ASK), 503)
+        eventually(lambda: server.raw.get("/health").status_code == 200)
+    assert seen == (["rank 1 was killed"] if warmed_up else [])
+
+
 def test_ranks_of_a_launcher_do_not_recover():
     executor = GroupExecutor.__new__(GroupExecutor)
     import threading
