@@ -5,13 +5,16 @@ from collections import Counter
 import pytest
 import torch
 from helpers.distributed import run_ranks
+from helpers.plans import CUTTABLE, finetuning
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from accessory.parallel import sharded
+from accessory.parallel import fsdp, sharded
 from accessory.parallel.local_shard import local
 from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
+from accessory.planner.training import _gathered
+from accessory.planner.weights import tensor_groups
 
 D, LAYERS = 4, 4
 
@@ -196,3 +199,56 @@ def no_copies(rank, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_weight_arrives_in_its_place(world):
     assert run_ranks(no_copies, world) == [True] * world
+
+
+def bytes_of_a_step(rank, world, mode, gradient_dtype):
+    """The most bytes of whole weights, and of gradients on their way, while a network makes a step."""
+    from helpers.training import batches, make_decoder
+
+    from accessory.parallel.mesh import DeviceMesh, Ranks
+    from accessory.train.trainer import LossWeights, Trainer
+
+    now, most = Counter(), Counter()
+
+    def count(what, more):
+        now[what] += more
+        most[what] = max(most[what], now[what])
+
+    class Counted(ShardedParameter):
+        def gather(self):
+            super().gather()
+            count("whole", self.whole.untyped_storage().size())
+
+        def leave(self):
+            count("whole", -self.whole.untyped_storage().size())
+            super().leave()
+
+        def finish(self):
+            count("leaving", -sum(by_rank.numel() * by_rank.element_size() for _, _, by_rank in self._leaving))
+            super().finish()
+
+        def _reduce(self, whole):
+            count("leaving", whole.grad.numel() * whole.grad.element_size())
+            super()._reduce(whole)
+
+    fsdp.ShardedParameter = Counted
+    mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
+    args = CUTTABLE.replace(n_layers=4)
+    made = {"dtype": torch.bfloat16, "args": args, "gradient_dtype": gradient_dtype}
+    decoder = make_decoder("sparse", mesh, mode, **made)
+    Trainer(decoder, mesh, LossWeights(0.1)).step(batches(0), 1e-3)
+    assert not +now
+    return most["whole"], most["leaving"]
+
+
+@pytest.mark.parametrize(("mode", "gradient_dtype"), [("sdp", torch.float32), ("fsdp", torch.bfloat16)])
+def test_the_planner_counts_what_is_whole(mode, gradient_dtype):
+    args = CUTTABLE.replace(n_layers=4)
+    name = "bf16" if gradient_dtype == torch.bfloat16 else "fp32"
+    setup = finetuning(args, kind="full", dp=2, data_parallel=mode, gradient_dtype=name)
+    groups = list(tensor_groups(setup))
+    in_layers = sum(g.numel for g in groups if g.in_layer and g.role != "fp32") // args.n_layers
+    summed = setup.task.gradient * in_layers
+    for whole, leaving in run_ranks(bytes_of_a_step, 2, mode, gradient_dtype):
+        assert whole == _gathered(setup, setup.task, groups) - summed
+        assert leaving == 2 * summed  # a layer's that are summed, and those that the next one has just made
