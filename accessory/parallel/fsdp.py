@@ -50,16 +50,17 @@ def apply_fsdp(
     alone = _small(decoder)
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
+    of_experts = {p for m in decoder.modules() if isinstance(m, StackedExperts) for p in m.parameters()}
     if mesh.experts is not None and mesh.experts_mesh is None:  # no other rank has them
-        alone |= {p for m in decoder.modules() if isinstance(m, StackedExperts) for p in m.parameters()}
+        alone |= of_experts
 
     def sharded(module: nn.Module) -> list[ShardedParameter]:
         found = []
         for owner in module.modules():
-            over = mesh.fsdp_mesh if not isinstance(owner, StackedExperts) else mesh.experts_mesh or mesh.fsdp_mesh
             # The numbers of a quantised weight are not cast, and a rank has the scales of its rows.
             packed = isinstance(owner, PackedWeight)
             for kind, p in list(owner.named_parameters(recurse=False)):
+                over = (mesh.experts_mesh if p in of_experts else None) or mesh.fsdp_mesh
                 dim = None if p in alone or isinstance(p, DTensor) else _dimension(p, over.size())
                 if dim is not None:
                     dtype = p.dtype if packed else compute_dtype

@@ -87,3 +87,29 @@ def test_ranks_change_nothing(cases):
                     raise AssertionError(
                         f"{implementation}, {quant} on {sizes} {more} {mode}, rank {rank}: {error}"
                     ) from error
+
+
+def ranks_of_experts(rank, world, quant):
+    """For each sharded parameter of experts and of all else, how many ranks have parts of it. No rank is there."""
+    import torch.distributed as dist
+    from helpers.training import make_decoder
+    from torch.distributed.tensor import DTensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from accessory.parallel.mesh import DeviceMesh, Ranks
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), 1, "cpu", **SPREAD)
+    decoder = make_decoder("base", mesh, "fsdp", quant=quant, peft=LORA, args=SIZES)
+    sizes = {True: set(), False: set()}
+    for name, p in decoder.named_parameters():
+        if isinstance(p, DTensor):
+            sizes[".experts." in name].add(p.device_mesh.size())
+    return sizes
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_experts_that_are_spread_are_sharded_over_the_ranks_that_have_them(quant):
+    """Also the numbers of quantised ones, which are parameters of a module inside the experts."""
+    (sizes,) = run_ranks(ranks_of_experts, 1, quant, grouped=False)
+    assert sizes == {True: {2}, False: {4}}
