@@ -146,20 +146,21 @@ def core_packages() -> set[str]:
     return {DISTRIBUTION_TO_IMPORT.get(name, name.replace("-", "_")) for name in names}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_down(path):
-    here = top_of(path)
-    if here in DOORS:
-        return
+# One test reads all files: a test of each would take longer to begin and to end than to run.
+
+
+def test_imports_point_down():
     wrong = []
-    for found in own_imports(path):
-        if found.module.split(".")[0] != "accessory":
-            continue
-        there = part_of(found.module)
-        # Modules of floor 0 may import each other. On all other floors they may not.
-        if there in DOORS or FLOOR[there] > FLOOR[here] or (there != here and FLOOR[there] == FLOOR[here] > 0):
-            wrong.append(f"{name_of(path)}:{found.line} imports {found.module}")
-    assert not wrong, f"floor {FLOOR[here]} may import lower floors and its own folder only: {wrong}"
+    for path in MODULES:
+        here = top_of(path)
+        for found in () if here in DOORS else own_imports(path):
+            if found.module.split(".")[0] != "accessory":
+                continue
+            there = part_of(found.module)
+            # Modules of floor 0 may import each other. On all other floors they may not.
+            if there in DOORS or FLOOR[there] > FLOOR[here] or (there != here and FLOOR[there] == FLOOR[here] > 0):
+                wrong.append(f"{name_of(path)}:{found.line}, floor {FLOOR[here]}, imports {found.module}")
+    assert not wrong, "a module may import lower floors and its own folder only"
 
 
 def graph_of_files() -> dict[str, set[str]]:
@@ -201,10 +202,10 @@ def test_every_folder_and_module_has_its_floor():
     assert lying <= set(FLOOR) | set(DOORS), "give it a floor here and in docs/architecture.md"
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_what_help_reads_imports_only_the_standard_library(name):
+def test_what_help_reads_imports_only_the_standard_library():
     heavy = [
         f"{name}:{found.line} {found.module}"
+        for name in LIGHT
         for found in own_imports(PACKAGE / name)
         if found.at_module_level
         and not found.for_types
@@ -221,36 +222,39 @@ def test_the_package_imports_no_example():
     ]
 
 
-@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
-def test_optional_packages_are_imported_where_they_are_used(path):
-    if name_of(path).startswith((KERNELS, SERVER)):
-        return
-    allowed = core_packages() | {"accessory", "__future__", path.relative_to(ROOT).parts[0]}
+def test_optional_packages_are_imported_where_they_are_used():
+    core = core_packages() | {"accessory", "__future__"}
     early = [
         f"{name_of(path)}:{found.line} {found.module}"
+        for path in (*MODULES, *EXAMPLES)
+        if not name_of(path).startswith((KERNELS, SERVER))
         for found in own_imports(path)
         if found.at_module_level
         and not found.for_types
         and (top := found.module.split(".")[0]) not in sys.stdlib_module_names
-        and top not in allowed
+        and top not in core | {path.relative_to(ROOT).parts[0]}
     ]
-    assert not early, f"import it in a function; at module level only {sorted(allowed)}"
+    assert not early, f"import it in a function; at module level only {sorted(core)}"
 
 
-@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
-def test_files_are_short_and_say_what_they_are(path):
-    source = source_of(path)
-    assert source.docstring, "a module begins with what it is for"
-    assert source.lines <= LINES or EXCUSE in source.docstring, f"split it, or say in its docstring: {EXCUSE} …"
+def test_files_are_short_and_say_what_they_are():
+    sources = {name_of(path): source_of(path) for path in (*MODULES, *EXAMPLES)}
+    silent = [name for name, source in sources.items() if not source.docstring]
+    assert not silent, "a module begins with what it is for"
+    long = [name for name, source in sources.items() if source.lines > LINES and EXCUSE not in source.docstring]
+    assert not long, f"split it, or say in its docstring: {EXCUSE} …"
 
 
-@pytest.mark.parametrize("path", [*MODULES, *EXAMPLES], ids=name_of)
-def test_no_pickle_runs_code(path):
-    for call in source_of(path).loads:
-        if ast.unparse(call.func) in ("torch.load", "torch.serialization.load"):
-            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
-            assert safe, f"{name_of(path)}:{call.lineno}: torch.load without weights_only=True"
-    unsafe = [found for found in own_imports(path) if found.module.split(".")[0] in ("pickle", "dill", "joblib")]
+def test_no_pickle_runs_code():
+    unsafe = []
+    for path in (*MODULES, *EXAMPLES):
+        for call in source_of(path).loads:
+            if ast.unparse(call.func) in ("torch.load", "torch.serialization.load"):
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+                unsafe += [] if safe else [f"{name_of(path)}:{call.lineno}: torch.load without weights_only=True"]
+        for found in own_imports(path):
+            if found.module.split(".")[0] in ("pickle", "dill", "joblib"):
+                unsafe.append(f"{name_of(path)}:{found.line} {found.module}")
     assert not unsafe
 
 

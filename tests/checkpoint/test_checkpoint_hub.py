@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.examples import examples
 from helpers.hub_server import HubServer, Repo, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -251,7 +252,7 @@ def test_the_environment_of_a_fresh_process_is_honoured(server: HubServer, tmp_p
 _PART = st.from_regex(r"[A-Za-z0-9._-]{1,8}", fullmatch=True).filter(lambda p: p not in (".", ".."))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(_PART, _PART, st.lists(_PART, max_size=3), st.none() | _PART)
 def test_an_address_is_taken_apart_as_it_was_put_together(owner, name, folders, revision):
     tail = f"@{revision}" if revision else ""

@@ -108,11 +108,11 @@ def test_every_broken_item_is_told(checked, tmp_path):
 
 
 def test_one_bad_line_of_many(checked, tmp_path):
-    lines = ['{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'] * 20_000
-    lines[17_776] = lines[17_776][:-1]
+    lines = ['{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'] * 5_000
+    lines[4_776] = lines[4_776][:-1]
     status, out = checked(lines)
     assert status == 1
-    assert f"\n{tmp_path / '0.jsonl'}:17777: not valid JSON (Expecting ',' delimiter at column 87)\n" in out
+    assert f"\n{tmp_path / '0.jsonl'}:4777: not valid JSON (Expecting ',' delimiter at column 87)\n" in out
     assert out.endswith(f"1 problem: 1 in {tmp_path / '0.jsonl'}\n")
 
 

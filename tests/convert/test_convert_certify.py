@@ -1,5 +1,7 @@
 """The certificate of a merge: wrong merges that it catches, its bounds, and its logits against the decoder's."""
 
+import functools
+
 import pytest
 import torch
 from helpers.adapters import peft_args, random_adapter
@@ -99,7 +101,7 @@ def check_random_adapters(seeds):
 
 
 def test_random_adapters_are_never_refused():
-    check_random_adapters(range(25))
+    check_random_adapters(range(10))
 
 
 @pytest.mark.long
@@ -137,6 +139,15 @@ def double_round(merge, _):
     }
 
 
+@functools.cache
+def proved(size, dtype):
+    """A merge, after its proof. All faults change the same ones."""
+    merge = random_merge(3, size=size, dtype=dtype)
+    assert any(name.endswith("experts.1.w2.lora_b.weight") for name in merge.tensors)
+    merge.prove()
+    return merge
+
+
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [
@@ -151,9 +162,7 @@ def double_round(merge, _):
 def test_a_fault_in_what_is_written_is_refused_whatever_the_updates_size(fault, size, dtype):
     if fault is double_round and dtype == torch.float32:
         pytest.skip("fp32 is what the sum is made in")
-    merge = random_merge(3, size=size, dtype=dtype)
-    assert any(name.endswith("experts.1.w2.lora_b.weight") for name in merge.tensors)
-    merge.prove()
+    merge = proved(size, dtype)
     with pytest.raises(CheckpointError, match=r"not W \+ scale·B·A rounded: .*; nothing was written"):
         merge.prove({name: tensor.to(dtype) for name, tensor in fault(merge, merge.merged()).items()})
 

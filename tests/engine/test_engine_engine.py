@@ -51,7 +51,7 @@ def rich(request):
 @pytest.fixture(scope="module")
 def rich_singles(rich):
     r = random.Random(2)
-    wishes = with_adapters_and_images(r, random_wishes(r, 32))
+    wishes = with_adapters_and_images(r, random_wishes(r, 20))
     assert {wish.adapter for wish in wishes} == {-1, 0, 1}
     assert {len(wish.images) for wish in wishes} == {0, 1}
     return wishes, alone(rich, wishes)
@@ -138,7 +138,7 @@ def test_in_bf16_a_batch_changes_a_prompts_tokens_only_at_near_ties():
     tensors = canonical_from_hf(hf_mixtral(ARGS, std=0.05))
     decoder = decoder_from_canonical(ARGS, "sparse", tensors).requires_grad_(False).cast(torch.bfloat16)
     runner = tiny_runner(decoder)
-    wishes = [Wish([1, *range(3, 3 + n)]) for n in range(40)]
+    wishes = [Wish([1, *range(3, 3 + n)]) for n in range(0, 40, 2)]
     together, differ = answers(tiny_engine(runner, budget=60), wishes), 0
     for request, single in zip(together, alone(runner, wishes), strict=True):
         if request.ids == single.ids:
@@ -190,7 +190,7 @@ def test_requests_come_and_leave_while_a_step_runs(runner, ahead, monkeypatch):
 # ----------------------------------------------------------------------------- for long
 
 
-@pytest.mark.parametrize(("requests", "kinds"), [(300, 30), pytest.param(20_000, 120, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("requests", "kinds"), [(100, 15), pytest.param(20_000, 120, marks=pytest.mark.long)])
 def test_all_of_many_requests_are_answered_and_memory_stays_flat(requests, kinds):
     r = random.Random(7)
     runner = tiny_runner(tiny_decoder("sparse"))
@@ -208,5 +208,5 @@ def test_all_of_many_requests_are_answered_and_memory_stays_flat(requests, kinds
     assert left < requests // 4
     step_to_the_end(engine)
     check_empty(engine)
-    assert engine.scheduler.counts.put_back >= requests // 300
+    assert engine.scheduler.counts.put_back >= max(1, requests // 300)
     assert engine.scheduler.counts.cached_tokens > requests * 10

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
@@ -296,7 +297,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.tuples(st.sampled_from(range(len(KINDS))), st.integers(0, 99), st.booleans()), min_size=1, max_size=9),
     st.randoms(use_true_random=False),

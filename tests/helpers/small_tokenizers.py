@@ -1,5 +1,6 @@
 """Tokenizer folders for tests: a small byte-level BPE, and the real Mixtral one as Hugging Face's tokenizer.json."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def mixtral_json_folder(folder: Path, metaspace: str | None = None, **config: An
 
     With `metaspace`, a prepend scheme ("first", "always"), in the form that transformers 5 writes.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(_mixtral_json(metaspace), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    write_json(folder / "tokenizer_config.json", settings | config)
+    return folder
+
+
+@functools.cache
+def _mixtral_json(metaspace: str | None) -> str:
+    """The text of that tokenizer.json. Finding its merges takes a second."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -76,13 +92,4 @@ def mixtral_json_folder(folder: Path, metaspace: str | None = None, **config: An
         [AddedToken(text, normalized=False, special=True) for text in ("<unk>", "<s>", "</s>")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    write_json(folder / "tokenizer_config.json", settings | config)
-    return folder
+    return tokenizer.to_str(pretty=True)
