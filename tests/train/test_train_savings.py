@@ -15,8 +15,8 @@ from accessory.train.adamw_8bit import CODES, SCALES
 from accessory.train.state import load_state, save_state, state_tensors
 from accessory.train.trainer import LossWeights, Trainer
 
-# Two model-parallel ranks cut rows of 512 numbers into whole blocks.
-WIDE = ARGS.replace(dim=512, hidden_dim=512)
+# A row is one block of moments in 8 bits. Two model-parallel ranks cut the wide one's rows into whole blocks.
+BLOCK, WIDE = (ARGS.replace(dim=numbers, hidden_dim=numbers) for numbers in (256, 512))
 BF16 = {"gradient_dtype": "bf16"}
 EIGHT = {"optimizer": "adamw_8bit"}
 HOST = {"offload": "optimizer"}
@@ -30,14 +30,14 @@ def _bitsandbytes():
 
 
 @functools.cache
-def tensors():
-    return oracle_tensors(WIDE)
+def tensors(wide=False):
+    return oracle_tensors(WIDE if wide else BLOCK)
 
 
-def made(mesh=None, mode="sdp", peft=None, values=None, gradient_dtype="fp32", **choices):
+def made(mesh=None, mode="sdp", peft=None, values=None, gradient_dtype="fp32", wide=False, **choices):
     dtype = torch.bfloat16 if gradient_dtype == "bf16" else torch.float32
-    values = values if values is not None else tensors()
-    decoder = make_decoder("sparse", mesh, mode, peft=peft, tensors=values, args=WIDE, gradient_dtype=dtype)
+    values, args = values if values is not None else tensors(wide), WIDE if wide else BLOCK
+    decoder = make_decoder("sparse", mesh, mode, peft=peft, tensors=values, args=args, gradient_dtype=dtype)
     return Trainer(decoder, mesh or DeviceMesh(), LossWeights(0.0), weight_decay=0.1, clip=CLIP, **choices)
 
 
@@ -50,8 +50,8 @@ def steps(trainer, first=0, last=STEPS, micro=1):
 
 
 @functools.cache
-def plain(lora=False):
-    return steps(made(peft=LORA if lora else None))
+def plain(lora=False, wide=False, last=STEPS):
+    return steps(made(peft=LORA if lora else None, wide=wide), last=last)
 
 
 def apart(curve, other):
@@ -122,7 +122,7 @@ def on_ranks(rank, world, cases, values):
     out = []
     for model, mode, peft, choices, _ in cases:
         mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
-        trainer = made(mesh, mode, peft, values, **choices)
+        trainer = made(mesh, mode, peft, values, wide=True, **choices)
         trainer.forward_backward(batches(0, parts=mesh.data_size * 2)[mesh.data_rank :: mesh.data_size])
         dtypes = {name: local(p.grad).dtype for name, p in trainer.named}
         trainer.optimizer.zero_grad()
@@ -136,9 +136,9 @@ def on_ranks(rank, world, cases, values):
     ids=["few", "others", "more"],
 )
 def test_ranks_follow_one_process(cases):
-    for results in run_ranks(on_ranks, 2, cases, tensors(), timeout=300):
+    for results in run_ranks(on_ranks, 2, cases, tensors(wide=True), timeout=300):
         for (model, mode, peft, choices, bounds), (dtypes, curve) in zip(cases, results, strict=True):
-            got = apart(curve, plain(peft is not None)[:RANK_STEPS])
+            got = apart(curve, plain(peft is not None, wide=True, last=RANK_STEPS))
             assert (got[0] < bounds[0], got[1] < bounds[1]) == (True, True), (model, mode, choices, got)
             for name, dtype in dtypes.items():
                 narrow = "gradient_dtype" in choices and not name.endswith(("norm.weight", "gate.weight"))
@@ -167,7 +167,7 @@ def test_a_resumed_run_makes_the_same_steps(tmp_path, choices):
 
 
 def test_codes_and_scales_are_saved_as_they_are(tmp_path):
-    trainer = made(**EIGHT)
+    trainer = made(wide=True, **EIGHT)
     steps(trainer, last=2)
     saved = {name: tensor.load() for name, tensor in state_tensors(save(trainer, tmp_path, 2)).items()}
     w1 = "layers.1.feed_forward.experts.w1"
@@ -188,19 +188,19 @@ def read_and_written(rank, world, cases, state, values, folder):
     out = []
     for number, (model, mode) in enumerate(cases):
         mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), model, "cpu")
-        trainer = made(mesh, mode, None, values, **EIGHT)
+        trainer = made(mesh, mode, None, values, wide=True, **EIGHT)
         load_state(trainer, state)
         out.append(save(trainer, folder / f"{number}", 2))
     return out
 
 
 def test_other_ranks_read_and_write_the_same_moments_in_8_bits(tmp_path):
-    trainer = made(**EIGHT)
+    trainer = made(wide=True, **EIGHT)
     steps(trainer, last=2)
     state = save(trainer, tmp_path / "one", 2)
     wanted = {name: tensor.load() for name, tensor in state_tensors(state).items()}
     cases = [(1, "fsdp"), (2, "sdp")]
-    for written in run_ranks(read_and_written, 2, cases, state, tensors(), tmp_path, timeout=200)[0]:
+    for written in run_ranks(read_and_written, 2, cases, state, tensors(wide=True), tmp_path, timeout=200)[0]:
         got = {name: tensor.load() for name, tensor in state_tensors(written).items()}
         assert got.keys() == wanted.keys()
         for name, tensor in wanted.items():
