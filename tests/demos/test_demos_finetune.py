@@ -164,7 +164,7 @@ def small(folder, monkeypatch):
     (folder / "ai.yml").write_text(FILES["ai"].replace("- Lost", asked + "- Lost"))
     monkeypatch.setattr(first_run, "smollm2_gguf", lambda: folder / "small.gguf")
     monkeypatch.setattr(finetune, "corpus_folder", lambda: folder)
-    quick = {"max_words": 320, "lr": 0.02, "lora_rank": 4, "epochs": 4.0}
+    quick = {"max_words": 320, "lr": 0.02, "lora_rank": 4, "epochs": 2.0}
     monkeypatch.setattr(finetune, "RECIPE", finetune.RECIPE | quick)
     monkeypatch.chdir(folder)
     return Path("demo")

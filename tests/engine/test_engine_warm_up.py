@@ -111,9 +111,9 @@ def rich():
     return rich_decoder("sparse")
 
 
-def cold(runner, *, ahead=1):
+def cold(runner, *, ahead=1, **limits):
     """An engine over a runner that has its limits."""
-    engine = tiny_engine(runner, pages=runner.about.pages, ahead=ahead)
+    engine = tiny_engine(runner, pages=runner.about.pages, ahead=ahead, **limits)
     engine.scheduler.longest, engine.scheduler.vocab_size = runner.about.max_seq_len, runner.about.vocab_size
     return engine
 
@@ -129,7 +129,7 @@ def cold(runner, *, ahead=1):
 )
 def test_nothing_stays_of_it(rich, pages, max_seq_len, ahead, deterministic):
     runner = rich_runner(rich, pages=pages, max_seq_len=max_seq_len, deterministic=deterministic)
-    engine = cold(runner, ahead=ahead)
+    engine = cold(runner, ahead=ahead, slots=8, budget=128)
     warm_up(engine, adapters=2)
     check_empty(engine)
     assert engine.scheduler.counts == Counts()

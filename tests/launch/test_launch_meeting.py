@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from helpers.distributed import run_ranks
 
 from accessory.errors import RankError
 from accessory.launch import meeting
@@ -40,11 +41,15 @@ def port():
         return free.getsockname()[1]
 
 
+def variables(rank, size, port, address="127.0.0.1"):
+    named = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    return {name: str(value) for name, value in named.items()}
+
+
 def start(rank, size, port, address="127.0.0.1"):
-    env = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, "-c", MEETS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **{name: str(value) for name, value in env.items()}},
+        env={**os.environ, **variables(rank, size, port, address)},
     )  # fmt: skip
 
 
@@ -52,12 +57,23 @@ def launch(port, rank=0, address="127.0.0.1"):
     return Launch(rank=rank, size=2, local_rank=rank, address=address, port=port)
 
 
-def test_ranks_meet_in_any_order_and_say_nothing_else(port):
-    second = start(1, 2, port)
-    time.sleep(0.2)
-    first = start(0, 2, port)
-    assert [rank.communicate(timeout=60)[0] for rank in (first, second)] == ["2\n", ""]
-    assert (first.returncode, second.returncode) == (0, 0)
+def meets(rank, world, port, last, out):
+    """The status of MEETS in a rank; `last` comes later than the other one. What it prints goes to a file."""
+    with open(out / str(rank), "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+    os.environ.update(variables(rank, world, port))
+    time.sleep(0.2 * (rank == last))
+    try:
+        exec(MEETS, {})
+    except SystemExit as end:
+        sys.stdout.flush()
+        return end.code
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_ranks_meet_in_any_order_and_say_nothing_else(port, tmp_path, last):
+    assert run_ranks(meets, 2, port, last, tmp_path, grouped=False) == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2\n", ""]
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])

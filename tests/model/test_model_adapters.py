@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.adapters import SEVEN, peft_args, random_adapter, save_adapter
+from helpers.distributed import run_ranks
 from helpers.random_models import hf_mixtral, write_speaking
 from helpers.sizes import SPEAKING
 
@@ -89,9 +91,21 @@ def test_each_request_of_a_batch_is_answered_with_its_adapter(folders, expected,
     check(model, expected)  # with pages that the first call left
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.slow), "mixtral_sparse"])
-def test_ranks_hold_their_parts_of_adapters(folders, expected, kind):
-    with MultiGpuWrapper(folders / "model", gpus=2, llama_type=kind, adapters=adapters_of(folders), **HOW) as model:
+def in_a_rank(rank, world, folders, expected):
+    for kind in ("mixtral", "mixtral_sparse"):
+        model = MetaModel.from_pretrained(
+            folders / "model", kind, mp_group=dist.group.WORLD, adapters=adapters_of(folders), **HOW
+        )
+        check(model, expected)
+
+
+def test_ranks_hold_their_parts_of_adapters(folders, expected):
+    run_ranks(in_a_rank, 2, folders, expected)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_driver_hold_their_parts_of_adapters(folders, expected):
+    with MultiGpuWrapper(folders / "model", gpus=2, adapters=adapters_of(folders), **HOW) as model:
         check(model, expected)
 
 
