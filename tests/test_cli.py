@@ -337,7 +337,7 @@ def test_a_reader_that_goes_away_is_no_traceback(folder):
 def test_help_comes_within_half_a_second(command):
     """Takes the median of three runs. On a busy machine, processor time counts instead of elapsed time."""
     elapsed, computed = [], []
-    for _ in range(3):
+    while len(elapsed) < 3:
         started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = program(*command, "--help")
         elapsed.append(time.perf_counter() - started)
@@ -345,6 +345,8 @@ def test_help_comes_within_half_a_second(command):
         computed.append(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
         assert done.returncode == 0
         assert done.stdout.startswith("usage: accessory")
+        if len(elapsed) == 2 and max(*elapsed, *computed) < 0.5:
+            break  # the median is no longer than the second
     busy = os.getloadavg()[0] > (os.cpu_count() or 1)
     assert statistics.median(computed if busy else elapsed) < 0.5
 
