@@ -52,7 +52,7 @@ def fixed(request):
     kind, dtype = request.param
     runner, r = rich_runner(rich_decoder(kind, dtype), deterministic=True), random.Random(3)
     wishes = [
-        w._replace(params=replace(w.params, logprobs=2)) for w in with_adapters_and_images(r, random_wishes(r, 12))
+        w._replace(params=replace(w.params, logprobs=2)) for w in with_adapters_and_images(r, random_wishes(r, 16))
     ]
     return runner, wishes, alone(runner, wishes)
 
