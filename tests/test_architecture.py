@@ -237,6 +237,18 @@ def test_optional_packages_are_imported_where_they_are_used():
     assert not early, f"import it in a function; at module level only {sorted(core)}"
 
 
+def test_nothing_that_loads_a_model_waits_for_the_class_of_sharded_tensors():
+    """torch takes nearly a second to import it. `parallel.sharded` may, and is itself imported where it shards."""
+    found = {
+        name_of(path)
+        for path in MODULES
+        for i in own_imports(path)
+        if i.at_module_level and not i.for_types
+        if i.name.startswith("torch.distributed.tensor") or i.module == "accessory.parallel.sharded"
+    }
+    assert found == {"parallel/sharded.py"}
+
+
 def test_files_are_short_and_say_what_they_are():
     sources = {name_of(path): source_of(path) for path in (*MODULES, *EXAMPLES)}
     silent = [name for name, source in sources.items() if not source.docstring]

@@ -15,15 +15,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
 from accessory.nn.linear import PackedWeight, RMSNorm
 from accessory.ops.gradient_squares import squares_of_gradient
-from accessory.parallel.local_shard import local
+from accessory.parallel.local_shard import is_sharded, local
 from accessory.parallel.mesh import DeviceMesh
-from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
 from accessory.parallel.sharding import expert_tensor, gradient_sharers
 
 DataParallel = Literal["sdp", "fsdp"]
@@ -47,6 +45,8 @@ def apply_fsdp(
     """
     if mesh.data is None or (mode == "sdp" and mesh.experts is None and _adapters_alone(decoder)):
         return
+    from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter  # takes a second
+
     alone = _small(decoder)
     if mode == "sdp":
         alone |= {p for p in decoder.parameters() if not p.requires_grad}
@@ -61,7 +61,7 @@ def apply_fsdp(
             packed = isinstance(owner, PackedWeight)
             for kind, p in list(owner.named_parameters(recurse=False)):
                 over = (mesh.experts_mesh if p in of_experts else None) or mesh.fsdp_mesh
-                dim = None if p in alone or isinstance(p, DTensor) else _dimension(p, over.size())
+                dim = None if p in alone or is_sharded(p) else _dimension(p, over.size())
                 if dim is not None:
                     dtype = p.dtype if packed else compute_dtype
                     found.append(ShardedParameter(owner, kind, over, dim, dtype, gradient_dtype))
@@ -103,7 +103,7 @@ def keep_gradients_in(decoder: Decoder, dtype: torch.dtype) -> None:
     small = _small(decoder)
     for p in decoder.parameters():
         if p.requires_grad and p not in small:
-            p.grad_dtype = None if isinstance(p, DTensor) else dtype
+            p.grad_dtype = None if is_sharded(p) else dtype
 
 
 def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
@@ -119,7 +119,7 @@ def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        if mesh.data is not None and not isinstance(p, DTensor) and not is_spread(name, mesh):
+        if mesh.data is not None and not is_sharded(p) and not is_spread(name, mesh):
             alone.append(local(p.grad))
         if mesh.model is not None and sharers(decoder, name, mesh) > 1:
             partial.append((local(p.grad), sharers(decoder, name, mesh)))
@@ -162,7 +162,7 @@ def squared_norm(decoder: Decoder, mesh: DeviceMesh) -> Tensor:
         if p.grad is None or not local(p.grad).numel():
             continue
         copies = 1
-        if mesh.data is not None and not isinstance(p, DTensor) and not is_spread(parameter_name, mesh):
+        if mesh.data is not None and not is_sharded(p) and not is_spread(parameter_name, mesh):
             copies *= mesh.data.size
         if mesh.model is not None:
             copies *= model_copies(decoder, parameter_name, mesh)

@@ -6,12 +6,12 @@ saving and counting use local shards and need not know how a parameter was cut.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from accessory.nn.decoder import Decoder
 from accessory.nn.experts import StackedExperts
@@ -29,10 +29,19 @@ class LocalShard:
     tensor: Any  # Tensor; for a quantised weight Packed, whose shape is that of the dequantised weight
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether data-parallel ranks have parts of a tensor. Then it is a `DTensor`.
+
+    torch takes a second to import that class. So only `parallel.sharded` does, which makes such tensors.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, without gradients."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:
@@ -88,9 +97,7 @@ def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 def _data_parallel_offsets(parameter: Tensor) -> tuple[int, ...]:
     """The offsets of this rank's slice. One dimension is cut into equal parts."""
     offsets = [0] * parameter.dim()
-    if isinstance(parameter, DTensor):
-        (placement,) = parameter.placements
-        if isinstance(placement, Shard):
-            mesh = parameter.device_mesh
-            offsets[placement.dim] = mesh.get_local_rank() * parameter.shape[placement.dim] // mesh.size()
+    if is_sharded(parameter):
+        (placement,), mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]
+        offsets[placement.dim] = mesh.get_local_rank() * parameter.shape[placement.dim] // mesh.size()
     return tuple(offsets)

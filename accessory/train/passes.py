@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from accessory.data.batches import IGNORED, Batch
 from accessory.nn.decoder import Decoder
@@ -28,6 +27,7 @@ from accessory.ops.compute_copy import keep_copy, refresh
 from accessory.ops.experts_autograd import runs_host_free
 from accessory.ops.graphs import possible, record
 from accessory.ops.shared_rows import SharedRows
+from accessory.parallel.local_shard import is_sharded
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def can_be_graphs(decoder: Decoder, mesh: DeviceMesh, *, images: bool) -> bool:
     device = next(decoder.parameters()).device
     if not possible(device) or mesh.context is not None or mesh.experts is not None or images:
         return False
-    if any(isinstance(p, DTensor) for p in decoder.parameters()):
+    if any(is_sharded(p) for p in decoder.parameters()):
         return False
     experts = [module for module in decoder.modules() if isinstance(module, StackedExperts)]
     return all(e.held is None and runs_host_free(e.products_in, device, e.all_weights(False)) for e in experts)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from accessory.parallel import fsdp, sharded
+from accessory.parallel import sharded
 from accessory.parallel.local_shard import local
 from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
 from accessory.planner.training import _gathered
@@ -231,7 +231,7 @@ def bytes_of_a_step(rank, world, mode, gradient_dtype):
             count("leaving", whole.grad.numel() * whole.grad.element_size())
             super()._reduce(whole)
 
-    fsdp.ShardedParameter = Counted
+    sharded.ShardedParameter = Counted
     mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
     args = CUTTABLE.replace(n_layers=4)
     made = {"dtype": torch.bfloat16, "args": args, "gradient_dtype": gradient_dtype}
