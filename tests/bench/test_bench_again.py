@@ -51,7 +51,7 @@ def test_outputs_stay_where_a_command_fails_or_is_cut_off(tmp_path, monkeypatch,
     (tmp_path / "README.md").write_text(PAGE)
     monkeypatch.setattr(again, "README", tmp_path / "README.md")
     out, archive = tmp_path / "out", tmp_path / "out.tgz"
-    words = ["again", "Within", "--out", str(out), "--each", "3", "--archive", str(archive)]
+    words = ["again", "Within", "--out", str(out), "--each", "1.5", "--archive", str(archive)]
     monkeypatch.setattr(sys, "argv", words)
     assert again.main() == 1
     told = capsys.readouterr().out.splitlines()

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 from helpers.distributed import run_ranks
-from helpers.plans import CUTTABLE, finetuning
+from helpers.plans import finetuning
+from helpers.training import ARGS
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from accessory.planner.training import _gathered
 from accessory.planner.weights import tensor_groups
 
 D, LAYERS = 4, 4
+FOUR_LAYERS = ARGS.replace(n_layers=4)
 
 
 class Block(nn.Module):
@@ -201,14 +203,14 @@ def test_a_weight_arrives_in_its_place(world):
     assert run_ranks(no_copies, world) == [True] * world
 
 
-def bytes_of_a_step(rank, world, mode, gradient_dtype):
+def bytes_of_a_step(rank, world, cases):
     """The most bytes of whole weights, and of gradients on their way, while a network makes a step."""
     from helpers.training import batches, make_decoder
 
     from accessory.parallel.mesh import DeviceMesh, Ranks
     from accessory.train.trainer import LossWeights, Trainer
 
-    now, most = Counter(), Counter()
+    now, most, found = Counter(), Counter(), []
 
     def count(what, more):
         now[what] += more
@@ -233,22 +235,26 @@ def bytes_of_a_step(rank, world, mode, gradient_dtype):
 
     sharded.ShardedParameter = Counted
     mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
-    args = CUTTABLE.replace(n_layers=4)
-    made = {"dtype": torch.bfloat16, "args": args, "gradient_dtype": gradient_dtype}
-    decoder = make_decoder("sparse", mesh, mode, **made)
-    Trainer(decoder, mesh, LossWeights(0.1)).step(batches(0), 1e-3)
-    assert not +now
-    return most["whole"], most["leaving"]
+    for mode, gradient_dtype in cases:
+        most.clear()
+        decoder = make_decoder(
+            "sparse", mesh, mode, dtype=torch.bfloat16, args=FOUR_LAYERS, gradient_dtype=gradient_dtype
+        )
+        Trainer(decoder, mesh, LossWeights(0.1)).step(batches(0), 1e-3)
+        assert not +now
+        found.append((most["whole"], most["leaving"]))
+    return found
 
 
-@pytest.mark.parametrize(("mode", "gradient_dtype"), [("sdp", torch.float32), ("fsdp", torch.bfloat16)])
-def test_the_planner_counts_what_is_whole(mode, gradient_dtype):
-    args = CUTTABLE.replace(n_layers=4)
-    name = "bf16" if gradient_dtype == torch.bfloat16 else "fp32"
-    setup = finetuning(args, kind="full", dp=2, data_parallel=mode, gradient_dtype=name)
-    groups = list(tensor_groups(setup))
-    in_layers = sum(g.numel for g in groups if g.in_layer and g.role != "fp32") // args.n_layers
-    summed = setup.task.gradient * in_layers
-    for whole, leaving in run_ranks(bytes_of_a_step, 2, mode, gradient_dtype):
-        assert whole == _gathered(setup, setup.task, groups) - summed
-        assert leaving == 2 * summed  # a layer's that are summed, and those that the next one has just made
+def test_the_planner_counts_what_is_whole():
+    cases = [("sdp", torch.float32), ("fsdp", torch.bfloat16)]
+    wanted = []
+    for mode, gradient_dtype in cases:
+        name = "bf16" if gradient_dtype == torch.bfloat16 else "fp32"
+        setup = finetuning(FOUR_LAYERS, kind="full", dp=2, data_parallel=mode, gradient_dtype=name)
+        groups = list(tensor_groups(setup))
+        in_layers = sum(g.numel for g in groups if g.in_layer and g.role != "fp32")
+        summed = setup.task.gradient * in_layers // FOUR_LAYERS.n_layers
+        # Gradients: a layer's that are summed, and those that the next one has just made.
+        wanted.append((_gathered(setup, setup.task, groups) - summed, 2 * summed))
+    assert run_ranks(bytes_of_a_step, 2, cases) == [wanted] * 2

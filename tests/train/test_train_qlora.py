@@ -89,7 +89,7 @@ def test_ranks_change_nothing(cases):
                     ) from error
 
 
-def ranks_of_experts(rank, world, quant):
+def ranks_of_experts(rank, world):
     """For each sharded parameter of experts and of all else, how many ranks have parts of it. No rank is there."""
     import torch.distributed as dist
     from helpers.training import make_decoder
@@ -100,16 +100,16 @@ def ranks_of_experts(rank, world, quant):
 
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     mesh = DeviceMesh.of(Ranks.of(dist.group.WORLD), 1, "cpu", **SPREAD)
-    decoder = make_decoder("base", mesh, "fsdp", quant=quant, peft=LORA, args=SIZES)
     sizes = {True: set(), False: set()}
-    for name, p in decoder.named_parameters():
-        if isinstance(p, DTensor):
-            sizes[".experts." in name].add(p.device_mesh.size())
+    for quant in (None, "nf4"):
+        decoder = make_decoder("base", mesh, "fsdp", quant=quant, peft=LORA, args=SIZES)
+        for name, p in decoder.named_parameters():
+            if isinstance(p, DTensor):
+                sizes[".experts." in name].add(p.device_mesh.size())
     return sizes
 
 
-@pytest.mark.parametrize("quant", [None, "nf4"])
-def test_experts_that_are_spread_are_sharded_over_the_ranks_that_have_them(quant):
+def test_experts_that_are_spread_are_sharded_over_the_ranks_that_have_them():
     """Also the numbers of quantised ones, which are parameters of a module inside the experts."""
-    (sizes,) = run_ranks(ranks_of_experts, 1, quant, grouped=False)
+    (sizes,) = run_ranks(ranks_of_experts, 1, grouped=False)
     assert sizes == {True: {2}, False: {4}}
