@@ -83,15 +83,16 @@ def test_who_leaves_while_waiting_is_forgotten(server, slow, monkeypatch):
 def test_nobody_waits_for_a_step(server, monkeypatch):
     """Health is told, requests are refused, and visitors leave, while a step takes a second."""
     submit = server.thread.engine.executor.submit
-    goes_on = threading.Event()
+    begins, goes_on = threading.Event(), threading.Event()
 
     def stuck(plan):
+        begins.set()
         assert goes_on.wait(30)
         return submit(plan)
 
     monkeypatch.setattr(server.thread.engine.executor, "submit", stuck)
     connections = [opened(server, {**LONG, "stream": stream}) for stream in (True, False)]
-    eventually(lambda: server.thread._open)
+    assert begins.wait(30)
     for connection in connections:
         connection.close()
     time.sleep(0.05)
