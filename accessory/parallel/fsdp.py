@@ -68,7 +68,7 @@ def apply_fsdp(
         return found
 
     layers = [ShardedLayer(layer, sharded(layer)) for layer in decoder.layers]
-    ShardedChain(ShardedLayer(decoder, sharded(decoder)), layers, stays=mode == "sdp")
+    ShardedChain(ShardedLayer(decoder, sharded(decoder)), layers, reshard_after_forward=mode == "fsdp")
 
 
 def _dimension(p: Tensor, ranks: int) -> int | None:

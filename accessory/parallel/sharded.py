@@ -4,8 +4,9 @@ The method is FSDP's (arXiv 2304.11277), made for a network that is a chain of l
 
 - A weight arrives in its place: each rank casts its part into a tensor of the whole weight, and the ranks gather the
   other parts around it. Nothing is copied before or after, unless the cut is along an inner dimension.
-- A gradient leaves from its place: as soon as the whole gradient of a parameter is there, its parts are summed on their
-  ranks while backward goes on.
+- A gradient leaves from its place: as soon as the whole gradients of a parameter and of those before it are there, its
+  parts are summed on their ranks while backward goes on. All ranks begin these sums in one order, whatever their tokens
+  are: two gradients of one shape could otherwise be taken for each other, and nobody would see it.
 - The next layer's weights arrive while a layer runs, forward and backward. Where they stay from forward to backward,
   all layers' are asked for at the beginning, so they arrive in one go.
 
@@ -32,7 +33,8 @@ class ShardedParameter:
     """One parameter of a module, cut along dimension `dim` over the ranks of `mesh`, which must divide its size.
 
     dtype: of the whole weight; gradient_dtype: in which gradients are made and summed. Making one replaces the module's
-    parameter, filled or on the meta device, by a DTensor of this rank's part.
+    parameter, filled or on the meta device, by a DTensor of this rank's part. gradient_made: called when backward has
+    made the whole gradient.
     """
 
     def __init__(
@@ -44,72 +46,75 @@ class ShardedParameter:
         parameter = module.get_parameter(kind)
         self.shape, self.trained = parameter.shape, parameter.requires_grad
         part = parameter.detach().chunk(self.size, dim)[self.rank].clone(memory_format=torch.contiguous_format)
-        self.cut = nn.Parameter(self._distributed(part), requires_grad=self.trained)
-        module.register_parameter(kind, self.cut)
-        self.whole: nn.Parameter | None = None
-        self._arriving: tuple[Any, Tensor | None] | None = None
-        self._leaving: list[tuple[Any, Tensor, Tensor]] = []
+        self.sharded = nn.Parameter(self._distributed(part), requires_grad=self.trained)
+        module.register_parameter(kind, self.sharded)
+        self.unsharded: nn.Parameter | None = None
+        self.gradient_made: Callable[[], None] = lambda: None
+        self._gathering: tuple[Any, Tensor | None] | None = None
+        self._reducing: list[tuple[Any, Tensor, Tensor]] = []
 
-    def gather(self) -> None:
-        """Begin to fill the whole weight."""
-        self.cut = self.module.get_parameter(self.kind)  # another one since the network has its memory
-        part = local(self.cut)
-        if self.whole is None:
+    def unshard(self) -> None:
+        """Begin to gather the whole weight."""
+        self.sharded = self.module.get_parameter(self.kind)  # another one since the network has its memory
+        part = local(self.sharded)
+        if self.unsharded is None:
             empty = torch.empty(self.shape, dtype=self.dtype, device=part.device)
-            self.whole = nn.Parameter(empty, requires_grad=self.trained)
+            self.unsharded = nn.Parameter(empty, requires_grad=self.trained)
             if self.trained:
                 if self.gradient_dtype != self.dtype:
-                    self.whole.grad_dtype = self.gradient_dtype
-                self.whole.register_post_accumulate_grad_hook(self._reduce)
-        storage = self.whole.untyped_storage()
+                    self.unsharded.grad_dtype = self.gradient_dtype
+                self.unsharded.register_post_accumulate_grad_hook(lambda _whole: self.gradient_made())
+        storage = self.unsharded.untyped_storage()
         if storage.size() == 0:  # a GPU's storage would be copied even to its own size
-            storage.resize_(self.whole.numel() * self.whole.element_size())
+            storage.resize_(self.unsharded.numel() * self.unsharded.element_size())
         # Writing through `data` is no change that autograd should mind: the values are those of the forward pass.
-        place = self.whole.data
+        place = self.unsharded.data
         inner = None if self._leads() else place.new_empty(self.size, *part.shape)
         flat = (place if inner is None else inner).view(self.size, -1)
         flat[self.rank].copy_(part.reshape(-1))
         work = all_gather_single(flat.view(-1), flat[self.rank], group=self.group, async_op=True)
-        self._arriving = (work, inner)
+        self._gathering = (work, inner)
 
-    def enter(self) -> None:
+    def wait_for_unshard(self) -> None:
         """Have the whole weight, as the module's parameter. What the device does from now on finds its values."""
-        assert self.whole is not None
-        assert self._arriving is not None
-        work, inner = self._arriving
+        assert self.unsharded is not None
+        assert self._gathering is not None
+        work, inner = self._gathering
         work.wait()
         if inner is not None:
-            self._by_rank(self.whole.data).copy_(inner)
-        self._arriving = None
-        self.module.register_parameter(self.kind, self.whole)
+            self._by_rank(self.unsharded.data).copy_(inner)
+        self._gathering = None
+        self.module.register_parameter(self.kind, self.unsharded)
 
-    def leave(self) -> None:
+    def reshard(self) -> None:
         """Have the part again, and give the whole weight's memory back."""
-        if self._arriving is not None:  # asked for, and not used
-            self._arriving[0].wait()
-            self._arriving = None
-        self.module.register_parameter(self.kind, self.cut)
-        if self.whole is not None:
-            self.whole.untyped_storage().resize_(0)
+        if self._gathering is not None:  # asked for, and not used
+            self._gathering[0].wait()
+            self._gathering = None
+        self.module.register_parameter(self.kind, self.sharded)
+        if self.unsharded is not None:
+            self.unsharded.untyped_storage().resize_(0)
 
-    def finish(self) -> None:
-        """Wait for the sums of gradients that were begun, and add them to the part's gradient."""
-        for work, part, _ in self._leaving:
-            work.wait()
-            if self.cut.grad is None:
-                self.cut.grad = self._distributed(part)
-            else:
-                local(self.cut.grad).add_(part)
-        self._leaving.clear()
-
-    def _reduce(self, whole: Tensor) -> None:
-        """Begin to sum a gradient over ranks, each its part."""
-        assert whole.grad is not None
-        gradient, whole.grad = whole.grad, None
+    def reduce(self) -> None:
+        """Begin to sum the gradient over ranks, each its part. Zeros where this rank's pass has made none."""
+        assert self.unsharded is not None
+        gradient, self.unsharded.grad = self.unsharded.grad, None
+        if gradient is None:
+            gradient = torch.zeros(self.shape, dtype=self.gradient_dtype, device=self.unsharded.device)
         by_rank = self._by_rank(gradient).contiguous()
         part = torch.empty_like(by_rank[0])
         work = reduce_scatter_single(part.view(-1), by_rank.view(-1), group=self.group, async_op=True)
-        self._leaving.append((work, part, by_rank))
+        self._reducing.append((work, part, by_rank))
+
+    def wait_for_reduce(self) -> None:
+        """Wait for the sums that were begun, and add them to the part's gradient."""
+        for work, part, _ in self._reducing:
+            work.wait()
+            if self.sharded.grad is None:
+                self.sharded.grad = self._distributed(part)
+            else:
+                local(self.sharded.grad).add_(part)
+        self._reducing.clear()
 
     def _by_rank(self, whole: Tensor) -> Tensor:
         """A view of the whole tensor, (ranks, shape of a part …)."""
@@ -128,61 +133,85 @@ class ShardedLayer:
 
     def __init__(self, module: nn.Module, parameters: Sequence[ShardedParameter]) -> None:
         self.module, self.parameters = module, parameters
-        self.asked = self.entered = False
+        self.gathering = self.unsharded = False
+        self._trained = [p for p in reversed(parameters) if p.trained]  # as backward passes them
+        self._reduced = 0  # of these, in this backward pass
+        for parameter in self._trained:
+            parameter.gradient_made = self._reduce_made
 
-    def ask(self) -> None:
-        """Begin to gather."""
-        if not self.asked:
-            self.asked = True
+    def unshard(self) -> None:
+        """Begin to gather the weights."""
+        if not self.gathering:
+            self.gathering = True
             for parameter in self.parameters:
-                parameter.gather()
+                parameter.unshard()
 
-    def enter(self) -> None:
-        if not self.entered:
-            self.ask()
-            self.entered = True
+    def wait_for_unshard(self) -> None:
+        if not self.unsharded:
+            self.unshard()
+            self.unsharded = True
             for parameter in self.parameters:
-                parameter.enter()
+                parameter.wait_for_unshard()
 
-    def leave(self) -> None:
-        if self.asked:
-            self.asked = self.entered = False
+    def reshard(self) -> None:
+        if self.gathering:
+            self.gathering = self.unsharded = False
             for parameter in self.parameters:
-                parameter.leave()
+                parameter.reshard()
 
-    def finish(self) -> None:
+    def _reduce_made(self) -> None:
+        """Begin the sums whose turn it is."""
+        while self._reduced < len(self._trained):
+            whole = self._trained[self._reduced].unsharded
+            if whole is None or whole.grad is None:
+                return
+            self._trained[self._reduced].reduce()
+            self._reduced += 1
+
+    def reduce_all(self) -> None:
+        """Begin the sums that were not begun in this backward pass: no other gradient will come."""
+        for parameter in self._trained[self._reduced :]:
+            parameter.reduce()
+        self._reduced = len(self._trained)
+
+    def wait_for_reduce(self) -> None:
         for parameter in self.parameters:
-            parameter.finish()
+            parameter.wait_for_reduce()
+
+    def begin_backward(self) -> None:
+        """Gradients count anew."""
+        self._reduced = 0
 
 
 class ShardedChain:
     """A network whose layers run one after the other, with what it has outside them. Its hooks do everything.
 
-    stays: the weights stay whole from forward to backward. Else a layer has them while it runs, and the last layer
-    until its backward pass, which comes next. Weights outside the layers stay in any case. Without gradients nothing
-    outlasts a layer's forward pass.
+    reshard_after_forward: a layer has its whole weights while it runs, and the last layer until its backward pass,
+    which comes next. Else all stay whole from forward to backward. Weights outside the layers stay in any case. Without
+    gradients nothing outlasts a layer's forward pass.
     """
 
-    def __init__(self, outside: ShardedLayer, layers: Sequence[ShardedLayer], stays: bool) -> None:
-        self.outside, self.layers, self.stays = outside, layers, stays
+    def __init__(self, outside: ShardedLayer, layers: Sequence[ShardedLayer], reshard_after_forward: bool) -> None:
+        self.outside, self.layers, self.reshard_after_forward = outside, layers, reshard_after_forward
         self._in_backward = False
-        outside.module.register_forward_pre_hook(self._begins)
-        outside.module.register_forward_hook(self._ends)
+        outside.module.register_forward_pre_hook(self._forward_begins)
+        outside.module.register_forward_hook(self._forward_ends)
         for i, layer in enumerate(layers):
             layer.module.register_forward_pre_hook(self._before(i))
             layer.module.register_forward_hook(self._after(i))
 
-    def _begins(self, _module: nn.Module, _inputs: Any) -> None:
-        self._leave_all()  # a forward pass that no backward pass followed
-        for layer in (self.outside, *(self.layers if self.stays else self.layers[:1])):
-            layer.ask()
-        self.outside.enter()
+    def _forward_begins(self, _module: nn.Module, _inputs: Any) -> None:
+        self._in_backward = False  # an error may have ended the pass before
+        self._reshard_all()  # a forward pass that no backward pass followed
+        for layer in (self.outside, *(self.layers[:1] if self.reshard_after_forward else self.layers)):
+            layer.unshard()
+        self.outside.wait_for_unshard()
 
-    def _ends(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def _forward_ends(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             _call_before_backward(output, self._backward_begins)
         else:
-            self._leave_all()
+            self._reshard_all()
 
     def _before(self, i: int) -> Callable[..., Any]:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -196,25 +225,26 @@ class ShardedChain:
 
     def _after(self, i: int) -> Callable[..., Any]:
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():
-                self.layers[i].leave()
-                return
-            if not self.stays and i < len(self.layers) - 1:
-                self.layers[i].leave()
-            _call_before_backward(output, lambda: self._backward_reaches(i))
+            backward = torch.is_grad_enabled()
+            if not backward or (self.reshard_after_forward and i < len(self.layers) - 1):
+                self.layers[i].reshard()
+            if backward:
+                _call_before_backward(output, lambda: self._backward_reaches(i))
 
         return after
 
     def _run(self, i: int, then: int) -> None:
-        """Have layer i, and ask for the one that runs after it, if there is one."""
-        self.layers[i].ask()
+        """Have layer i, and begin to gather the one that runs after it, if there is one."""
+        self.layers[i].unshard()
         if 0 <= then < len(self.layers):
-            self.layers[then].ask()
-        self.layers[i].enter()
+            self.layers[then].unshard()
+        self.layers[i].wait_for_unshard()
 
     def _backward_begins(self) -> None:
         if not self._in_backward:
             self._in_backward = True
+            for layer in (self.outside, *self.layers):
+                layer.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
     def _backward_reaches(self, i: int) -> None:
@@ -223,19 +253,23 @@ class ShardedChain:
 
     def _backward_passed(self, i: int) -> None:
         """Layer i has its gradients. Those of the layers behind it have had its time to be summed."""
+        self.layers[i].reduce_all()
         for layer in (self.outside, *self.layers[i + 1 :]):
-            layer.finish()
-        self.layers[i].leave()
+            layer.wait_for_reduce()
+        self.layers[i].reshard()
 
     def _backward_ends(self) -> None:
         self._in_backward = False
-        for layer in (self.outside, *self.layers):
-            layer.finish()
-        self._leave_all()
+        every = (self.outside, *self.layers)
+        for layer in every:
+            layer.reduce_all()
+        for layer in every:
+            layer.wait_for_reduce()
+        self._reshard_all()
 
-    def _leave_all(self) -> None:
+    def _reshard_all(self) -> None:
         for layer in (self.outside, *self.layers):
-            layer.leave()
+            layer.reshard()
 
 
 class _AfterBackward(torch.autograd.Function):

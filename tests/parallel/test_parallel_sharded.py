@@ -66,7 +66,7 @@ def chain(stays, dtype=torch.float32, gradient_dtype=torch.float32, recompute=Fa
 
     layers = [ShardedLayer(m, [cut(m, "weight", 0), cut(m, "odd", 1)]) for m in network.layers]
     outside = ShardedLayer(network, [cut(network, "first", 0)])
-    ShardedChain(outside, layers, stays)
+    ShardedChain(outside, layers, reshard_after_forward=not stays)
     for p in network.parameters():
         if gradient_dtype != torch.float32:
             p.grad_dtype = None
@@ -125,22 +125,22 @@ def life_of_weights(rank, world, stays):
     gathered, most = Counter(), [0]
 
     def watch(i, layer):
-        ask = layer.ask
+        unshard = layer.unshard
 
         def asking():
-            gathered[i] += not layer.asked
-            ask()
-            most[0] = max(most[0], sum(other.asked for other in layers))
+            gathered[i] += not layer.gathering
+            unshard()
+            most[0] = max(most[0], sum(other.gathering for other in layers))
 
-        layer.ask = asking
+        layer.unshard = asking
 
     for i, layer in enumerate(layers):
         watch(i, layer)
     loss = network(inputs(rank))
-    between = [layer.asked for layer in layers]
+    between = [layer.gathering for layer in layers]
     loss.backward()
     assert all(isinstance(p, DTensor) for p in network.parameters())
-    sizes = {p.whole.untyped_storage().size() for layer in layers for p in layer.parameters}
+    sizes = {p.unsharded.untyped_storage().size() for layer in layers for p in layer.parameters}
     return [gathered[i] for i in range(LAYERS)], most[0], between, sizes
 
 
@@ -168,7 +168,7 @@ def dtypes(rank, world):
     for gradient_dtype in (torch.float32, torch.bfloat16):
         network, layers = chain(False, torch.bfloat16, gradient_dtype)
         network(inputs(rank).bfloat16()).backward()
-        (of_whole,) = {p.whole.dtype for layer in layers for p in layer.parameters}
+        (of_whole,) = {p.unsharded.dtype for layer in layers for p in layer.parameters}
         (of_gradients,) = {p.grad.dtype for p in network.parameters()}
         (on_the_wire,) = set(sent)
         sent.clear()
@@ -193,7 +193,7 @@ def no_copies(rank, world):
 
     sharded.all_gather_single = spied
     loss = network(inputs(rank))
-    weights = {layer.parameters[0].whole.untyped_storage().data_ptr() for layer in layers}
+    weights = {layer.parameters[0].unsharded.untyped_storage().data_ptr() for layer in layers}
     loss.backward()
     return weights <= {out for out, own in places if out == own}
 
@@ -217,21 +217,21 @@ def bytes_of_a_step(rank, world, cases):
         most[what] = max(most[what], now[what])
 
     class Counted(ShardedParameter):
-        def gather(self):
-            super().gather()
-            count("whole", self.whole.untyped_storage().size())
+        def unshard(self):
+            super().unshard()
+            count("whole", self.unsharded.untyped_storage().size())
 
-        def leave(self):
-            count("whole", -self.whole.untyped_storage().size())
-            super().leave()
+        def reshard(self):
+            count("whole", -self.unsharded.untyped_storage().size())
+            super().reshard()
 
-        def finish(self):
-            count("leaving", -sum(by_rank.numel() * by_rank.element_size() for _, _, by_rank in self._leaving))
-            super().finish()
+        def wait_for_reduce(self):
+            count("leaving", -sum(by_rank.numel() * by_rank.element_size() for _, _, by_rank in self._reducing))
+            super().wait_for_reduce()
 
-        def _reduce(self, whole):
-            count("leaving", whole.grad.numel() * whole.grad.element_size())
-            super()._reduce(whole)
+        def reduce(self):
+            count("leaving", self.unsharded.grad.numel() * self.unsharded.grad.element_size())
+            super().reduce()
 
     sharded.ShardedParameter = Counted
     mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
@@ -258,3 +258,65 @@ def test_the_planner_counts_what_is_whole():
         # Gradients: a layer's that are summed, and those that the next one has just made.
         wanted.append((_gathered(setup, setup.task, groups) - summed, 2 * summed))
     assert run_ranks(bytes_of_a_step, 2, cases) == [wanted] * 2
+
+
+class Pair(nn.Module):
+    """Two weights of one shape, which each rank reads in an order of its own, or of which it reads one alone."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(D, D)), nn.Parameter(torch.ones(D, D))
+        self.order = order
+
+    def forward(self, x):
+        for name in self.order:
+            x = x + x @ getattr(self, name)
+        return x
+
+
+class Pairs(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.layers = nn.ModuleList(Pair(order) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def ranks_with_orders_of_their_own(rank, world, orders):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    begun = []
+
+    class Noted(ShardedParameter):
+        def reduce(self):
+            begun.append(self.kind)
+            super().reduce()
+
+    mesh = init_device_mesh("cpu", (world,))
+    wanted = {}
+    for order in orders:
+        plain = Pairs(order)
+        plain(torch.ones(1, D)).backward()
+        for name, p in plain.named_parameters():
+            wanted[name] = wanted.get(name, 0) + (0 if p.grad is None else p.grad)
+    network = Pairs(orders[rank])
+    layers = [
+        ShardedLayer(m, [Noted(m, kind, mesh, 0, torch.float32, torch.float32) for kind in "ab"])
+        for m in network.layers
+    ]
+    ShardedChain(ShardedLayer(network, []), layers, reshard_after_forward=True)
+    for _ in range(2):
+        network(torch.ones(1, D)).backward()
+    found = whole_gradients(network)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], 2 * gradient)
+    return begun
+
+
+@pytest.mark.parametrize("orders", [("ab", "ba"), ("ab", "b"), ("a", "b")])
+def test_ranks_begin_their_sums_in_one_order(orders):
+    """Else a rank would add one weight's gradient to another's, or wait for a sum that nobody else begins."""
+    assert run_ranks(ranks_with_orders_of_their_own, 2, orders) == [["b", "a"] * 4] * 2
