@@ -1,7 +1,7 @@
 """Runs the commands that stand above the tables of benchmarks/README.md again, one after the other.
 
-    python benchmarks/again.py --list
-    python benchmarks/again.py "A training step" "The server" [--out DIR] [--each 300] [--minutes 9] [--archive FILE]
+    python benchmarks/rerun.py --list
+    python benchmarks/rerun.py "A training step" "The server" [--out DIR] [--each 300] [--minutes 9] [--archive FILE]
 
 A section is named by its heading or the beginning of it. Each command's output goes to a file of its own while it
 comes, and stays there when time runs out. A command with alternatives in brackets runs once for each.
@@ -55,7 +55,7 @@ def chosen(commands: list[Command], sections: list[str]) -> list[Command]:
     for name in sections:
         of_section = [c for c in commands if c.section.lower().startswith(name.lower())]
         if not of_section:
-            raise SystemExit(f"again: no command stands under a heading that begins with {name!r}; --list shows them")
+            raise SystemExit(f"rerun: no command stands under a heading that begins with {name!r}; --list shows them")
         out += of_section
     return out
 
@@ -64,7 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help="headings, or their beginnings")
     parser.add_argument("--list", action="store_true", help="show all commands")
-    parser.add_argument("--out", type=Path, default=Path("again"), help="the folder for outputs")
+    parser.add_argument("--out", type=Path, default=Path("rerun"), help="the folder for outputs")
     parser.add_argument("--each", type=float, default=300, help="seconds that a command may take")
     parser.add_argument("--minutes", type=float, default=60, help="no command begins, or goes on, after so many")
     parser.add_argument("--archive", type=Path, help="a .tgz of the outputs, written anew after each command")
