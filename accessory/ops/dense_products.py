@@ -135,15 +135,14 @@ def grouped_weight_gradient(
     like = x_NI.new_empty(0).expand(len(count_E), dy_NO.shape[1], 0)
     found = dispatch.product("grouped_weights", dy_NO, like, len(dy_NO))._replace(in_features=x_NI.shape[1])
     kernel = dispatch.choose(found)
-    if squares is None:
-        return kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds)
-    if not kernel.squares:
-        squares.missed()
-        return kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds)
-    room = squares.room((len(count_E), dy_NO.shape[1], x_NI.shape[1]), x_NI.device)
-    gradient = kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds, room)
-    squares.written(gradient)
-    return gradient
+    if squares is not None and kernel.squares:
+        sums = squares.buffer((len(count_E), dy_NO.shape[1], x_NI.shape[1]), x_NI.device)
+        gradient = kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds, sums)
+        squares.record(gradient)
+        return gradient
+    if squares is not None:
+        squares.disable()
+    return kernel.load()(dy_NO, x_NI, count_E, dtype, out, adds)
 
 
 def grouped_mm_weights(

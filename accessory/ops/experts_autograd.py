@@ -118,7 +118,7 @@ class _Experts(torch.autograd.Function):
             order_N = order_N[: int(count_E.sum())]
         token_N, rows = order_N // expert_TK.shape[1], len(order_N)
         pieces, inner = _pieces(count_E, rows), None
-        if not plan.recompute or _apart((w1, w2, w3), x_TD, rows):
+        if not plan.recompute or _whole_gate_and_up((w1, w2, w3), x_TD, rows):
             inner = _gate_and_up(x_TD[token_N], w1, w3, count_E, in_turn=len(pieces) > 1)
         ctx.plan, ctx.fields, ctx.inner = plan, fields, None if plan.recompute else inner
         ctx.kept = (None,) * STACKS if plan.recompute else (w1.weight, w2.weight, w3.weight)
@@ -180,7 +180,7 @@ class _Backward:
         pieces = _pieces(count_E, rows)
         if len(pieces) > 1:
             stacks = (self.w1, self.w2, self.w3)
-            if self.inner is None and _apart(stacks, self.x_TD, rows):
+            if self.inner is None and _whole_gate_and_up(stacks, self.x_TD, rows):
                 self.inner = _gate_and_up(self.x_TD[self.token_N], self.w1, self.w3, count_E, in_turn=True)
             self.w1, self.w2, self.w3 = _for_pieces(stacks, self.x_TD, rows, self.inner is not None)
             del stacks
@@ -330,7 +330,7 @@ def _gate_and_up(x_ND: Tensor, w1: _Stack, w3: _Stack, count_E: Tensor, in_turn:
     return _Inner(gate_NF, up_NF, low1_Nr, low3_Nr)
 
 
-def _apart(stacks: Sequence[_Stack], x_TD: Tensor, rows: int) -> bool:
+def _whole_gate_and_up(stacks: Sequence[_Stack], x_TD: Tensor, rows: int) -> bool:
     """Whether w1 x and w3 x are made of all rows, although they are not kept and the rest is made in pieces.
 
     In pieces the two take less, but copies of stacks stay from piece to piece: two more that are dequantised, or w2's
@@ -342,9 +342,9 @@ def _apart(stacks: Sequence[_Stack], x_TD: Tensor, rows: int) -> bool:
     return 0 < 2 * more <= copies * stacks[0].weight.shape[0] * x_TD.shape[1]
 
 
-def _for_pieces(stacks: Sequence[_Stack], x_TD: Tensor, rows: int, apart: bool) -> list[_Stack]:
-    """The stacks that each piece reads are dequantised once. apart: of w1, w2 and w3 that is w2 alone."""
-    return [w if apart and n != 1 else _dequantized(w, x_TD, rows) for n, w in enumerate(stacks)]
+def _for_pieces(stacks: Sequence[_Stack], x_TD: Tensor, rows: int, w2_alone: bool) -> list[_Stack]:
+    """The stacks that each piece reads are dequantised once."""
+    return [w if w2_alone and n != 1 else _dequantized(w, x_TD, rows) for n, w in enumerate(stacks)]
 
 
 def _dequantized(stack: _Stack, x: Tensor, rows: int) -> _Stack:

@@ -22,26 +22,26 @@ class GradientSquares:
     def __init__(self) -> None:
         self.sums: Tensor | None = None  # one a tile, fp32; what no tile writes is zero
         self._of: tuple[StorageWeakRef, int] | None = None
-        self._complete = True
+        self._enabled = True
 
-    def room(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    def buffer(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         """Where a kernel leaves the sums of a gradient (E, O, I), each in the place of its tile."""
         E, O, I = shape  # noqa: E741
         if self.sums is None:
             self.sums = torch.zeros(E * -(-O // SIDE) * -(-I // SIDE), device=device)
         return self.sums
 
-    def written(self, gradient: Tensor) -> None:
+    def record(self, gradient: Tensor) -> None:
         """The sums are those of `gradient` as it is now."""
         self._of = StorageWeakRef(gradient.untyped_storage()), gradient._version
 
-    def missed(self) -> None:
+    def disable(self) -> None:
         """A kernel wrote the gradient that sums nothing. It may be part of a CUDA graph and do so again, unseen."""
-        self._complete = False
+        self._enabled = False
 
-    def of(self, gradient: Tensor) -> Tensor | None:
+    def sum_for(self, gradient: Tensor) -> Tensor | None:
         """The sum of the gradient's squares, () fp32; None where nobody knows it."""
-        if self.sums is None or self._of is None or not self._complete:
+        if self.sums is None or self._of is None or not self._enabled:
             return None
         storage, version = self._of
         # A weak reference keeps the storage's number from being given to another one.
@@ -64,4 +64,4 @@ def squares_for(parameter: Tensor) -> GradientSquares | None:
 def squares_of_gradient(parameter: Tensor) -> Tensor | None:
     """The sum of squares of the parameter's gradient, () fp32, where the kernel that wrote it knows it."""
     squares: GradientSquares | None = getattr(parameter, "gradient_squares", None)
-    return None if squares is None or parameter.grad is None else squares.of(parameter.grad)
+    return None if squares is None or parameter.grad is None else squares.sum_for(parameter.grad)

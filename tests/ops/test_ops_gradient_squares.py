@@ -25,8 +25,8 @@ def parameter(monkeypatch):
 def write(parameter, gradient):
     """What a kernel does: the gradient, and its squares beside it."""
     squares = squares_for(parameter)
-    squares.room(SHAPE, gradient.device)[0] = gradient.square().sum()
-    squares.written(gradient)
+    squares.buffer(SHAPE, gradient.device)[0] = gradient.square().sum()
+    squares.record(gradient)
     return gradient
 
 
@@ -78,15 +78,15 @@ def test_another_gradient_has_none_wherever_it_lies(parameter):
 
 def test_where_a_kernel_sums_nothing_they_are_not_trusted_again(parameter):
     parameter.grad = write(parameter, torch.ones(SHAPE))
-    squares_for(parameter).missed()
+    squares_for(parameter).disable()
     write(parameter, parameter.grad)
     assert squares_of_gradient(parameter) is None
 
 
 def test_there_is_room_for_every_tile():
     squares = GradientSquares()
-    assert squares.room(SHAPE, torch.device("cpu")).shape == (2 * 2 * 1,)
-    assert squares.room(SHAPE, torch.device("cpu")) is squares.sums
+    assert squares.buffer(SHAPE, torch.device("cpu")).shape == (2 * 2 * 1,)
+    assert squares.buffer(SHAPE, torch.device("cpu")) is squares.sums
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -52,7 +52,7 @@ def check(case, device="cpu", dtype=torch.float32, bound=1e-6):
     want = torch.cat([a @ b for a, b in zip(by_expert(dy, counts), w.double().cpu(), strict=True)])
     assert relative(kernels.gradient(dy, w, counts)[:n], want) <= bound
     want = torch.stack([a.t() @ b for a, b in zip(by_expert(dy, counts), by_expert(x, counts), strict=True)])
-    squares = GradientSquares().room(want.shape, torch.device(device))
+    squares = GradientSquares().buffer(want.shape, torch.device(device))
     for out in (torch.float32, dtype):
         got = kernels.weight_gradient(dy, x, counts, out, squares=squares)
         assert got.dtype == out
