@@ -133,7 +133,7 @@ class FinetuneConfig:
     gradient_dtype: GradientDtype = option("fp32", "fp32, or bf16: gradients of half the size, summed in bf16")
     cuda_graphs: bool | None = option(
         None,
-        "replay the passes as CUDA graphs; default: where adapters are trained; not with fsdp or images",
+        "replay the passes as CUDA graphs; default: where adapters are trained; not with sharded weights or images",
     )
     device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one", DEVICE)
 
