@@ -171,7 +171,6 @@ class _Backward:
         self.token_N, self.weight_N = order_N // weight_TK.shape[1], weight_TK.flatten()[order_N]
         self.w1, self.w2, self.w3 = stacks
         self.inner = inner  # of all rows, or of a piece while it is computed
-        self.x_ND: Tensor | None = None
         self.dx_ND: Tensor | None = None
         self.dweight_N: Tensor | None = None
 
@@ -187,11 +186,12 @@ class _Backward:
         whole = self.inner is not None
         self.dy_TD = self.dy_TD.to(self.x_TD.dtype)
         for piece in pieces:
-            self._through_w2(piece, last=piece is pieces[-1])
+            last = piece is pieces[-1]
+            self._through_w2(piece, last)
             if not whole:
-                self._through_w1_and_w3(piece)
+                self._through_w1_and_w3(piece, last)
         if whole:
-            self._through_w1_and_w3(_Piece(slice(0, rows), count_E))
+            self._through_w1_and_w3(_Piece(slice(0, rows), count_E), last=True)
 
     def _through_w2(self, piece: _Piece, last: bool) -> None:
         """From dy to the gradients of w1 x and w3 x, which take their places."""
@@ -204,10 +204,9 @@ class _Backward:
         if last:
             self.w2 = self.w2._replace(weight=None)  # its copy is given back
         if self.inner is None:
-            self.x_ND = self.x_TD[self.token_N[rows]]
             # The last one read here is the first one read below, so it stays dequantised.
             self.w3 = _dequantized(self.w3, self.x_TD, len(self.token_N))
-            self.inner = inner = _gate_and_up(self.x_ND, self.w1, self.w3, count_E)
+            self.inner = inner = _gate_and_up(self.x_TD[self.token_N[rows]], self.w1, self.w3, count_E)
         else:
             inner = self.inner.of(rows)
         wanted = self.found.wants(1)
@@ -219,19 +218,24 @@ class _Backward:
             low2_Nr = None if self.w2.a_ErI is None else grouped_dense(dh_NF, self.w2.a_ErI, count_E) * self.w2.scale
             self.found.add(1, dy_ND, dh_NF, low2_Nr, dlow2_Nr, count_E, self.weight_N[rows])
 
-    def _through_w1_and_w3(self, piece: _Piece) -> None:
+    def _through_w1_and_w3(self, piece: _Piece, last: bool) -> None:
+        """The input's gradient comes first: then the gradient of w3 x is given back before that of w1 is made."""
         rows, count_E = piece
-        x_ND = self.x_TD[self.token_N[rows]] if self.x_ND is None else self.x_ND
         assert self.inner is not None
         dgate_NF, dup_NF, low1_Nr, low3_Nr = self.inner
-        self.inner = self.x_ND = None
+        self.inner = None
         dlow1_Nr, dlow3_Nr = _into_low(dgate_NF, self.w1, count_E), _into_low(dup_NF, self.w3, count_E)
-        self.found.add(0, dgate_NF, x_ND, low1_Nr, dlow1_Nr, count_E)
-        self.found.add(2, dup_NF, x_ND, low3_Nr, dlow3_Nr, count_E)
-        del x_ND
         if self.wants_dx:
             dx_ND = _back([(dup_NF, self.w3, dlow3_Nr), (dgate_NF, self.w1, dlow1_Nr)], count_E)
             self.dx_ND = _put(dx_ND, self.dx_ND, rows, len(self.token_N))
+            del dx_ND
+        if last:
+            self.w1, self.w3 = self.w1._replace(weight=None), self.w3._replace(weight=None)
+        if self.found.wants(0) or self.found.wants(2):
+            x_ND = self.x_TD[self.token_N[rows]]
+            self.found.add(2, dup_NF, x_ND, low3_Nr, dlow3_Nr, count_E)
+            del dup_NF, low3_Nr, dlow3_Nr
+            self.found.add(0, dgate_NF, x_ND, low1_Nr, dlow1_Nr, count_E)
 
 
 def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[Weight]) -> bool:

@@ -221,19 +221,23 @@ def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[Bac
     if training.exchanged:  # also the gradients of results that were sent back, and of inputs that came
         kept, dy = (3 + 2) * ND + layer.tokens_16bit * training.recompute, ND
     both = ND + max(dequantized, low * ND) if quantized else 0
+    # Beside the input's gradient; that of w3 x is given back before the gradient of w1 is made.
+    of_weights = [BackwardPeak(kept + 2 * NF + 2 * ND, 2 * done), BackwardPeak(kept + NF + 2 * ND, 3 * done)]
     if layer.pairs <= TRAINED_PAIRS_AT_ONCE:
         if not again:
             return [
                 BackwardPeak(kept + 3 * NF + ND + max(dequantized, low * NF), 0, 3 * copy),  # w2
                 BackwardPeak(kept + 3 * NF + ND, done, 2 * copy),  # SwiGLU, and the gradient of w2
-                BackwardPeak(kept + 2 * NF + ND + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+                BackwardPeak(kept + 2 * NF + ND + both, done, 2 * copy),  # the input
+                *of_weights,
             ]
         held = dequantized  # w3 stays dequantised from where it is computed again to its own backward
         return [
             BackwardPeak(kept + NF + ND + max(dequantized, low * NF), 0, 3 * copy),  # w2
             BackwardPeak(kept + 2 * NF + 2 * ND + held + max(dequantized, low * NF), 0, 2 * copy),  # w1 x
             BackwardPeak(kept + 3 * NF + 2 * ND + (held or low * NF), done, 2 * copy),  # w3 x, SwiGLU, w2's gradient
-            BackwardPeak(kept + 2 * NF + ND + held + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+            BackwardPeak(kept + 2 * NF + ND + held + both, done, 2 * copy),  # the input
+            *of_weights,
         ]
     part = replace(layer, pairs=TRAINED_PAIRS_AT_ONCE)
     nF, nD = part.hidden_16bit, part.pairs_16bit
@@ -250,7 +254,8 @@ def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[Bac
     return [
         BackwardPeak(kept + 2 * NF + ND + (dequantized or low * NF), 0, 3 * copy),  # w3 x
         BackwardPeak(kept + 2 * NF + results + nF + nD + (dequantized or low * nF), done, 3 * copy),  # w2, SwiGLU
-        BackwardPeak(kept + 2 * NF + ND + both, 3 * done, 2 * copy),  # w1 and w3, then the input
+        BackwardPeak(kept + 2 * NF + ND + both, done, 2 * copy),  # the input
+        *of_weights,
     ]
 
 
