@@ -205,7 +205,7 @@ def trainer(gradient_dtype=torch.float32, args=WIDE, tensors=None, **choices):
 
 
 def curve(trainer, first=0, last=20):
-    return [trainer.step(batches(step % 2), 3e-4)["loss"] for step in range(first, last)]
+    return [trainer.step(batches(step % 2), 3e-5)["loss"] for step in range(first, last)]
 
 
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
