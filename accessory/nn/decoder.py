@@ -115,6 +115,8 @@ class Decoder(ImageTokens):
         # ranks' logits. The loss needs no gathered logits.
         self.vocabulary = VocabularyPart(0, args.vocab_size)
         self.gather_logits: Callable[[Tensor], Tensor] | None = None
+        # Where parameters are sharded: told of each one that an optimiser has moved.
+        self.parameter_moved: Callable[[nn.Parameter], None] | None = None
         if sees:
             self.add_images(args.sees_with, args.dim)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype

@@ -40,8 +40,8 @@ def apply_fsdp(
 
     sdp: trained parameters are sharded, with their gradients and optimiser states, and stay whole from forward to
     backward; frozen parameters are not sharded. Adapters are small, so every rank has them whole, and nothing is
-    gathered. fsdp: all parameters are sharded, and are whole only while a layer runs. gradient_dtype: in which the
-    gradients are summed.
+    gathered. fsdp: all parameters are sharded, and are whole only while a layer runs. gradient_dtype: in which
+    gradients add up over micro-batches. Over ranks they are summed in bf16 where products run in bf16.
     """
     if mesh.data is None or (mode == "sdp" and mesh.experts is None and _adapters_alone(decoder)):
         return
@@ -68,7 +68,8 @@ def apply_fsdp(
         return found
 
     layers = [ShardedLayer(layer, sharded(layer)) for layer in decoder.layers]
-    ShardedChain(ShardedLayer(decoder, sharded(decoder)), layers, reshard_after_forward=mode == "fsdp")
+    chain = ShardedChain(ShardedLayer(decoder, sharded(decoder)), layers, reshard_after_forward=mode == "fsdp")
+    decoder.parameter_moved = chain.moved
 
 
 def _dimension(p: Tensor, ranks: int) -> int | None:
@@ -98,12 +99,13 @@ def keep_gradients_in(decoder: Decoder, dtype: torch.dtype) -> None:
 
     autograd casts a plain parameter's gradient by itself. A sharded one gets it in the dtype in which it was summed.
     """
-    if dtype == torch.float32:
-        return
     small = _small(decoder)
     for p in decoder.parameters():
         if p.requires_grad and p not in small:
-            p.grad_dtype = None if is_sharded(p) else dtype
+            if is_sharded(p):
+                p.grad_dtype = None
+            elif dtype != torch.float32:
+                p.grad_dtype = dtype
 
 
 def finish_gradients(decoder: Decoder, mesh: DeviceMesh) -> None:

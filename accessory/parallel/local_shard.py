@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accessory.nn.decoder import Decoder
@@ -39,9 +40,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, without gradients."""
-    tensor = tensor.detach()
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """This process's part of a tensor, without gradients. torch counts writes to it as writes to the tensor's part."""
+    if is_sharded(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return tensor.detach()
 
 
 def local_parameters(decoder: nn.Module) -> Iterator[LocalShard]:

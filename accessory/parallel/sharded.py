@@ -4,11 +4,12 @@ The method is FSDP's (arXiv 2304.11277), made for a network that is a chain of l
 
 - A weight arrives in its place: each rank casts its part into a tensor of the whole weight, and the ranks gather the
   other parts around it. Nothing is copied before or after, unless the cut is along an inner dimension.
-- A gradient leaves from its place: as soon as the whole gradients of a parameter and of those before it are there, its
-  parts are summed on their ranks while backward goes on. All ranks begin these sums in one order, whatever their tokens
+- A gradient leaves from its place, in 16 bits where products run in bf16: as soon as the whole gradients of a parameter
+  and of those before it are there, its parts are summed on their ranks while backward goes on. All ranks begin these sums in one order, whatever their tokens
   are: two gradients of one shape could otherwise be taken for each other, and nobody would see it.
 - The next layer's weights arrive while a layer runs, forward and backward. Where they stay from forward to backward,
   all layers' are asked for at the beginning, so they arrive in one go.
+- What a step needs first is asked for when the optimiser has moved it, so it arrives while the rest is moved.
 
 A whole weight is one tensor for the whole run, whose memory comes and goes. So what autograd keeps of a layer's forward
 pass is right again when the weights have come back. Between passes the network has the parts only, as `DTensor`.
@@ -19,7 +20,7 @@ Gradients are sums over ranks, not means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,10 @@ from accessory.parallel.local_shard import local
 class ShardedParameter:
     """One parameter of a module, cut along dimension `dim` over the ranks of `mesh`, which must divide its size.
 
-    dtype: of the whole weight; gradient_dtype: in which gradients are made and summed. Making one replaces the module's
-    parameter, filled or on the meta device, by a DTensor of this rank's part. gradient_made: called when backward has
-    made the whole gradient.
+    dtype: of the whole weight; gradient_dtype: in which the part's gradient adds up over backward passes. Whole
+    gradients are made, and summed over ranks, in the same dtype, or in bf16 where one of the two is that. Making one
+    replaces the module's parameter, filled or on the meta device, by a DTensor of this rank's part. gradient_made:
+    called when backward has made the whole gradient.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ShardedParameter:
         self.module, self.kind, self.mesh, self.dim = module, kind, mesh, dim
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
+        self.sent_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, gradient_dtype) else gradient_dtype
         parameter = module.get_parameter(kind)
         self.shape, self.trained = parameter.shape, parameter.requires_grad
         part = parameter.detach().chunk(self.size, dim)[self.rank].clone(memory_format=torch.contiguous_format)
@@ -50,19 +53,23 @@ class ShardedParameter:
         module.register_parameter(kind, self.sharded)
         self.unsharded: nn.Parameter | None = None
         self.gradient_made: Callable[[], None] = lambda: None
-        self._gathering: tuple[Any, Tensor | None] | None = None
+        self._gathering: _Gathering | None = None
         self._reducing: list[tuple[Any, Tensor, Tensor]] = []
 
     def unshard(self) -> None:
-        """Begin to gather the whole weight."""
+        """Begin to gather the whole weight, unless that was begun with the values of now."""
         self.sharded = self.module.get_parameter(self.kind)  # another one since the network has its memory
         part = local(self.sharded)
+        if self._gathering is not None:
+            if self._gathering.values == _values(self.sharded):
+                return
+            self._gathering.work.wait()
         if self.unsharded is None:
             empty = torch.empty(self.shape, dtype=self.dtype, device=part.device)
             self.unsharded = nn.Parameter(empty, requires_grad=self.trained)
             if self.trained:
-                if self.gradient_dtype != self.dtype:
-                    self.unsharded.grad_dtype = self.gradient_dtype
+                if self.sent_dtype != self.dtype:
+                    self.unsharded.grad_dtype = self.sent_dtype
                 self.unsharded.register_post_accumulate_grad_hook(lambda _whole: self.gradient_made())
         storage = self.unsharded.untyped_storage()
         if storage.size() == 0:  # a GPU's storage would be copied even to its own size
@@ -73,23 +80,22 @@ class ShardedParameter:
         flat = (place if inner is None else inner).view(self.size, -1)
         flat[self.rank].copy_(part.reshape(-1))
         work = all_gather_single(flat.view(-1), flat[self.rank], group=self.group, async_op=True)
-        self._gathering = (work, inner)
+        self._gathering = _Gathering(work, inner, _values(self.sharded))
 
     def wait_for_unshard(self) -> None:
         """Have the whole weight, as the module's parameter. What the device does from now on finds its values."""
         assert self.unsharded is not None
         assert self._gathering is not None
-        work, inner = self._gathering
-        work.wait()
-        if inner is not None:
-            self._by_rank(self.unsharded.data).copy_(inner)
+        self._gathering.work.wait()
+        if self._gathering.inner is not None:
+            self._by_rank(self.unsharded.data).copy_(self._gathering.inner)
         self._gathering = None
         self.module.register_parameter(self.kind, self.unsharded)
 
     def reshard(self) -> None:
         """Have the part again, and give the whole weight's memory back."""
         if self._gathering is not None:  # asked for, and not used
-            self._gathering[0].wait()
+            self._gathering.work.wait()
             self._gathering = None
         self.module.register_parameter(self.kind, self.sharded)
         if self.unsharded is not None:
@@ -100,20 +106,20 @@ class ShardedParameter:
         assert self.unsharded is not None
         gradient, self.unsharded.grad = self.unsharded.grad, None
         if gradient is None:
-            gradient = torch.zeros(self.shape, dtype=self.gradient_dtype, device=self.unsharded.device)
+            gradient = torch.zeros(self.shape, dtype=self.sent_dtype, device=self.unsharded.device)
         by_rank = self._by_rank(gradient).contiguous()
         part = torch.empty_like(by_rank[0])
         work = reduce_scatter_single(part.view(-1), by_rank.view(-1), group=self.group, async_op=True)
         self._reducing.append((work, part, by_rank))
 
     def wait_for_reduce(self) -> None:
-        """Wait for the sums that were begun, and add them to the part's gradient."""
+        """Wait for the sums that were begun, and add them to the part's gradient. The first one stays as it came."""
         for work, part, _ in self._reducing:
             work.wait()
-            if self.sharded.grad is None:
+            if self.sharded.grad is not None:
+                part = local(self.sharded.grad).to(self.gradient_dtype).add_(part)
+            if self.sharded.grad is None or part is not local(self.sharded.grad):
                 self.sharded.grad = self._distributed(part)
-            else:
-                local(self.sharded.grad).add_(part)
         self._reducing.clear()
 
     def _by_rank(self, whole: Tensor) -> Tensor:
@@ -126,6 +132,18 @@ class ShardedParameter:
 
     def _distributed(self, part: Tensor) -> DTensor:
         return DTensor.from_local(part, self.mesh, [Shard(self.dim)], run_check=False)
+
+
+class _Gathering(NamedTuple):
+    work: Any
+    inner: Tensor | None  # the parts, where they do not lie one behind the other in the whole weight
+    values: tuple[int, ...]  # of the part when it was sent
+
+
+def _values(parameter: Tensor) -> tuple[int, ...]:
+    """What changes when a sharded parameter or its part is written, or another takes its place."""
+    part = local(parameter)
+    return parameter._version, part._version, part.data_ptr()
 
 
 class ShardedLayer:
@@ -189,11 +207,16 @@ class ShardedChain:
     reshard_after_forward: a layer has its whole weights while it runs, and the last layer until its backward pass,
     which comes next. Else all stay whole from forward to backward. Weights outside the layers stay in any case. Without
     gradients nothing outlasts a layer's forward pass.
+
+    An optimiser that calls `moved` with each parameter it has moved has the weights of the next forward pass arrive
+    while it moves others: those outside the layers, and those of the first layer, or of all that will stay whole.
     """
 
     def __init__(self, outside: ShardedLayer, layers: Sequence[ShardedLayer], reshard_after_forward: bool) -> None:
         self.outside, self.layers, self.reshard_after_forward = outside, layers, reshard_after_forward
         self._in_backward = False
+        self._first = (outside, *(layers[:1] if reshard_after_forward else layers))
+        self._soon: dict[nn.Parameter, ShardedParameter] = {}  # those of `_first`, by what the optimiser has
         outside.module.register_forward_pre_hook(self._forward_begins)
         outside.module.register_forward_hook(self._forward_ends)
         for i, layer in enumerate(layers):
@@ -203,9 +226,18 @@ class ShardedChain:
     def _forward_begins(self, _module: nn.Module, _inputs: Any) -> None:
         self._in_backward = False  # an error may have ended the pass before
         self._reshard_all()  # a forward pass that no backward pass followed
-        for layer in (self.outside, *(self.layers[:1] if self.reshard_after_forward else self.layers)):
+        for layer in self._first:
             layer.unshard()
         self.outside.wait_for_unshard()
+
+    def moved(self, parameter: nn.Parameter) -> None:
+        """The optimiser has moved a parameter. All ranks move theirs in one order."""
+        if not self._soon:
+            every = (p for layer in self._first for p in layer.parameters if p.trained)
+            self._soon = {p.module.get_parameter(p.kind): p for p in every}
+        if parameter in self._soon:
+            self._soon[parameter].reshard()
+            self._soon[parameter].unshard()
 
     def _forward_ends(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():

@@ -19,6 +19,7 @@ TrainingKind = Literal["full", "lora", "mm_stage1"]
 OptimizerKind = Literal["adamw", "adamw_8bit"]
 Offload = Literal["none", "optimizer"]
 GradientDtype = Literal["fp32", "bf16"]
+SUMMED_GRADIENT = 2  # bytes a number while data-parallel ranks sum it: bf16, as products run in it
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE, OPTIMIZER_PIECE, PIECES_ON_THE_WAY
 from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
 from accessory.planner.moments import held_moments, offloads
-from accessory.planner.setup import Setup, Training
+from accessory.planner.setup import SUMMED_GRADIENT, Setup, Training
 from accessory.planner.weights import TensorGroup, group_bytes, is_trained, rank_share, replicas_of, tensor_groups
 
 # On a CPU, cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
@@ -24,8 +24,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     trained = [g for g in groups if is_trained(g, setup)]
 
     def gradient_bytes(some: Iterable[TensorGroup]) -> int:
-        each = {True: task.parameter.gradient, False: task.gradient}
-        return sum(rank_share(g, g.numel * each[g.role == "fp32"], setup, task) for g in some)
+        return sum(rank_share(g, g.numel * _of_gradient(g, setup, task), setup, task) for g in some)
 
     lasting = {
         "weights": sum(rank_share(g, group_bytes(g, setup), setup, task) for g in groups),
@@ -82,6 +81,14 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
     }
 
 
+def _of_gradient(group: TensorGroup, setup: Setup, task: Training) -> int:
+    """Bytes a number of a finished gradient. One that was summed over ranks stays as it came in the first micro-step."""
+    if group.role == "fp32":
+        return task.parameter.gradient
+    summed = setup.fsdp and replicas_of(group, setup) > 1
+    return SUMMED_GRADIENT if summed and task.accum_iter == 1 else task.gradient
+
+
 def _is_head(group: TensorGroup) -> bool:
     return group.name.startswith("output")
 
@@ -115,7 +122,7 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
 
     layer = sum(whole(g) for g in cut if g.in_layer) // L
     outside = sum(whole(g) for g in cut if not g.in_layer)
-    summed = task.gradient * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L if L > 1 else 0
+    summed = SUMMED_GRADIENT * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L if L > 1 else 0
     return outside + layer * (min(2, L) if task.data_parallel == "fsdp" else L) + summed
 
 

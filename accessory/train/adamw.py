@@ -8,7 +8,7 @@ makes the update, and gradients in bf16 are widened piece by piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,7 @@ class AdamW:
 
     Attributes, as torch's optimisers have them: `param_groups`, dictionaries with "params", "lr" and "weight_decay";
     `state`, this rank's moments of each parameter, by name. `updates`: how often the parameters were moved.
+    `moved`: called with each parameter when its update has been begun.
     """
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> None:
@@ -99,6 +100,7 @@ class AdamW:
                 self.param_groups.append({"params": params, "lr": 0.0, "weight_decay": weight_decay if decay else 0.0})
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self.updates = 0
+        self.moved: Callable[[nn.Parameter], None] = lambda parameter: None
 
     def allocate(self, updates: int) -> None:
         """Make the moments, zeros, as after `updates` updates: for the first step, or to read a state into them."""
@@ -115,15 +117,23 @@ class AdamW:
             self.allocate(0)
         self.updates += 1
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None and local(p).numel()]
-            pieces = [self._piece(p, local(p.grad)) for p in moved]
-            self._update(pieces, group, scale)
-            for p, piece in zip(moved, pieces, strict=True):
-                copy = copy_of(p)
-                if copy is not None and piece.kernel is not None:
-                    copy.written(p)
-                elif copy is not None:
-                    copy.forget()
+            found = [p for p in group["params"] if p.grad is not None and local(p).numel()]
+            pieces = [self._piece(p, local(p.grad)) for p in found]
+            for some in self._in_turn(pieces):
+                self._update([pieces[n] for n in some], group, scale)
+                for n in some:
+                    copy = copy_of(found[n])
+                    if copy is not None and pieces[n].kernel is not None:
+                        copy.written(found[n])
+                    elif copy is not None:
+                        copy.forget()
+                    self.moved(found[n])
+
+    def _in_turn(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """The numbers of the pieces that are updated together: those with a kernel of ours one by one, since they are
+        large, and then all others."""
+        alone = [[n] for n, piece in enumerate(pieces) if piece.kernel is not None]
+        return [*alone, [n for n, piece in enumerate(pieces) if piece.kernel is None]]
 
     def _piece(self, parameter: nn.Parameter, gradient: Tensor) -> Piece:
         """A whole parameter. Moments in other forms than fp32 have kernels of their own."""

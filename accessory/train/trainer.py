@@ -75,6 +75,8 @@ class Trainer:
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
         wholes = {shard.name: shard.whole for shard in local_parameters(decoder)}
         self.optimizer = make_optimizer(self.named, weight_decay, kind=optimizer, offload=offload, wholes=wholes)
+        if decoder.parameter_moved is not None:
+            self.optimizer.moved = decoder.parameter_moved
         self.device = next(decoder.parameters()).device
         self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
         self.sums = Sums(decoder.args.n_layers, decoder.args.moe.num_experts, self.device)

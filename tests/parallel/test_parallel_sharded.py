@@ -66,10 +66,10 @@ def chain(stays, dtype=torch.float32, gradient_dtype=torch.float32, recompute=Fa
 
     layers = [ShardedLayer(m, [cut(m, "weight", 0), cut(m, "odd", 1)]) for m in network.layers]
     outside = ShardedLayer(network, [cut(network, "first", 0)])
-    ShardedChain(outside, layers, reshard_after_forward=not stays)
+    network.moved = ShardedChain(outside, layers, reshard_after_forward=not stays).moved
+    network.outside = outside
     for p in network.parameters():
-        if gradient_dtype != torch.float32:
-            p.grad_dtype = None
+        p.grad_dtype = None  # in which it was summed
     return network, layers
 
 
@@ -155,7 +155,7 @@ def test_all_layers_stay_whole_from_forward_to_backward():
         assert result == ([1] * LAYERS, LAYERS, [True] * LAYERS, {0})
 
 
-def dtypes(rank, world):
+def dtypes(rank, world, cases):
     sent = []
     reduce = sharded.reduce_scatter_single
 
@@ -165,20 +165,79 @@ def dtypes(rank, world):
 
     sharded.reduce_scatter_single = spied
     out = []
-    for gradient_dtype in (torch.float32, torch.bfloat16):
-        network, layers = chain(False, torch.bfloat16, gradient_dtype)
-        network(inputs(rank).bfloat16()).backward()
+    for dtype, gradient_dtype in cases:
+        network, layers = chain(False, dtype, gradient_dtype)
+        of_gradients = []
+        for _ in range(2):  # micro-batches
+            network(inputs(rank).to(dtype)).backward()
+            of_gradients += {p.grad.dtype for p in network.parameters()}
         (of_whole,) = {p.unsharded.dtype for layer in layers for p in layer.parameters}
-        (of_gradients,) = {p.grad.dtype for p in network.parameters()}
         (on_the_wire,) = set(sent)
         sent.clear()
-        out.append((of_whole, on_the_wire, of_gradients))
+        out.append((of_whole, on_the_wire, *of_gradients))
     return out
 
 
-def test_weights_arrive_in_16_bits_and_gradients_leave_as_they_are_summed():
-    bf16, fp32 = torch.bfloat16, torch.float32
-    assert run_ranks(dtypes, 2) == [[(bf16, fp32, fp32), (bf16, bf16, bf16)]] * 2
+def test_weights_and_gradients_travel_in_16_bits_and_micro_batches_add_up_in_fp32():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    wanted = [
+        (bf16, bf16, bf16, fp32),
+        (bf16, bf16, bf16, bf16),
+        (fp16, fp32, fp32, fp32),  # sums of gradients may be too large for fp16
+        (fp32, fp32, fp32, fp32),
+        (fp32, bf16, bf16, bf16),
+    ]
+    assert run_ranks(dtypes, 2, [(whole, last) for whole, *_, last in wanted]) == [wanted] * 2
+
+
+def ahead(rank, world, stays):
+    """How often weights were gathered while an optimiser moved them, and afterwards in the next pass."""
+    network, layers = chain(stays)
+    network(inputs(rank)).backward()
+    gathered, gather = [0], sharded.all_gather_single
+
+    def spied(*args, **more):
+        gathered[0] += 1
+        return gather(*args, **more)
+
+    sharded.all_gather_single = spied
+    found = []
+    for again in (False, True):
+        for p in network.parameters():
+            with torch.no_grad():
+                local(p).mul_(0.5)
+            network.moved(p)
+        if again:  # written after it was asked for
+            with torch.no_grad():
+                local(network.layers[0].weight).mul_(0.5)
+        counts = [gathered[0]]
+        got = network(inputs(rank))
+        counts.append(gathered[0] - counts[0])
+        parts = {name: p.full_tensor() for name, p in whole_parts(network, layers)}
+        plain = Chain()
+        plain.load_state_dict(parts)
+        torch.testing.assert_close(got, plain(inputs(rank)))
+        got.backward()
+        found.append(counts)
+        gathered[0] = 0
+    return found
+
+
+def whole_parts(network, layers):
+    """(name, part) of all parameters, whatever is whole now."""
+    yield "first", network.outside.parameters[0].sharded
+    for i, layer in enumerate(layers):
+        for p in layer.parameters:
+            yield f"layers.{i}.{p.kind}", p.sharded
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_weights_that_were_moved_arrive_before_the_next_pass(stays):
+    """Those of the first layer, or of all that stay whole. What was written since is gathered again."""
+    every = 1 + 2 * LAYERS
+    first = every if stays else 3
+    for counts in run_ranks(ahead, 2, stays):
+        assert counts == [[first, every - first], [first, every - first + 1]]
 
 
 def no_copies(rank, world):
@@ -218,11 +277,15 @@ def bytes_of_a_step(rank, world, cases):
 
     class Counted(ShardedParameter):
         def unshard(self):
+            before = self.size_now()
             super().unshard()
-            count("whole", self.unsharded.untyped_storage().size())
+            count("whole", self.size_now() - before)
+
+        def size_now(self):
+            return 0 if self.unsharded is None else self.unsharded.untyped_storage().size()
 
         def reshard(self):
-            count("whole", -self.unsharded.untyped_storage().size())
+            count("whole", -self.size_now())
             super().reshard()
 
         def wait_for_reduce(self):
@@ -240,9 +303,12 @@ def bytes_of_a_step(rank, world, cases):
         decoder = make_decoder(
             "sparse", mesh, mode, dtype=torch.bfloat16, args=FOUR_LAYERS, gradient_dtype=gradient_dtype
         )
-        Trainer(decoder, mesh, LossWeights(0.1)).step(batches(0), 1e-3)
-        assert not +now
-        found.append((most["whole"], most["leaving"]))
+        trainer = Trainer(decoder, mesh, LossWeights(0.1))
+        for step in range(2):
+            trainer.step(batches(step), 1e-3)
+        assert not now["leaving"]
+        found.append((most["whole"], most["leaving"], now["whole"] / most["whole"]))
+        now.clear()
     return found
 
 
@@ -254,10 +320,14 @@ def test_the_planner_counts_what_is_whole():
         setup = finetuning(FOUR_LAYERS, kind="full", dp=2, data_parallel=mode, gradient_dtype=name)
         groups = list(tensor_groups(setup))
         in_layers = sum(g.numel for g in groups if g.in_layer and g.role != "fp32")
-        summed = setup.task.gradient * in_layers // FOUR_LAYERS.n_layers
+        summed = 2 * in_layers // FOUR_LAYERS.n_layers
         # Gradients: a layer's that are summed, and those that the next one has just made.
         wanted.append((_gathered(setup, setup.task, groups) - summed, 2 * summed))
-    assert run_ranks(bytes_of_a_step, 2, cases) == [wanted] * 2
+    for found in run_ranks(bytes_of_a_step, 2, cases):
+        assert [(whole, leaving) for whole, leaving, _ in found] == wanted
+        # Between steps there is what the next one needs first: in sdp all, in fsdp less than in a step.
+        assert found[0][2] == 1.0
+        assert 0.0 < found[1][2] < 1.0
 
 
 class Pair(nn.Module):

@@ -67,11 +67,11 @@ def test_training_takes_a_weight_a_gradient_and_two_moments_for_certain():
         (running(batch=10**4, quant="nf4"), GPU, ["10000 × 4,096", "at once"]),
         (finetuning(LORA, kind="lora"), host(800), ["lora_rank 100000", "batch_size 4", "optimiser", "lora_rank 2048"]),
         (
-            finetuning(kind="full", dp=8),
+            finetuning(kind="full", dp=7),
             GPU,
             [
                 "full finetuning",
-                "on 8 ranks",
+                "on 7 ranks",
                 "GB for each",
                 "16 such GPUs (1 model-parallel × 16 data-parallel), checkpointing, data_parallel fsdp would fit",
             ],

@@ -138,7 +138,7 @@ def test_a_state_holds_what_the_moments_are():
     [
         ({}, False),
         (BF16, False),
-        (EIGHT, False),
+        (EIGHT, True),
         (HOST_MOMENTS, True),
         (EIGHT | BF16, True),
         (HOST_MOMENTS | BF16, True),
