@@ -4,9 +4,10 @@ The method is FSDP's (arXiv 2304.11277), made for a network that is a chain of l
 
 - A weight arrives in its place: each rank casts its part into a tensor of the whole weight, and the ranks gather the
   other parts around it. Nothing is copied before or after, unless the cut is along an inner dimension.
-- A gradient leaves from its place, in 16 bits where products run in bf16: as soon as the whole gradients of a parameter
-  and of those before it are there, its parts are summed on their ranks while backward goes on. All ranks begin these sums in one order, whatever their tokens
-  are: two gradients of one shape could otherwise be taken for each other, and nobody would see it.
+- A gradient leaves from its place, in bf16 where products run in it: as soon as the whole gradients of a parameter and
+  of those before it are there, its parts are summed on their ranks while backward goes on. All ranks begin these sums
+  in one order, whatever their tokens are: two gradients of one shape could otherwise be taken for each other, and
+  nobody would see it.
 - The next layer's weights arrive while a layer runs, forward and backward. Where they stay from forward to backward,
   all layers' are asked for at the beginning, so they arrive in one go.
 - What a step needs first is asked for when the optimiser has moved it, so it arrives while the rest is moved.
@@ -19,7 +20,9 @@ Gradients are sums over ranks, not means.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +73,8 @@ class ShardedParameter:
             if self.trained:
                 if self.sent_dtype != self.dtype:
                     self.unsharded.grad_dtype = self.sent_dtype
-                self.unsharded.register_post_accumulate_grad_hook(lambda _whole: self.gradient_made())
+                # Python does not see through autograd's nodes: a hook that holds us would keep us for ever.
+                self.unsharded.register_post_accumulate_grad_hook(partial(_gradient_made, weakref.ref(self)))
         storage = self.unsharded.untyped_storage()
         if storage.size() == 0:  # a GPU's storage would be copied even to its own size
             storage.resize_(self.unsharded.numel() * self.unsharded.element_size())
@@ -132,6 +136,12 @@ class ShardedParameter:
 
     def _distributed(self, part: Tensor) -> DTensor:
         return DTensor.from_local(part, self.mesh, [Shard(self.dim)], run_check=False)
+
+
+def _gradient_made(parameter: weakref.ref[ShardedParameter], _whole: Tensor) -> None:
+    found = parameter()
+    if found is not None:
+        found.gradient_made()
 
 
 class _Gathering(NamedTuple):

@@ -82,7 +82,7 @@ def training_moments(setup: Setup, task: Training) -> dict[str, dict[str, int]]:
 
 
 def _of_gradient(group: TensorGroup, setup: Setup, task: Training) -> int:
-    """Bytes a number of a finished gradient. One that was summed over ranks stays as it came in the first micro-step."""
+    """Bytes a number of a finished gradient. One that ranks have summed stays as it came in the first micro-step."""
     if group.role == "fp32":
         return task.parameter.gradient
     summed = setup.fsdp and replicas_of(group, setup) > 1

@@ -1,5 +1,7 @@
 """Sharded parameters: what is whole when, what is sent, and that gradients are sums in the dtype that was asked for."""
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -390,3 +392,25 @@ def ranks_with_orders_of_their_own(rank, world, orders):
 def test_ranks_begin_their_sums_in_one_order(orders):
     """Else a rank would add one weight's gradient to another's, or wait for a sum that nobody else begins."""
     assert run_ranks(ranks_with_orders_of_their_own, 2, orders) == [["b", "a"] * 4] * 2
+
+
+def what_outlives_a_network(rank, world, mode):
+    from helpers.training import batches, make_decoder
+
+    from accessory.parallel.mesh import DeviceMesh, Ranks
+    from accessory.train.trainer import LossWeights, Trainer
+
+    mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
+    decoder = make_decoder("sparse", mesh, mode, dtype=torch.bfloat16)
+    trainer = Trainer(decoder, mesh, LossWeights(0.1))
+    trainer.step(batches(0), 1e-3)
+    there = {name: weakref.ref(p) for name, p in [("", decoder), *decoder.named_parameters()]}
+    del decoder, trainer
+    gc.collect()
+    return [name for name, reference in there.items() if reference() is not None]
+
+
+@pytest.mark.parametrize("mode", ["sdp", "fsdp"])
+def test_nothing_outlives_a_network(mode):
+    """Hooks of gradients would keep its memory: Python cannot see who holds them."""
+    assert run_ranks(what_outlives_a_network, 2, mode) == [[]] * 2
