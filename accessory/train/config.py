@@ -130,7 +130,7 @@ class FinetuneConfig:
     checkpointing: bool = option(False, "compute activations again instead of keeping them")
     optimizer: OptimizerKind = option("adamw", "adamw, or adamw_8bit: most moments in 8 bits, with bitsandbytes")
     offload: Offload = option("none", "none, or optimizer: AdamW's moments in host memory, where a GPU trains")
-    gradient_dtype: GradientDtype = option("fp32", "fp32, or bf16: gradients of half the size, summed in bf16")
+    gradient_dtype: GradientDtype = option("fp32", "fp32, or bf16: gradients of half the size, which add up in bf16")
     cuda_graphs: bool | None = option(
         None,
         "replay the passes as CUDA graphs; default: where adapters are trained; not with sharded weights or images",
