@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
-from accessory.ops.experts_autograd import trained_experts
+from accessory.ops.experts_autograd import SumOverRanks, trained_experts
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight
 
 
@@ -46,6 +46,7 @@ class StackedExperts(nn.Module):
         self.fused = FusedWeights(dim=1)
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
         self.recompute = False  # activation checkpointing: keep only the input
+        self.sum_over_ranks: SumOverRanks | None = None  # of gradients, where each has a part of all experts
 
     @property
     def products_in(self) -> torch.dtype:
@@ -108,7 +109,8 @@ class StackedExperts(nn.Module):
         x_TD = x_TD.to(self.products_in)
         w1, w2, w3 = self.all_weights(adapters is not None)
         if torch.is_grad_enabled() and adapters is None:
-            return trained_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, self.held, self.recompute)
+            held, recompute, sum_over_ranks = self.held, self.recompute, self.sum_over_ranks
+            return trained_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, held, recompute, sum_over_ranks)
         w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
         kernel = decode_kernel(x_TD, (w1, w2, w3), expert_TK.numel(), fused=w13 is not None)
         if kernel is not None:

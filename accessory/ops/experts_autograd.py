@@ -18,7 +18,7 @@ F hidden dim, r rank, O out, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,10 @@ MANY = 2**20  # rows: kernels for few rows need the host less than those for man
 STACKS = 3  # w1, w2, w3
 
 
+# Begins to sum a tensor over ranks, in place. The function that it returns has what comes next wait for the sum.
+SumOverRanks = Callable[[Tensor], Callable[[], object]]
+
+
 class _Plan(NamedTuple):
     """What of a call is no tensor with a gradient."""
 
@@ -52,6 +56,7 @@ class _Plan(NamedTuple):
     scales: Sequence[float]  # of their LoRA adapters
     first: int | None
     recompute: bool
+    sum_over_ranks: SumOverRanks | None
 
 
 def trained_experts(
@@ -63,18 +68,20 @@ def trained_experts(
     expert_TK: Tensor,
     first: int | None = None,
     recompute: bool = False,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> Tensor:
     """`ops.experts.grouped_experts` with gradients, (T, D) fp32; `backward` works once.
 
     first: the weights are those of the experts `first … first + E - 1`, and the host waits to learn how many pairs they
-    got, so that no memory is taken for the others. recompute: keep the input only.
+    got, so that no memory is taken for the others. recompute: keep the input only. sum_over_ranks: for the input's
+    gradient, of which each rank has a part; the gradients of weights are made meanwhile.
     """
     weights = (w1_EFD, w2_EDF, w3_EFD)
     fields: list[Tensor | None] = []
     for w in weights:
         fields += [w.weight if isinstance(w.weight, Tensor) else None, w.bias, w.lora_a, w.lora_b]
     packed = [w.weight if isinstance(w.weight, Packed) else None for w in weights]
-    plan = _Plan(packed, [w.lora_scale for w in weights], first, recompute)
+    plan = _Plan(packed, [w.lora_scale for w in weights], first, recompute, sum_over_ranks)
     return _Experts.apply(x_TD, weight_TK, expert_TK, plan, *fields)
 
 
@@ -148,16 +155,13 @@ class _Experts(torch.autograd.Function):
         ctx.plan = ctx.kept = ctx.inner = ctx.fields = None
         stacks = _stacks(plan, fields, x_TD.dtype, kept)
         found = StackGradients(fields, ctx.needs_input_grad[4:])
-        rows = _Backward(x_TD, grads[0], weight_TK, order_N, stacks, inner, found, ctx.needs_input_grad[0])
+        rows = _Backward(x_TD, grads[0], weight_TK, order_N, stacks, inner, found, ctx.needs_input_grad[0], plan)
         del kept, stacks, inner
         rows.run(count_E)
-        dx_TD = None
-        if rows.dx_ND is not None:
-            products = None if plan.first is None else count_E.sum()
-            dx_TD = combine(rows.dx_ND, order_N, torch.ones_like(weight_TK), products).to(x_TD.dtype)
         assert rows.dweight_N is not None
         dweight = rows.dweight_N.new_zeros(weight_TK.numel()).scatter_(0, order_N, rows.dweight_N)
-        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *found.gradients
+        rows.wait()
+        return rows.dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *found.gradients
 
 
 class _Backward:
@@ -165,18 +169,22 @@ class _Backward:
 
     def __init__(
         self, x_TD: Tensor, dy_TD: Tensor, weight_TK: Tensor, order_N: Tensor, stacks: Sequence[_Stack],
-        inner: _Inner | None, found: StackGradients, wants_dx: bool,
+        inner: _Inner | None, found: StackGradients, wants_dx: bool, plan: _Plan,
     ) -> None:  # fmt: skip
-        self.x_TD, self.dy_TD, self.found, self.wants_dx = x_TD, dy_TD, found, wants_dx
+        self.x_TD, self.dy_TD, self.found, self.wants_dx, self.plan = x_TD, dy_TD, found, wants_dx, plan
+        self.weight_TK, self.order_N = weight_TK, order_N
         self.token_N, self.weight_N = order_N // weight_TK.shape[1], weight_TK.flatten()[order_N]
         self.w1, self.w2, self.w3 = stacks
         self.inner = inner  # of all rows, or of a piece while it is computed
         self.dx_ND: Tensor | None = None
+        self.dx_TD: Tensor | None = None
+        self.wait: Callable[[], object] = lambda: None  # for the sum of dx over ranks
         self.dweight_N: Tensor | None = None
 
     def run(self, count_E: Tensor) -> None:
         rows = len(self.token_N)
         pieces = _pieces(count_E, rows)
+        self.products = None if self.plan.first is None else count_E.sum()
         if len(pieces) > 1:
             stacks = (self.w1, self.w2, self.w3)
             if self.inner is None and _whole_gate_and_up(stacks, self.x_TD, rows):
@@ -219,7 +227,8 @@ class _Backward:
             self.found.add(1, dy_ND, dh_NF, low2_Nr, dlow2_Nr, count_E, self.weight_N[rows])
 
     def _through_w1_and_w3(self, piece: _Piece, last: bool) -> None:
-        """The input's gradient comes first: then the gradient of w3 x is given back before that of w1 is made."""
+        """The input's gradient comes first, and ranks sum it while those of weights are made. The gradient of w3 x is
+        given back before that of w1 is made."""
         rows, count_E = piece
         assert self.inner is not None
         dgate_NF, dup_NF, low1_Nr, low3_Nr = self.inner
@@ -230,12 +239,23 @@ class _Backward:
             self.dx_ND = _put(dx_ND, self.dx_ND, rows, len(self.token_N))
             del dx_ND
         if last:
+            self._begin_dx()
             self.w1, self.w3 = self.w1._replace(weight=None), self.w3._replace(weight=None)
         if self.found.wants(0) or self.found.wants(2):
             x_ND = self.x_TD[self.token_N[rows]]
             self.found.add(2, dup_NF, x_ND, low3_Nr, dlow3_Nr, count_E)
             del dup_NF, low3_Nr, dlow3_Nr
             self.found.add(0, dgate_NF, x_ND, low1_Nr, dlow1_Nr, count_E)
+
+    def _begin_dx(self) -> None:
+        """All rows have their input's gradient: sum those of a token, and begin the sum over ranks."""
+        if self.dx_ND is None:
+            return
+        dx_TD = combine(self.dx_ND, self.order_N, torch.ones_like(self.weight_TK), self.products)
+        self.dx_ND = None
+        self.dx_TD = dx_TD.to(self.x_TD.dtype)
+        if self.plan.sum_over_ranks is not None:
+            self.wait = self.plan.sum_over_ranks(self.dx_TD)
 
 
 def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[Weight]) -> bool:

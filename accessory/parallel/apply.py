@@ -23,7 +23,13 @@ from accessory.nn.linear import RMSNorm
 from accessory.nn.moe import MoE
 from accessory.ops.cross_entropy import VocabularyPart
 from accessory.parallel import sharding
-from accessory.parallel.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks, stack_from_ranks
+from accessory.parallel.collectives import (
+    begin_sum,
+    copy_to_ranks,
+    gather_from_ranks,
+    reduce_from_ranks,
+    stack_from_ranks,
+)
 from accessory.parallel.experts import compute_at_owners
 from accessory.parallel.mesh import Ranks
 from accessory.parallel.symmetric import exchange
@@ -153,9 +159,9 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
         return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
 
     def copy_to_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # The routing weights too: each rank computes only its experts' part of their gradient.
+        # Each rank computes only its experts' part of the routing weights' gradient. That of x they sum themselves.
         x_TD, weight_TK, *rest = inputs
-        return copy_to_ranks(x_TD, ranks), copy_to_ranks(weight_TK, ranks), *rest
+        return x_TD, copy_to_ranks(weight_TK, ranks), *rest
 
     decoder.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: gathered(output))
     decoder.output.register_forward_pre_hook(copy_first)
@@ -165,6 +171,7 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     layers: list[Any] = list(decoder.layers)
     # The last norm sees some rows only, so the sum before it stands alone.
     for layer, norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), None], strict=True):
+        layer.feed_forward.experts.sum_over_ranks = partial(begin_sum, ranks=ranks)
         layer.feed_forward.experts.register_forward_pre_hook(copy_to_experts)
         layer.feed_forward.experts.register_forward_hook(reduced_before(norm))
         if attention_is_cut:

@@ -1,6 +1,7 @@
 """The collectives between model-parallel ranks, with their gradients.
 
 `copy_to_ranks`: all ranks have the same tensor, and each continues with its part of the network; gradients are summed.
+Where an operation has its input's gradient before its weights', it may `begin_sum` of it itself.
 `reduce_from_ranks`: each rank has a part of a sum; values are summed. `gather_from_ranks`: each rank has a slice;
 slices are concatenated. The first two are Megatron-LM's f and g (arXiv 1909.08053).
 
@@ -10,6 +11,7 @@ each rank has rows for each other one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ class _ReduceFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, wire: torch.dtype) -> Tensor:
         ctx.dtype = x.dtype
+        if x.is_cuda and x.dtype != wire:  # the cast is a copy already
+            total = x.to(wire)
+            dist.all_reduce(total, group=ranks.group)
+            return total.float()
         return _total(x.to(wire), ranks).float()
 
     @staticmethod
@@ -126,6 +132,11 @@ def _total(x: Tensor, ranks: Ranks) -> Tensor:
 def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     """Return x unchanged. Its gradient is summed over ranks."""
     return _CopyToRanks.apply(x, ranks)
+
+
+def begin_sum(x: Tensor, ranks: Ranks) -> Callable[[], object]:
+    """Begin to sum x over ranks, in place. The function that is returned has what comes next wait for the sum."""
+    return dist.all_reduce(x, group=ranks.group, async_op=True).wait
 
 
 def reduce_from_ranks(x: Tensor, ranks: Ranks, wire: torch.dtype = torch.float32) -> Tensor:

@@ -217,12 +217,17 @@ def _backward_of_experts(layer: LayerSizes, training: LayerTraining) -> list[Bac
     low = quantized and training.experts_lora
     # Where tokens are exchanged, the exchange is computed again as well, and with it all that autograd keeps of it.
     again = training.recompute and not training.exchanged
-    kept, dy = layer.tokens_16bit, layer.tokens_16bit
+    kept = dy = dx = layer.tokens_16bit
     if training.exchanged:  # also the gradients of results that were sent back, and of inputs that came
-        kept, dy = (3 + 2) * ND + layer.tokens_16bit * training.recompute, ND
+        kept, dy, dx = (3 + 2) * ND + layer.tokens_16bit * training.recompute, ND, ND
     both = ND + max(dequantized, low * ND) if quantized else 0
-    # Beside the input's gradient; that of w3 x is given back before the gradient of w1 is made.
-    of_weights = [BackwardPeak(kept + 2 * NF + 2 * ND, 2 * done), BackwardPeak(kept + NF + 2 * ND, 3 * done)]
+    # The input's gradient of all pairs, of all tokens in fp32 and in 16 bits. Beside the last, the input of all pairs:
+    # the gradient of w3, and that of w1, before which the gradient of w3 x is given back.
+    of_weights = [
+        BackwardPeak(kept + dx + 2 * NF + ND + 2 * dx, done),
+        BackwardPeak(kept + dx + 2 * NF + ND, 2 * done),
+        BackwardPeak(kept + dx + NF + ND, 3 * done),
+    ]
     if layer.pairs <= TRAINED_PAIRS_AT_ONCE:
         if not again:
             return [

@@ -7,6 +7,7 @@ from helpers.trained_experts import WAYS, E, F, K, T, agree, case, gradients, le
 from accessory.ops import experts_autograd
 from accessory.ops.experts import grouped_experts
 from accessory.ops.experts_autograd import trained_experts
+from accessory.ops.stack_gradients import StackGradients
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -124,3 +125,28 @@ def test_in_bf16_on_a_gpu(way, first, recompute, at_once, monkeypatch):
     got_gradients = torch.autograd.grad((y * pull).sum(), leaves(x16, moved, weight_TK))
     for ours, theirs in zip([y, *got_gradients], [want, *want_gradients], strict=True):
         assert (ours.float().cpu() - theirs).norm() <= 2.5e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("at_once", [experts_autograd.TRAINED_PAIRS_AT_ONCE, 8])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_ranks_sum_the_inputs_gradient_while_those_of_weights_are_made(at_once, recompute, monkeypatch):
+    monkeypatch.setattr(experts_autograd, "TRAINED_PAIRS_AT_ONCE", at_once)
+    happened, add = [], StackGradients.add
+
+    def noted(self, stack, *args):
+        happened.append(f"w{stack + 1}")
+        add(self, stack, *args)
+
+    def begin(dx_TD):
+        happened.append("begin")
+        dx_TD.mul_(2)
+        return lambda: happened.append("wait")
+
+    x, stacks, weight, expert = case()
+    alone = gradients(trained_experts, x, stacks, weight, expert, recompute=recompute)[1]
+    monkeypatch.setattr(StackGradients, "add", noted)
+    summed = gradients(trained_experts, x, stacks, weight, expert, recompute=recompute, sum_over_ranks=begin)[1]
+    assert happened[-4:] == ["begin", "w3", "w1", "wait"]
+    assert happened.count("begin") == 1
+    assert torch.equal(summed[0], 2 * alone[0])
+    assert all(torch.equal(a, b) for a, b in zip(summed[1:], alone[1:], strict=True))

@@ -86,7 +86,7 @@ def test_backward_through_dequantized_stacks_by_hand(again, inputs, hidden, stac
         (16384, "nf4", False, 0.5, 2, (1, 1), 1),  # w2
         (24576, "nf4", True, 1, 2, (1, 1), 1),  # in forward, with all results
         (24577, "nf4", True, 1.5, 0, (2, 3), 3),  # 2 · (N - 16384) is above 2 · 8 · D: two stacks take less
-        (65536, None, False, 2, 2, (0, 0), 0),  # w3's adapter: x and its gradient
+        (65536, None, False, 2.5, 2, (0, 0), 0),  # the input's gradient: of pairs, of tokens in fp32 and in 16 bits
     ],
 )
 def test_backward_of_more_pairs_than_a_piece_by_hand(tokens, format, again, inputs, hidden, piece, stacks):
