@@ -122,8 +122,7 @@ class ShardedParameter:
             work.wait()
             if self.sharded.grad is not None:
                 part = local(self.sharded.grad).to(self.gradient_dtype).add_(part)
-            if self.sharded.grad is None or part is not local(self.sharded.grad):
-                self.sharded.grad = self._distributed(part)
+            self.sharded.grad = self._distributed(part)
         self._reducing.clear()
 
     def _by_rank(self, whole: Tensor) -> Tensor:
