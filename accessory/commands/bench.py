@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from accessory import __version__
 from accessory.bench import figures, kernels, pages, peer_gpt_fast, peer_transformers, roofline
@@ -41,6 +42,7 @@ def bench(options: argparse.Namespace) -> int:
     device = torch.device(check_device(options.device) or default_device())
     if options.kernels and device.type != "cuda":
         raise InputError("--kernels: it needs a GPU; on a CPU no step is a CUDA graph")
+    joined = dist.is_initialized()
     group = join_launched()
     ranks = Ranks.of(group) if group is not None else None
     _check_ranks(options, args, ranks, device)
@@ -82,6 +84,8 @@ def bench(options: argparse.Namespace) -> int:
     _run(job, options, command)
     if job.first:
         _write(job, options, command)
+    if group is not None and not joined:  # its threads would otherwise end with the process, which may abort it
+        dist.destroy_process_group()
     return 0
 
 
