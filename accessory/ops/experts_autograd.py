@@ -29,7 +29,7 @@ from accessory.ops import dispatch
 from accessory.ops.compute_copy import copy_of, in_dtype
 from accessory.ops.dense_products import Term, grouped_backward, grouped_dense, sort_by_expert
 from accessory.ops.dense_products import sum_of_terms as sum_of_dense_terms
-from accessory.ops.experts import combine, gate
+from accessory.ops.experts import combine, gate, gate_backward
 from accessory.ops.linear import Weight
 from accessory.ops.quantized import Packed
 from accessory.ops.quantized_products import (
@@ -267,27 +267,6 @@ def runs_host_free(dtype: torch.dtype, device: torch.device, weights: Sequence[W
         if stack is not None
         for op in (_OPS if isinstance(stack, Tensor) else _OPS[:2])
     )
-
-
-def gate_backward(gate_NF: Tensor, up_NF: Tensor, dh_NF: Tensor, weight_N: Tensor, writes_h: bool) -> Tensor:
-    """The gradients of weight · silu(gate) ⊙ up, where dh is that of silu(gate) ⊙ up alone: those of gate and up take
-    their places, and with `writes_h` weight · h takes the place of dh.
-
-    gate, up and dh are contiguous. Returns the gradients of the weights, (N,) fp32.
-    """
-    kernel = dispatch.find(dispatch.over_tokens("gate_backward", gate_NF))
-    if kernel is not None:
-        return kernel.load()(gate_NF, up_NF, dh_NF, weight_N, writes_h)
-    g_NF, u_NF, weight_N1 = gate_NF.float(), up_NF.float(), weight_N.float()[:, None]
-    sigmoid_NF = g_NF.sigmoid()
-    silu_NF = g_NF * sigmoid_NF
-    dweight_N = (dh_NF.float() * silu_NF * u_NF).sum(-1)
-    d_NF = dh_NF.float() * weight_N1
-    if writes_h:
-        torch.mul(weight_N1 * silu_NF, u_NF, out=dh_NF)
-    torch.mul(d_NF * u_NF * sigmoid_NF, 1 + g_NF * (1 - sigmoid_NF), out=gate_NF)
-    torch.mul(d_NF, silu_NF, out=up_NF)
-    return dweight_N
 
 
 # --------------------------------------------------------------------------- pieces of rows

@@ -27,7 +27,7 @@ def check_gate(device, dtype, bound):
 
 def check_gate_backward(device, dtype, bound):
     """In place of what it reads: the gradients of gate and up, weight · h, and the weights' gradients."""
-    from accessory.ops.experts_autograd import gate_backward as reference
+    from accessory.ops.experts import gate_backward as reference
     from accessory.ops.triton import prompt_experts as kernels
 
     for N, F in ((1, 8), (3, 100), (5, 2100), (0, 8)):
