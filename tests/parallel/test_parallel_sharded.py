@@ -1,14 +1,10 @@
 """Sharded parameters: what is whole when, what is sent, and that gradients are sums in the dtype that was asked for."""
 
-import gc
-import weakref
 from collections import Counter
 
 import pytest
 import torch
 from helpers.distributed import run_ranks
-from helpers.plans import finetuning
-from helpers.training import ARGS
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -16,11 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from accessory.parallel import sharded
 from accessory.parallel.local_shard import local
 from accessory.parallel.sharded import ShardedChain, ShardedLayer, ShardedParameter
-from accessory.planner.training import _gathered
-from accessory.planner.weights import tensor_groups
 
 D, LAYERS = 4, 4
-FOUR_LAYERS = ARGS.replace(n_layers=4)
 
 
 class Block(nn.Module):
@@ -264,74 +257,6 @@ def test_a_weight_arrives_in_its_place(world):
     assert run_ranks(no_copies, world) == [True] * world
 
 
-def bytes_of_a_step(rank, world, cases):
-    """The most bytes of whole weights, and of gradients on their way, while a network makes a step."""
-    from helpers.training import batches, make_decoder
-
-    from accessory.parallel.mesh import DeviceMesh, Ranks
-    from accessory.train.trainer import LossWeights, Trainer
-
-    now, most, found = Counter(), Counter(), []
-
-    def count(what, more):
-        now[what] += more
-        most[what] = max(most[what], now[what])
-
-    class Counted(ShardedParameter):
-        def unshard(self):
-            before = self.size_now()
-            super().unshard()
-            count("whole", self.size_now() - before)
-
-        def size_now(self):
-            return 0 if self.unsharded is None else self.unsharded.untyped_storage().size()
-
-        def reshard(self):
-            count("whole", -self.size_now())
-            super().reshard()
-
-        def wait_for_reduce(self):
-            count("leaving", -sum(by_rank.numel() * by_rank.element_size() for _, _, by_rank in self._reducing))
-            super().wait_for_reduce()
-
-        def reduce(self):
-            count("leaving", self.unsharded.grad.numel() * self.unsharded.grad.element_size())
-            super().reduce()
-
-    sharded.ShardedParameter = Counted
-    mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
-    for mode, gradient_dtype in cases:
-        most.clear()
-        decoder = make_decoder(
-            "sparse", mesh, mode, dtype=torch.bfloat16, args=FOUR_LAYERS, gradient_dtype=gradient_dtype
-        )
-        trainer = Trainer(decoder, mesh, LossWeights(0.1))
-        for step in range(2):
-            trainer.step(batches(step), 1e-3)
-        assert not now["leaving"]
-        found.append((most["whole"], most["leaving"], now["whole"] / most["whole"]))
-        now.clear()
-    return found
-
-
-def test_the_planner_counts_what_is_whole():
-    cases = [("sdp", torch.float32), ("fsdp", torch.bfloat16)]
-    wanted = []
-    for mode, gradient_dtype in cases:
-        name = "bf16" if gradient_dtype == torch.bfloat16 else "fp32"
-        setup = finetuning(FOUR_LAYERS, kind="full", dp=2, data_parallel=mode, gradient_dtype=name)
-        groups = list(tensor_groups(setup))
-        in_layers = sum(g.numel for g in groups if g.in_layer and g.role != "fp32")
-        summed = 2 * in_layers // FOUR_LAYERS.n_layers
-        # Gradients: a layer's that are summed, and those that the next one has just made.
-        wanted.append((_gathered(setup, setup.task, groups) - summed, 2 * summed))
-    for found in run_ranks(bytes_of_a_step, 2, cases):
-        assert [(whole, leaving) for whole, leaving, _ in found] == wanted
-        # Between steps there is what the next one needs first: in sdp all, in fsdp less than in a step.
-        assert found[0][2] == 1.0
-        assert 0.0 < found[1][2] < 1.0
-
-
 class Pair(nn.Module):
     """Two weights of one shape, which each rank reads in an order of its own, or of which it reads one alone."""
 
@@ -392,25 +317,3 @@ def ranks_with_orders_of_their_own(rank, world, orders):
 def test_ranks_begin_their_sums_in_one_order(orders):
     """Else a rank would add one weight's gradient to another's, or wait for a sum that nobody else begins."""
     assert run_ranks(ranks_with_orders_of_their_own, 2, orders) == [["b", "a"] * 4] * 2
-
-
-def what_outlives_a_network(rank, world, mode):
-    from helpers.training import batches, make_decoder
-
-    from accessory.parallel.mesh import DeviceMesh, Ranks
-    from accessory.train.trainer import LossWeights, Trainer
-
-    mesh = DeviceMesh.of(Ranks.of(torch.distributed.group.WORLD), 1, "cpu")
-    decoder = make_decoder("sparse", mesh, mode, dtype=torch.bfloat16)
-    trainer = Trainer(decoder, mesh, LossWeights(0.1))
-    trainer.step(batches(0), 1e-3)
-    there = {name: weakref.ref(p) for name, p in [("", decoder), *decoder.named_parameters()]}
-    del decoder, trainer
-    gc.collect()
-    return [name for name, reference in there.items() if reference() is not None]
-
-
-@pytest.mark.parametrize("mode", ["sdp", "fsdp"])
-def test_nothing_outlives_a_network(mode):
-    """Hooks of gradients would keep its memory: Python cannot see who holds them."""
-    assert run_ranks(what_outlives_a_network, 2, mode) == [[]] * 2
