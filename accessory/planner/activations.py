@@ -16,7 +16,7 @@ from typing import Literal
 from accessory.formats import Format
 from accessory.limits import TRAINED_PAIRS_AT_ONCE
 from accessory.ops.dispatch import Op, Product, choose
-from accessory.planner.setup import SUMMED_GRADIENT, Setup, Training
+from accessory.planner.setup import Setup, Training
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def layer_training(setup: Setup, task: Training) -> LayerTraining:
         packing=task.packing,
         context=setup.cp,
         exchanged=setup.ep > 1,
-        gradient=SUMMED_GRADIENT if gathered else task.gradient,
+        gradient=setup.summed_gradient if gathered else task.gradient,
         copy=0 if gathered or setup.keeps_copies else parameter.copy,
         recompute=task.checkpointing,
         accumulating=setup.keeps_gradients and not gathered,

@@ -19,7 +19,6 @@ TrainingKind = Literal["full", "lora", "mm_stage1"]
 OptimizerKind = Literal["adamw", "adamw_8bit"]
 Offload = Literal["none", "optimizer"]
 GradientDtype = Literal["fp32", "bf16"]
-SUMMED_GRADIENT = 2  # bytes a number while data-parallel ranks sum it: bf16, as products run in it
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,15 @@ class Setup:
         assert isinstance(self.task, Training), "only training shards over data-parallel ranks"
         whole = self.task.kind == "lora" and self.task.data_parallel == "sdp" and self.ep == 1
         return self.dp > 1 and not whole
+
+    @property
+    def summed_gradient(self) -> int:
+        """Bytes a number of a gradient while data-parallel ranks sum it: bf16's, where products are in 16 bits.
+
+        With fp16 gradients are summed in fp32, which is not counted.
+        """
+        assert isinstance(self.task, Training), "prompts have no gradients"
+        return min(self.dense_bytes, self.task.gradient)
 
     @property
     def keeps_gradients(self) -> bool:

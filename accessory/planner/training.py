@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from accessory.limits import CROSS_ENTROPY_ROWS, LOGITS_AT_ONCE, OPTIMIZER_PIECE, PIECES_ON_THE_WAY
 from accessory.planner.activations import BackwardPeak, layer_backward, layer_kept, layer_sizes, layer_training
 from accessory.planner.moments import held_moments, offloads
-from accessory.planner.setup import SUMMED_GRADIENT, Setup, Training
+from accessory.planner.setup import Setup, Training
 from accessory.planner.weights import TensorGroup, group_bytes, is_trained, rank_share, replicas_of, tensor_groups
 
 # On a CPU, cross-entropy holds so many tensors of fp32 logits at once, each of `CROSS_ENTROPY_ROWS` rows.
@@ -86,7 +86,7 @@ def _of_gradient(group: TensorGroup, setup: Setup, task: Training) -> int:
     if group.role == "fp32":
         return task.parameter.gradient
     summed = setup.fsdp and replicas_of(group, setup) > 1
-    return SUMMED_GRADIENT if summed and task.accum_iter == 1 else task.gradient
+    return setup.summed_gradient if summed and task.accum_iter == 1 else task.gradient
 
 
 def _is_head(group: TensorGroup) -> bool:
@@ -122,7 +122,8 @@ def _gathered(setup: Setup, task: Training, groups: list[TensorGroup]) -> int:
 
     layer = sum(whole(g) for g in cut if g.in_layer) // L
     outside = sum(whole(g) for g in cut if not g.in_layer)
-    summed = SUMMED_GRADIENT * sum(g.numel for g in cut if g.in_layer and is_trained(g, setup)) // L if L > 1 else 0
+    trained = sum(g.numel for g in cut if g.in_layer and is_trained(g, setup))
+    summed = setup.summed_gradient * trained // L if L > 1 else 0
     return outside + layer * (min(2, L) if task.data_parallel == "fsdp" else L) + summed
 
 

@@ -1,5 +1,7 @@
 """The bytes of moments and gradients, by hand, and what fits 8 cards of 80 GB."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.plans import BIG, CUTTABLE, TINY, finetuning
 from helpers.sizes import CUTTABLE as ROWS_OF_512
@@ -151,6 +153,20 @@ def test_what_lets_8_cards_of_80_gb_train_all_of_8x7b(choices, fits):
     # 46.7 B / 8 = 5.84 B numbers a rank: a weight of 4 bytes, and the gradient and moments that are chosen.
     lasting = 4 + {"optimizer": 2 + 8 / 256, "offload": 0}.get(next(iter(choices), ""), 8)
     assert found.terms["weights"] + found.terms.get("optimiser", 0) == pytest.approx(lasting * 5.84e9, rel=0.01)
+
+
+def test_ranks_sum_gradients_in_16_bits_where_products_are():
+    """A rank's part of the gradients: 2 bytes a number, or 4 where products are in fp32 or micro-steps add up."""
+
+    def gradients(dense_bytes=2, **choices):
+        setup = replace(full(dp=8, data_parallel="fsdp", **choices), dense_bytes=dense_bytes)
+        return step(setup)["gradients"]
+
+    part = 46.7e9 / 8
+    assert gradients() == pytest.approx(2 * part, rel=0.01)
+    assert gradients(dense_bytes=4) == pytest.approx(4 * part, rel=0.01)
+    assert gradients(accum_iter=2) == pytest.approx(4 * part, rel=0.01)
+    assert gradients(dense_bytes=4, **BF16) == gradients(accum_iter=2, **BF16) == gradients()
 
 
 def test_the_search_keeps_what_was_asked_for():
