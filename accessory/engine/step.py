@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from accessory.engine.sampler import Drawn
 from accessory.engine.scheduler import StepResult
 from accessory.engine.sequence import Draw
+from accessory.ops.to_host import Ready, to_host
 
 
 class Step:
@@ -22,28 +22,19 @@ class Step:
     ) -> None:
         self._drawn, self._asked = None if drawn is None else _to_host(drawn), asked
         self._scored = {n: (_to_host(rows), most) for n, (rows, most) in scored.items()}
-        self._ready = torch.cuda.Event() if device.type == "cuda" else None
-        if self._ready is not None:
-            self._ready.record()
+        self._ready = Ready(device)
 
     def result(self) -> StepResult:
-        if self._ready is not None:
-            self._ready.synchronize()
+        self._ready.wait()
         draws = [] if self._drawn is None else _draws(self._drawn, self._asked)
         judged = {n: _draws(rows, [most] * len(rows.token_B)) for n, (rows, most) in self._scored.items()}
         return StepResult(draws, judged)
 
 
 def _to_host(drawn: Drawn) -> Drawn:
-    """Start copies to the host. They are done when the step is."""
-
-    def copy(x: Tensor | None) -> Tensor | None:
-        if x is None or x.device.type == "cpu":
-            return x
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
+    """Begin to copy rows to the host. The copies are there when the step is done."""
     columns = (drawn.token_B, drawn.logprob_B, drawn.top_ids_BK, drawn.top_logprobs_BK)
-    return Drawn(*(copy(column) for column in columns))  # type: ignore[arg-type]
+    return Drawn(*(None if column is None else to_host(column) for column in columns))  # type: ignore[arg-type]
 
 
 def _draws(drawn: Drawn, asked: list[int | None]) -> list[Draw | None]:

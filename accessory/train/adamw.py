@@ -1,13 +1,14 @@
 """AdamW (arXiv 1711.05101) over this rank's parts of the trained parameters, and how a large update is cut into pieces.
 
-The factor that clips gradients and undoes fp16's loss scale is part of the update. So on a GPU, whose kernels take it,
-no pass over the gradients is needed before. Large parameters have a kernel of ours (`ops.triton.adamw`). It reads
-gradients in bf16 as they are, and writes the parameter's 16-bit copy too, where products read one. Elsewhere torch
-makes the update, and gradients in bf16 are widened piece by piece.
+The factor that clips gradients and undoes fp16's loss scale is part of the update. A GPU's kernels read it there: no
+pass over the gradients comes before, and the host does not wait for their norm. Large parameters have a kernel of ours
+(`ops.triton.adamw`). It reads gradients in bf16 as they are, and writes the parameter's 16-bit copy too, where products
+read one. Elsewhere torch makes the update, and gradients in bf16 are widened piece by piece.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,7 +89,8 @@ class AdamW:
     """AdamW over (name, parameter) pairs. The moments are fp32 and lie beside the parameters.
 
     Attributes, as torch's optimisers have them: `param_groups`, dictionaries with "params", "lr" and "weight_decay";
-    `state`, this rank's moments of each parameter, by name. `updates`: how often the parameters were moved.
+    `state`, this rank's moments of each parameter, by name. `updates`: how often the parameters were moved, if the
+    caller of `step` takes back those that moved nothing.
     `moved`: called with each parameter when its update has been begun.
     """
 
@@ -111,11 +113,17 @@ class AdamW:
         return {moment: torch.zeros_like(local(parameter)) for moment in MOMENTS}
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0) -> None:
-        """Move all parameters by their gradients times `scale`. The gradients may be changed."""
+    def step(self, scale: float | Tensor = 1.0) -> None:
+        """Move all parameters by their gradients times `scale`; where it is NaN, nothing. The gradients may be changed.
+
+        scale: a number, or a tensor of one, fp64. If it lies on a GPU, the host does not wait for it.
+        """
         if not self.state:
             self.allocate(0)
         self.updates += 1
+        scale = self._as_read(scale)
+        if isinstance(scale, float) and math.isnan(scale):
+            return
         for group in self.param_groups:
             found = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             pieces = [self._piece(p, local(p.grad)) for p in found]
@@ -128,6 +136,13 @@ class AdamW:
                     elif copy is not None:
                         copy.forget()
                     self.moved(found[n])
+
+    def _as_read(self, scale: float | Tensor) -> float | Tensor:
+        """The scale as the updates take it: a tensor on a GPU, elsewhere a number."""
+        device = local(self.named[0][1]).device
+        if device.type != "cuda":
+            return float(scale)
+        return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device=device)
 
     def _in_turn(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """The numbers of the pieces that are updated together: those with a kernel of ours one by one, since they are
@@ -144,13 +159,13 @@ class AdamW:
         copy = copy_of(parameter)
         return Piece(value, gradient, moments, kernel, None if copy is None else copy.tensor)
 
-    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
+    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float | Tensor) -> None:
         """Update the parameters of one group, each a whole piece."""
         self._adamw([piece for piece in pieces if not piece.widened], group, scale)
         for bucket in buckets((piece for piece in pieces if piece.widened), OPTIMIZER_PIECE):
             self._adamw(bucket, group, scale)
 
-    def _adamw(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
+    def _adamw(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float | Tensor) -> None:
         """The update of some pieces. Their moments lie on the parameters' device."""
         for piece in pieces:
             self._by_our_kernel(piece, group, scale)
@@ -159,9 +174,9 @@ class AdamW:
             return
         device = pieces[0].value.device
         gradients = [piece.gradient.to(piece.value.dtype) for piece in pieces]
-        divisor = None
-        if scale != 1.0 and device.type == "cuda":
-            divisor = torch.full((), 1.0 / scale, device=device)
+        divisor = nothing = None
+        if isinstance(scale, Tensor):
+            divisor, nothing = scale.reciprocal().float(), scale.isnan().float()
         elif scale != 1.0:
             torch._foreach_mul_(gradients, scale)
         # torch adds one to each counter before it reads it.
@@ -176,6 +191,7 @@ class AdamW:
             foreach=False,
             fused=device.type == "cuda",
             grad_scale=divisor,
+            found_inf=nothing,
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],
@@ -185,7 +201,7 @@ class AdamW:
             maximize=False,
         )
 
-    def _by_our_kernel(self, piece: Piece, group: Mapping[str, Any], scale: float) -> None:
+    def _by_our_kernel(self, piece: Piece, group: Mapping[str, Any], scale: float | Tensor) -> None:
         if piece.kernel is None:
             return
         how = {"lr": group["lr"], "weight_decay": group["weight_decay"], "updates": self.updates, "scale": scale}

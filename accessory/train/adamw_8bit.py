@@ -99,13 +99,18 @@ class AdamW8bit(AdamW):
         blocks = (*like.shape[:-1], like.shape[-1] // BLOCK)
         return codes | {key: torch.zeros(blocks, device=like.device) for key in SCALES}
 
-    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
-        super()._update([piece for piece in pieces if CODES[0] not in piece.moments], group, scale)
+    def _as_read(self, scale: float | Tensor) -> float | Tensor:
+        """bitsandbytes takes a number, so the host waits for it."""
+        return float(scale)
+
+    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float | Tensor) -> None:
+        wide = [piece for piece in pieces if CODES[0] not in piece.moments]
+        super()._update(wide, group, super()._as_read(scale))
         rounded = (piece for piece in pieces if CODES[0] in piece.moments)
         for piece in chain.from_iterable(piece.cut(OPTIMIZER_PIECE) for piece in rounded):
             self._adamw_8bit(piece, group, scale)
 
-    def _adamw_8bit(self, piece: Piece, group: Mapping[str, Any], scale: float) -> None:
+    def _adamw_8bit(self, piece: Piece, group: Mapping[str, Any], scale: float | Tensor) -> None:
         codes, sq_codes = (piece.moments[key] for key in CODES)
         scales, sq_scales = (piece.moments[key] for key in SCALES)
         signed, unsigned = self._values
@@ -127,7 +132,7 @@ class AdamW8bit(AdamW):
             scales,
             sq_scales,
             group["weight_decay"],
-            gnorm_scale=scale,
+            gnorm_scale=float(scale),
         )
 
     @cached_property

@@ -36,7 +36,7 @@ class OffloadedAdamW(AdamW):
             for n, (_, p) in enumerate(self.named)
         }
 
-    def step(self, scale: float = 1.0) -> None:
+    def step(self, scale: float | Tensor = 1.0) -> None:
         self._lanes = _Lanes(local(self.named[0][1]).device)
         super().step(scale)
         self._lanes.finish()
@@ -46,7 +46,7 @@ class OffloadedAdamW(AdamW):
         """All at once: the moments of one piece come while another is updated."""
         return [list(range(len(pieces)))]
 
-    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float) -> None:
+    def _update(self, pieces: Sequence[Piece], group: Mapping[str, Any], scale: float | Tensor) -> None:
         for bucket in buckets(pieces, OPTIMIZER_PIECE):
             with self._lanes.here(bucket) as visiting:
                 self._adamw(visiting, group, scale)

@@ -6,8 +6,6 @@ import threading
 from functools import partial
 from typing import Any
 
-import torch
-
 from accessory.data.batches import Batch
 from accessory.errors import InputError, listed
 from accessory.train.config import FinetuneConfig
@@ -41,27 +39,27 @@ class TrainingLoop:
     def run(self, stop: threading.Event) -> None:
         """Train to the last step, which is evaluated and saved.
 
-        Raises InputError where `stop` was set on any rank, after the state of the step is saved, and where a loss is
-        not finite, with the items at fault.
+        Raises InputError where `stop` was set on any rank, after the state of a step is saved, and where a loss is not
+        finite, with the items at fault.
         """
         if self.first == 0:
             self._evaluate(0)
         for index, batches in self.data.loader.steps(self.first):
             step = index + 1
-            self.recorder.write(self._train(step, batches))
+            self.recorder.write(self._train(step, batches, stop))
             if step == self.last or self._evaluation_is_due(step):
                 self._evaluate(step)
-            stopping = self._any_rank_stops(stop)
+            stopping = self.trainer.stopping if self.trainer.mesh.size > 1 else stop.is_set()
             if step == self.last or stopping or self._state_is_due(step):
                 self._save(step)
             if stopping and step < self.last:
                 raise InputError(f"stopped by a signal after step {step}; its state is saved, go on with resume=auto")
 
-    def _train(self, step: int, batches: list[Batch]) -> dict[str, Any]:
+    def _train(self, step: int, batches: list[Batch], stop: threading.Event) -> dict[str, Any]:
         """Make step `step` (from 1); returns its record."""
         schedule = self.data.schedule
         try:
-            measured = self.trainer.step(batches, self._learning_rate(step))
+            measured = self.trainer.step(batches, self._learning_rate(step), stop=stop.is_set)
         except NotFiniteError as error:
             self._save(step - 1)
             raise InputError(
@@ -108,10 +106,6 @@ class TrainingLoop:
             return True
         epochs = self.config.save_interval
         return bool(epochs) and schedule.ends_epoch(step) and (schedule.place(step - 1)[0] + 1) % epochs == 0
-
-    def _any_rank_stops(self, stop: threading.Event) -> bool:
-        asked = torch.tensor(float(stop.is_set()), device=self.trainer.device)
-        return bool(self.trainer.mesh.sum_over_all(asked) > 0)
 
     def _items_at_fault(self, step: int, batches: list[Batch]) -> str:
         """The items whose loss is not finite, by file and line; where there are none, those of the whole step."""

@@ -7,15 +7,16 @@ With global statistics a micro-step has one balance loss, that of its tokens on 
 Model-parallel ranks see the same tokens. Ranks that share rows are data-parallel ranks, each with a part of the tokens.
 Together they have one balance loss a micro-batch.
 
-Legend: E experts, L layers, N learnt tokens.
+Legend: E experts, L layers, M micro-batches, N learnt tokens.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from accessory.data.batches import IGNORED, Batch
 from accessory.nn.decoder import Decoder, DecoderOutput
 from accessory.ops.routing import RouterStatistics, balance_loss
+from accessory.ops.to_host import Ready, to_host
 from accessory.parallel.fsdp import finish_gradients, squared_norm
 from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.mesh import DeviceMesh, Ranks, sum_over
@@ -55,7 +57,8 @@ class Trainer:
     ranks that share rows their parts of the same one.
 
     Attributes: `named`, the (name, parameter) pairs that are trained; `tower`, the image encoders, or None. graphs:
-    replay the passes as CUDA graphs, where the network and the ranks let it.
+    replay the passes as CUDA graphs, where the network and the ranks let it. `stopping`: whether a rank wanted to end,
+    when the last step had been begun.
     """
 
     def __init__(
@@ -79,31 +82,39 @@ class Trainer:
             self.optimizer.moved = decoder.parameter_moved
         self.device = next(decoder.parameters()).device
         self.loss_scale = LossScale.for_dtype(decoder.compute_dtype or torch.float32)
+        self.stopping = False
         self.sums = Sums(decoder.args.n_layers, decoder.args.moe.num_experts, self.device)
         graphs = graphs and can_be_graphs(decoder, mesh, images=tower is not None)
         self.passes = GraphedPasses(self._backward, decoder, self.named) if graphs else Passes(self._backward)
 
-    def step(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
+    def step(self, batches: Sequence[Batch], lr: float, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Make one step of `batches`, this rank's micro-batches; returns a record with keys that `train.metrics` names.
 
-        Raises NotFiniteError, on all ranks alike, before any parameter is touched.
+        Raises NotFiniteError, on all ranks alike, and then no parameter has been touched. The device knows by itself
+        whether it may touch them, so the host reads the numbers while the parameters are being moved. stop: whether
+        this rank wants to end; after the step all ranks have the same answer in `stopping`.
         """
         began = time.perf_counter()
         totals = self._all_passes(batches)
-        record, squares = self.sums.record(self.mesh, totals, squared_norm(self.decoder, self.mesh))
-        norm = math.sqrt(squares) / self.loss_scale.value
-        finite = math.isfinite(norm)
-        if not math.isfinite(record["loss"]) or (not finite and not self.loss_scale.dynamic):
-            self.optimizer.zero_grad()
-            what = "gradient" if math.isfinite(record["loss"]) else "loss"
-            raise NotFiniteError(f"the {what} is {norm if what == 'gradient' else record['loss']}")
-        if finite:
-            clipped = self.clip / (norm + 1e-6) if 0 < self.clip < norm else 1.0
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step(clipped / self.loss_scale.value)
-        self.loss_scale.update(finite)
+        squares = squared_norm(self.decoder, self.mesh)
+        numbers = self.sums.numbers(self.mesh)
+        stops = self.mesh.sum_over_all(torch.full((), float(stop()), device=self.device))
+        told = Told(totals, numbers, squares, stops)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step(self._scale(numbers, squares))
         self.optimizer.zero_grad()
+        record = self.sums.record(told)
+        self.stopping = told.stops > 0
+        norm = math.sqrt(told.squares) / self.loss_scale.value
+        finite = math.isfinite(record["loss"]) and math.isfinite(norm)
+        if not finite:
+            self.optimizer.updates -= 1  # nothing has moved
+        if not math.isfinite(record["loss"]):
+            raise NotFiniteError(f"the loss is {record['loss']}")
+        if not finite and not self.loss_scale.dynamic:
+            raise NotFiniteError(f"the gradient is {norm}")
+        self.loss_scale.update(finite)
         step_s = time.perf_counter() - began
         return record | {
             "lr": lr,
@@ -116,7 +127,9 @@ class Trainer:
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Compute the step's gradients, complete on every rank; returns the part of the record about the loss."""
         totals = self._all_passes(batches)
-        return self.sums.record(self.mesh, totals)[0]
+        numbers = self.sums.numbers(self.mesh)
+        nothing = torch.zeros((), device=self.device)
+        return self.sums.record(Told(totals, numbers, nothing, nothing))
 
     def _all_passes(self, batches: Sequence[Batch]) -> Totals:
         """The gradients of all micro-batches, and in `sums` what the record will tell."""
@@ -129,6 +142,16 @@ class Trainer:
             self.passes.run(batch, factors_5, self.device, self.mesh.context, self._features(batch))
         finish_gradients(self.decoder, self.mesh)
         return totals
+
+    def _scale(self, numbers: Tensor, squares: Tensor) -> Tensor:
+        """What the optimiser multiplies gradients by, () fp64 on the device: clipped, and without the loss scale. NaN
+        where the loss or a gradient is not finite."""
+        norm = squares.double().sqrt() / self.loss_scale.value
+        clipped = torch.ones_like(norm)
+        if self.clip > 0:
+            clipped = torch.where(norm > self.clip, self.clip / (norm + 1e-6), clipped)
+        finite = norm.isfinite() & numbers[0].isfinite()
+        return torch.where(finite, clipped / self.loss_scale.value, math.nan)
 
     def _backward(self, inputs: Inputs) -> None:
         """Add a micro-batch's gradients."""
@@ -179,20 +202,27 @@ class Trainer:
         own = [float(batch.counted_BT.sum()) for batch in batches]
         counted = [float((batch.whole or batch).counted_BT.sum()) for batch in batches]
         learnt = float(sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches))
-        numbers = torch.tensor([learnt, *own], dtype=torch.float64)
-        alone = self.mesh.data is None  # then nothing waits for the device
-        summed = (numbers if alone else self.mesh.sum_over_data(numbers.to(self.device))).tolist()
-        return Totals(learnt=summed[0], counted=counted, all_counted=sum(summed[1:]), counted_on_all=summed[1:])
+        sums, counted_M = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([learnt, *own], counted))
+        if self.mesh.data is None:
+            return Totals(sums[0], counted_M, sums[1:])
+        # On their device, where ranks can sum them and no host waits for the sums.
+        sums, counted_M = (self._begin_to(self.device, numbers) for numbers in (sums, counted_M))
+        sums = self.mesh.sum_over_data(sums)
+        return Totals(sums[0], counted_M, sums[1:])
+
+    @staticmethod
+    def _begin_to(device: torch.device, numbers: Tensor) -> Tensor:
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
     def _factors(self, totals: Totals) -> Tensor:
-        """What `loss` needs of a step, for each of its micro-batches: (micro-batches, 5) fp32, on the CPU."""
+        """What `loss` needs of a step, for each of its micro-batches: (micro-batches, 5) fp32, where the totals are."""
         together = self._together()
-        rows = []
-        for own, on_all in zip(totals.counted, totals.counted_on_all, strict=True):
-            share = (on_all if self.weights.global_statistics else own) / max(totals.all_counted, 1.0)
-            logged = share / (1 if together is None else together.size)
-            rows.append([max(totals.learnt, 1.0), share, max(totals.all_counted, 1.0), logged, self.loss_scale.value])
-        return torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+        learnt, all_counted = totals.learnt.clamp_min(1), totals.all_counted.clamp_min(1)
+        share_M = (totals.counted_on_all_M if self.weights.global_statistics else totals.counted_M) / all_counted
+        logged_M = share_M / (1 if together is None else together.size)
+        scale = torch.full_like(learnt, self.loss_scale.value)
+        learnt_M, all_counted_M, scale_M = (number.expand_as(share_M) for number in (learnt, all_counted, scale))
+        return torch.stack([learnt_M, share_M, all_counted_M, logged_M, scale_M], dim=1).float()
 
     def _together(self) -> Ranks | None:
         """The ranks whose tokens have one balance loss. Each has its value; its gradient is this rank's part."""
@@ -231,16 +261,57 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Totals:
-    """Tokens of a step, over all data-parallel ranks where it does not say otherwise."""
+    """Tokens of a step, fp64: on the CPU, or on the device where other data-parallel ranks add theirs."""
 
-    learnt: float
-    counted: list[float]  # of each micro-batch here, and on the ranks that share its rows
-    all_counted: float
-    counted_on_all: list[float]  # of each micro-step on all data-parallel ranks
+    learnt: Tensor  # () on all data-parallel ranks
+    counted_M: Tensor  # of each micro-batch here, and on the ranks that share its rows
+    counted_on_all_M: Tensor  # of each micro-step on all data-parallel ranks
+
+    @property
+    def all_counted(self) -> Tensor:
+        """() of the whole step, on all data-parallel ranks."""
+        return self.counted_on_all_M.sum()
+
+
+class Told:
+    """What the device tells the host of a step. The host waits for it when it first reads a number.
+
+    `numbers`: those of `Sums`. learnt, all_counted: see `Totals`. squares: of all gradients. stops: of how many ranks.
+    """
+
+    def __init__(self, totals: Totals, numbers: Tensor, squares: Tensor, stops: Tensor) -> None:
+        others = [value.to(numbers) for value in (totals.learnt, totals.all_counted, squares, stops)]
+        self._copy = to_host(torch.cat([numbers, torch.stack(others)]))
+        self._ready = Ready(numbers.device)
+
+    @cached_property
+    def _read(self) -> Tensor:
+        self._ready.wait()
+        return self._copy
+
+    @property
+    def numbers(self) -> Tensor:
+        return self._read[:-4]
+
+    @property
+    def learnt(self) -> float:
+        return float(self._read[-4])
+
+    @property
+    def all_counted(self) -> float:
+        return float(self._read[-3])
+
+    @property
+    def squares(self) -> float:
+        return float(self._read[-2])
+
+    @property
+    def stops(self) -> float:
+        return float(self._read[-1])
 
 
 class Sums:
-    """The sums that a step's record is made of: over micro-batches on the device, and over ranks once, at the end."""
+    """The sums that a step's record is made of: over micro-batches, on the device, and over ranks once, at the end."""
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, z
@@ -255,27 +326,28 @@ class Sums:
         counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
         self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
 
-    def record(self, mesh: DeviceMesh, totals: Totals, squares: Tensor | None = None) -> tuple[dict[str, Any], float]:
-        """(the part of the record about the loss, `squares`): the host waits for the device once, for both."""
-        summed = mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()]))
-        more = [] if squares is None else [squares.double().reshape(1)]
-        numbers = torch.cat([summed, *more]).cpu()
-        ce, z = numbers[:2].tolist()
-        rows = numbers[2 : 2 + self.layers.numel()].view(self.layers.shape)
+    def numbers(self, mesh: DeviceMesh) -> Tensor:
+        """All of them over all data-parallel ranks, fp64, on the device: cross-entropy first."""
+        return mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()]))
+
+    def record(self, told: Told) -> dict[str, Any]:
+        """The part of the record about the loss, of what `numbers` returned."""
+        ce, z = told.numbers[:2].tolist()
+        rows = told.numbers[2:].view(self.layers.shape)
         share_LE = rows[:, :-2] / rows[:, :-2].sum(1, keepdim=True).clamp_min(1.0)
-        entropy_L, balance_L = rows[:, -2] / max(totals.all_counted, 1.0), rows[:, -1]
+        entropy_L, balance_L = rows[:, -2] / max(told.all_counted, 1.0), rows[:, -1]
         return {
-            "loss": ce / max(totals.learnt, 1.0),
+            "loss": ce / max(told.learnt, 1.0),
             "balance": float(balance_L.mean()),
             "z": z,
-            "tokens": int(totals.all_counted),
+            "tokens": int(told.all_counted),
             "layers": {
                 "balance": balance_L.tolist(),
                 "entropy": entropy_L.tolist(),
                 "largest": share_LE.max(1).values.tolist(),
                 "share": share_LE.tolist(),
             },
-        }, float(numbers[-1])
+        }
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -101,10 +101,10 @@ def end_in_step(rank: int, wanted: int) -> None:
 
     original = TrainingLoop._train
 
-    def wrapped(self: Any, step: int, batches: Any) -> Any:
+    def wrapped(self: Any, step: int, *others: Any) -> Any:
         if step == wanted:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step, batches)
+        return original(self, step, *others)
 
     TrainingLoop._train = wrapped  # type: ignore[method-assign]
 
@@ -115,13 +115,13 @@ def signal_after(rank: int, step: int, *numbers: int) -> None:
 
     original, made = Trainer.step, [0]
 
-    def wrapped(self: Any, *args: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         made[0] += 1
         if made[0] == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(0.05)  # Python runs signal handlers between instructions
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     Trainer.step = wrapped  # type: ignore[method-assign]
 

@@ -29,12 +29,16 @@ def check(device, copied, bound):
                 gradient = (torch.randn(shape, generator=g) * 10.0 ** (updates - 4)).to(dtype)
                 theirs.grad = gradient.float() * scale
                 other.step()
-                how = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": decay, "scale": scale}
-                update(weight, gradient.to(device), *moments, copy, updates=updates, **how)
+                how = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": decay}
+                factor = torch.tensor(scale, dtype=torch.float64, device=device)
+                update(weight, gradient.to(device), *moments, copy, updates=updates, scale=factor, **how)
             assert (weight.cpu() - theirs.detach()).abs().max() <= bound, (shape, decay, scale, dtype)
             for moment, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
                 assert relative(moment, other.state[theirs][name]) <= bound, name
             assert copy is None or torch.equal(copy, weight.to(copied))
+            before = [t.clone() for t in (weight, *moments)]
+            update(weight, gradient.to(device), *moments, copy, updates=6, scale=factor * float("nan"), **how)
+            assert all(torch.equal(t, was) for t, was in zip((weight, *moments), before, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")

@@ -12,8 +12,9 @@ from accessory.parallel.fsdp import model_copies, squared_norm
 from accessory.parallel.local_shard import local, local_parameters
 from accessory.parallel.mesh import DeviceMesh
 from accessory.train.adamw import decays
+from accessory.train.adamw_offload import OffloadedAdamW
 from accessory.train.optim import LossScale, learning_rate, make_optimizer
-from accessory.train.trainer import LossWeights, Trainer
+from accessory.train.trainer import LossWeights, NotFiniteError, Trainer
 
 PLAN = {"lr": 4.0, "min_lr": 1.0, "warmup_epochs": 0.5, "epochs": 2.5}
 
@@ -114,6 +115,55 @@ def test_clipping_is_torchs():
     trainer.optimizer.step(CLIP / (norm + 1e-6))  # on a CPU it leaves the clipped gradients behind
     for p, grad in zip(parameters, clipped, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-5, atol=1e-9)
+
+
+def test_the_parameters_are_moved_before_the_host_reads_what_happened(monkeypatch):
+    """So a GPU need not wait for the host between the gradients' norm and the optimiser."""
+    trainer = Trainer(make_decoder("sparse"), DeviceMesh(), LossWeights(0.1), clip=CLIP)
+    order = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda scale: order.append("moved"))
+    monkeypatch.setattr("accessory.train.trainer.Ready.wait", lambda ready: order.append("read"))
+    trainer.step(batches(0), 1e-3)
+    assert order == ["moved", "read"]
+
+
+@pytest.mark.parametrize(("broken", "says"), [("loss", "the loss is nan"), ("gradient", "the gradient is inf")])
+def test_nothing_moves_where_something_is_not_finite(monkeypatch, broken, says):
+    trainer = Trainer(make_decoder("sparse"), DeviceMesh(), LossWeights(0.1), clip=CLIP)
+    trainer.step(batches(0), 1e-3)
+    held = {
+        name: (p.detach().clone(), *(m.clone() for m in trainer.optimizer.state[p].values()))
+        for name, p in trainer.named
+    }
+    if broken == "loss":
+        add = trainer.sums.add
+        monkeypatch.setattr(trainer.sums, "add", lambda ce, *rest: add(ce * math.nan, *rest))
+    else:
+        monkeypatch.setattr("accessory.train.trainer.squared_norm", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(NotFiniteError, match=says):
+        trainer.step(batches(1), 1e-3)
+    for name, p in trainer.named:
+        now = (p.detach(), *trainer.optimizer.state[p].values())
+        assert all(torch.equal(one, other) for one, other in zip(now, held[name], strict=True)), name
+        assert p.grad is None
+    assert trainer.optimizer.updates == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "offloaded"])
+def test_a_scale_that_is_no_number_moves_nothing(kind):
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: optim)")
+    weight = nn.Parameter(torch.ones(256, 256))
+    named = [("w.weight", weight)]
+    optimizer = OffloadedAdamW(named, 0.5) if kind == "offloaded" else make_optimizer(named, 0.5, kind=kind)
+    optimizer.param_groups[0]["lr"] = 0.1
+    weight.grad = torch.ones(256, 256)
+    optimizer.step(torch.tensor(math.nan, dtype=torch.float64))
+    assert torch.equal(weight.detach(), torch.ones(256, 256))
+    assert all(not moment.any() for moment in optimizer.state[weight].values())
+    optimizer.updates -= 1
+    optimizer.step(torch.tensor(0.5, dtype=torch.float64))
+    assert float(weight.detach().max()) == pytest.approx(1 - 0.1 * 0.5 - 0.1, rel=1e-5)
 
 
 def norms(rank, world, tensors, cases):

@@ -19,12 +19,15 @@ BLOCK = 1024
 
 @triton.jit
 def _adamw_kernel(
-    weight_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, N,
-    scale, kept, beta1, beta2, step, correction, eps,
+    weight_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, scale_ptr, N,
+    kept, beta1, beta2, step, correction, eps,
     COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weight · kept - step · m / (√v · correction + eps), with the moments m and v of scale · gradient. The copy is the
-    new weight, rounded."""
+    new weight, rounded. Where the scale is NaN, nothing is written."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != scale:
+        return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     held = at < N
     gradient = tl.load(gradient_ptr + at, mask=held, other=0.0).to(tl.float32) * scale
@@ -47,12 +50,12 @@ def _adamw_kernel(
 @on_its_card
 def update(
     weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None = None, *, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, updates: int, scale: float = 1.0,
+    betas: tuple[float, float], eps: float, weight_decay: float, updates: int, scale: Tensor,
 ) -> None:  # fmt: skip
-    """Move `weight` by its gradient times `scale`, the update number `updates` from 1.
+    """Move `weight` by its gradient times `scale`, the update number `updates` from 1. NaN moves nothing.
 
     weight and moments: fp32, of one shape, contiguous, changed in place. gradient: of any dtype. copy: takes the new
-    weight, rounded to its dtype.
+    weight, rounded to its dtype. scale: one number of any floating dtype, which the host does not read.
     """
     tensors = [weight, exp_avg, exp_avg_sq, *([] if copy is None else [copy])]
     assert all(t.is_contiguous() and t.shape == gradient.shape for t in tensors), "numbers are paired by their place"
@@ -64,7 +67,7 @@ def update(
     step = lr / (1 - beta1**updates)
     correction = 1 / math.sqrt(1 - beta2**updates)
     _adamw_kernel[(cdiv(N, BLOCK),)](
-        weight, gradient.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy, N,
-        scale, 1 - lr * weight_decay, beta1, beta2, step, correction, eps,
+        weight, gradient.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy, scale, N,
+        1 - lr * weight_decay, beta1, beta2, step, correction, eps,
         COPIES=copy is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,26 @@
+"""Tensors on their way from the device to the host, which goes on with other work meanwhile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Begin to copy x to the host. The copy may be read when a `Ready` that was made later has waited."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+
+class Ready:
+    """What `device` was given to do up to now. `wait` returns when it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
