@@ -59,16 +59,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 7, warm: int = 2) -> float:
-    """Median seconds of `run` by the host's clock, from an idle device until it is idle again."""
+def seconds_of(
+    run: Callable[[], object], device: torch.device, rounds: int = 7, warm: int = 2, in_a_row: int = 1
+) -> float:
+    """Median seconds of `run` by the host's clock, from an idle device until it is idle again.
+
+    in_a_row: calls between two such moments, of which a call's share counts: what the host does for one may then hide
+    behind what the device does for the one before.
+    """
     times = []
     for n in range(rounds + warm):
         wait(device)
         began = time.perf_counter()
-        run()
+        for _ in range(in_a_row):
+            run()
         wait(device)
         if n >= warm:
-            times.append(time.perf_counter() - began)
+            times.append((time.perf_counter() - began) / in_a_row)
     return statistics.median(times)
 
 

@@ -28,7 +28,7 @@ from accessory.train.trainer import LossWeights, Trainer
 RANK = 16
 # A parameter: weight, gradient (in fp32) and two moments are read, and all but the gradient written.
 MOVED = {"adamw": 28, "adamw_8bit": 16}
-ROUNDS = 5
+ROUNDS, IN_A_ROW = 5, 4  # steps follow one another, as those of a run do
 
 
 def train(job: Job, implementation: Implementation, format: str) -> None:
@@ -59,7 +59,7 @@ def add(
         step()
         free(job.device)
         step()  # again, because the second one may record a graph
-        seconds = seconds_of(step, job.device, rounds=ROUNDS, warm=1)
+        seconds = seconds_of(step, job.device, rounds=ROUNDS, warm=1, in_a_row=IN_A_ROW)
     except Exception as error:
         if not peer:
             raise

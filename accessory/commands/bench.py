@@ -26,7 +26,7 @@ from accessory.errors import InputError
 from accessory.formats import Quant
 from accessory.launch.gpus import check_device, default_device
 from accessory.launch.memory import room_for
-from accessory.launch.process_group import join_launched
+from accessory.launch.process_group import join_launched, leave_group
 from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU
 from accessory.model.options import torch_dtype
 from accessory.parallel.mesh import Ranks
@@ -85,7 +85,7 @@ def bench(options: argparse.Namespace) -> int:
     if job.first:
         _write(job, options, command)
     if group is not None and not joined:  # its threads would otherwise end with the process, which may abort it
-        dist.destroy_process_group()
+        leave_group()
     return 0
 
 

@@ -162,16 +162,13 @@ def _train(config: FinetuneConfig) -> None:
 def _train_as_rank(config: FinetuneConfig, launch: Launch) -> None:
     """Train as a launcher's rank. After an error, the process ends without destroying its process groups: other ranks
     may be dead, and then that waits for them or aborts."""
-    import torch.distributed as dist
-
     end_with_torchrun(launch.rank)
     status = 1
     try:
         _train(config)
         status = 0
-        import torch.distributed as dist
+        from accessory.launch.process_group import leave_group
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
     finally:
         atexit.register(leave, status)

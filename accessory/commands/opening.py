@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from accessory.errors import InputError
 from accessory.launch.environment import launch_of
 from accessory.launch.gpus import check_device, count_ranks
-from accessory.launch.process_group import join_launched
+from accessory.launch.process_group import join_launched, leave_group
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 from accessory.model.options import loading_arguments
@@ -39,7 +38,7 @@ def open_model(options: argparse.Namespace, with_visual: bool) -> Iterator[MetaM
                 with model.lead():
                     yield model
         finally:
-            dist.destroy_process_group()
+            leave_group()
     elif asked and _count_ranks(options) > 1:
         where = {name: getattr(options, name) for name in ("gpu_ids", "master_addr", "master_port")}
         with MultiGpuWrapper(**loading, gpus=options.n_gpus, **where) as wrapper:

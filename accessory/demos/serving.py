@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from accessory.command_line import Parser
 from accessory.errors import InputError, is_users, one_line
 from accessory.launch.ending import FIRST_SPEAKS, end_within, watch_torchrun
 from accessory.launch.environment import launch_of, set_meeting_point
 from accessory.launch.gpus import count_ranks, use_gpus, visible_gpus
-from accessory.launch.process_group import join_launched
+from accessory.launch.process_group import join_launched, leave_group
 from accessory.model.meta import MetaModel
 from accessory.model.options import (
     add_image_transform,
@@ -87,8 +86,7 @@ def run(demo: Demo, options: argparse.Namespace, start: Start) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def _serve(demo: Demo, model: Any, line: str, options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from accessory.launch.environment import launch_of
 from accessory.launch.meeting import meet
 from accessory.launch.memory import check_gpu
 from accessory.launch.threads import cores
+from accessory.ops import graphs
 
 
 def join_launched(timeout: timedelta = timedelta(minutes=10)) -> dist.ProcessGroup | None:
@@ -83,3 +84,10 @@ def host_store(host: str, port: int) -> dist.TCPStore:
     # torch itself would listen on every interface, and anyone who can reach a store may write to it.
     number = listening.getsockname()[1]
     return dist.TCPStore(host, number, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def leave_group() -> None:
+    """Leave all process groups, if there are any: the last thing that a rank does with them and with its graphs."""
+    if dist.is_initialized():
+        graphs.free_all()
+        dist.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 Out = TypeVar("Out")
+_recorded: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def possible(device: torch.device) -> bool:
@@ -39,7 +41,16 @@ def record(
     # thread_local: another thread, as NCCL's watchdog, may call CUDA meanwhile.
     with _nothing_collected(), torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         out = run()
+    _recorded.add(graph)
     return graph.replay, out
+
+
+def free_all() -> None:
+    """Free all graphs of this process; none may be replayed afterwards. A NCCL group that graphs sum over cannot end
+    before them."""
+    for graph in list(_recorded):
+        graph.reset()
+    _recorded.clear()
 
 
 @contextlib.contextmanager

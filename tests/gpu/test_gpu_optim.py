@@ -97,6 +97,21 @@ def test_without_a_factor_it_is_torchs_fused_update_bit_by_bit():
     same(got, [p.detach() for _, p in theirs])
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE_SHAPES])
+def test_a_scale_that_is_no_number_moves_nothing_and_nobody_waits_for_it(shapes):
+    named = parameters(shapes)
+    optimizer = make_optimizer(named, 0.1)
+    moved(optimizer, named, steps=2)
+    before = [t.clone() for _, p in named for t in (p.detach(), *optimizer.state[p].values())]
+    scale = torch.tensor(math.nan, dtype=torch.float64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step(scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same([t for _, p in named for t in (p.detach(), *optimizer.state[p].values())], before)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copied", [None, torch.bfloat16, torch.float16])
