@@ -27,6 +27,7 @@ from accessory.nn.experts import StackedExperts
 from accessory.ops import dispatch
 from accessory.ops.linear import AdapterRows
 from accessory.ops.paged_attention import PagedBatch, Span, runs_host_free
+from accessory.ops.transfer import to_device
 from accessory.parallel.collectives import broadcast
 from accessory.parallel.mesh import Ranks
 from accessory.vision_config import IMAGE_ID
@@ -330,7 +331,7 @@ class Runner:
     def _upload(self, numbers: np.ndarray, dtype: Any = np.int64) -> Tensor:
         """Numbers of the host on the device, without waiting for it."""
         host = torch.from_numpy(np.ascontiguousarray(numbers, dtype=dtype))
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        return to_device(host, self.device)
 
     # ----------------------------------------------------------------- scoring
 

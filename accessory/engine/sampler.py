@@ -25,6 +25,7 @@ from torch import Tensor
 from accessory.engine import philox
 from accessory.engine.draw import MOST_BY_TOP_K, best, draw
 from accessory.engine.sampling_params import SamplingParams
+from accessory.ops.transfer import to_device
 
 # The columns of a slot's numbers: first those of a draw, then the penalties.
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
@@ -197,5 +198,4 @@ class Sampler:
         return np.bincount(known, minlength=self.vocab_size).astype(np.int32)
 
     def _send(self, array: NDArray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return to_device(torch.from_numpy(array), self.device)

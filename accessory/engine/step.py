@@ -7,7 +7,7 @@ import torch
 from accessory.engine.sampler import Drawn
 from accessory.engine.scheduler import StepResult
 from accessory.engine.sequence import Draw
-from accessory.ops.to_host import Ready, to_host
+from accessory.ops.transfer import Ready, to_host
 
 
 class Step:

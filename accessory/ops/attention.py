@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.ops.shared_rows import SharedRows
+from accessory.ops.transfer import to_device
 
 
 class Documents(NamedTuple):
@@ -36,7 +37,8 @@ class Documents(NamedTuple):
         return cls(number_BT, start_N.to(torch.int32), int(start_N.diff().max()))
 
     def to(self, device: torch.device | str) -> Documents:
-        return Documents(self.number_BT.to(device), self.start_N.to(device), self.longest)
+        there = torch.device(device)
+        return Documents(to_device(self.number_BT, there), to_device(self.start_N, there), self.longest)
 
 
 @cache

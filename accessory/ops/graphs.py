@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from accessory.ops.transfer import pinned
+
 Out = TypeVar("Out")
 _recorded: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -94,7 +96,7 @@ class Graphs(Generic[Out]):
         if key not in self._made:
             self._made[key] = self._record(function, x)
         replay, input_, out = self._made[key]
-        input_.copy_(x.pin_memory() if possible(self.device) and x.device.type == "cpu" else x, non_blocking=True)
+        input_.copy_(pinned(x, self.device), non_blocking=True)
         replay()
         return out
 

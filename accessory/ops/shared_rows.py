@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accessory.ops.transfer import to_device
+
 
 def places_of(tokens: int, rank: int, size: int) -> Tensor:
     """The places (T,) in a row of `tokens`, a multiple of 2 · `size`, of those tokens that `rank` has."""
@@ -73,7 +75,8 @@ class SharedRows(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> SharedRows:
-        return SharedRows._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
+        there = torch.device(device)
+        return SharedRows._make(to_device(value, there) if isinstance(value, Tensor) else value for value in self)
 
     def mask(self) -> Tensor:
         """Bool, (B, T, S): whether a query may attend to a key."""

@@ -27,6 +27,7 @@ from accessory.ops.compute_copy import keep_copy, refresh
 from accessory.ops.experts_autograd import runs_host_free
 from accessory.ops.graphs import possible, record
 from accessory.ops.shared_rows import SharedRows
+from accessory.ops.transfer import pinned, to_device
 from accessory.parallel.local_shard import is_sharded
 from accessory.parallel.mesh import DeviceMesh, Ranks
 
@@ -52,7 +53,7 @@ class Inputs(NamedTuple):
     def to(self, device: torch.device) -> Inputs:
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return to_device(value, device)
             return value.to(device) if isinstance(value, Documents | SharedRows) else value
 
         return Inputs(*map(moved, self))
@@ -231,7 +232,7 @@ def _keep_copies(decoder: Decoder) -> list[nn.Parameter]:
 def _copy(inputs: Inputs, held: Inputs) -> None:
     """Fill the tensors that a graph reads. Nothing waits for the copies."""
     for new, old in zip(_tensors(inputs), _tensors(held), strict=True):
-        old.copy_(new, non_blocking=True)
+        old.copy_(pinned(new, old.device), non_blocking=True)
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from accessory.data.batches import IGNORED, Batch
 from accessory.nn.decoder import Decoder, DecoderOutput
 from accessory.ops.routing import RouterStatistics, balance_loss
-from accessory.ops.to_host import Ready, to_host
+from accessory.ops.transfer import Ready, to_device, to_host
 from accessory.parallel.fsdp import finish_gradients, squared_norm
 from accessory.parallel.local_shard import local_parameters
 from accessory.parallel.mesh import DeviceMesh, Ranks, sum_over
@@ -151,7 +151,7 @@ class Trainer:
         if self.clip > 0:
             clipped = torch.where(norm > self.clip, self.clip / (norm + 1e-6), clipped)
         finite = norm.isfinite() & numbers[0].isfinite()
-        return torch.where(finite, clipped / self.loss_scale.value, math.nan)
+        return (clipped / self.loss_scale.value).masked_fill(~finite, math.nan)
 
     def _backward(self, inputs: Inputs) -> None:
         """Add a micro-batch's gradients."""
@@ -206,13 +206,9 @@ class Trainer:
         if self.mesh.data is None:
             return Totals(sums[0], counted_M, sums[1:])
         # On their device, where ranks can sum them and no host waits for the sums.
-        sums, counted_M = (self._begin_to(self.device, numbers) for numbers in (sums, counted_M))
+        sums, counted_M = (to_device(numbers, self.device) for numbers in (sums, counted_M))
         sums = self.mesh.sum_over_data(sums)
         return Totals(sums[0], counted_M, sums[1:])
-
-    @staticmethod
-    def _begin_to(device: torch.device, numbers: Tensor) -> Tensor:
-        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
     def _factors(self, totals: Totals) -> Tensor:
         """What `loss` needs of a step, for each of its micro-batches: (micro-batches, 5) fp32, where the totals are."""
@@ -280,7 +276,8 @@ class Told:
     """
 
     def __init__(self, totals: Totals, numbers: Tensor, squares: Tensor, stops: Tensor) -> None:
-        others = [value.to(numbers) for value in (totals.learnt, totals.all_counted, squares, stops)]
+        tokens = to_device(torch.stack([totals.learnt, totals.all_counted]), numbers.device)
+        others = [*tokens.unbind(), squares.double(), stops.double()]
         self._copy = to_host(torch.cat([numbers, torch.stack(others)]))
         self._ready = Ready(numbers.device)
 

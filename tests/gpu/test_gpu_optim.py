@@ -112,6 +112,20 @@ def test_a_scale_that_is_no_number_moves_nothing_and_nobody_waits_for_it(shapes)
     same([t for _, p in named for t in (p.detach(), *optimizer.state[p].values())], before)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_waits_for_the_card_at_its_end_alone(graphs):
+    """An event is waited for when everything has been launched. Anything else that waits is an error here."""
+    decoder = make_decoder("sparse", device="cuda", dtype=torch.bfloat16)
+    trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.1), clip=1.0, graphs=graphs)
+    for step in range(3):
+        trainer.step(batches(0), 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batches(0), 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copied", [None, torch.bfloat16, torch.float16])

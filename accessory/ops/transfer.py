@@ -1,9 +1,20 @@
-"""Tensors on their way from the device to the host, which goes on with other work meanwhile."""
+"""Tensors on their way between host and device, while the host goes on with other work."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Begin to copy x to a device. From memory that is not pinned, a GPU copies only when all its work is done, and the
+    host waits until then; so x is pinned first."""
+    return pinned(x, device).to(device, non_blocking=True)
+
+
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """x, or a copy, from which `device` copies without making the host wait."""
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
 
 
 def to_host(x: Tensor) -> Tensor:
