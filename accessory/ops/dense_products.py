@@ -30,7 +30,7 @@ def dense_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
         return y if bias_O is None else y + bias_O
     if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and bias_O is None:
         # One row in bf16: torch's `linear` takes a third to two thirds longer than its product with a vector.
-        return torch.mv(weight_OI, x.view(-1)).view(*x.shape[:-1], -1)
+        return torch.mv(weight_OI, x) if x.dim() == 1 else torch.mv(weight_OI, x.view(-1)).view(*x.shape[:-1], -1)
     if x.is_cuda and bias_O is None and 0 < x.numel() <= IN_PLACE_ROWS_DENSE * x.shape[-1]:
         kernel = dispatch.find(dispatch.product("linear", x, weight_OI, x.numel() // x.shape[-1]))
         if kernel is not None:

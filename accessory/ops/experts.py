@@ -177,17 +177,25 @@ def decode_experts_fused(
     expert_TK: Tensor,
     first: int = 0,
 ) -> Tensor:
-    """A loop over the pairs. One product computes w1 and w3, because each product on a CPU starts a pool of threads."""
+    """A product for each pair. One product computes w1 and w3, because each product on a CPU starts a pool of threads.
+
+    What is not a product is done for all of a token's experts at once: for one row, an operation takes as long as its
+    launch.
+    """
     rows = []
-    for t, (experts, weights) in enumerate(zip(expert_TK.tolist(), weight_TK.tolist(), strict=True)):
-        x_1D, y_1D = x_TD[t : t + 1], None
-        for e, weight in zip(experts, weights, strict=True):
-            if not 0 <= e - first < w2_EDF.shape[0]:
-                continue
-            a_1F, b_1F = linear(x_1D, w13_EGD[e - first]).chunk(2, -1)
-            # Each product is weighted and rounded before it is summed. So two experts give the same bits on one rank
-            # as on two ranks.
-            part_1D = linear(F.silu(a_1F).mul_(b_1F), w2_EDF[e - first]).float().mul_(weight)
-            y_1D = part_1D if y_1D is None else y_1D.add_(part_1D)
-        rows.append(torch.zeros(1, x_TD.shape[1]) if y_1D is None else y_1D)
+    for t, experts in enumerate(expert_TK.tolist()):
+        x_D, weight_K1 = x_TD[t], weight_TK[t].unsqueeze(-1)
+        local = [e - first for e in experts]
+        held = [k for k, e in enumerate(local) if 0 <= e < len(w2_EDF)]
+        if not held:
+            rows.append(weight_TK.new_zeros(1, x_TD.shape[1]))
+            continue
+        if len(held) < len(local):
+            local, weight_K1 = [local[k] for k in held], weight_K1[held]
+        gate_KF, up_KF = torch.stack([linear(x_D, w13_EGD[e]) for e in local]).chunk(2, -1)
+        h_KF = F.silu(gate_KF).mul_(up_KF)
+        y_KD = torch.stack([linear(h_F, w2_EDF[e]) for e, h_F in zip(local, h_KF.unbind(), strict=True)])
+        # Each product is weighted and rounded, in fp32, before it is summed. So two experts give the same bits on one
+        # rank as on two ranks.
+        rows.append((y_KD * weight_K1).sum(0, keepdim=True))
     return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -56,6 +56,9 @@ class Packed:
         *rest, I = self.data.shape  # noqa: E741
         return torch.Size((*rest, I * 2 if self.format in GROUP else I))
 
+    def __len__(self) -> int:
+        return len(self.data)
+
     @property
     def device(self) -> torch.device:
         return self.data.device
