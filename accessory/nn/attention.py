@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.fused = FusedWeights(dim=0)
+        self._fused_heads: list[int] = []  # of queries, keys and values in `fused`
         # Where ranks share rows: makes (B, S, G, d) of all ranks' tokens of (B, T, G, d).
         self.gather_tokens: Callable[[Tensor], Tensor] | None = None
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
@@ -44,7 +45,9 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         if all(w.weights().without_adapters().plain for w in (self.wq, self.wk, self.wv)):
-            self.fused.refresh([self.wq.weight, self.wk.weight, self.wv.weight])
+            weights = [self.wq.weight, self.wk.weight, self.wv.weight]
+            self.fused.refresh(weights)
+            self._fused_heads = [weight.shape[0] // self.head_dim for weight in weights]
 
     def forward(
         self,
@@ -66,6 +69,6 @@ class Attention(nn.Module):
 
     def _project(self, x_BTD: Tensor, adapters: AdapterRows | None) -> Sequence[Tensor]:
         if self.fused.tensor is not None and adapters is None and not torch.is_grad_enabled():
-            heads_BTHd = linear(x_BTD, self.fused.tensor).unflatten(-1, (-1, self.head_dim))
-            return heads_BTHd.split([w.weight.shape[0] // self.head_dim for w in (self.wq, self.wk, self.wv)], dim=2)
+            heads_BTHd = linear(x_BTD, self.fused.tensor).view(*x_BTD.shape[:-1], -1, self.head_dim)
+            return heads_BTHd.split_with_sizes(self._fused_heads, dim=2)
         return [w(x_BTD, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]

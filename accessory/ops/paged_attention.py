@@ -145,9 +145,9 @@ def rotate_and_copy(
     pages: Pages, slot_N: Tensor, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, rotation_N1c: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`rotate_and_write` with torch's operations."""
-    q_1NHd, k_1NGd = apply_rope(q_NHd[None], k_NGd[None], rotation_N1c[None])
-    copy_to_pages(pages, slot_N, k_1NGd[0], v_NGd)
-    return q_1NHd[0], k_1NGd[0]
+    q_NHd, k_NGd = apply_rope(q_NHd, k_NGd, rotation_N1c)
+    copy_to_pages(pages, slot_N, k_NGd, v_NGd)
+    return q_NHd, k_NGd
 
 
 def copy_to_pages(pages: Pages, slot_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:

@@ -75,22 +75,26 @@ def rotations(positions_BT: Tensor, freq_c: Tensor, factor: float = 1.0) -> Tens
 
 
 def apply_rope(q_BTHd: Tensor, k_BTGd: Tensor, rotation_BT1c: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each interleaved pair of queries and keys by its position's angle. Computes in fp32, returns their dtype."""
+    """Turn each interleaved pair of queries and keys by its position's angle. Computes in fp32, returns their dtype.
+
+    B may be missing in all of them.
+    """
     kernel = dispatch.find(dispatch.over_tokens("rope", q_BTHd))
     if kernel is not None:
         return _Turn.apply(q_BTHd, rotation_BT1c, kernel), _Turn.apply(k_BTGd, rotation_BT1c, kernel)
-    heads = torch.cat((q_BTHd, k_BTGd), dim=2)  # one pass for both
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation_BT1c).flatten(-2).to(heads.dtype)
-    return turned.split((q_BTHd.shape[2], k_BTGd.shape[2]), dim=2)
+    heads = torch.cat((q_BTHd, k_BTGd), dim=-2)  # one pass for both
+    pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
+    turned = torch.view_as_real(pairs * rotation_BT1c).view_as(heads).to(heads.dtype)
+    q_BTHd, k_BTGd = turned.split_with_sizes((q_BTHd.shape[-2], k_BTGd.shape[-2]), dim=-2)
+    return q_BTHd, k_BTGd
 
 
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTHd: Tensor, rotation_BT1c: Tensor, kernel: dispatch.Kernel) -> Tensor:
-        ctx.rotation, ctx.kernel = torch.view_as_real(rotation_BT1c).flatten(0, 2), kernel
-        return kernel.load()(x_BTHd.flatten(0, 1), ctx.rotation, False).view_as(x_BTHd)
+        ctx.rotation, ctx.kernel = torch.view_as_real(rotation_BT1c).flatten(0, -3), kernel
+        return kernel.load()(x_BTHd.flatten(0, -3), ctx.rotation, False).view_as(x_BTHd)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.kernel.load()(grads[0].flatten(0, 1), ctx.rotation, True).view_as(grads[0]), None, None
+        return ctx.kernel.load()(grads[0].flatten(0, -3), ctx.rotation, True).view_as(grads[0]), None, None
