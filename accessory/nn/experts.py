@@ -44,6 +44,7 @@ class StackedExperts(nn.Module):
         self.adapters: dict[str, Weight] = {}  # several beside the stack of a kind; their weight is this stack
         self.lora_scale, self.bias_factor = 1.0, 1.0
         self.fused = FusedWeights(dim=1)
+        self._fused_of: tuple[Weight, Weight, Weight] | None = None  # all weights, where nothing stands beside `fused`
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
         self.recompute = False  # activation checkpointing: keep only the input
         self.sum_over_ranks: SumOverRanks | None = None  # of gradients, where each has a part of all experts
@@ -68,7 +69,7 @@ class StackedExperts(nn.Module):
         self.lora_scale = scale
 
     def _add_parameter(self, kind: str, what: str, shape: tuple[int, ...]) -> None:
-        weight = getattr(self, kind)
+        weight, self._fused_of = getattr(self, kind), None
         dtype = torch.float32 if isinstance(weight, PackedWeight) else weight.dtype
         self.register_parameter(f"{kind}_{what}", nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
 
@@ -99,19 +100,22 @@ class StackedExperts(nn.Module):
 
     def fuse(self) -> None:
         # A GPU's kernels read both stacks at once as they lie, and to fuse them takes as much memory again.
-        if self.w1.device.type == "cpu" and all(w.plain for w in self.all_weights(adapted=False)):
+        weights = self.all_weights(adapted=False)
+        if self.w1.device.type == "cpu" and all(w.plain for w in weights):
             self.fused.refresh([self.w1, self.w3])
+            self._fused_of = None if self.fused.tensor is None else weights
 
     def forward(
         self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, adapters: AdapterRows | None = None
     ) -> Tensor:
         """adapters: the adapter of each token, where there are several; None: no token takes one."""
         x_TD = x_TD.to(self.products_in)
-        w1, w2, w3 = self.all_weights(adapters is not None)
+        weights = self._fused_of if adapters is None and not torch.is_grad_enabled() else None
+        w1, w2, w3 = self.all_weights(adapters is not None) if weights is None else weights
         if torch.is_grad_enabled() and adapters is None:
             held, recompute, sum_over_ranks = self.held, self.recompute, self.sum_over_ranks
             return trained_experts(x_TD, w1, w2, w3, weight_TK, expert_TK, held, recompute, sum_over_ranks)
-        w13 = self.fused.tensor if all(w.plain for w in (w1, w2, w3)) else None
+        w13 = self.fused.tensor if weights is not None else None
         kernel = decode_kernel(x_TD, (w1, w2, w3), expert_TK.numel(), fused=w13 is not None)
         if kernel is not None:
             return decode_experts(

@@ -16,7 +16,7 @@ from accessory.nn.experts import StackedExperts
 from accessory.nn.experts_base import BaseExperts
 from accessory.nn.experts_sparse import SparseExperts
 from accessory.nn.linear import Linear, RMSNorm
-from accessory.ops.linear import AdapterRows
+from accessory.ops.linear import AdapterRows, linear
 from accessory.ops.routing import RouterStatistics, route, route_kernel, router_statistics
 
 
@@ -46,7 +46,8 @@ class MoE(nn.Module):
         None: no token takes one.
         """
         dtype = self.experts.products_in
-        alone = self.gate.weights().plain and adapters is None and not statistics
+        gate = self.gate.weights()
+        alone = gate.plain and adapters is None and not statistics
         kernel = route_kernel(x_TD, len(self.gate.weight)) if alone else None
         if kernel is not None:
             norm_D, gate_ED = norm.weight.float(), self.gate.weight.float()
@@ -57,7 +58,7 @@ class MoE(nn.Module):
             return x_TD, h_TD, weight_TK, expert_TK, None
         # The router's input is fp32 in every compute dtype: rounding must not decide between experts with close logits.
         x_TD, h_TD = norm.after(x_TD, y_TD, torch.float32, adapters)
-        logits_TE = self.gate(h_TD, adapters)
+        logits_TE = linear(h_TD, gate, adapters=adapters)
         weight_TK, expert_TK, probability_TE = route(logits_TE, self.k)
         stats = router_statistics(logits_TE, probability_TE, expert_TK, counted_T) if statistics else None
         return x_TD, h_TD.to(dtype), weight_TK, expert_TK, stats

@@ -350,10 +350,16 @@ def over_tokens(op: Op, x: Tensor, experts: int = 1) -> Product:
     """Describes what is done with each token of the residual stream x, before `experts` experts."""
     import torch
 
-    device = x.device
+    return _over_tokens(op, x.device, x.dtype, experts, torch.is_grad_enabled(), has_triton(), fixed())
+
+
+@lru_cache
+def _over_tokens(
+    op: Op, device: torch.device, dtype: torch.dtype, experts: int, grad: bool, triton: bool, fixed: Fixed
+) -> Product:
     return Product(
-        op, experts=experts, device=device.type, capability=_capability(device), dtype=_name(x.dtype),
-        grad=torch.is_grad_enabled(), triton=has_triton(), fixed=fixed(),
+        op, experts=experts, device=device.type, capability=_capability(device), dtype=_name(dtype), grad=grad,
+        triton=triton, fixed=fixed,
     )  # fmt: skip
 
 
