@@ -117,7 +117,7 @@ def test_a_step_waits_for_the_card_at_its_end_alone(graphs):
     """An event is waited for when everything has been launched. Anything else that waits is an error here."""
     decoder = make_decoder("sparse", device="cuda", dtype=torch.bfloat16)
     trainer = Trainer(decoder, DeviceMesh(), LossWeights(0.1), clip=1.0, graphs=graphs)
-    for step in range(3):
+    for _ in range(3):
         trainer.step(batches(0), 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -164,8 +164,8 @@ DOWN: dict[str, dict[float, tuple[Any, ...]]] = {
     "byte": {1: (8, 64, 128, 1, True, 4, 4, 4), 2: (8, 64, 256, 1, True, 4, 4, 3), 8: (16, 128, 256, 1, False, 1, 8, 3),
              16: (16, 64, 256, 1, False, 2, 4, 3), 32: (64, 128, 128, 1, True, 1, 8, 4),
              inf: (128, 128, 128, 1, False, 1, 8, 3)},
-    "nibble": {0.25: (8, 32, 0, 4, True, 4, 2, 3), 4: (8, 64, 0, 4, True, 4, 4, 3), 8: (16, 64, 0, 2, False, 2, 4, 3),
-               inf: (32, 64, 0, 2, False, 1, 4, 3)},
+    "nibble": {0.25: (8, 32, 0, 4, True, 4, 2, 3), 4: (8, 64, 0, 4, True, 4, 4, 3), 16: (16, 64, 0, 2, False, 2, 4, 3),
+               inf: (32, 64, 0, 4, False, 1, 4, 3)},
 }  # fmt: skip
 ALONE: dict[str, dict[float, tuple[Any, ...]]] = {  # those of dense weights have not been measured
     "dense": {16: (16, 32, 128, 1, False, 1, 4, 4), inf: (32, 32, 128, 1, False, 1, 4, 4)},
