@@ -51,7 +51,8 @@ class _ReduceFromRanks(torch.autograd.Function):
             total = x.to(wire)
             dist.all_reduce(total, group=ranks.group)
             return total.float()
-        return _total(x.to(wire), ranks).float()
+        total = _total(x.to(wire), ranks)
+        return total if x.dtype == wire else total.float()  # what comes next widens it while it reads
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -140,8 +141,11 @@ def begin_sum(x: Tensor, ranks: Ranks) -> Callable[[], object]:
 
 
 def reduce_from_ranks(x: Tensor, ranks: Ranks, wire: torch.dtype = torch.float32) -> Tensor:
-    """The sum of x over ranks, in fp32. wire: the dtype in which the ranks' parts are sent and added; with fp32 the
-    number of ranks does not change how sums are rounded."""
+    """The sum of x over ranks, in fp32, or as it was sent where x has the dtype `wire`.
+
+    wire: the dtype in which the ranks' parts are sent and added; with fp32 the number of ranks does not change how sums
+    are rounded.
+    """
     return _ReduceFromRanks.apply(x, ranks, wire)
 
 
