@@ -23,9 +23,8 @@ from accessory.model.writing import Completion, TextRequest, Writing
 from accessory.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
-# Seconds between requests that come together, at most: from the first of them to the second, from any other to the
-# next, and from the first to the last. 64 that come again when all have been answered take about 50 ms.
-APART, LATER_APART, GATHERING = 0.001, 0.004, 0.05
+# Seconds between requests that come together, at most, and from the first of them to the last.
+APART, GATHERING = 0.001, 0.005
 
 
 class Piece(NamedTuple):
@@ -204,18 +203,14 @@ class EngineThread:
     def _wait(self) -> None:
         """Until there is something to do, and requests that come together are all there.
 
-        The first of them would have a step of its own, and the others would wait until it ends. What fills a step has
-        nothing to wait for.
+        The first of them would have a step of its own, and the others would wait until it ends.
         """
         while not (self._open or self._left or self._closing):
             self._awake.wait()
         since, there = time.monotonic(), 0
-        while there < len(self._open) and time.monotonic() - since < GATHERING and not self._fills_a_step():
+        while there < len(self._open) and time.monotonic() - since < GATHERING:
             there = len(self._open)
-            self._awake.wait(APART if there == 1 else LATER_APART)
-
-    def _fills_a_step(self) -> bool:
-        return sum(len(answer.writing.request.ids) for answer in self._open) >= self.engine.scheduler.budget
+            self._awake.wait(APART)
 
     def _handed_on(self, answer: Answer) -> bool:
         """As `_hand_on`. An error in one answer's text ends this answer, and no other."""
