@@ -104,7 +104,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step(self._scale(numbers, squares))
         self.optimizer.zero_grad()
-        record = self.sums.record(told)
+        memory = self._memory()
+        record = self.sums.record(told)  # the host waits here
         self.stopping = told.stops > 0
         norm = math.sqrt(told.squares) / self.loss_scale.value
         finite = math.isfinite(record["loss"]) and math.isfinite(norm)
@@ -121,7 +122,7 @@ class Trainer:
             "grad_norm": norm,
             "tokens_per_s": record["tokens"] / step_s,
             "step_s": step_s,
-            "memory_gb": self._memory(),
+            "memory_gb": memory,
         }
 
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -133,7 +134,8 @@ class Trainer:
 
     def _all_passes(self, batches: Sequence[Batch]) -> Totals:
         """The gradients of all micro-batches, and in `sums` what the record will tell."""
-        self.decoder.train()
+        if not self.decoder.training:  # to tell every module takes as long as to launch a dozen kernels
+            self.decoder.train()
         totals = self._totals(batches)
         self.sums.clear()
         self.passes.begin()
