@@ -16,8 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,17 +96,18 @@ class Trainer:
         began = time.perf_counter()
         totals = self._all_passes(batches)
         squares = squared_norm(self.decoder, self.mesh)
-        numbers = self.sums.numbers(self.mesh)
+        sums = self.sums.over_ranks(self.mesh)
         stops = self.mesh.sum_over_all(torch.full((), float(stop()), device=self.device))
-        told = Told(totals, numbers, squares, stops)
+        told = Told(totals, sums, squares, stops)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step(self._scale(numbers, squares))
+        self.optimizer.step(self._scale(sums, squares))
         self.optimizer.zero_grad()
         memory = self._memory()
-        record = self.sums.record(told)  # the host waits here
-        self.stopping = told.stops > 0
-        norm = math.sqrt(told.squares) / self.loss_scale.value
+        numbers = told.wait()
+        record = self.sums.record(numbers)
+        self.stopping = numbers.stops > 0
+        norm = math.sqrt(numbers.squares) / self.loss_scale.value
         finite = math.isfinite(record["loss"]) and math.isfinite(norm)
         if not finite:
             self.optimizer.updates -= 1  # nothing has moved
@@ -128,9 +128,8 @@ class Trainer:
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Compute the step's gradients, complete on every rank; returns the part of the record about the loss."""
         totals = self._all_passes(batches)
-        numbers = self.sums.numbers(self.mesh)
         nothing = torch.zeros((), device=self.device)
-        return self.sums.record(Told(totals, numbers, nothing, nothing))
+        return self.sums.record(Told(totals, self.sums.over_ranks(self.mesh), nothing, nothing).wait())
 
     def _all_passes(self, batches: Sequence[Batch]) -> Totals:
         """The gradients of all micro-batches, and in `sums` what the record will tell."""
@@ -145,14 +144,14 @@ class Trainer:
         finish_gradients(self.decoder, self.mesh)
         return totals
 
-    def _scale(self, numbers: Tensor, squares: Tensor) -> Tensor:
+    def _scale(self, sums: Tensor, squares: Tensor) -> Tensor:
         """What the optimiser multiplies gradients by, () fp64 on the device: clipped, and without the loss scale. NaN
         where the loss or a gradient is not finite."""
         norm = squares.double().sqrt() / self.loss_scale.value
         clipped = torch.ones_like(norm)
         if self.clip > 0:
             clipped = torch.where(norm > self.clip, self.clip / (norm + 1e-6), clipped)
-        finite = norm.isfinite() & numbers[0].isfinite()
+        finite = norm.isfinite() & sums[0].isfinite()
         return (clipped / self.loss_scale.value).masked_fill(~finite, math.nan)
 
     def _backward(self, inputs: Inputs) -> None:
@@ -271,42 +270,27 @@ class Totals:
         return self.counted_on_all_M.sum()
 
 
+class Numbers(NamedTuple):
+    """What the device tells the host of a step, over all ranks that have a part in it."""
+
+    sums: Tensor  # as `Sums.over_ranks` returned them
+    learnt: float  # tokens, as in `Totals`
+    all_counted: float
+    squares: float  # of all gradients
+    stops: float  # how many ranks want to end
+
+
 class Told:
-    """What the device tells the host of a step. The host waits for it when it first reads a number.
+    """A step's numbers on their way to the host."""
 
-    `numbers`: those of `Sums`. learnt, all_counted: see `Totals`. squares: of all gradients. stops: of how many ranks.
-    """
+    def __init__(self, totals: Totals, sums: Tensor, squares: Tensor, stops: Tensor) -> None:
+        tokens = to_device(torch.stack([totals.learnt, totals.all_counted]), sums.device)
+        self._copy = to_host(torch.cat([sums, tokens, torch.stack([squares.double(), stops.double()])]))
+        self._ready = Ready(sums.device)
 
-    def __init__(self, totals: Totals, numbers: Tensor, squares: Tensor, stops: Tensor) -> None:
-        tokens = to_device(torch.stack([totals.learnt, totals.all_counted]), numbers.device)
-        others = [*tokens.unbind(), squares.double(), stops.double()]
-        self._copy = to_host(torch.cat([numbers, torch.stack(others)]))
-        self._ready = Ready(numbers.device)
-
-    @cached_property
-    def _read(self) -> Tensor:
+    def wait(self) -> Numbers:
         self._ready.wait()
-        return self._copy
-
-    @property
-    def numbers(self) -> Tensor:
-        return self._read[:-4]
-
-    @property
-    def learnt(self) -> float:
-        return float(self._read[-4])
-
-    @property
-    def all_counted(self) -> float:
-        return float(self._read[-3])
-
-    @property
-    def squares(self) -> float:
-        return float(self._read[-2])
-
-    @property
-    def stops(self) -> float:
-        return float(self._read[-1])
+        return Numbers(self._copy[:-4], *self._copy[-4:].tolist())
 
 
 class Sums:
@@ -325,21 +309,21 @@ class Sums:
         counts_LE, entropy_L = (torch.stack([getattr(s, key) for s in router]) for key in ("count_E", "entropy"))
         self.layers += torch.cat([counts_LE, entropy_L[:, None], balance_L[:, None]], dim=1).detach()
 
-    def numbers(self, mesh: DeviceMesh) -> Tensor:
+    def over_ranks(self, mesh: DeviceMesh) -> Tensor:
         """All of them over all data-parallel ranks, fp64, on the device: cross-entropy first."""
         return mesh.sum_over_data(torch.cat([self.scalars, self.layers.flatten()]))
 
-    def record(self, told: Told) -> dict[str, Any]:
-        """The part of the record about the loss, of what `numbers` returned."""
-        ce, z = told.numbers[:2].tolist()
-        rows = told.numbers[2:].view(self.layers.shape)
+    def record(self, numbers: Numbers) -> dict[str, Any]:
+        """The part of the record about the loss."""
+        ce, z = numbers.sums[:2].tolist()
+        rows = numbers.sums[2:].view(self.layers.shape)
         share_LE = rows[:, :-2] / rows[:, :-2].sum(1, keepdim=True).clamp_min(1.0)
-        entropy_L, balance_L = rows[:, -2] / max(told.all_counted, 1.0), rows[:, -1]
+        entropy_L, balance_L = rows[:, -2] / max(numbers.all_counted, 1.0), rows[:, -1]
         return {
-            "loss": ce / max(told.learnt, 1.0),
+            "loss": ce / max(numbers.learnt, 1.0),
             "balance": float(balance_L.mean()),
             "z": z,
-            "tokens": int(told.all_counted),
+            "tokens": int(numbers.all_counted),
             "layers": {
                 "balance": balance_L.tolist(),
                 "entropy": entropy_L.tolist(),
