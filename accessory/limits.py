@@ -88,6 +88,13 @@ EXTRAPOLATION = 32
 # The rows of decoding's CUDA graphs: one is captured for each of these numbers of sequences. What is above a step's
 # sequences is computed for nothing.
 GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
+# The graphs of steps with prompts: one is captured for each of these numbers of their tokens, beside each of these
+# numbers of sequences that decode, up to so many tokens in all. With more, a card computes for as long as the host
+# launches. And the prompts that such a step has at most.
+GRAPH_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+GRAPH_DECODES = (0, 16, 64, 128, 256)
+GRAPH_MOST_TOKENS = 1024
+GRAPH_PROMPTS = 32
 # Sequences that run at once, and the most tokens of a step.
 MAX_RUNNING_CPU, MAX_RUNNING_GPU = 32, 256
 STEP_TOKENS_CPU, STEP_TOKENS_GPU = 512, 4096

@@ -114,27 +114,30 @@ class Engine:
         with self._held:
             self.scheduler.commit(result)
 
-    def rehearse(self, first: Many[Sequence], then: Many[Sequence] = ()) -> None:
+    def rehearse(self, *waves: Many[Sequence]) -> None:
         """Answer requests that nobody reads. They stay in no count, and in no page that others share.
 
-        `then` come when all of `first` have drawn a token. Requests of other callers are answered meanwhile. Raises
-        what a request ends with, but for logits that are not finite: random ids say little about a model.
+        A wave of them comes when all of the one before have drawn a token; what is left of earlier ones ends with the
+        last. Requests of other callers are answered meanwhile. Raises what a request ends with, but for logits that are
+        not finite: random ids say little about a model.
         """
         begun: list[Sequence] = []
         try:
-            for some in (first, then):
+            for some in waves:
                 self.add_all(some)
                 begun += some
                 while not all(request.drawn or request.finished for request in begun):
                     self.step()
                 _raise_errors(begun)  # before another step would start ranks again that were closed
-            while not all(request.finished for request in begun):
+            while not all(request.finished for request in waves[-1]):
                 self.step()
             _raise_errors(begun)
         finally:
             with self._turn:
                 for request in begun:
                     self.finish(request)
+                while self._under_way:  # theirs, which no other request would finish
+                    self._finish_oldest()
                 with self._held:
                     self.scheduler.forget(begun)
 

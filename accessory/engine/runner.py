@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accessory.engine.graphs import DecodeGraphs
+from accessory.engine.graphs import StepGraphs
 from accessory.engine.sampler import Drawn, Sampler
 from accessory.engine.scheduler import Entry, StepPlan
 from accessory.engine.step import Step
+from accessory.engine.step_input import Size, StepInput
 from accessory.launch.memory import room_for
 from accessory.limits import MAX_RUNNING_CPU, MAX_RUNNING_GPU, PAGE_SIZE, STEP_TOKENS_CPU, STEP_TOKENS_GPU
 from accessory.nn.cache import PagedCache, bytes_a_page
@@ -35,8 +36,6 @@ from accessory.vision_config import IMAGE_ID
 LAST_DRAW = -2  # in place of a token id: what the slot drew last. It is not `IMAGE_ID`.
 # The parts of the free memory that a cache may take. The rest is for what no plan knows, on a CPU for other programs.
 CACHE_OF_GPU, CACHE_OF_HOST = 0.9, 0.5
-# The columns of a decoding step's numbers (B, C). The page table follows.
-_TOKEN, _POSITION, _WRITE, _SLOT, _LENGTH, _ADAPTER, _TABLE = range(7)
 
 
 class About(NamedTuple):
@@ -95,9 +94,7 @@ class Runner:
         self._prompt_logprobs = [0] * max_running
         self._adapter_S = np.full(max_running, -1)
         self._images: dict[int, list[tuple[int, Tensor]]] = {}  # by slot: first position, embeddings (W, D)
-        padding_C = np.zeros(_TABLE + self._table_SP.shape[1], dtype=np.int32)
-        padding_C[_LENGTH], padding_C[_ADAPTER] = 1, -1
-        self._graphs = DecodeGraphs(self._decode, self._host_free, padding_C, self.device, max_running)
+        self._graphs = StepGraphs(self._recorded, self._host_free, longest, self.device, max_running)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Step:
@@ -144,12 +141,18 @@ class Runner:
         draws = [n for n, entry in enumerate(entries) if entry.draw is not None]
         scores = [n for n, entry in enumerate(entries) if entry.targets]
         adapted = any(self._adapter_S[entry.slot] >= 0 for entry in entries)
-        single = all(entry.ids is None or len(entry.ids) == 1 for entry in entries) and dispatch.fixed() != "prompt"
-        bucket = self._graphs.bucket(len(entries), adapted) if single and not scores else None
-        if bucket is None:
-            return self._forward(entries, draws, scores, adapted)
-        logits_RV = self._graphs.step(bucket, self._numbers(entries), adapted)
-        return logits_RV[: len(entries)] if len(draws) == len(entries) else logits_RV[draws], {}
+        step, size = self._numbers(entries, draws, scores)
+        recorded = None
+        if not scores and dispatch.fixed() != "prompt" and not any(self._images.get(entry.slot) for entry in entries):
+            recorded = self._graphs.size(size, adapted)
+        if recorded is None:
+            return self._forward(entries, draws, scores, adapted, step, size)
+        logits_BV = self._graphs.step(recorded, step, size, adapted)
+        beside = recorded.decodes - size.decodes  # rows of padding between decoding sequences and prompts
+        rows = [n if n < size.decodes else n + beside for n in draws]
+        if rows == list(range(len(rows))):
+            return logits_BV[: len(rows)], {}
+        return logits_BV[self._upload(np.array(rows, dtype=np.int64))], {}
 
     def _take(self, entry: Entry) -> None:
         """Note what is new of a sequence: its pages, and in its first step how it draws and what it sees."""
@@ -188,7 +191,100 @@ class Runner:
         self._last_S[self._upload(np.array(slots))] = drawn.token_B.clamp_min(0)  # negative where no token was drawn
         return drawn
 
-    # ----------------------------------------------------------------- one token of each sequence, as a graph
+    # ----------------------------------------------------------------- a step's pass
+
+    def _numbers(self, entries: list[Entry], draws: Sequence[int], scores: Sequence[int]) -> tuple[StepInput, Size]:
+        """What the network must know of a step whose rows are those that draw, then all judged ones."""
+        slot_B = np.array([entry.slot for entry in entries])
+        start_B = np.array([entry.start for entry in entries])
+        count_B = np.array([1 if entry.ids is None else len(entry.ids) for entry in entries])
+        query_C = np.concatenate([[0], count_B.cumsum()])
+        position_T = np.arange(query_C[-1]) + np.repeat(start_B - query_C[:-1], count_B)
+        slot_T = np.repeat(slot_B, count_B)
+        judged = [range(query_C[n], query_C[n] + len(entries[n].targets)) for n in scores]
+        length_B, decodes = start_B + count_B, int((count_B == 1).sum())
+        step = StepInput(
+            token_T=np.concatenate([[LAST_DRAW] if entry.ids is None else entry.ids for entry in entries]),
+            position_T=position_T,
+            write_T=self._table_SP[slot_T, position_T // PAGE_SIZE] * PAGE_SIZE + position_T % PAGE_SIZE,
+            slot_T=slot_T,
+            adapter_T=self._adapter_S[slot_T],
+            length_B=length_B,
+            query_C=query_C,
+            row_R=np.array([*(query_C[n + 1] - 1 for n in draws), *(row for rows in judged for row in rows)], np.int64),
+            page_BP=self._table_SP[slot_B, : -(-int(length_B.max()) // PAGE_SIZE)],
+        )
+        prompts = len(entries) - decodes
+        return step, Size(decodes, len(slot_T) - decodes, prompts, len(step.row_R), step.page_BP.shape[1])
+
+    def _forward(
+        self,
+        entries: list[Entry],
+        draws: Sequence[int],
+        scores: Sequence[int],
+        adapted: bool,
+        step: StepInput,
+        size: Size,
+    ) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
+        """The logits (R, V) after the last tokens of the entries `draws`, and all positions of `scores` judged."""
+        count_B, fixed = np.diff(step.query_C), dispatch.fixed()
+        here = StepInput.views(self._upload(step.flat(), np.int32), size)
+        batch = PagedBatch(
+            slot_N=here.write_T.long(),
+            page_BP=here.page_BP,
+            length_B=here.length_B,
+            query_C=here.query_C,
+            decodes=0 if fixed == "prompt" else size.decodes,
+            longest=int(count_B.max()) if fixed == "prompt" or size.prompts else 0,
+            # How many keys a split has may follow from this number, which must not follow from the batch then.
+            longest_length=self._table_SP.shape[1] * PAGE_SIZE if fixed else int(step.length_B.max()),
+            fresh=not (step.length_B - count_B)[size.decodes :].any(),
+            spans=[
+                Span.of(first, count, length, pages)
+                for first, count, length, pages in zip(
+                    step.query_C.tolist(), count_B.tolist(), step.length_B.tolist(), step.page_BP.tolist(), strict=False
+                )
+            ]
+            if self.about.on_cpu
+            else None,
+        )
+        logits_RV = self._logits(here, batch, adapted, here.row_R.long(), self._seen(entries))
+        scored, at = {}, len(draws)
+        for n in scores:
+            ids_T, most = self._upload(np.array(entries[n].targets)), self._prompt_logprobs[entries[n].slot]
+            judged_T = self._sampler.prompt_logprobs(logits_RV[at : at + len(ids_T)], ids_T, most)
+            scored[n] = Drawn(ids_T, *judged_T), most
+            at += len(ids_T)
+        return logits_RV[: len(draws)], scored
+
+    def _recorded(self, flat: Tensor, size: Size, adapted: bool) -> Tensor:
+        """The logits (B, V) after the last tokens of all sequences of a step, padding too. A graph records it.
+
+        adapted: whether a token takes one of the adapters.
+        """
+        here = StepInput.views(flat, size)
+        batch = PagedBatch(
+            slot_N=here.write_T.long(),
+            page_BP=here.page_BP,
+            length_B=here.length_B,
+            query_C=here.query_C,
+            decodes=size.decodes,
+            longest=size.tokens,
+            longest_length=size.pages * PAGE_SIZE,
+            padded=True,
+        )
+        return self._logits(here, batch, adapted, here.row_R.long() if size.rows else None)
+
+    def _host_free(self, tokens: int, adapted: bool) -> bool:
+        """Whether so many tokens pass through attention and experts without the host learning lengths and routing."""
+        if not runs_host_free(self.device, self.decoder.products_in, self.cache.fp8):
+            return False
+        experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
+        args = self.decoder.args
+        with torch.inference_mode():
+            x_TD = torch.empty(tokens, args.dim, device=self.device, dtype=self.decoder.products_in)
+            expert_TK = torch.empty(tokens, args.moe.num_experts_per_tok, device="meta")
+            return experts.host_free(x_TD, expert_TK, adapted)
 
     def again(self, sequences: int) -> Callable[[], None] | None:
         """Computes the last decoding step of so many sequences again; None where no graph holds it.
@@ -196,103 +292,8 @@ class Runner:
         It changes nothing, so measurements may call it as often as they like. On several ranks all must.
         """
         with dispatch.fixing("decode" if self.about.deterministic else ""):
-            bucket = self._graphs.bucket(sequences, False)
-        return None if bucket is None else self._graphs.again(bucket, False)
-
-    def _numbers(self, entries: list[Entry]) -> np.ndarray:
-        """The numbers (B, C) int32 of a step in which each sequence brings one token."""
-        slot_B = np.array([entry.slot for entry in entries])
-        position_B = np.array([entry.start for entry in entries])
-        numbers_BC = np.empty((len(entries), _TABLE + self._table_SP.shape[1]), dtype=np.int32)
-        numbers_BC[:, _TOKEN] = [LAST_DRAW if entry.ids is None else entry.ids[0] for entry in entries]
-        numbers_BC[:, _POSITION] = position_B
-        numbers_BC[:, _WRITE] = self._write(slot_B, position_B)
-        numbers_BC[:, _SLOT] = slot_B
-        numbers_BC[:, _LENGTH] = position_B + 1
-        numbers_BC[:, _ADAPTER] = self._adapter_S[slot_B]
-        numbers_BC[:, _TABLE:] = self._table_SP[slot_B]
-        return numbers_BC
-
-    def _write(self, slot_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
-        """Where the keys and values of these positions go: page · PAGE_SIZE + place in the page."""
-        return self._table_SP[slot_N, position_N // PAGE_SIZE] * PAGE_SIZE + position_N % PAGE_SIZE
-
-    def _decode(self, numbers_BC: Tensor, adapted: bool) -> Tensor:
-        """Logits (B, V) of a step in which each sequence brings one token. A graph records it.
-
-        adapted: whether a row takes one of the adapters.
-        """
-        B = len(numbers_BC)
-        batch = PagedBatch(
-            slot_N=numbers_BC[:, _WRITE].long(),
-            page_BP=numbers_BC[:, _TABLE:].contiguous(),
-            length_B=numbers_BC[:, _LENGTH].contiguous(),
-            query_C=torch.arange(B + 1, dtype=torch.int32, device=numbers_BC.device),
-            decodes=B,
-            longest=0,
-            longest_length=self._table_SP.shape[1] * PAGE_SIZE,
-        )
-        adapter_B = numbers_BC[:, _ADAPTER].long() if adapted else None
-        return self._logits(numbers_BC[:, _TOKEN], numbers_BC[:, _POSITION], numbers_BC[:, _SLOT], batch, adapter_B)
-
-    def _host_free(self, sequences: int, adapted: bool) -> bool:
-        """Whether so many tokens pass through attention and experts without the host learning lengths and routing."""
-        if not runs_host_free(self.device, self.decoder.products_in, self.cache.fp8):
-            return False
-        experts = next(m for m in self.decoder.modules() if isinstance(m, StackedExperts))
-        args = self.decoder.args
-        with torch.inference_mode():
-            x_TD = torch.empty(sequences, args.dim, device=self.device, dtype=self.decoder.products_in)
-            expert_TK = torch.empty(sequences, args.moe.num_experts_per_tok, device="meta")
-            return experts.host_free(x_TD, expert_TK, adapted)
-
-    # ----------------------------------------------------------------- any step
-
-    def _forward(
-        self, entries: list[Entry], draws: list[int], scores: list[int], adapted: bool
-    ) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
-        """The logits (R, V) after the last tokens of the entries `draws`, and all positions of `scores` judged."""
-        count_B = np.array([1 if entry.ids is None else len(entry.ids) for entry in entries])
-        start_B, slot_B = (np.array([getattr(e, name) for e in entries]) for name in ("start", "slot"))
-        query_C = np.concatenate([[0], count_B.cumsum()])
-        position_N = np.arange(query_C[-1]) + np.repeat(start_B - query_C[:-1], count_B)
-        slot_N = np.repeat(slot_B, count_B)
-        token_N = np.concatenate([[LAST_DRAW] if entry.ids is None else entry.ids for entry in entries])
-        length_B = start_B + count_B
-        P, fixed = -(-int(length_B.max()) // PAGE_SIZE), dispatch.fixed()
-        prompts = fixed == "prompt" or count_B.max() > 1
-        batch = PagedBatch(
-            slot_N=self._upload(self._write(slot_N, position_N)),
-            page_BP=self._upload(self._table_SP[slot_B, :P], np.int32),
-            length_B=self._upload(length_B, np.int32),
-            query_C=self._upload(query_C, np.int32),
-            decodes=0 if fixed == "prompt" else int((count_B == 1).sum()),
-            longest=int(count_B.max()) if prompts else 0,
-            # How many keys a split has may follow from this number, which must not follow from the batch then.
-            longest_length=self._table_SP.shape[1] * PAGE_SIZE if fixed else int(length_B.max()),
-            fresh=not start_B[count_B > 1].any(),
-            spans=[
-                Span.of(first, count, length, self._table_SP[slot, : -(-length // PAGE_SIZE)].tolist())
-                for first, count, length, slot in zip(
-                    query_C.tolist(), count_B.tolist(), length_B.tolist(), slot_B.tolist(), strict=False
-                )
-            ]
-            if self.about.on_cpu
-            else None,
-        )
-        ends = [int(query_C[n + 1]) - 1 for n in draws]
-        judged = [range(query_C[n], query_C[n] + len(entries[n].targets)) for n in scores]
-        rows_R = self._upload(np.array([*ends, *(row for rows in judged for row in rows)], dtype=np.int64))
-        token, position, slot = (self._upload(numbers_N) for numbers_N in (token_N, position_N, slot_N))
-        adapter_N = self._upload(self._adapter_S[slot_N]) if adapted else None
-        logits_RV = self._logits(token, position, slot, batch, adapter_N, rows_R, self._seen(entries))
-        scored, at = {}, len(ends)
-        for n in scores:
-            ids_T, most = self._upload(np.array(entries[n].targets)), self._prompt_logprobs[entries[n].slot]
-            judged_T = self._sampler.prompt_logprobs(logits_RV[at : at + len(ids_T)], ids_T, most)
-            scored[n] = Drawn(ids_T, *judged_T), most
-            at += len(ids_T)
-        return logits_RV[: len(ends)], scored
+            size = self._graphs.size(Size(sequences, 0, 0, sequences, 0), False)
+        return None if size is None else self._graphs.again(size, False)
 
     def _seen(self, entries: list[Entry]) -> Tensor | None:
         """The image tokens (positions, D) of this step, in its order."""
@@ -309,23 +310,23 @@ class Runner:
 
     def _logits(
         self,
-        token_N: Tensor,
-        position_N: Tensor,
-        slot_N: Tensor,
+        here: StepInput,
         batch: PagedBatch,
-        adapter_N: Tensor | None,
-        rows_R: Tensor | None = None,
+        adapted: bool,
+        rows_R: Tensor | None,
         seen_WD: Tensor | None = None,
     ) -> Tensor:
-        token_N = torch.where(token_N == LAST_DRAW, self._last_S[slot_N.long()], token_N)
+        """The logits of these tokens, or of all."""
+        token_T, slot_T = here.token_T.long(), here.slot_T.long()
+        token_T = torch.where(token_T == LAST_DRAW, self._last_S[slot_T], token_T)
         self.cache.begin(batch)
         return self.decoder(
-            token_N.long()[None],
-            position_N.long()[None],
+            token_T[None],
+            here.position_T.long()[None],
             cache=self.cache,
             rows_N=rows_R,
             images=seen_WD,
-            adapters=None if adapter_N is None else AdapterRows(adapter_N, self.decoder.adapters),
+            adapters=AdapterRows(here.adapter_T.long(), self.decoder.adapters) if adapted else None,
         ).logits.flatten(0, -2)
 
     def _upload(self, numbers: np.ndarray, dtype: Any = np.int64) -> Tensor:

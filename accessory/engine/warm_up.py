@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.scheduler import Scheduler
 from accessory.engine.sequence import Sequence
-from accessory.limits import GRAPH_BUCKETS, PAGE_SIZE
+from accessory.limits import GRAPH_BUCKETS, GRAPH_DECODES, GRAPH_MOST_TOKENS, GRAPH_PROMPTS, GRAPH_TOKENS, PAGE_SIZE
 from accessory.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ DRAWN = (
 )
 ANSWER = 3  # tokens: the first comes with the prompt, so two are decoded
 LONG_ANSWER = 8  # of sequences that are to decode beside others
+STEPS_A_WAVE = 3  # tokens of such a sequence, at most, until a prompt that came has been computed
 BESIDE = 4  # sequences that decode while prompts come
 # Lengths of such prompts: attention splits keys where a page does not hold them all.
 PROMPTS_BESIDE = (20, 200)
@@ -45,11 +46,10 @@ JUDGED = (100, 300)  # tokens of prompts whose log-probabilities are asked for: 
 
 
 class Round(NamedTuple):
-    """Requests that run together. `then` come when all of `first` have drawn a token."""
+    """Requests that run together: a wave comes when all of the one before have drawn a token."""
 
     what: str
-    first: list[Sequence]
-    then: list[Sequence]
+    waves: list[list[Sequence]]
 
 
 def warm_up(engine: Engine, adapters: int = 0, images: Iterable[Sequence] = (), shown: bool = False) -> None:
@@ -58,11 +58,11 @@ def warm_up(engine: Engine, adapters: int = 0, images: Iterable[Sequence] = (), 
     adapters: how many stand beside the weights. images: requests with an image, run one by one. shown: with a progress
     bar.
     """
-    todo = [*rounds(engine.scheduler, adapters), *(Round("an image", [sequence], []) for sequence in images)]
+    todo = [*rounds(engine.scheduler, adapters), *(Round("an image", [[sequence]]) for sequence in images)]
     with progress_bar(len(todo), "warming up", shown, unit=" rounds") as bar:
-        for what, first, then in todo:
+        for what, waves in todo:
             bar.set_postfix_str(what)
-            engine.rehearse(first, then)
+            engine.rehearse(*waves)
             bar.update()
 
 
@@ -75,8 +75,7 @@ def rounds(scheduler: Scheduler, adapters: int) -> list[Round]:
         one
         for adapter in ((-1, 0) if adapters else (-1,))
         for requests in (_Requests(scheduler, adapter),)
-        for kind in (requests.decoding, requests.prompts, requests.judged, requests.mixed, requests.going_on)
-        for one in kind()
+        for one in requests.rounds()
     ]
 
 
@@ -94,8 +93,17 @@ class _Requests:
         self.most = min(self.scheduler.max_running, pages, self.scheduler.max_waiting)  # sequences at once
         self._random, self._of = random.Random(self.adapter), "" if self.adapter < 0 else " with an adapter"
 
+    def rounds(self) -> Iterator[Round]:
+        yield from self.prompts()
+        yield from self.beside()
+        yield from self.decoding()
+        yield from self.crowds()
+        yield from self.judged()
+        yield from self.mixed()
+        yield from self.going_on()
+
     def decoding(self) -> Iterator[Round]:
-        """As many sequences as each graph has rows, the most first: all graphs take their memory from one pool."""
+        """As many sequences as each graph has rows."""
         answer = min(ANSWER, self.room - 1)
         for count in reversed([*(b for b in GRAPH_BUCKETS if b < self.most), self.most]):
             drawn = [DRAWN[n % len(DRAWN)] for n in range(count)]
@@ -103,7 +111,7 @@ class _Requests:
             yield self._round(f"{count} at once", requests)
 
     def prompts(self) -> Iterator[Round]:
-        """Steps of rising numbers of tokens, and one step more than that.
+        """Steps of many sizes, the largest first, because all graphs take their memory from one pool. Then one more.
 
         Between two limits of kernels or tiles (`limits`, and the tables beside kernels) lies a power of two, or the
         middle of two such. Triton compiles anew for multiples of 16: the number before a power of two is none.
@@ -112,12 +120,30 @@ class _Requests:
         most = min(budget, self._together)
         powers = [2**n for n in range(most.bit_length())]
         between = (power // 2 * 3 for power in powers)
-        sizes = {*powers, *between, *(power - 1 for power in powers), most}
-        for tokens in sorted(size for size in sizes if 0 < size <= most):
+        sizes = {*powers, *between, *(power - 1 for power in powers), *GRAPH_TOKENS, most}
+        for tokens in sorted((size for size in sizes if 0 < size <= most), reverse=True):
             yield self._round(f"prompts of {tokens:,} tokens", self._prompts(tokens))
-        # What does not fit a step goes on in the next one.
-        if (tokens := min(budget + budget // 4, self._together)) > budget:
+        # What does not fit a step goes on in the next one, within a page and with too many tokens for a graph.
+        if (tokens := min(budget + budget // 2 + 50, self._together)) > budget:
             yield self._round(f"prompts of {tokens:,} tokens", self._prompts(tokens))
+
+    def beside(self) -> Iterator[Round]:
+        """Prompts of as many tokens as each graph has, beside as many sequences as it has rows of."""
+        for decodes in reversed(GRAPH_DECODES):
+            count = min(decodes, self.most - 1)
+            fit = [t for t in GRAPH_TOKENS if decodes + t <= GRAPH_MOST_TOKENS and t + count * PAGE_SIZE < self.tokens]
+            waves = [self._prompts(tokens) for tokens in reversed(fit)]
+            if count > 0 and waves:
+                long = [self._long(answer=LONG_ANSWER * (1 + len(waves))) for _ in range(count)]
+                yield self._round(f"prompts beside {count} sequences", long, *waves)
+
+    def crowds(self) -> Iterator[Round]:
+        """More prompts than a graph has room for, of as many tokens as one has, and one token less."""
+        count = GRAPH_PROMPTS + 1
+        for tokens in sorted({t - less for t in GRAPH_TOKENS for less in (0, 1)}, reverse=True):
+            if count <= self.most and 2 * count <= tokens <= min(self._together, count * (self.room - 1)):
+                short = [self._request(tokens // count + (n < tokens % count), 1) for n in range(count)]
+                yield self._round(f"{count} prompts of {tokens} tokens", short)
 
     def judged(self) -> Iterator[Round]:
         """Prompts of which every token is judged. The head has as many rows."""
@@ -160,9 +186,9 @@ class _Requests:
         count = -(-tokens // (self.room - 1))
         return [self._request(tokens // count + (n < tokens % count), 1) for n in range(count)]
 
-    def _long(self, before: Many[int] = ()) -> Sequence:
+    def _long(self, before: Many[int] = (), answer: int = LONG_ANSWER) -> Sequence:
         """A short prompt with a long answer, as far as there is room."""
-        answer = min(LONG_ANSWER, self.room - len(before) - 1)
+        answer = min(answer, self.room - len(before) - 1)
         return self._request(min(2, self.room - len(before) - answer), answer, before=before)
 
     def _request(self, prompt: int, answer: int, params: SamplingParams = DRAWN[0], before: Many[int] = ()) -> Sequence:
@@ -174,5 +200,5 @@ class _Requests:
     def _ids(self, count: int) -> list[int]:
         return [self._random.randrange(self.scheduler.vocab_size or 1) for _ in range(count)]
 
-    def _round(self, what: str, first: list[Sequence], then: Iterable[Sequence] = ()) -> Round:
-        return Round(what + self._of, first, list(then))
+    def _round(self, what: str, *waves: list[Sequence]) -> Round:
+        return Round(what + self._of, list(waves))

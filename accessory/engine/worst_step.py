@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accessory.engine.runner import About, Runner
 from accessory.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from accessory.engine.scheduler import Begin, Entry, StepPlan
-from accessory.limits import PAGE_SIZE, STEP_TOKENS_GPU
+from accessory.limits import GRAPH_MOST_TOKENS, GRAPH_PROMPTS, PAGE_SIZE, STEP_TOKENS_GPU
 from accessory.parallel.mesh import Ranks
 
 # Everything that takes memory while tokens are drawn and prompts are judged.
@@ -47,17 +47,24 @@ def worst_step_bytes(make_runner: Callable[[int], Runner], max_seq_len: int, ran
 
 
 def worst_steps(about: About, max_seq_len: int) -> Iterator[StepPlan]:
-    """Steps with the most tokens: of the most sequences, which then decode, and of prompts that are judged.
+    """Steps with the most tokens: of the most sequences, which then decode, alone and beside a prompt; of prompts in
+    the largest graph, which keeps its memory; and of prompts that are judged.
 
     All sequences write to the same pages, because nobody reads what comes out.
     """
-    few = max(1, min(about.step_tokens // about.max_running, max_seq_len - 1))
+    few, longest = max(1, min(about.step_tokens // about.max_running, max_seq_len - 1)), max_seq_len - 1
     yield StepPlan([_prompt(slot, few, judged=False) for slot in range(about.max_running)])
-    yield StepPlan([Entry(slot, few, None, (), 1, None, decodes=True) for slot in range(about.max_running)])
+    decoding = [Entry(slot, few, None, (), 1, None, decodes=True) for slot in range(about.max_running)]
+    yield StepPlan(decoding)
+    last, graphed = about.max_running - 1, min(GRAPH_MOST_TOKENS, about.step_tokens)
+    beside = max(min(graphed - about.max_running, longest), 1)
+    yield StepPlan([*decoding[:last], _prompt(last, beside, judged=False)])
+    prompts = min(GRAPH_PROMPTS, -(-graphed // longest))
+    yield StepPlan([_prompt(slot, min(graphed // prompts, longest), judged=False) for slot in range(prompts)])
     left = about.step_tokens
     entries: list[Entry] = []
     while left and len(entries) < about.max_running:
-        entries.append(_prompt(len(entries), min(left, max_seq_len - 1), judged=True))
+        entries.append(_prompt(len(entries), min(left, longest), judged=True))
         left -= len(entries[-1].ids or ())
     yield StepPlan(sorted(entries, key=lambda e: len(e.ids or ()) > 1))  # sequences with one token come first
 

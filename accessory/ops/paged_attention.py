@@ -71,6 +71,7 @@ class PagedBatch(NamedTuple):
     longest: int  # the most queries of one of the other sequences; 0 if there are none
     longest_length: int  # no sequence has more keys; in a graph, what page_BP has room for
     fresh: bool = False  # whether the other sequences have no earlier context: as many keys as queries
+    padded: bool = False  # whether most of the other sequences may be empty: a graph has room for many
     spans: Sequence[Span] | None = None  # the same on the host, where the device is a CPU
 
     @classmethod
@@ -228,13 +229,14 @@ def _keys_and_values(
 
 
 def _read_spans(batch: PagedBatch) -> list[Span]:
-    """The spans of a batch that brought none. On a GPU this waits for the device."""
+    """The spans of a batch that brought none, without empty ones. On a GPU this waits for the device."""
     begin = batch.query_C.tolist()
     device = batch.page_BP.device
     spans = []
     for b, (length, pages) in enumerate(zip(batch.length_B.tolist(), batch.page_BP.tolist(), strict=True)):
-        span = Span.of(begin[b], begin[b + 1] - begin[b], length, pages)
-        spans.append(span if span.page_P is None else span._replace(page_P=span.page_P.to(device)))
+        if begin[b + 1] > begin[b]:
+            span = Span.of(begin[b], begin[b + 1] - begin[b], length, pages)
+            spans.append(span if span.page_P is None else span._replace(page_P=span.page_P.to(device)))
     return spans
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accessory.limits import (
+    GRAPH_TOKENS,
     MAX_RUNNING_CPU,
     MAX_RUNNING_GPU,
     QUANTIZED_AT_ONCE_GPU,
@@ -36,9 +37,10 @@ QUANTIZING = 18
 # Bytes a logit while tokens are drawn from sorted logits: in 16 and 32 bits, with their ids, as weights and their sums.
 DRAWING = 48
 
+GRAPHS = "the graphs of steps"
 OUTSIDE, HOLES = "CUDA context, collectives", "holes in the allocator"
 # What stays from one moment to the next; everything else comes and goes.
-LASTING = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept")
+LASTING = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept", GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,26 @@ def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int
     prompt = task.prompt if task.prompt is not None else task.context - 1
     on_gpu = setup.device == "cuda"
     # A step computes at most so many tokens of prompts, and draws for at most so many sequences.
-    layer = layer_sizes(setup, min(task.batch * prompt, STEP_TOKENS_GPU if on_gpu else STEP_TOKENS_CPU))
+    tokens, at_once = task.batch * prompt, STEP_TOKENS_GPU if on_gpu else STEP_TOKENS_CPU
+    # The last ones may fit a graph, which has room for the next larger number of them and keeps its memory. Where no
+    # length of prompts is given, all may come.
+    last = min(tokens, GRAPH_TOKENS[-1]) if task.prompt is None else tokens % at_once
+    graph = next((n for n in GRAPH_TOKENS if n >= last), 0) if on_gpu else 0
+    recorded, computed = (
+        prompt_peak(layer_sizes(setup, n), setup.quant.experts) if n else 0
+        for n in (graph, min(tokens, at_once) if tokens > graph else 0)
+    )
     logits = min(task.batch, MAX_RUNNING_GPU if on_gpu else MAX_RUNNING_CPU) * setup.args.vocab_size
     held = {"weights": weight_bytes(setup), "key/value cache": cache_bytes(setup)}
     largest = max(g.rows * g.columns for g in tensor_groups(setup) if g.role == "product")
-    at_once = min(QUANTIZED_AT_ONCE_GPU, largest)
+    quantized = min(QUANTIZED_AT_ONCE_GPU, largest)
     return {
-        "loading": {"weights": held["weights"], "quantising": QUANTIZING * at_once if setup.quantized else 0},
-        "drawing tokens": {**held, "logits": DRAWING * logits},
+        "loading": {"weights": held["weights"], "quantising": QUANTIZING * quantized if setup.quantized else 0},
+        "drawing tokens": {**held, GRAPHS: recorded, "logits": DRAWING * logits},
         "reading the prompt": {
             **held,
-            "activations": prompt_peak(layer, setup.quant.experts),
+            GRAPHS: recorded,
+            "activations": computed,
             "logits": setup.dense_bytes * logits,
         },
     }

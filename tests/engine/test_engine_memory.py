@@ -8,6 +8,7 @@ from accessory.engine.runner import Runner, fitting_pages
 from accessory.engine.worst_step import worst_step_bytes, worst_steps
 from accessory.errors import MemoryFullError
 from accessory.launch.memory import HOST, Room
+from accessory.limits import GRAPH_MOST_TOKENS, GRAPH_PROMPTS
 from accessory.nn.decoder import Decoder, init_weights
 from accessory.parallel.mesh import Ranks
 from accessory.planner.fit import explained_on
@@ -58,15 +59,19 @@ def test_the_worst_steps_are_as_large_as_steps_are_and_run(decoder, max_seq_len,
     runner = Runner(decoder, pages=9, max_seq_len=max_seq_len, vocab_size=64, fp8=fp8)
     plans = list(worst_steps(runner.about, max_seq_len))
     sequences, tokens = runner.about.max_running, runner.about.step_tokens
-    assert [len(plan.entries) for plan in plans[:2]] == [sequences, sequences]
+    assert [len(plan.entries) for plan in plans[:3]] == [sequences] * 3
     longest = max_seq_len - 1
-    assert sum(len(entry.ids) for entry in plans[2].entries) == min(tokens, sequences * longest)
-    assert all(len(entry.targets) == len(entry.ids) <= longest for entry in plans[2].entries)
+    *_, graphed, judged = plans
+    most = min(tokens, GRAPH_MOST_TOKENS, GRAPH_PROMPTS * longest)
+    assert most - GRAPH_PROMPTS < sum(len(entry.ids) for entry in graphed.entries) <= most  # of equal prompts
+    assert len(graphed.entries) <= GRAPH_PROMPTS
+    assert sum(len(entry.ids) for entry in judged.entries) == min(tokens, sequences * longest)
+    assert all(len(entry.targets) == len(entry.ids) <= longest for entry in judged.entries)
     for plan in plans:
         result = runner.run(plan).result()
         assert len(result.draws) == len(plan.entries)
         assert None not in result.draws
-    assert len(result.scored) == len(plans[2].entries)
+    assert len(result.scored) == len(judged.entries)
 
 
 def test_what_the_worst_steps_take_is_the_peak_of_the_rank_with_the_largest(decoder, monkeypatch):

@@ -71,7 +71,8 @@ def test_every_kind_of_step_is_computed(adapters):
     named = {entry.begin.adapter for plan in plans for entry in plan if entry.begin is not None}
     assert named == ({-1, 0} if adapters else {-1})
     decoding = [len(plan) for plan in plans if all(entry.decodes for entry in plan)]
-    assert decoding[0] == 256  # the memory of all graphs is taken at once
+    assert sum(map(tokens, plans[0])) == 4096  # the largest step first: graphs take their memory from one pool
+    assert max(decoding) == 256
     assert set(decoding) >= set(GRAPH_BUCKETS)
     begin = [plan for plan in plans if all(entry.start == 0 and not entry.decodes for entry in plan)]
     sizes = {sum(map(tokens, plan)) for plan in begin}
@@ -221,4 +222,4 @@ def test_a_cpu_compiles_nothing_and_a_gpu_does(rich):
 def test_the_rounds_are_few_and_say_what_they_are():
     engine = Engine.of(Recorder(), About(2000, 256, 4096, on_cpu=False, max_seq_len=2048, vocab_size=1000))
     whats = [one.what for one in rounds(engine.scheduler, 1)]
-    assert len(whats) == len(set(whats)) < 150
+    assert len(whats) == len(set(whats)) < 180

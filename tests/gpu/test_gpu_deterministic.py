@@ -13,6 +13,7 @@ from accessory.checkpoint.lazy import Constant
 from accessory.checkpoint.load import fill
 from accessory.config import MoEArgs
 from accessory.engine.sampling_params import SamplingParams
+from accessory.engine.step_input import Size
 from accessory.formats import Quant
 from accessory.nn.decoder import Decoder
 
@@ -73,10 +74,10 @@ def test_bits_do_not_depend_on_what_runs_beside(implementation, format, dtype, m
     runner = tiny_runner(decoder, pages=260, deterministic=True, fp8=more == "fp8 cache")
     if graphs:
         assert runner.again(1) is None  # it finds a graph, which has not run yet
-        assert runner._graphs.bucket(1, False) == 1
+        assert runner._graphs.size(Size(1, 0, 0, 1, 1), False).decodes == 1
     singles = alone(runner, wishes)
     if not graphs:  # the same bits as with graphs
-        runner._graphs.buckets = []
+        runner._graphs.enabled = False
     for budget, slots, ahead in ((4096, 32, 1), (512, 20, 0), (37, 8, 1), (300, 3, 1), (150, 1, 0)):
         order = r.sample(range(len(wishes)), len(wishes))
         engine = tiny_engine(runner, pages=260, budget=budget, slots=slots, ahead=ahead)

@@ -9,6 +9,7 @@ from accessory.config import ModelArgs, MoEArgs
 from accessory.engine.runner import Runner
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.scheduler import Begin, Entry, StepPlan
+from accessory.engine.step_input import Size
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,8 +91,8 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
     decoder = decoder_from_canonical(sizes(), implementation, tensors, torch.bfloat16).requires_grad_(False).cuda()
     runner = Runner(decoder, pages=50, max_seq_len=400, vocab_size=512)
     tokens = torch.randint(0, 512, (batch, 400), generator=torch.Generator().manual_seed(0))
-    bucket = runner._graphs.bucket(batch, False)
-    assert bucket == (8 if batch == 6 else batch)
+    graph = runner._graphs.size(Size(batch, 0, 0, batch, 1), False)
+    assert graph.decodes == (8 if batch == 6 else batch)
     begin = Begin(SamplingParams(), (), (), frozenset(), -1, ())
     errors = []
     # The second round takes the pages and graphs of the first again.
@@ -104,12 +105,47 @@ def test_graphs_give_what_the_plain_path_gives(implementation, batch):
         for step in range(20):
             ends = [n + step for n in lengths[:batch]]
             entries = [Entry(b, n, (int(tokens[b, n]),), (), None, None) for b, n in enumerate(ends)]
-            graphed_BV = runner._graphs.step(bucket, runner._numbers(entries), False)
+            graphed_BV = runner._graphs.step(graph, *runner._numbers(entries, range(batch), []), False)
             for b, n in enumerate(ends):
                 whole_V = decoder(tokens[b : b + 1, : n + 1].cuda()).logits[0, -1]
                 errors.append(relative_error(graphed_BV[b], whole_V))
     # Kernels for many tokens and for few round differently. Sometimes that changes a router's choice.
     assert torch.tensor(errors).quantile(0.9) <= 2e-2
+
+
+@pytest.mark.parametrize("implementation", ["base", "sparse"])
+@pytest.mark.parametrize("counts", [[70], [1, 1, 300, 5], [1] * 17 + [40, 2, 90]])
+@torch.inference_mode()
+def test_graphs_of_prompts_give_what_the_plain_path_gives(implementation, counts):
+    """Prompts that begin, and such that go on in the middle of a page, beside sequences that decode."""
+    tensors = canonical_from_hf(decisive(hf_mixtral(sizes())))
+    decoder = decoder_from_canonical(sizes(), implementation, tensors, torch.bfloat16).requires_grad_(False).cuda()
+    runner = Runner(decoder, pages=250, max_seq_len=400, vocab_size=512)
+    B = len(counts)
+    tokens = torch.randint(0, 512, (B, 400), generator=torch.Generator().manual_seed(0))
+    begin = Begin(SamplingParams(), (), (), frozenset(), -1, ())
+    errors = []
+    for round_ in range(2):  # the second one finds the graph
+        starts = [(37 * b + round_) % 90 + (counts[b] == 1) if b % 3 else int(counts[b] == 1) for b in range(B)]
+        before = [
+            Entry(b, 0, tuple(tokens[b, : max(n, 2)].tolist()), pages_of(b), None, begin) for b, n in enumerate(starts)
+        ]
+        runner.run(StepPlan(before)).result()
+        entries = [
+            Entry(b, n, tuple(tokens[b, n : n + count].tolist()), (), 0, None)
+            for b, (n, count) in enumerate(zip(starts, counts, strict=True))
+        ]
+        logits_BV, _ = runner._pass(entries)
+        for b, (n, count) in enumerate(zip(starts, counts, strict=True)):
+            whole_V = decoder(tokens[b : b + 1, : n + count].cuda()).logits[0, -1]
+            errors.append(relative_error(logits_BV[b], whole_V))
+    assert any(size.tokens for size, _ in runner._graphs._graphs._made)
+    # Kernels for many tokens and for few round differently. Sometimes that changes a router's choice.
+    assert torch.tensor(errors).quantile(0.8) <= 2e-2
+
+
+def pages_of(slot: int) -> tuple[int, ...]:
+    return tuple(range(1 + 7 * slot, 8 + 7 * slot))
 
 
 def test_generation_with_graphs_repeats_and_begins_like_without():

@@ -13,12 +13,12 @@ from accessory.nn.decoder import Decoder
 
 
 def engine_over(decoder: Decoder, *, graphs: bool = True, pages: int = 200, max_seq_len: int = 512) -> Engine:
-    """graphs: on a GPU, whether decoding steps are replayed as CUDA graphs. They must then be possible."""
+    """graphs: on a GPU, whether steps are replayed as CUDA graphs. They must then be possible."""
     runner = Runner(decoder, pages=pages, max_seq_len=max_seq_len, vocab_size=decoder.args.vocab_size)
     if not graphs:
-        runner._graphs.buckets = []
+        runner._graphs.enabled = False
     elif runner.device.type == "cuda":
-        assert all(runner._graphs.bucket(b, False) == b for b in runner._graphs.buckets)
+        assert all(runner._graphs.fits(size.all_tokens, False) for size in runner._graphs.sizes)
     return Engine.of(LocalExecutor(runner), runner.about)
 
 

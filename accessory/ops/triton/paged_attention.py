@@ -327,9 +327,11 @@ def _launch(
     tile = tile_of(rows, D * q_NHd.element_size())
     M = max(tile.M, heads)
     tiles = cdiv(max(longest, 1), M // heads)
-    programs, processors = tiles * G * sequences, _processors(q_NHd.device)
+    # Where other sequences may be empty, one alone must keep the card busy if its keys are many.
+    alone = batch.padded and longest > 0
+    programs, processors = tiles * G * (1 if alone else sequences), _processors(q_NHd.device)
     splits = splits_of(programs, processors, batch.longest_length, decode=longest == 0)
-    least = LEAST_KEYS if programs >= processors else 1
+    least = LEAST_KEYS if programs >= processors or alone else 1
     if fixed:
         # Without splits the kernel shares nothing, and with them each takes `least` keys: it never needs more.
         least = max(FIXED_KEYS, PAGE_SIZE * cdiv(batch.longest_length, PAGE_SIZE * MOST_SPLITS))
