@@ -152,12 +152,12 @@ class _Requests:
             yield self._round(f"{tokens} tokens judged", [self._request(min(tokens, self.room - 1), 1, params)])
 
     def mixed(self) -> Iterator[Round]:
-        """Prompts that come while others decode."""
+        """Prompts that come while others decode, more than a graph has room for."""
         for tokens in PROMPTS_BESIDE:
             yield self._round(
-                f"a prompt of {tokens} tokens beside {BESIDE} sequences",
+                f"prompts of {tokens} tokens each beside {BESIDE} sequences",
                 [self._long() for _ in range(min(BESIDE, self.most))],
-                [self._request(min(tokens, self.room - 1), 1)],
+                [self._request(min(tokens, self.room - 1), 1) for _ in range(min(GRAPH_PROMPTS + 1, self.most))],
             )
 
     def going_on(self) -> Iterator[Round]:
