@@ -228,7 +228,7 @@ class Runner:
     ) -> tuple[Tensor, dict[int, tuple[Drawn, int]]]:
         """The logits (R, V) after the last tokens of the entries `draws`, and all positions of `scores` judged."""
         count_B, fixed = np.diff(step.query_C), dispatch.fixed()
-        here = StepInput.views(self._upload(step.flat(), np.int32), size)
+        here = StepInput.views(self._upload(step.flat(size), np.int32), size)
         batch = PagedBatch(
             slot_N=here.write_T.long(),
             page_BP=here.page_BP,

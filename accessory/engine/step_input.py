@@ -44,6 +44,10 @@ class Size(NamedTuple):
         T, B = self.all_tokens, self.sequences
         return (T,), (T,), (T,), (T,), (T,), (B,), (B + 1,), (self.rows,), (B, self.pages)
 
+    def zeros(self) -> np.ndarray:
+        """For the numbers of all fields."""
+        return np.zeros(sum(_aligned(int(np.prod(shape))) for shape in self.shapes()), dtype=np.int32)
+
 
 class StepInput(NamedTuple):
     """Arrays, or tensors, of int32."""
@@ -58,9 +62,12 @@ class StepInput(NamedTuple):
     row_R: Any  # tokens whose logits are needed
     page_BP: Any  # page table of each sequence
 
-    def flat(self) -> np.ndarray:
-        """All numbers of arrays in one."""
-        return np.concatenate([field.ravel() for field in self], dtype=np.int32, casting="same_kind")
+    def flat(self, size: Size) -> np.ndarray:
+        """All numbers of arrays, of a step of this size, in one."""
+        flat = size.zeros()
+        for view, field in zip(StepInput.views(flat, size), self, strict=True):
+            view[:] = field
+        return flat
 
     @classmethod
     def views(cls, flat: Any, size: Size) -> StepInput:
@@ -69,9 +76,14 @@ class StepInput(NamedTuple):
         for shape in size.shapes():
             count = int(np.prod(shape))
             fields.append(flat[at : at + count].reshape(shape))
-            at += count
+            at += _aligned(count)
         assert at == len(flat)
         return cls(*fields)
+
+
+def _aligned(count: int) -> int:
+    """Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes, so each field begins at one."""
+    return -(-count // 4) * 4
 
 
 def padded(step: StepInput, here: Size, size: Size) -> np.ndarray:
@@ -80,7 +92,7 @@ def padded(step: StepInput, here: Size, size: Size) -> np.ndarray:
     Padding writes to page 0, which no sequence owns, and sees only what it wrote. The tokens of prompts that are left
     are one more prompt, the last one; other sequences that are left have no token.
     """
-    flat = np.zeros(sum(int(np.prod(shape)) for shape in size.shapes()), dtype=np.int32)
+    flat = size.zeros()
     out = StepInput.views(flat, size)
     out.adapter_T[:], out.length_B[:] = -1, 1
     decodes, first, left = here.decodes, size.decodes, size.tokens - here.tokens

@@ -45,7 +45,10 @@ def test_padding_moves_what_is_there_and_writes_to_page_0(data):
     decodes = data.draw(st.integers(0, 9))
     counts = data.draw(st.lists(st.integers(2, 90), min_size=0 if decodes else 1, max_size=5))
     step, here = random_step(r, decodes, counts, data.draw(st.integers(1, 6)))
-    assert all((a == b).all() for a, b in zip(StepInput.views(step.flat(), here), step, strict=True))
+    assert all((a == b).all() for a, b in zip(StepInput.views(step.flat(here), here), step, strict=True))
+
+    vector = here.zeros()
+    assert all((view.ctypes.data - vector.ctypes.data) % 16 == 0 for view in StepInput.views(vector, here))
 
     more, pages = data.draw(st.integers(0, 4)), here.pages + data.draw(st.integers(0, 3))
     tokens = here.tokens + data.draw(st.integers(0, 150)) if counts else 0

@@ -149,7 +149,7 @@ def pages_of(slot: int) -> tuple[int, ...]:
 
 
 def test_generation_with_graphs_repeats_and_begins_like_without():
-    tensors = canonical_from_hf(hf_mixtral(sizes(), std=0.2))
+    tensors = canonical_from_hf(decisive(hf_mixtral(sizes())))
     decoder = decoder_from_canonical(sizes(), "sparse", tensors, torch.bfloat16).requires_grad_(False).cuda()
     for params in (SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)):
         first, second = (answers(engine_over(decoder), PROMPTS, 30, params) for _ in range(2))
