@@ -141,22 +141,23 @@ def test_graphs_of_prompts_give_what_the_plain_path_gives(implementation, counts
             errors.append(relative_error(logits_BV[b], whole_V))
     assert any(size.tokens for size, _ in runner._graphs._graphs._made)
     # Kernels for many tokens and for few round differently. Sometimes that changes a router's choice.
-    assert torch.tensor(errors).quantile(0.8) <= 2e-2
+    assert torch.tensor(errors).quantile(0.8) <= 2e-2, errors
 
 
 def pages_of(slot: int) -> tuple[int, ...]:
     return tuple(range(1 + 7 * slot, 8 + 7 * slot))
 
 
-def test_generation_with_graphs_repeats_and_begins_like_without():
-    tensors = canonical_from_hf(decisive(hf_mixtral(sizes())))
-    decoder = decoder_from_canonical(sizes(), "sparse", tensors, torch.bfloat16).requires_grad_(False).cuda()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_generation_with_graphs_repeats_and_is_that_without(dtype):
+    tensors = canonical_from_hf(hf_mixtral(sizes(), std=0.2))
+    decoder = decoder_from_canonical(sizes(), "sparse", tensors, dtype).requires_grad_(False).cuda()
     for params in (SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)):
         first, second = (answers(engine_over(decoder), PROMPTS, 30, params) for _ in range(2))
         assert first == second
         assert [len(row) for row in first] == [30] * 4
-        plain = answers(engine_over(decoder, graphs=False), PROMPTS, 30, params)
-        assert [row[:2] for row in first] == [row[:2] for row in plain]
+        if dtype == torch.float32:  # in 16 bits, kernels for padded prompts round otherwise
+            assert first == answers(engine_over(decoder, graphs=False), PROMPTS, 30, params)
 
 
 def test_a_step_on_few_pairs_is_the_grouped_product(monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.limits import PAGE_SIZE
@@ -126,6 +127,24 @@ def check_kernels(
         assert (got.shape, got.dtype) == (p.q_NHd.shape, dtype)
         error = relative(got, want)
         assert error <= bound, f"{case}: {error}"
+    if p.batch.decodes < len(sequences):
+        got = kernels.attention(F.pad(p.q_NHd, (0, 0, 0, 0, 0, 37)), p.pages, padded(p.batch, 37))[: len(p.q_NHd)]
+        error = relative(got, want)
+        assert error <= bound, f"{case}, padded: {error}"
+
+
+def padded(batch: PagedBatch, more: int) -> PagedBatch:
+    """The batch with room for longer prompts, and behind them two empty ones and one of so many tokens."""
+    N = int(batch.query_C[-1])
+    return batch._replace(
+        page_BP=F.pad(batch.page_BP, (0, 3, 0, 3)),
+        length_B=torch.cat([batch.length_B, batch.length_B.new_tensor([1, 1, more])]),
+        query_C=torch.cat([batch.query_C, batch.query_C.new_tensor([N, N, N + more])]),
+        longest=batch.longest + more + 100,
+        longest_length=(batch.page_BP.shape[1] + 3) * PAGE_SIZE,
+        fresh=False,
+        padded=True,
+    )
 
 
 def unwritten(pages: Pages) -> Pages:
