@@ -134,7 +134,7 @@ class _Requests:
             fit = [t for t in GRAPH_TOKENS if decodes + t <= GRAPH_MOST_TOKENS and t + count * PAGE_SIZE < self.tokens]
             waves = [self._prompts(tokens) for tokens in reversed(fit)]
             if count > 0 and waves:
-                long = [self._long(answer=LONG_ANSWER * (1 + len(waves))) for _ in range(count)]
+                long = [self._long(answer=LONG_ANSWER + STEPS_A_WAVE * len(waves)) for _ in range(count)]
                 yield self._round(f"prompts beside {count} sequences", long, *waves)
 
     def crowds(self) -> Iterator[Round]:
