@@ -40,7 +40,7 @@ DRAWING = 48
 GRAPHS = "the graphs of steps"
 OUTSIDE, HOLES = "CUDA context, collectives", "holes in the allocator"
 # What stays from one moment to the next; everything else comes and goes.
-LASTING = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept", GRAPHS)
+LASTING = ("weights", "key/value cache", "optimiser", "image encoders", "features that are kept")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _inference_moments(setup: Setup, task: Inference) -> dict[str, dict[str, int
     # The last ones may fit a graph, which has room for the next larger number of them and keeps its memory. Where no
     # length of prompts is given, all may come.
     last = min(tokens, GRAPH_TOKENS[-1]) if task.prompt is None else tokens % at_once
-    graph = next((n for n in GRAPH_TOKENS if n >= last), 0) if on_gpu else 0
+    graph = next((n for n in GRAPH_TOKENS if n >= last), 0) if on_gpu and last else 0
     recorded, computed = (
         prompt_peak(layer_sizes(setup, n), setup.quant.experts) if n else 0
         for n in (graph, min(tokens, at_once) if tokens > graph else 0)

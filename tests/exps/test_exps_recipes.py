@@ -47,10 +47,10 @@ sys.exit(int(os.environ.get("STATUS", 0)))
 WAITER = f"""#!{sys.executable}
 import signal, sys, time
 def save(*_):
-    print("saved", flush=True)
+    print("saved\\n", end="", flush=True)
     sys.exit(3)
 signal.signal(signal.SIGTERM, save)
-print("ready", flush=True)
+print("ready\\n", end="", flush=True)  # one piece: print would write the end of the line apart, where nothing is buffered
 time.sleep(60)
 """
 
