@@ -50,7 +50,7 @@ def save(*_):
     print("saved\\n", end="", flush=True)
     sys.exit(3)
 signal.signal(signal.SIGTERM, save)
-print("ready\\n", end="", flush=True)  # one piece: print would write the end of the line apart, where nothing is buffered
+print("ready\\n", end="", flush=True)  # in one piece, even where nothing is buffered
 time.sleep(60)
 """
 
