@@ -136,8 +136,9 @@ class Engine:
             with self._turn:
                 for request in begun:
                     self.finish(request)
-                while self._under_way:  # theirs, which no other request would finish
-                    self._finish_oldest()
+                with self._all_end_with_an_error():
+                    while self._under_way:  # theirs, which no other request would finish
+                        self._finish_oldest()
                 with self._held:
                     self.scheduler.forget(begun)
 

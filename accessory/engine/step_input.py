@@ -96,7 +96,7 @@ def padded(step: StepInput, here: Size, size: Size) -> np.ndarray:
     out = StepInput.views(flat, size)
     out.adapter_T[:], out.length_B[:] = -1, 1
     decodes, first, left = here.decodes, size.decodes, size.tokens - here.tokens
-    for now, new in zip(step[:5], out[:5], strict=True):
+    for now, new in zip(step[:5], out[:5], strict=True):  # a number a token
         new[:decodes], new[first : first + here.tokens] = now[:decodes], now[decodes:]
     for now, new in ((step.length_B, out.length_B), (step.page_BP[:, : size.pages], out.page_BP[:, : here.pages])):
         new[:decodes], new[first : first + here.prompts] = now[:decodes], now[decodes:]
