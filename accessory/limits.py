@@ -93,7 +93,7 @@ GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 1
 # launches. And the prompts that such a step has at most.
 GRAPH_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 GRAPH_DECODES = (0, 16, 64, 128, 256)
-GRAPH_MOST_TOKENS = 1024
+GRAPH_MOST_TOKENS = GRAPH_TOKENS[-1]
 GRAPH_PROMPTS = 32
 # Sequences that run at once, and the most tokens of a step.
 MAX_RUNNING_CPU, MAX_RUNNING_GPU = 32, 256

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
+import torch
+
 from accessory.engine.engine import Engine
 from accessory.engine.executor import LocalExecutor
 from accessory.engine.runner import Runner
 from accessory.engine.sampling_params import SamplingParams
 from accessory.engine.sequence import Sequence
+from accessory.limits import GRAPH_MOST_TOKENS
 from accessory.nn.decoder import Decoder
 
 
@@ -18,8 +21,8 @@ def engine_over(decoder: Decoder, *, graphs: bool = True, pages: int = 200, max_
     if not graphs:
         runner._graphs.enabled = False
     elif runner.device.type == "cuda":
-        # In fp32, more tokens than those of some sizes need the host.
-        assert all(runner._graphs.fits(s.all_tokens, False) for s in runner._graphs.sizes if s.all_tokens <= 512)
+        most = 512 if decoder.products_in == torch.float32 else GRAPH_MOST_TOKENS  # in fp32, more tokens need the host
+        assert all(runner._graphs.fits(s.all_tokens, False) for s in runner._graphs.sizes if s.all_tokens <= most)
     return Engine.of(LocalExecutor(runner), runner.about)
 
 

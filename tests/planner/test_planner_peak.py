@@ -1,5 +1,7 @@
 """The planner's peak memory, against peaks measured on GPUs and numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.plans import BIG, BOTH, CUTTABLE, TINY, finetuning, running
 from hypothesis import example, given, settings
@@ -199,6 +201,33 @@ def test_more_to_train_never_takes_less(kind, rows, tokens, more, implementation
     assert total(args.replace(n_layers=5)) > total()
     if kind == "lora":
         assert total(args.replace(lora_rank=64)) >= total()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "graph", "beside"),
+    [
+        (None, 1024, 4095),  # any part of the context: short ones are graphs, and the longest is none
+        (100, 128, 0),  # a graph has room for the next larger number
+        (1024, 1024, 0),
+        (1025, 0, 1025),
+        (4096, 0, 4096),
+        (4097, 32, 4096),  # what does not fit a step goes on in the next one
+    ],
+)
+def test_steps_that_are_graphs_keep_their_memory(prompt, graph, beside):
+    def terms(prompt, context=4096):
+        return estimate(running(quant="int4", context=max(context, (prompt or 0) + 1), prompt=prompt)).terms
+
+    def of(tokens):
+        """What a step of so many tokens takes, as a graph or without."""
+        return terms(tokens).get("activations" if tokens > 1024 else GRAPHS, 0) if tokens else 0
+
+    found = terms(prompt)
+    assert (found.get(GRAPHS, 0), found.get("activations", 0)) == (of(graph), of(beside))
+    assert (found.get(GRAPHS, 0) > 0) == bool(graph)
+    assert (found.get("activations", 0) > 0) == bool(beside)
+    on_cpu = replace(running(quant="int4", context=4096, prompt=100), device="cpu")
+    assert GRAPHS not in estimate(on_cpu).terms
 
 
 def test_short_prompts_unpack_no_stacks():
