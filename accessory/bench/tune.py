@@ -119,7 +119,13 @@ def _expert_tiles(format: str, out_features: int, in_features: int, splits: Sequ
         for R, unroll, stages in inner:
             # Parts of a sum are written and read again, which does not pay for many rows.
             sizes += [(M, P, R, unroll, swap, s, warps, stages) for s in splits if s == 1 or s * M <= 32]
-    return [dict(zip(NAMES, size, strict=True)) for size in sizes]
+    if not nibble:  # a few more rows than a power of two
+        shapes = [(64, 4), (128, 8), *([(128, 4)] if len(splits) > 1 else [])]
+        inner = [(64, 1, 3), (64, 1, 4), (128, 1, 3)]
+        heights = [(64, 16), (64, 32), (128, 16), (128, 32)]
+        for (M, more), (P, warps), (R, unroll, stages) in itertools.product(heights, shapes, inner):
+            sizes.append((M, P, R, unroll, True, 1, warps, stages, more))
+    return [dict(zip(NAMES, (*size, 0), strict=False)) for size in sizes]
 
 
 def _order(x_NI: Tensor) -> Tensor:

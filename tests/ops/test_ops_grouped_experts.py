@@ -1,5 +1,8 @@
 """The experts' feed-forward in tiles against the dense definition, in every format: on a GPU, or interpreted."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
 from helpers.interpreted import interpret, relative
@@ -50,21 +53,24 @@ def make(format, case, device, dtype):
     return (x_TD.to(device), *weights, weight_TK.to(device), expert_TK.to(device), first), want_TD
 
 
-def check(format, case, device, dtype, bound):
+def check(format, case, device, dtype, bound, sizes=None):
+    """sizes: of a tile, as in `NAMES`, instead of the tables' own."""
     from accessory.ops.triton import grouped_experts as kernels
 
     inputs, want_TD = make(format, case, device, dtype)
-    poison(device)
-    got_TD = kernels.experts_in_tiles(*inputs)
-    assert got_TD.dtype == torch.float32
-    assert relative(got_TD, want_TD) <= bound
-    if format != "dense":
-        from accessory.ops.quantized import dequantize
-
-        p = inputs[1].weight[0]
+    tile = sizes and dict(zip(kernels.NAMES, sizes, strict=True))
+    with patch.object(kernels, "_tile", lambda *_: dict(tile)) if tile else nullcontext():
         poison(device)
-        want_TO = inputs[0].double() @ dequantize(p, torch.float32).double().T
-        assert relative(kernels.linear(inputs[0], p), want_TO) <= bound
+        got_TD = kernels.experts_in_tiles(*inputs)
+        assert got_TD.dtype == torch.float32
+        assert relative(got_TD, want_TD) <= bound
+        if format != "dense":
+            from accessory.ops.quantized import dequantize
+
+            p = inputs[1].weight[0]
+            poison(device)
+            want_TO = inputs[0].double() @ dequantize(p, torch.float32).double().T
+            assert relative(kernels.linear(inputs[0], p), want_TO) <= bound
 
 
 def poison(device):
@@ -89,6 +95,30 @@ def test_in_tiles_in_the_interpreter(format):
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
 
 
+# Tiles of rows that are no power of two. Experts of 16 rows and fewer, of some more, and of more than one tile has.
+MORE = [(16, 64, 64, 1, True, 1, 4, 3, 16), (16, 64, 128, 1, True, 1, 4, 3, 8)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [*MORE, (64, 64, 64, 1, True, 1, 4, 3, 16), (128, 128, 64, 1, True, 1, 8, 3, 32)], ids=str
+)
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tiles_with_more_rows_on_the_gpu(format, sizes, dtype):
+    for case in (*CASES, *LARGE[5:]):
+        check(format, case, "cuda", dtype, 4e-3 if dtype == torch.bfloat16 else 8e-4, sizes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8"])
+def test_tiles_with_more_rows_in_the_interpreter(format):
+    how = "device='cpu', dtype=torch.float32, bound=1e-6"
+    interpret(
+        __file__, f"for sizes in t.MORE:\n  for case in t.CASES[2:]: t.check({format!r}, case, {how}, sizes=sizes)"
+    )
+
+
 @pytest.mark.parametrize("format", ["none", "int4"])
 def test_a_measured_tile_is_cut_to_the_weight_as_any_other(format, monkeypatch):
     """A table is made at one model's sizes, and serves others: smaller ones, and ones with an odd number of groups."""
@@ -96,12 +126,13 @@ def test_a_measured_tile_is_cut_to_the_weight_as_any_other(format, monkeypatch):
     from accessory.ops.triton import grouped_experts as kernels
 
     asked = []
-    large = dict(zip(kernels.NAMES, (32, 256, 0 if format == "int4" else 512, 4, False, 1, 8, 5), strict=True))
+    large = dict(zip(kernels.NAMES, (32, 256, 0 if format == "int4" else 512, 4, False, 1, 8, 5), strict=False))
     monkeypatch.setattr(kernels, "measured_on", lambda *question: asked.append(question) or dict(large))
     dense = torch.randn(2, 40, 384)
     weight = dense.bfloat16() if format == "none" else quantize(dense, format)
     tile = kernels._tile(kernels.UP, weight, 7.5, shared=100_000)
     assert asked == [(dense.device, "experts_up", format, 40, 384, 7.5)]
     assert (tile["M"], tile["P"], tile["num_warps"]) == (32, 64, 8)
+    assert tile["MORE"] == 0  # a table may be older than this name
     assert tile["UNROLL"] == (1 if format == "int4" else 4)  # three groups
     assert tile["num_stages"] == (5 if format == "int4" else 2)

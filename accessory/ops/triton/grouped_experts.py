@@ -2,12 +2,12 @@
 
 Four kernels do all of it: one sorts the (token, expert) pairs by expert; one multiplies by w1 and w3 and applies SiLU;
 one multiplies by w2; one sums each token's experts. One token needs no order. Nothing is padded and nothing copied: the
-first product gathers its rows, the second scatters its own to their pairs. Each weight is read once if no expert has
-more rows than a tile. The host never learns which experts were chosen, so a CUDA graph can record the whole step. No
-sum depends on the order in which programs run.
+first product gathers its rows, the second scatters its own to their pairs. Each weight is read and unpacked once if no
+expert has more rows than a tile. The host never learns which experts were chosen, so a CUDA graph can record the whole
+step. No sum depends on the order in which programs run.
 
 Legend: T tokens, K experts a token, N = T·K pairs, E experts of this rank (numbers from `first`), D dim, F hidden dim.
-A tile has M rows of x and P rows of the weight.
+A tile has M + MORE rows of x and P rows of the weight.
 """
 
 from __future__ import annotations
@@ -65,60 +65,83 @@ def _place(
         return place(count_ptr, N, KEEPS, E, SLOTS, COUNTED, M, P, 1)
 
 
+@triton.jit
+def _rows(first, end, ROWS: tl.constexpr):
+    """(row, held): the next ROWS of an expert's rows, and which of them it has."""
+    row = first + tl.arange(0, ROWS)
+    return row, row < end
+
+
+@triton.jit
+def _source(order_ptr, row, held, ORDERED: tl.constexpr):
+    """The pairs of sorted rows."""
+    return tl.load(order_ptr + row, mask=held, other=0) if ORDERED else row
+
+
+@triton.jit
+def _write(y_ptr, y, row, held, col, OUT: tl.constexpr):
+    """A tile y to the held ones of its rows."""
+    at = y_ptr + row[:, None].to(tl.int64) * OUT + col[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (col < OUT)[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "number"])  # one kernel for every number of pairs, on every rank
 def _up_kernel(
     x_ptr, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr, count_ptr, order_ptr, h_ptr,
     N, number, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr,
-    ONE: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    ONE: tl.constexpr, M: tl.constexpr, MORE: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """h_NF = silu(x w1ᵀ) ⊙ (x w3ᵀ) of the sorted pairs."""
     wait_for_inputs(OVERLAPS)
-    block, e, first, end = _place(count_ptr, N, number, F, E, SLOTS, True, ONE, M, P)
+    block, e, first, end = _place(count_ptr, N, number, F, E, SLOTS, True, ONE, M + MORE, P)
     if e < E:
         unit = block * P + tl.arange(0, P)
-        row = first + tl.arange(0, M)
-        held = row < end
-        token = (row if ONE else tl.load(order_ptr + row, mask=held, other=0)) // K
-        gate, up = tile_dot(
-            x_ptr, token, held, d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr,
+        row, held = _rows(first, end, M)
+        row_more, held_more = _rows(first + M, end, MORE if MORE > 0 else M)
+        token = _source(order_ptr, row, held, not ONE) // K
+        token_more = _source(order_ptr, row_more, held_more, not ONE) // K
+        gate, up, gate_more, up_more = tile_dot(
+            x_ptr, token, held, token_more, held_more,
+            d1_ptr, s1_ptr, z1_ptr, o1_ptr, d3_ptr, s3_ptr, z3_ptr, o3_ptr, table_ptr,
             e, tl.minimum(unit, F - 1), 0,
-            F, D, M, P, R, UNROLL, SWAP, SPLITS, True, CODE, GROUP, STEPS, NESTED, PERMUTE,
+            F, D, M, MORE, P, R, UNROLL, SWAP, SPLITS, True, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
         let_next_begin(OVERLAPS)
-        h = gate / (1.0 + tl.exp(-gate)) * up
-        at = h_ptr + row[:, None].to(tl.int64) * F + unit[None, :]
-        tl.store(at, h.to(h_ptr.dtype.element_ty), mask=held[:, None] & (unit < F)[None, :])
+        _write(h_ptr, gate / (1.0 + tl.exp(-gate)) * up, row, held, unit, F)
+        if MORE > 0:
+            _write(h_ptr, gate_more / (1.0 + tl.exp(-gate_more)) * up_more, row_more, held_more, unit, F)
 
 
 @triton.jit(do_not_specialize=["N", "number"])
 def _rows_kernel(
     x_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr, count_ptr, order_ptr, y_ptr, N, number,
     OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
-    ONE: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    ONE: tl.constexpr, M: tl.constexpr, MORE: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    UNROLL: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr,
     CODE: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """y_SNO: part s of SPLITS of x_NI Wᵀ. COUNTED: W is that of each row's expert, and row n goes to pair order[n]."""
     wait_for_inputs(OVERLAPS)
     split = tl.program_id(1)
-    block, e, first, end = _place(count_ptr, N, number, OUT, E, SLOTS, COUNTED, ONE, M, P)
+    block, e, first, end = _place(count_ptr, N, number, OUT, E, SLOTS, COUNTED, ONE, M + MORE, P)
     if e < E:
         out = block * P + tl.arange(0, P)
-        row = first + tl.arange(0, M)
-        held = row < end
-        y, _ = tile_dot(
-            x_ptr, row, held, d_ptr, s_ptr, z_ptr, o_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr,
+        row, held = _rows(first, end, M)
+        row_more, held_more = _rows(first + M, end, MORE if MORE > 0 else M)
+        y, _, y_more, _ = tile_dot(
+            x_ptr, row, held, row_more, held_more, d_ptr, s_ptr, z_ptr, o_ptr, d_ptr, s_ptr, z_ptr, o_ptr, table_ptr,
             e, tl.minimum(out, OUT - 1), split,
-            OUT, IN, M, P, R, UNROLL, SWAP, SPLITS, False, CODE, GROUP, STEPS, NESTED, PERMUTE,
+            OUT, IN, M, MORE, P, R, UNROLL, SWAP, SPLITS, False, CODE, GROUP, STEPS, NESTED, PERMUTE,
         )  # fmt: skip
         let_next_begin(OVERLAPS)
-        to = tl.load(order_ptr + row, mask=held, other=0) if COUNTED and not ONE else row
-        at = y_ptr + (split * N + to[:, None]).to(tl.int64) * OUT + out[None, :]
-        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=held[:, None] & (out < OUT)[None, :])
+        _write(y_ptr, y, split * N + _source(order_ptr, row, held, COUNTED and not ONE), held, out, OUT)
+        if MORE > 0:
+            to = _source(order_ptr, row_more, held_more, COUNTED and not ONE)
+            _write(y_ptr, y_more, split * N + to, held_more, out, OUT)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -142,28 +165,33 @@ def _combine_kernel(
     tl.store(y_ptr + token * D + col, y, mask=col < D)
 
 
-NAMES = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages")
+NAMES = ("M", "P", "R", "UNROLL", "SWAP", "SPLITS", "num_warps", "num_stages", "MORE")
 # Tiles by kind of number and by the most rows an expert, as in NAMES, for w1 with w3, for w2, and for a weight alone:
 # the best of 60 to 140 on an H200 at Mixtral-8x7B's sizes, found by `accessory tune`. Few rows are the right operand of
-# the tensor cores (SWAP), which multiply 16 rows of the weight by 8 rows of x at once.
+# the tensor cores (SWAP), which multiply 16 rows of the weight by 8 rows of x at once. Where a line ends before MORE,
+# that is 0.
 UP: dict[str, dict[float, tuple[Any, ...]]] = {
     "dense": {2: (8, 64, 256, 1, True, 1, 4, 3), 4: (16, 32, 128, 1, True, 1, 2, 4),
               8: (16, 32, 128, 1, False, 1, 2, 4), 16: (32, 128, 128, 1, False, 1, 8, 3),
               32: (64, 128, 64, 1, False, 1, 8, 4), inf: (128, 128, 64, 1, False, 1, 8, 4)},
     "byte": {0.25: (8, 32, 128, 1, True, 1, 2, 3), 4: (8, 64, 256, 1, True, 1, 4, 3),
              8: (16, 64, 256, 1, False, 1, 4, 3), 32: (32, 64, 128, 1, False, 1, 4, 3),
-             64: (64, 64, 64, 1, False, 1, 4, 4), inf: (128, 64, 64, 1, False, 1, 4, 4)},
+             48: (64, 64, 64, 1, False, 1, 4, 4), 64: (64, 64, 64, 1, True, 1, 4, 3, 16),
+             80: (64, 64, 128, 1, True, 1, 4, 3, 32), 112: (128, 64, 64, 1, False, 1, 4, 4),
+             inf: (128, 64, 64, 1, True, 1, 4, 3, 32)},
     "nibble": {0.25: (8, 32, 0, 2, True, 1, 2, 3), 4: (8, 64, 0, 2, True, 1, 4, 3), 16: (16, 32, 0, 1, True, 1, 2, 4),
                inf: (32, 64, 0, 1, False, 1, 4, 3)},
 }  # fmt: skip
 DOWN: dict[str, dict[float, tuple[Any, ...]]] = {
     "dense": {1: (16, 64, 128, 1, True, 2, 4, 3), 2: (16, 128, 128, 1, False, 1, 8, 3),
               8: (16, 128, 128, 1, False, 1, 8, 4), 16: (32, 128, 128, 1, False, 1, 8, 3),
-              32: (64, 128, 128, 1, False, 1, 8, 4), 64: (128, 128, 64, 1, False, 1, 8, 4),
-              inf: (128, 256, 64, 1, False, 1, 8, 3)},
+              32: (64, 128, 128, 1, False, 1, 8, 4), 64: (64, 128, 64, 1, True, 1, 4, 4, 16),
+              inf: (128, 256, 64, 1, False, 1, 8, 4)},
     "byte": {1: (8, 64, 128, 1, True, 4, 4, 4), 2: (8, 64, 256, 1, True, 4, 4, 3), 8: (16, 128, 256, 1, False, 1, 8, 3),
-             16: (16, 64, 256, 1, False, 2, 4, 3), 32: (64, 128, 128, 1, True, 1, 8, 4),
-             inf: (128, 128, 128, 1, False, 1, 8, 3)},
+             16: (16, 64, 256, 1, False, 2, 4, 3), 24: (32, 128, 256, 1, False, 1, 8, 3),
+             32: (64, 128, 128, 1, True, 1, 8, 4),
+             64: (64, 128, 128, 1, True, 1, 4, 3, 16), 112: (128, 128, 64, 1, False, 1, 4, 4),
+             inf: (128, 128, 64, 1, True, 1, 4, 3, 32)},
     "nibble": {0.25: (8, 32, 0, 4, True, 4, 2, 3), 4: (8, 64, 0, 4, True, 4, 4, 3), 16: (16, 64, 0, 2, False, 2, 4, 3),
                inf: (32, 64, 0, 4, False, 1, 4, 3)},
 }  # fmt: skip
@@ -191,7 +219,7 @@ def _tile(
     family = "experts_up" if tables is UP else "experts_down" if tables is DOWN else "linear"
     found = measured_on(data.device, family, format, O, I, rows)
     sizes = next(sizes for most, sizes in tables[_KIND[format]].items() if rows <= most)
-    tile = found or dict(zip(NAMES, sizes, strict=True))
+    tile = {"MORE": 0, **(found or dict(zip(NAMES, sizes, strict=False)))}
     tile["P"] = min(tile["P"], max(16, triton.next_power_of_2(O)))
     tile["R"] = numbers = min(tile["R"], max(16, triton.next_power_of_2(I)))
     if format in GROUP:
@@ -199,7 +227,10 @@ def _tile(
         tile["UNROLL"] = 1 if groups % tile["UNROLL"] else tile["UNROLL"]
         numbers = tile["UNROLL"] * GROUP[format]
     weights = (2 if tables is UP else 1) * tile["P"] * numbers * data.shape[-1] // I * data.element_size()
-    stage, room = 2 * tile["M"] * numbers + weights, shared_bytes(data.device) if shared is None else shared
+    stage, room = (
+        2 * (tile["M"] + tile["MORE"]) * numbers + weights,
+        shared_bytes(data.device) if shared is None else shared,
+    )
     tile["num_stages"] = max(2, min(tile["num_stages"], room // stage))
     return tile
 
@@ -229,9 +260,9 @@ def sort_pairs(expert_TK: Tensor, experts: int, first: int) -> tuple[Tensor, Ten
     return order_N, count_E
 
 
-def _programs(N: int, E: int, keeps: int, tile: dict[str, Any], one: bool) -> tuple[int]:
+def _programs(N: int, E: int, keeps: int, tile: dict[str, Any], one: bool = False) -> tuple[int]:
     """`grouped.grid`; one token's pairs are N tiles, also where some are of other ranks' experts."""
-    return (N * cdiv(keeps, tile["P"]),) if one else grid(N, E, keeps, tile)
+    return (N * cdiv(keeps, tile["P"]),) if one else grid(N, E, keeps, {**tile, "M": tile["M"] + tile["MORE"]})
 
 
 @on_its_card
@@ -340,7 +371,7 @@ def linear(
     y_NO = torch.empty(N, O, dtype=x_NI.dtype, device=x_NI.device)
     tile = tile or _tile(ALONE, p, N if as_rows is None else as_rows)
     tensors, fixed = _described(p)
-    _rows_kernel[grid(N, 1, O, tile)](
+    _rows_kernel[_programs(N, 1, O, tile)](
         x_NI, *tensors, x_NI, x_NI, y_NO, N, 0, OUT=O, IN=I, E=1, SLOTS=2, COUNTED=False, ONE=False, **tile, **fixed,
         **overlap(x_NI),
     )  # fmt: skip
