@@ -42,38 +42,64 @@ def _add_low(
     return tl.dot(low, tl.trans(b), acc, input_precision="ieee")
 
 
+@triton.jit
+def _add_product(
+    acc, x_desc, w_desc, e, first, block, OUT: tl.constexpr, IN: tl.constexpr, BACK: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """acc plus as many rows of x, from `first` on, times a block of P columns of expert e's weight."""
+    for start in range(0, IN, R):
+        x = x_desc.load([first, start])
+        if BACK:
+            acc = tl.dot(x, w_desc.load([e * IN + start, block * P]), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w_desc.load([e * OUT + block * P, start])), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _write_tile(
+    x_desc, w_desc, low_ptr, b_ptr, x2_desc, w2_desc, low2_ptr, b2_ptr, y_ptr, N, block, e, first, end,
+    OUT: tl.constexpr, IN: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr,
+    RANK: tl.constexpr, RANK2: tl.constexpr, LOW: tl.constexpr, LOW2: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """M rows of y from `first` on, of which those from `end` on are another expert's."""
+    acc = tl.zeros((M, P), dtype=tl.float32)
+    acc = _add_product(acc, x_desc, w_desc, e, first, block, OUT, IN, BACK, P, R)
+    if TWO:
+        acc = _add_product(acc, x2_desc, w2_desc, e, first, block, OUT, IN, BACK, P, R)
+    row, col = first + tl.arange(0, M), block * P + tl.arange(0, P)
+    if RANK > 0:
+        acc = _add_low(acc, low_ptr, b_ptr, e, row, col, N, OUT, RANK, LOW, BACK)
+    if RANK2 > 0:
+        acc = _add_low(acc, low2_ptr, b2_ptr, e, row, col, N, OUT, RANK2, LOW2, BACK)
+    at_y = y_ptr + row[:, None].to(tl.int64) * OUT + col[None, :]
+    tl.store(at_y, acc.to(y_ptr.dtype.element_ty), mask=(row < end)[:, None] & (col < OUT)[None, :])
+
+
 @triton.jit(do_not_specialize=["N"])
 def _product_kernel(
-    x_desc, w_desc, low_ptr, b_ptr, x2_desc, w2_desc, low2_ptr, b2_ptr, count_ptr, y_ptr, N,
+    x_desc, few_desc, w_desc, low_ptr, b_ptr, x2_desc, few2_desc, w2_desc, low2_ptr, b2_ptr, count_ptr, y_ptr, N,
     OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr,
     RANK: tl.constexpr, RANK2: tl.constexpr, LOW: tl.constexpr, LOW2: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
+    M: tl.constexpr, FEW: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """y (N, OUT) = x (N, IN) times the transpose of each row's expert's w (OUT, IN), or with BACK times w (IN, OUT).
-    With TWO a second such product is added."""
+    With TWO a second such product is added. An expert's last tile has FEW rows where no more are left: else half of
+    the time a few rows would cost as much as M."""
     block, e, first, end = place(count_ptr, N, OUT, E, SLOTS, True, M, P, SIDE)
     if e < E:
-        acc = tl.zeros((M, P), dtype=tl.float32)
-        for start in range(0, IN, R):
-            x = x_desc.load([first, start])
-            if BACK:
-                acc = tl.dot(x, w_desc.load([e * IN + start, block * P]), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, tl.trans(w_desc.load([e * OUT + block * P, start])), acc, input_precision="ieee")
-        if TWO:
-            for start in range(0, IN, R):
-                x = x2_desc.load([first, start])
-                if BACK:
-                    acc = tl.dot(x, w2_desc.load([e * IN + start, block * P]), acc, input_precision="ieee")
-                else:
-                    acc = tl.dot(x, tl.trans(w2_desc.load([e * OUT + block * P, start])), acc, input_precision="ieee")
-        row, col = first + tl.arange(0, M), block * P + tl.arange(0, P)
-        if RANK > 0:
-            acc = _add_low(acc, low_ptr, b_ptr, e, row, col, N, OUT, RANK, LOW, BACK)
-        if RANK2 > 0:
-            acc = _add_low(acc, low2_ptr, b2_ptr, e, row, col, N, OUT, RANK2, LOW2, BACK)
-        at_y = y_ptr + row[:, None].to(tl.int64) * OUT + col[None, :]
-        tl.store(at_y, acc.to(y_ptr.dtype.element_ty), mask=(row < end)[:, None] & (col < OUT)[None, :])
+        if FEW > 0 and end - first <= FEW:
+            _write_tile(
+                few_desc, w_desc, low_ptr, b_ptr, few2_desc, w2_desc, low2_ptr, b2_ptr, y_ptr, N, block, e, first, end,
+                OUT, IN, BACK, TWO, RANK, RANK2, LOW, LOW2, FEW, P, R,
+            )  # fmt: skip
+        else:
+            _write_tile(
+                x_desc, w_desc, low_ptr, b_ptr, x2_desc, w2_desc, low2_ptr, b2_ptr, y_ptr, N, block, e, first, end,
+                OUT, IN, BACK, TWO, RANK, RANK2, LOW, LOW2, M, P, R,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -130,7 +156,7 @@ def _weights_kernel(
 
 
 # (M, P, R, SIDE, warps, stages), the best of 24 on an H200 at Mixtral-8x7B's sizes; fp32 is for Triton's interpreter.
-TILE = (128, 256, 64, 4, 8, 3)
+TILE = (128, 256, 64, 4, 8, 4)
 TILE_WEIGHTS = (128, 256, 64, 8, 8, 4)
 NARROW = 64  # columns, as many as a LoRA adapter's rank
 TILE_NARROW = (64, 64, 128, 8, 4, 4)
@@ -170,19 +196,20 @@ def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
         return y_NO
     tile = _tile(x_NI.element_size(), OUT, shared_bytes(x_NI.device))
     M, P, R = tile["M"], tile["P"], tile["R"]
+    few = M // 2 if M > 64 or x_NI.element_size() == 4 else 0  # tensor cores take no fewer than 64
     each: list[Any] = []
     for term in terms:
         assert term.x_NI.dtype == term.weight.dtype == x_NI.dtype, "the caller casts the weights"
-        x_desc = _blocks(term.x_NI.contiguous(), M, R)
+        x_NI = term.x_NI.contiguous()
         w_desc = _blocks(term.weight.contiguous(), R, P) if back else _blocks(term.weight.contiguous(), P, R)
         low, b = (None if t is None else t.contiguous() for t in term[2:])
-        each += [x_desc, w_desc, low, b]
+        each += [_blocks(x_NI, M, R), _blocks(x_NI, few or M, R), w_desc, low, b]
     if len(terms) == 1:
         each += [None] * len(each)
     rank, rank2 = (0 if t.low_Nr is None else t.low_Nr.shape[1] for t in (terms[0], terms[-1]))
     _product_kernel[grid(N, E, OUT, tile)](
         *each, count_E, y_NO, N, OUT=OUT, IN=IN, E=E, SLOTS=slots(E), BACK=back, TWO=len(terms) == 2,
-        RANK=rank, RANK2=rank2 if len(terms) == 2 else 0, LOW=_held(rank), LOW2=_held(rank2), **tile,
+        RANK=rank, RANK2=rank2 if len(terms) == 2 else 0, LOW=_held(rank), LOW2=_held(rank2), FEW=few, **tile,
     )  # fmt: skip
     return y_NO
 
