@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from helpers.interpreted import interpret, relative
+from helpers.interpreted import interpret, multiply_rows_alike, others_slow, relative  # noqa: F401
 from helpers.paging import paged
 
 from accessory.ops.paged_attention import paged_attention_reference, query_by_query
@@ -180,16 +180,16 @@ def test_a_block_whose_places_differ_is_given_up(monkeypatch):
 
 @needs_triton
 @interpreted
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, "dense", "int8"))
 def test_rows_in_the_interpreter(format):
-    interpret(__file__, f"t.check_kernels({format!r})")
+    interpret(__file__, f"t.multiply_rows_alike(); t.check_kernels({format!r})")
 
 
 @needs_triton
 @interpreted
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", others_slow([False, True], False))
 def test_attention_in_the_interpreter(fp8):
-    interpret(__file__, f"t.check_attention(fp8={fp8})")
+    interpret(__file__, f"t.multiply_rows_alike(); t.check_attention(fp8={fp8})")
 
 
 @needs_triton

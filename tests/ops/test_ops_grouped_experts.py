@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers.interpreted import interpret, relative
+from helpers.interpreted import interpret, others_slow, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
@@ -89,7 +89,7 @@ def test_in_tiles_on_the_gpu(format, case, dtype):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, "dense", "int8", "int4"))
 def test_in_tiles_in_the_interpreter(format):
     how = "device='cpu', dtype=torch.float32, bound=1e-6"
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")
@@ -111,7 +111,7 @@ def test_tiles_with_more_rows_on_the_gpu(format, sizes, dtype):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("format", ["dense", "int8", "fp8"])
+@pytest.mark.parametrize("format", others_slow(["dense", "int8", "fp8"], "int8"))
 def test_tiles_with_more_rows_in_the_interpreter(format):
     how = "device='cpu', dtype=torch.float32, bound=1e-6"
     interpret(

@@ -107,7 +107,10 @@ def test_rows_with_adapters_on_the_gpu(case, dtype, bound):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize(("format", "beside"), [(None, "t.BESIDE"), ("int8", "['LoRA and biases', 'several']")])
+@pytest.mark.parametrize(
+    ("format", "beside"),
+    [pytest.param(None, "t.BESIDE", marks=pytest.mark.slow), ("int8", "['LoRA and biases', 'several']")],
+)
 def test_pairs_with_adapters_in_the_interpreter(format, beside):
     interpret(__file__, f"for beside in {beside}: t.check(t.SIZES[1], beside, 'cpu', torch.float32, 3e-6, {format!r})")
 

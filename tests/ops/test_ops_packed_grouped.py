@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.interpreted import interpret, relative
+from helpers.interpreted import interpret, others_slow, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
@@ -68,7 +68,7 @@ def test_gradients_on_the_gpu(format, rows):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, "int8", "nf4"))
 def test_grouped_in_the_interpreter(format):
     how = "device='cpu', dtype=torch.float32, bound=1e-6"
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, {how})")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.interpreted import interpret, relative
+from helpers.interpreted import interpret, others_slow, relative
 
 pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
@@ -53,6 +53,6 @@ def test_packed_on_the_gpu(format, case, dtype):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, "int8", "int4"))
 def test_packed_in_the_interpreter(format):
     interpret(__file__, f"for case in t.CASES: t.check({format!r}, case, device='cpu', dtype=torch.float32)")

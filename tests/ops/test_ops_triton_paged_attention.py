@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.interpreted import interpret
+from helpers.interpreted import interpret, others_slow
 from helpers.paging import KERNEL_CASES as CASES
 from helpers.paging import check_kernels as check
 
@@ -12,6 +12,6 @@ pytest.importorskip("triton", reason="triton is missing (extra: gpu)")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs the kernels here")
-@pytest.mark.parametrize("fp8", [False, True])
-def test_pages_in_the_interpreter(fp8):
-    interpret(__file__, f"for case in t.CASES.values(): t.check(case, fp8={fp8})")
+@pytest.mark.parametrize("case", others_slow(CASES, "decodes", "mixed"))
+def test_pages_in_the_interpreter(case):
+    interpret(__file__, f"for fp8 in (False, True): t.check(t.CASES[{case!r}], fp8=fp8)")
