@@ -38,7 +38,7 @@ def others_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
 def multiply_rows_alike() -> None:
     """Have Triton's interpreter give a row of a product the same bits at any place in its tile, as tensor cores do.
 
-    BLAS sums the rows of a matrix in different orders, by their places and the CPU. Sums in fp64 round to the same fp32.
+    BLAS sums a matrix's rows in different orders, by their places and the CPU. Sums in fp64 round to the same fp32.
     """
     import numpy
 
