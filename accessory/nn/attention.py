@@ -15,7 +15,9 @@ from accessory.nn.cache import PagedCache
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import Linear
 from accessory.ops.attention import Mask, attention
+from accessory.ops.compute_copy import in_dtype
 from accessory.ops.linear import AdapterRows, linear
+from accessory.ops.linear_autograd import SumOverRanks, projections
 from accessory.ops.rope import apply_rope
 
 
@@ -37,6 +39,15 @@ class Attention(nn.Module):
         # Where ranks share rows: makes (B, S, G, d) of all ranks' tokens of (B, T, G, d).
         self.gather_tokens: Callable[[Tensor], Tensor] | None = None
         self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype
+        self.sum_over_ranks: SumOverRanks | None = None  # of the input's gradient, where `projects_together`
+
+    @property
+    def projects_together(self) -> bool:
+        """Whether the input's three products are differentiated together: where dense weights stand alone."""
+        inputs = (self.wq, self.wk, self.wv)
+        return torch.is_grad_enabled() and all(
+            isinstance(w.weight, Tensor) and w.weights().plain and w.adapters is None for w in inputs
+        )
 
     @property
     def products_in(self) -> torch.dtype:
@@ -71,4 +82,9 @@ class Attention(nn.Module):
         if self.fused.tensor is not None and adapters is None and not torch.is_grad_enabled():
             heads_BTHd = linear(x_BTD, self.fused.tensor).view(*x_BTD.shape[:-1], -1, self.head_dim)
             return heads_BTHd.split_with_sizes(self._fused_heads, dim=2)
-        return [w(x_BTD, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)]
+        inputs = (self.wq, self.wk, self.wv)
+        if self.projects_together:
+            parts = projections(x_BTD, [in_dtype(w.weight, x_BTD.dtype) for w in inputs], self.sum_over_ranks)
+        else:
+            parts = tuple(w(x_BTD, adapters) for w in inputs)
+        return [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from accessory.nn.fused import FusedWeights
 from accessory.nn.linear import PackedWeight, product_of
 from accessory.ops.experts import decode_experts, decode_kernel, runs_host_free
-from accessory.ops.experts_autograd import SumOverRanks, trained_experts
+from accessory.ops.experts_autograd import trained_experts
 from accessory.ops.linear import AdapterRows, LinearAdapter, Weight
+from accessory.ops.linear_autograd import SumOverRanks
 
 
 class StackedExperts(nn.Module):

@@ -31,6 +31,7 @@ from accessory.ops.dense_products import Term, grouped_backward, grouped_dense, 
 from accessory.ops.dense_products import sum_of_terms as sum_of_dense_terms
 from accessory.ops.experts import combine, gate, gate_backward
 from accessory.ops.linear import Weight
+from accessory.ops.linear_autograd import SumOverRanks
 from accessory.ops.quantized import Packed
 from accessory.ops.quantized_products import (
     dequantized_for_products,
@@ -43,10 +44,6 @@ from accessory.ops.stack_gradients import FIELDS, StackGradients
 _OPS: Sequence[dispatch.Op] = ("grouped", "grouped_backward", "grouped_weights")
 MANY = 2**20  # rows: kernels for few rows need the host less than those for many
 STACKS = 3  # w1, w2, w3
-
-
-# Begins to sum a tensor over ranks, in place. The function that it returns has what comes next wait for the sum.
-SumOverRanks = Callable[[Tensor], Callable[[], object]]
 
 
 class _Plan(NamedTuple):

@@ -158,6 +158,10 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
     def copy_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (copy_to_ranks(inputs[0], ranks), *inputs[1:])
 
+    def copy_to_attention(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert isinstance(module, Attention)
+        return inputs if module.projects_together else copy_first(module, inputs)
+
     def copy_to_experts(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # Each rank computes only its experts' part of the routing weights' gradient. That of x they sum themselves.
         x_TD, weight_TK, *rest = inputs
@@ -175,5 +179,6 @@ def _hook(decoder: Decoder, ranks: Ranks, attention_is_cut: bool) -> None:
         layer.feed_forward.experts.register_forward_pre_hook(copy_to_experts)
         layer.feed_forward.experts.register_forward_hook(reduced_before(norm))
         if attention_is_cut:
-            layer.attention.register_forward_pre_hook(copy_first)
+            layer.attention.sum_over_ranks = partial(begin_sum, ranks=ranks)
+            layer.attention.register_forward_pre_hook(copy_to_attention)
             layer.attention.register_forward_hook(reduced_before(layer.ffn_norm))
