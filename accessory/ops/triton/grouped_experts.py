@@ -227,10 +227,8 @@ def _tile(
         tile["UNROLL"] = 1 if groups % tile["UNROLL"] else tile["UNROLL"]
         numbers = tile["UNROLL"] * GROUP[format]
     weights = (2 if tables is UP else 1) * tile["P"] * numbers * data.shape[-1] // I * data.element_size()
-    stage, room = (
-        2 * (tile["M"] + tile["MORE"]) * numbers + weights,
-        shared_bytes(data.device) if shared is None else shared,
-    )
+    stage = 2 * (tile["M"] + tile["MORE"]) * numbers + weights
+    room = shared_bytes(data.device) if shared is None else shared
     tile["num_stages"] = max(2, min(tile["num_stages"], room // stage))
     return tile
 
