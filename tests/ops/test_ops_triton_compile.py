@@ -46,7 +46,7 @@ def test_tiles_fit_other_cards(format, capability):
     x = dict.fromkeys(("x_ptr", "h_ptr"), "*bf16") | dict.fromkeys(("count_ptr", "order_ptr"), "*i32")
     up = x | {f"{p}{n}_ptr": kind for n in (1, 3) for p, kind in zip("dszo", kinds, strict=False)}
     rows = x | {f"{p}_ptr": kind for p, kind in zip("dszo", kinds, strict=False)} | {"y_ptr": "*fp32"}
-    for rows_an_expert in (0.25, 4, 16, 64):
+    for rows_an_expert in (0.25, 4, 16, 64, *([128] if format == "int8" else [])):  # the largest tiles
         for tables, kernel, pointers, sizes in (
             (kernels.UP, kernels._up_kernel, up, {"D": 4096, "F": 14336, "K": 2, "ONE": False}),
             (kernels.DOWN, kernels._rows_kernel, rows, {"OUT": 4096, "IN": 14336, "COUNTED": True, "ONE": False}),
