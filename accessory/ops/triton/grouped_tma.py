@@ -86,8 +86,8 @@ def _product_kernel(
     M: tl.constexpr, FEW: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """y (N, OUT) = x (N, IN) times the transpose of each row's expert's w (OUT, IN), or with BACK times w (IN, OUT).
-    With TWO a second such product is added. An expert's last tile has FEW rows where no more are left: else half of
-    the time a few rows would cost as much as M."""
+    With TWO a second such product is added. An expert's last tile has FEW rows where no more are left, because a few
+    rows would cost as much as M."""
     block, e, first, end = place(count_ptr, N, OUT, E, SLOTS, True, M, P, SIDE)
     if e < E:
         if FEW > 0 and end - first <= FEW:
@@ -200,10 +200,10 @@ def _launch(terms: Sequence[Term], count_E: Tensor, back: bool) -> Tensor:
     each: list[Any] = []
     for term in terms:
         assert term.x_NI.dtype == term.weight.dtype == x_NI.dtype, "the caller casts the weights"
-        x_NI = term.x_NI.contiguous()
+        rows_NI = term.x_NI.contiguous()
         w_desc = _blocks(term.weight.contiguous(), R, P) if back else _blocks(term.weight.contiguous(), P, R)
         low, b = (None if t is None else t.contiguous() for t in term[2:])
-        each += [_blocks(x_NI, M, R), _blocks(x_NI, few or M, R), w_desc, low, b]
+        each += [_blocks(rows_NI, M, R), _blocks(rows_NI, few or M, R), w_desc, low, b]
     if len(terms) == 1:
         each += [None] * len(each)
     rank, rank2 = (0 if t.low_Nr is None else t.low_Nr.shape[1] for t in (terms[0], terms[-1]))
