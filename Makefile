@@ -16,6 +16,11 @@ help:  ## what can be made
 		efficientnet-lite-pytorch==0.1.0
 	touch $@
 
+# Triton's interpreter runs the kernels on a CPU; 3.9's refuses masks that are numbers. Only tests want it, which is 250 MB.
+.venv/.triton: .venv/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'triton>=3.6,<3.9; sys_platform == "linux"'
+	touch $@
+
 install: .venv/.done  ## make .venv with everything for development
 demo: .venv/.done  ## a real Mixtral-shaped language model answers on this CPU
 	$(BIN)/accessory demo
@@ -30,12 +35,12 @@ demo-emoji: .venv/.done  ## a small one that sees: minutes on a GPU; on a CPU, S
 	$(BIN)/python -m examples.emoji $(SHORT)
 # worksteal: a worker that has nothing left takes half of what the other one has left. Up to then files stay whole, so
 # their fixtures are seldom built twice.
-test: .venv/.done  ## lint, types and the fast tests
+test: .venv/.triton  ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile repeatable -m 'not slow and not long'
-test-all: .venv/.done  ## the slow tests too
+test-all: .venv/.triton  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not long'
 # Programs that others wrote for OpenAI's API. They bring much along, so only this target installs them.
 test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks against the server
@@ -45,7 +50,7 @@ test-serve: .venv/.done  ## other people's clients, fuzzers and benchmarks again
 # Slurm's nodes need root, and Debian's packages: apt-get install slurm-wlm munge
 test-slurm: .venv/.done  ## the pages' srun lines in a Slurm of two nodes on this machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/launch/test_launch_slurm.py
-test-long: .venv/.done  ## tests that take minutes each: 20,000 random requests to the engine, a storm at the server, the real demo that learns
+test-long: .venv/.triton  ## tests that take minutes each: 20,000 random requests to the engine, a storm at the server, the real demo that learns
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 lint: .venv/.done
 	$(BIN)/ruff check .
